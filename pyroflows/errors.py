@@ -1,0 +1,37 @@
+"""The exceptions a user of pyroflows meets.
+
+Each says what was wrong, where, and what to do. All of them are :class:`FlowError`, and also the built-in error that
+fits, so that ``except ValueError`` works as usual.
+"""
+
+
+class FlowError(Exception):
+    """Base class of every error that pyroflows raises on purpose."""
+
+
+class ShapeError(FlowError, ValueError):
+    """A tensor has a shape that does not fit: event size, context size, batch shapes that do not broadcast."""
+
+
+class OptionError(FlowError, ValueError):
+    """An option has a value outside its range, or a name that does not exist."""
+
+
+class InversionError(FlowError, RuntimeError):
+    """A layer could not be inverted at a value to the precision of its dtype."""
+
+
+class ModelError(FlowError, ValueError):
+    """A Pyro model cannot be fitted as it is; the message names the site."""
+
+
+class DataError(FlowError, ValueError):
+    """The data given to a model or a fit hold values that cannot be used, such as NaN."""
+
+
+class DivergedError(FlowError, RuntimeError):
+    """A fit met non-finite losses too many times in a row; the last good state was restored."""
+
+
+class CheckpointError(FlowError, ValueError):
+    """A file cannot be read, or does not belong to this model or guide."""
