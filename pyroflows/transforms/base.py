@@ -1,0 +1,230 @@
+"""What every layer is: a Pyro ``TransformModule`` whose value and log-determinant come in pairs.
+
+A transform maps base to data, ``x = t(z)``. A subclass writes ``_forward_and_ladj`` and ``_inverse_and_ladj`` and no
+more; shape and context checks, ``t.inv``, ``t.condition``, ``log_abs_det_jacobian`` and caching are written here, once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import TransformModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyroflows.errors import OptionError, ShapeError
+
+Pair = tuple[Tensor, Tensor]
+
+
+class FlowTransform(TransformModule):
+    r"""A bijection of :math:`\mathbb{R}^D` with parameters, optionally dependent on a context.
+
+    Layers are stateless: nothing is remembered between calls, so that copies, pickles and log-densities are never
+    stale. See :meth:`with_cache` for a view that remembers.
+
+    Args:
+        dim: the event size D.
+        context_dim: size of the context that the parameters depend on, 0 for none.
+
+    Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``; batch shapes broadcast; a
+    log-determinant has the batch shape.
+
+    Raises:
+        ShapeError: at a call, if the event size or the context does not fit.
+    """
+
+    bijective = True
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__()
+        if dim < 1 or context_dim < 0:
+            raise OptionError(f"{type(self).__name__} needs dim >= 1 and context_dim >= 0, got {dim}, {context_dim}")
+        self.dim = dim
+        self.context_dim = context_dim
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        raise NotImplementedError
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        raise NotImplementedError
+
+    def forward_and_ladj(self, z: Tensor, context: Tensor | None = None) -> Pair:
+        """``x = t(z)`` and ``log |det dx/dz|``."""
+        return self._forward_and_ladj(self._checked(z, context), context)
+
+    def inverse_and_ladj(self, x: Tensor, context: Tensor | None = None) -> Pair:
+        """``z = t.inv(x)`` and ``log |det dz/dx|``."""
+        return self._inverse_and_ladj(self._checked(x, context), context)
+
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
+        """``log |det dx/dz|`` at z; x is not needed."""
+        return self.forward_and_ladj(z)[1]
+
+    @property
+    def inv(self) -> "FlowTransform":
+        """The inverse, a module with the same parameters. ``t.inv.inv is t``."""
+        # A new object each time: it refers to its layer, and a layer that owned it in turn would recurse for ever.
+        return Inverse(self)
+
+    def condition(self, context: Tensor) -> "FlowTransform":
+        """The plain transform at one context ``(..., context_dim)``."""
+        return Conditioned(self, context)
+
+    def with_cache(self, cache_size: int = 1) -> "FlowTransform":
+        """A view that remembers its last pair of values (``cache_size=1``), or the layer itself (0)."""
+        return Cached(self) if cache_size else self
+
+    def _call(self, z: Tensor) -> Tensor:
+        return self.forward_and_ladj(z)[0]
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self.inverse_and_ladj(x)[0]
+
+    def _checked(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """The value expanded to the batch shape it has together with the context."""
+        name = type(self).__name__
+        if value.shape[-1:] != (self.dim,):
+            raise ShapeError(f"{name} has event size {self.dim}, but got a tensor of shape {tuple(value.shape)}")
+        if not self.context_dim:
+            if context is not None:
+                raise ShapeError(f"{name} takes no context, but got one: set context_dim={context.shape[-1]}")
+            return value
+        if context is None:
+            raise ShapeError(f"{name} needs a context of size {self.context_dim}: use t.condition(context)")
+        if context.shape[-1:] != (self.context_dim,):
+            raise ShapeError(f"{name} has context size {self.context_dim}, but got shape {tuple(context.shape)}")
+        try:
+            batch_shape = torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
+        except RuntimeError:
+            raise ShapeError(
+                f"{name}: batch shapes of the value, {tuple(value.shape[:-1])}, and of the context, "
+                f"{tuple(context.shape[:-1])}, do not broadcast"
+            ) from None
+        return value.expand(batch_shape + (self.dim,))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}" + (f", context_dim={self.context_dim}" if self.context_dim else "")
+
+    __repr__ = nn.Module.__repr__
+
+
+class Inverse(FlowTransform):
+    """The inverse of a layer; its parameters are the layer's."""
+
+    def __init__(self, layer: FlowTransform) -> None:
+        super().__init__(layer.dim, layer.context_dim)
+        self.layer = layer
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._inverse_and_ladj(z, context)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._forward_and_ladj(x, context)
+
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
+        """``log |det dx/dz|``, from the layer's own forward direction at x."""
+        return -self.layer.log_abs_det_jacobian(x, z)
+
+    @property
+    def inv(self) -> FlowTransform:
+        return self.layer
+
+
+class Conditioned(FlowTransform):
+    """A layer at one context. Gradients flow into the context."""
+
+    def __init__(self, layer: FlowTransform, context: Tensor) -> None:
+        super().__init__(layer.dim)
+        self.layer = layer
+        self.context = context
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer.forward_and_ladj(z, self.context)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer.inverse_and_ladj(x, self.context)
+
+
+class Compose(FlowTransform):
+    """Layers applied one after the other, the first next to the base."""
+
+    def __init__(self, layers: Sequence[FlowTransform]) -> None:
+        if not layers:
+            raise OptionError("a composition needs at least one layer")
+        dims = sorted({layer.dim for layer in layers})
+        context_dims = sorted({layer.context_dim for layer in layers} - {0})
+        if len(dims) > 1 or len(context_dims) > 1:
+            raise ShapeError(f"layers of one flow must agree, but have dims {dims} and context sizes {context_dims}")
+        super().__init__(dims[0], context_dims[0] if context_dims else 0)
+        self.layers = nn.ModuleList(layers)
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        total: Any = 0.0
+        for layer in self.layers:
+            z, ladj = layer._forward_and_ladj(z, context)
+            total = total + ladj
+        return z, total
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        total: Any = 0.0
+        for layer in reversed(self.layers):
+            x, ladj = layer._inverse_and_ladj(x, context)
+            total = total + ladj
+        return x, total
+
+
+class Cached(FlowTransform):
+    """A view of a layer that remembers its last (z, x, log |det dx/dz|), as ``NeuTraReparam`` wants it.
+
+    The memory is dropped by deepcopy and pickle, and does not count once a parameter has changed.
+    """
+
+    def __init__(self, layer: FlowTransform) -> None:
+        super().__init__(layer.dim, layer.context_dim)
+        self.layer = layer
+        self._last: tuple[Tensor, Tensor, Tensor, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": None}
+
+    def _version(self) -> int:
+        return sum(p._version for p in self.layer.parameters())
+
+    def _remembered(self, z: Tensor | None, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The last triple, if it belongs to z or x and to today's parameters."""
+        if self._last is None:
+            return None
+        *last, version = self._last
+        fits = (z is None or z is last[0]) and (x is None or x is last[1])
+        return (last[0], last[1], last[2]) if fits and version == self._version() else None
+
+    def _call(self, z: Tensor) -> Tensor:
+        if (last := self._remembered(z, None)) is not None:
+            return last[1]
+        x, ladj = self.layer.forward_and_ladj(z)
+        self._last = z, x, ladj, self._version()
+        return x
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        if (last := self._remembered(None, x)) is not None:
+            return last[0]
+        z, ladj = self.layer.inverse_and_ladj(x)
+        self._last = z, x, -ladj, self._version()
+        return z
+
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
+        if (last := self._remembered(z, x)) is not None:
+            return last[2]
+        return self.layer.log_abs_det_jacobian(z, x)
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._forward_and_ladj(z, context)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._inverse_and_ladj(x, context)
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        return self if cache_size else self.layer

@@ -1,0 +1,74 @@
+"""Transforms of other libraries as layers: any torch or Pyro transform, and the transform of a Zuko flow."""
+
+from typing import Any
+
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from pyroflows.errors import InversionError, OptionError
+from pyroflows.transforms.base import FlowTransform, Pair
+
+
+class Foreign(FlowTransform):
+    """A torch or Pyro transform as a layer.
+
+    The parameters of ``t.inv`` of a Pyro module, which Pyro does not show, are found here. Values that a Pyro transform
+    caches are dropped after each call, so that the layer can be copied and is never stale.
+
+    Args:
+        transform: a bijection of vectors, or of scalars, which then acts on each dimension.
+        dim: the event size D.
+
+    Raises:
+        OptionError: if the transform is not a bijection between vectors.
+        InversionError: at a call of the inverse, where the transform has none.
+    """
+
+    def __init__(self, transform: Transform, dim: int) -> None:
+        super().__init__(dim)
+        if not transform.bijective or max(transform.domain.event_dim, transform.codomain.event_dim) > 1:
+            raise OptionError(f"a flow needs bijections of vectors, but {transform} is none")
+        self.transform = transform
+        if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
+            self.inverse_transform = transform.inv
+        self.codomain = transform.codomain
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        x = self.transform(z)
+        ladj = self._ladj(z, x)
+        return x, ladj
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        try:
+            z = self.transform.inv(x)
+        except (KeyError, NotImplementedError) as error:
+            raise InversionError(f"{type(self.transform).__name__} cannot be inverted at a given value") from error
+        return z, -self._ladj(z, x)
+
+    def _ladj(self, z: Tensor, x: Tensor) -> Tensor:
+        ladj = self.transform.log_abs_det_jacobian(z, x)
+        _forget(self.transform)
+        return sum_rightmost(ladj, ladj.dim() - (z.dim() - 1))
+
+
+class Zuko(FlowTransform):
+    """The transform of a Zuko flow, which Zuko writes from data to base, as a layer from base to data."""
+
+    def __init__(self, transform: nn.Module, dim: int) -> None:
+        super().__init__(dim)
+        self.transform = transform
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.transform().inv.call_and_ladj(z)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.transform().call_and_ladj(x)
+
+
+def _forget(transform: Any) -> None:
+    """Drop what a Pyro transform, or the transform it inverts, remembers of its last call."""
+    for owner in (transform, transform._inv):
+        for name in vars(owner) if owner is not None else ():
+            if name.startswith("_cached"):
+                setattr(owner, name, (None, None) if name == "_cached_x_y" else None)

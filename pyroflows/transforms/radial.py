@@ -1,0 +1,66 @@
+"""Radial flow."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyroflows.nets import Parameters
+from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.planar import EPS, above_minus_one
+
+
+class Radial(FlowTransform):
+    r"""Radial flow (Rezende and Mohamed 2015, arXiv:1505.05770, eq. 14 and appendix A.2).
+
+    .. math::
+        x = z + \hat\beta \, h \, (z - z_0), \qquad h = 1 / (\alpha + r), \qquad r = |z - z_0|
+
+        \log\left|\det \frac{\partial x}{\partial z}\right|
+        = (D - 1) \log(1 + \hat\beta h) + \log(1 + \hat\beta \alpha h^2)
+
+    It is invertible where :math:`\hat\beta > -\alpha`; here :math:`\hat\beta = \alpha m(\beta)` with
+    :math:`m \ge -1 + \epsilon`, m(0) = 0, and :math:`\alpha \ge \epsilon = 10^{-3}`. Both directions are parallel and in
+    closed form.
+
+    Args:
+        dim: the event size D.
+        context_dim: size of the context that z0, alpha and beta depend on.
+
+    Example:
+        >>> t = Radial(3)
+        >>> z = torch.randn(5, 3)
+        >>> torch.allclose(t.inv(t(z)), z, atol=1e-5)
+        True
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__(dim, context_dim)
+        # beta = 0 makes the layer the identity; a random centre breaks the symmetry between layers.
+        self.parameters_of = Parameters(torch.cat([torch.randn(dim), torch.zeros(2)]), context_dim)
+
+    def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        center, alpha, beta = self.parameters_of(context).split([self.dim, 1, 1], dim=-1)
+        alpha = EPS + F.softplus(alpha)
+        return center, alpha, alpha * above_minus_one(beta)
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        center, alpha, beta = self._constrained(context)
+        offset = z - center
+        h = 1 / (alpha + torch.linalg.vector_norm(offset, dim=-1, keepdim=True))
+        return z + beta * h * offset, self._ladj(alpha, beta, h)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        # |x - z0| =: s = r + beta r / (alpha + r), that is r^2 + (alpha + beta - s) r - alpha s = 0; the positive root is
+        # written without cancellation in either sign of the linear coefficient p.
+        center, alpha, beta = self._constrained(context)
+        offset = x - center
+        s = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
+        p = alpha + beta - s
+        root = torch.sqrt(p * p + 4 * alpha * s)
+        r = torch.where(p > 0, 2 * alpha * s / (p.abs() + root), (p.abs() + root) / 2)
+        h = 1 / (alpha + r)
+        return center + offset / (1 + beta * h), -self._ladj(alpha, beta, h)
+
+    def _ladj(self, alpha: Tensor, beta: Tensor, h: Tensor) -> Tensor:
+        ladj = (self.dim - 1) * torch.log1p(beta * h) + torch.log1p(beta * alpha * h * h)
+        return ladj.squeeze(-1)

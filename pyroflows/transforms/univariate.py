@@ -1,0 +1,89 @@
+"""Univariate maps: increasing functions of one variable, with their parameters in the last dimension.
+
+A map knows scalars and nothing of dimensions; structures (elementwise, autoregressive, coupling) apply it. At
+``theta = 0`` a map is the identity.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import OptionError
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Univariate(Protocol):
+    """What a structure asks of a map. z, x and the log-derivatives have one shape, theta one dimension more."""
+
+    num_params: int
+
+    def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
+        """``x = T(z; theta)`` and ``log dx/dz``."""
+        ...
+
+    def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
+        """``z = T^{-1}(x; theta)`` and ``log dz/dx``."""
+        ...
+
+
+class Affine:
+    r"""Affine map, :math:`x = t + e^{s} z` with :math:`\theta = (t, s_0)`.
+
+    The log-scale is soft-clamped, :math:`s = c_\pm \tanh(s_0 / c_\pm)`, where the bound on expansion, :math:`c_+`, is
+    tighter than the one on contraction, :math:`c_-`: with networks of unbounded output deep stacks explode
+    (Andrade 2024, arXiv:2402.16408).
+
+    Args:
+        max_contraction: :math:`c_- > 0`; the scale is at least :math:`e^{-c_-}`.
+        max_expansion: :math:`c_+ > 0`; the scale is at most :math:`e^{c_+}`. ``None`` for both: no clamp, for
+            parameters that no network computes.
+
+    Example:
+        >>> x, ladj = Affine().forward_and_ladj(torch.tensor(2.0), torch.tensor([1.0, 0.0]))
+        >>> x, ladj
+        (tensor(3.), tensor(0.))
+    """
+
+    num_params = 2
+
+    def __init__(self, max_contraction: float | None = 4.0, max_expansion: float | None = 2.0) -> None:
+        bounds = (max_contraction, max_expansion)
+        if (max_contraction is None) != (max_expansion is None) or any(b is not None and b <= 0 for b in bounds):
+            raise OptionError(f"the bounds of an affine map must be both positive or both None, got {bounds}")
+        self.max_contraction = max_contraction
+        self.max_expansion = max_expansion
+
+    def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
+        shift, log_scale = self._shift_and_log_scale(theta)
+        return shift + torch.exp(log_scale) * z, log_scale.expand_as(z)
+
+    def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
+        shift, log_scale = self._shift_and_log_scale(theta)
+        return (x - shift) * torch.exp(-log_scale), -log_scale.expand_as(x)
+
+    def _shift_and_log_scale(self, theta: Tensor) -> Pair:
+        shift, log_scale = theta.unbind(-1)
+        if self.max_contraction is None or self.max_expansion is None:
+            return shift, log_scale
+        contraction, expansion = log_scale / self.max_contraction, log_scale / self.max_expansion
+        clamped = torch.where(
+            log_scale < 0, self.max_contraction * torch.tanh(contraction), self.max_expansion * torch.tanh(expansion)
+        )
+        return shift, clamped
+
+    def __repr__(self) -> str:
+        return f"Affine(max_contraction={self.max_contraction}, max_expansion={self.max_expansion})"
+
+
+_NAMES = {"affine": Affine}
+
+
+def univariate_named(univariate: "str | Univariate") -> Univariate:
+    """The map of a name, or the map itself."""
+    if not isinstance(univariate, str):
+        return univariate
+    if univariate not in _NAMES:
+        raise OptionError(f"univariate must be one of {sorted(_NAMES)} or an instance, got {univariate!r}")
+    return _NAMES[univariate]()
