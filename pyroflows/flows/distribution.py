@@ -1,0 +1,117 @@
+"""The distribution that a call of a flow makes."""
+
+import copy
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from pyroflows.errors import ShapeError
+from pyroflows.transforms.base import FlowTransform, Pair
+
+
+class FlowDistribution(TorchDistribution):
+    r"""The law of ``x = t(z)``, z from a base distribution: :math:`\log q(x) = \log p(z) + \log|\det \partial z/\partial x|`.
+
+    It remembers the last sample with its log-density, so that scoring a fresh sample is free; it should live no longer
+    than one step of an optimiser.
+
+    Args:
+        base: the distribution of z, of event shape ``(dim,)``.
+        transform: the map from base to data.
+        context: ``(..., context_dim)``, if the transform takes one.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(
+        self, base: Distribution, transform: FlowTransform, context: Tensor | None = None, validate_args: Any = None
+    ) -> None:
+        batch_shape = base.batch_shape
+        if context is not None:
+            batch_shape = torch.broadcast_shapes(batch_shape, context.shape[:-1])
+        self.base = base
+        self.transform = transform
+        self.context = context
+        self._last: Pair | None = None
+        super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return bool(self.base.has_rsample)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.codomain if self.transform.codomain.event_dim else constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "FlowDistribution":
+        batch_shape = torch.Size(batch_shape)
+        context = None if self.context is None else self.context.expand(batch_shape + self.context.shape[-1:])
+        return FlowDistribution(self.base.expand(batch_shape), self.transform, context, self._validate_args)
+
+    def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
+        """Draws ``(*sample_shape, *batch_shape, dim)`` and their log-densities, in one pass through the flow."""
+        base = self.base if self.base.batch_shape == self.batch_shape else self.base.expand(self.batch_shape)
+        z = base.rsample(torch.Size(sample_shape))
+        x, ladj = self.transform.forward_and_ladj(z, self.context)
+        return x, base.log_prob(z) - ladj
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        self._last = self.rsample_and_log_prob(sample_shape)
+        return self._last[0]
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        with torch.no_grad():
+            return self.rsample_and_log_prob(sample_shape)[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._last is not None and value is self._last[0]:
+            return self._last[1]
+        if self._validate_args:
+            self._validate_sample(value)
+        z, ladj = self.transform.inverse_and_ladj(value, self.context)
+        return self.base.log_prob(z) + ladj
+
+    def latent(self, value: Tensor) -> Tensor:
+        """The base value z of x."""
+        return self.transform.inverse_and_ladj(value, self.context)[0]
+
+
+class DistributionModule(nn.Module):
+    """A distribution whose tensors are buffers of a module (parameters stay parameters): they move and cast with it.
+
+    Args:
+        distribution: any torch or Pyro distribution.
+
+    A call returns the distribution, made of the tensors as they are now.
+    """
+
+    def __init__(self, distribution: Distribution) -> None:
+        super().__init__()
+        self._template = distribution
+        for name, value in vars(distribution).items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):
+                self.register_buffer(name, value.detach().clone())
+            elif isinstance(value, Distribution):
+                self.add_module(name, DistributionModule(value))
+
+    def forward(self) -> Distribution:
+        # A shallow copy with today's tensors: its constructor would validate them again at every call.
+        distribution = copy.copy(self._template)
+        vars(distribution).update(self._parameters)
+        vars(distribution).update(self._buffers)
+        vars(distribution).update({name: module() for name, module in self._modules.items() if module is not None})
+        return distribution
+
+
+def checked_event(base: Distribution, dim: int) -> Distribution:
+    if base.event_shape != (dim,):
+        raise ShapeError(
+            f"the base of a flow of {dim} dimensions must have event shape ({dim},), but has batch shape "
+            f"{tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}: use .expand([{dim}]).to_event(1)"
+        )
+    return base
