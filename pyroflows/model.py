@@ -1,0 +1,270 @@
+"""A Pyro model as data: its sites, supports and plates, and all latents packed into one unconstrained vector."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import Distribution, biject_to, constraints
+
+from pyroflows.errors import DataError, ModelError
+
+Model = Callable[..., Any]
+InitFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A ``pyro.plate``: how many rows there are, and how many one run of the model sees."""
+
+    name: str
+    size: int
+    subsample_size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site of one run. ``plates`` names its batch dimensions from left to right, None where no plate stands."""
+
+    name: str
+    shape: torch.Size
+    event_dim: int
+    plates: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Latent(Site):
+    """A continuous latent site, and its place in the packed unconstrained vector."""
+
+    support: constraints.Constraint
+    unconstrained_shape: torch.Size
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.unconstrained_shape.numel()
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """What one run of a model shows of it.
+
+    Args:
+        latents: continuous latent sites, in the order of the model, which is the order of packing.
+        observed: observed sites, without factors.
+        deterministic: ``pyro.deterministic`` sites.
+        plates: plates by name.
+        max_plate_nesting: number of batch dimensions that any site uses.
+        dtype: the dtype of the packed vector.
+    """
+
+    latents: tuple[Latent, ...]
+    observed: tuple[Site, ...]
+    deterministic: tuple[Site, ...]
+    plates: Mapping[str, Plate]
+    max_plate_nesting: int
+    dtype: torch.dtype
+
+    @cached_property
+    def dim(self) -> int:
+        """Size of the packed unconstrained vector."""
+        return self.latents[-1].stop
+
+    @cached_property
+    def subsampled(self) -> tuple[Plate, ...]:
+        """The plates of which a run sees only a part."""
+        return tuple(p for p in self.plates.values() if p.subsample_size < p.size)
+
+    def constrain(self, vector: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Values of all sites ``(*batch, *site.shape)`` from ``(*batch, dim)``, and the log-determinant ``(*batch,)``."""
+        batch_shape = vector.shape[:-1]
+        values = {}
+        ladj = vector.new_zeros(batch_shape)
+        for site in self.latents:
+            unconstrained = vector[..., site.start : site.stop].reshape(batch_shape + site.unconstrained_shape)
+            transform = biject_to(site.support)
+            value = transform(unconstrained)
+            site_ladj = transform.log_abs_det_jacobian(unconstrained, value)
+            ladj = ladj + sum_rightmost(site_ladj, site_ladj.dim() - len(batch_shape))
+            values[site.name] = value.reshape(batch_shape + site.shape)
+        return values, ladj
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The packed vector ``(*batch, dim)`` of values ``(*batch, *site.shape)``."""
+        parts = []
+        for site in self.latents:
+            value = torch.as_tensor(values[site.name], dtype=self.dtype)
+            batch_shape = value.shape[: value.dim() - len(site.shape)]
+            parts.append(biject_to(site.support).inv(value).reshape(batch_shape + (-1,)))
+        return torch.cat(parts, -1)
+
+
+def inspect_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> ModelStructure:
+    """The structure of a model, from one run with the latents at their initial values.
+
+    Raises:
+        ModelError: for a model without latents, with discrete latents, with a support that has no bijection to the
+            reals, with sequential plates, or with local latents in a subsampled plate; names the site.
+        DataError: if observed values are NaN.
+    """
+    return structure_of(trace_model(model, args, kwargs, init_fn))
+
+
+def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
+    """One run of the model with latents at ``init_fn``, or drawn from the prior where that can be drawn."""
+    init = InitMessenger(feasible_if_improper(init_fn or (lambda site: site["fn"].sample())))
+    with torch.no_grad(), init:
+        return poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+
+
+def structure_of(trace: Trace) -> ModelStructure:
+    """The structure that a trace of a whole model shows."""
+    plates = {
+        name: Plate(name, node["fn"].size, len(node["value"]))
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
+    }
+    latents, observed, deterministic = [], [], []
+    nesting, start = 0, 0
+    for name, node in _sample_nodes(trace):
+        nesting = max([nesting, len(node["fn"].batch_shape)] + [-f.dim for f in node["cond_indep_stack"] if f.vectorized])
+        if node["infer"].get("_deterministic"):
+            deterministic.append(_site(node))
+        elif node["is_observed"]:
+            _check_observed(name, node)
+            if not isinstance(node["fn"], dist.Unit):
+                observed.append(_site(node))
+        else:
+            latents.append(_latent(node, plates, start))
+            start = latents[-1].stop
+    if not latents:
+        raise ModelError(
+            "the model has no latent variables, so there is no posterior to fit: at least one pyro.sample site must "
+            "have no obs"
+        )
+    dtypes = [trace.nodes[site.name]["value"].dtype for site in latents]
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return ModelStructure(tuple(latents), tuple(observed), tuple(deterministic), plates, nesting, dtype)
+
+
+def check_static(structure: ModelStructure, other: ModelStructure) -> None:
+    """Two runs with other values must show the same latents.
+
+    Raises:
+        ModelError: if they do not; names the site.
+    """
+    first = {site.name: site for site in structure.latents}
+    second = {site.name: site for site in other.latents}
+    for name in sorted(first.keys() ^ second.keys()):
+        raise ModelError(
+            f"the model has dynamic structure: latent site '{name}' appears in one run and not in another; a flow needs "
+            "the same latents in every run"
+        )
+    for name, site in first.items():
+        if site.shape != second[name].shape or site.unconstrained_shape != second[name].unconstrained_shape:
+            raise ModelError(
+                f"the model has dynamic structure: latent site '{name}' has shape {tuple(site.shape)} in one run and "
+                f"{tuple(second[name].shape)} in another; a flow needs the same shapes in every run"
+            )
+
+
+def feasible_if_improper(init_fn: InitFn) -> InitFn:
+    """``init_fn``, but a feasible point, whatever ``init_fn`` says, where the prior cannot be sampled.
+
+    ``dist.ImproperUniform`` has no sampler, and Pyro's init functions all sample.
+    """
+
+    def init(site: Any = None) -> Any:
+        # Pyro's init functions return a configured version of themselves when called without a site.
+        if site is None:
+            return init
+        try:
+            return init_fn(site)
+        except NotImplementedError:
+            fn = site["fn"]
+            transform = biject_to(fn.support)
+            value = transform(torch.zeros(transform.inverse_shape(fn.shape())))
+            value._pyro_custom_init = False
+            return value
+
+    return init
+
+
+def can_sample(fn: Distribution) -> bool:
+    """Whether a prior can be drawn from."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            fn.sample()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _sample_nodes(trace: Trace) -> Iterator[tuple[str, Any]]:
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample":
+            yield name, node
+
+
+def _site(node: Any) -> Site:
+    shape = node["value"].shape
+    event_dim = node["fn"].event_dim
+    return Site(node["name"], shape, event_dim, _plate_names(node, len(shape) - event_dim))
+
+
+def _plate_names(node: Any, batch_dim: int) -> tuple[str | None, ...]:
+    names: list[str | None] = [None] * batch_dim
+    for frame in node["cond_indep_stack"]:
+        if frame.vectorized and -frame.dim <= batch_dim:
+            names[frame.dim] = frame.name
+    return tuple(names)
+
+
+def _latent(node: Any, plates: Mapping[str, Plate], start: int) -> Latent:
+    name, fn = node["name"], node["fn"]
+    if fn.has_enumerate_support or fn.support.is_discrete:
+        raise ModelError(
+            f"latent site '{name}' is discrete ({type(fn).__name__}): a flow needs continuous latents. Sum it out with "
+            "dist.MixtureSameFamily or dist.DiscreteHMM; or use AutoFlow(poutine.block(model, hide="
+            f"['{name}'])) with SVI and TraceEnum_ELBO, the site marked infer={{'enumerate': 'parallel'}}"
+        )
+    for frame in node["cond_indep_stack"]:
+        if not frame.vectorized:
+            raise ModelError(
+                f"latent site '{name}' stands in the sequential plate '{frame.name}': use 'with pyro.plate(...)' instead "
+                "of 'for ... in pyro.plate(...)'"
+            )
+        plate = plates.get(frame.name)
+        if plate is not None and plate.subsample_size < plate.size:
+            raise ModelError(
+                f"latent site '{name}' is local to plate '{plate.name}', which is subsampled ({plate.subsample_size} of "
+                f"{plate.size} rows): one flow would use the same dimensions for whichever rows are drawn. Run the plate "
+                "with all its rows"
+            )
+    value = node["value"]
+    try:
+        unconstrained = biject_to(fn.support).inv(value)
+    except NotImplementedError:
+        raise ModelError(
+            f"latent site '{name}' has support {fn.support}, which has no bijection to the reals: reparametrise it"
+        ) from None
+    site = _site(node)
+    return Latent(site.name, site.shape, site.event_dim, site.plates, fn.support, unconstrained.shape, start)
+
+
+def _check_observed(name: str, node: Any) -> None:
+    value = node["value"]
+    if isinstance(value, Tensor) and torch.isnan(value).any():
+        raise DataError(
+            f"observed site '{name}' has {int(torch.isnan(value).sum())} NaN of {value.numel()} values: drop these rows, "
+            "or mask them with poutine.mask or obs_mask"
+        )
