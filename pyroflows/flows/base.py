@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import DistributionModule, FlowDistribution, checked_event
-from pyroflows.transforms.base import Compose, FlowTransform
+from pyroflows.transforms.base import Compose, FlowTransform, drop_param_store_references
 from pyroflows.transforms.foreign import Foreign, Zuko
 
 Base = Distribution | nn.Module | str | None
@@ -53,6 +53,10 @@ class Flow(nn.Module):
         layers = [part if isinstance(part, FlowTransform) else Foreign(part, self.dim) for part in parts]
         self.transform = Compose(layers)
         self.base = _base_module(base, self.dim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        drop_param_store_references(self)
+        return self.__dict__
 
     @property
     def context_dim(self) -> int:

@@ -77,6 +77,10 @@ class FlowTransform(TransformModule):
         """A view that remembers its last pair of values (``cache_size=1``), or the layer itself (0)."""
         return Cached(self) if cache_size else self
 
+    def __getstate__(self) -> dict[str, Any]:
+        drop_param_store_references(self)
+        return super().__getstate__()
+
     def _call(self, z: Tensor) -> Tensor:
         return self.forward_and_ladj(z)[0]
 
@@ -228,3 +232,12 @@ class Cached(FlowTransform):
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         return self if cache_size else self.layer
+
+
+def drop_param_store_references(module: nn.Module) -> None:
+    """Make the parameters of a module that stands in Pyro's param store fit for pickle.
+
+    The store hangs a weak reference on each parameter that it hands out, and does so again at the next access.
+    """
+    for parameter in module.parameters():
+        vars(parameter).pop("unconstrained", None)

@@ -1,0 +1,155 @@
+"""The flow guide: a Pyro ``AutoContinuous`` whose distribution is a flow."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import Distribution
+from pyro.infer.autoguide import AutoContinuous, init_to_median
+from torch import Tensor
+
+from pyroflows.errors import CheckpointError, ModelError, OptionError
+from pyroflows.flows import IAF, Flow, FlowDistribution
+from pyroflows.flows.base import as_flow
+from pyroflows.model import InitFn, Model, ModelStructure, feasible_if_improper, inspect_model
+from pyroflows.transforms import Elementwise, FlowTransform
+from pyroflows.transforms.univariate import Affine
+
+FlowFn = Callable[[int], Any]
+
+NUM_QUANTILE_SAMPLES = 10_000
+
+
+class AutoFlow(AutoContinuous):
+    r"""A guide whose law over all latents, packed into one unconstrained vector, is a flow.
+
+    .. math:: x = \mu + \sigma \odot T(z)
+
+    where T is the flow of ``flow_fn`` and :math:`\mu, \sigma` are a last affine layer that starts at ``init_loc_fn`` and
+    ``init_scale``. Layers start close to the identity, so the guide starts as a narrow version of the base around the
+    initial values. It works wherever Pyro's own autoguides do: ``SVI`` with any ELBO, ``Predictive``,
+    ``AutoGuideList``, ``NeuTraReparam``, the param store. The flow is built at the first call with the model's
+    arguments, or by ``load_state_dict``.
+
+    Args:
+        model: a Pyro model whose latents are continuous and the same in every run.
+        flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
+            of these, or a Zuko flow; None for an affine IAF of four layers.
+        init_loc_fn: initial values by site, one of Pyro's ``init_to_...`` functions.
+        init_scale: initial standard deviation in the unconstrained space, positive.
+        dtype: dtype of the flow; None for that of the model's latents.
+
+    Raises:
+        ModelError: at the first call, if the model cannot have a flow guide; names the site.
+        OptionError: if ``init_scale`` is not positive.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = AutoFlow(model)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> loss = svi.step(torch.tensor(1.0))
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        flow_fn: FlowFn | None = None,
+        *,
+        init_loc_fn: InitFn = init_to_median,
+        init_scale: float = 0.1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not init_scale > 0:
+            raise OptionError(f"init_scale must be positive, got {init_scale}")
+        super().__init__(model, init_loc_fn=feasible_if_improper(init_loc_fn))
+        self._flow_fn = flow_fn or default_flow
+        self._init_scale = init_scale
+        self._dtype = dtype
+        self.structure: ModelStructure | None = None
+        self.flow: Flow | None = None
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        # Our own look at the whole model comes first: its errors name the site, and it sees the plates.
+        structure = inspect_model(self.model, args, kwargs)
+        with torch.no_grad():
+            super()._setup_prototype(*args, **kwargs)
+            loc = self._init_loc()
+        if self.flow is None:
+            self._build(loc.to(self._dtype or structure.dtype))
+        elif self.flow.dim != structure.dim:
+            self.prototype_trace = None
+            raise CheckpointError(
+                f"this guide holds a flow of {self.flow.dim} dimensions, but the model has {structure.dim} unconstrained "
+                "latents: the state or file belongs to another model"
+            )
+        self.structure = structure
+
+    def _build(self, loc: Tensor) -> None:
+        dim = len(loc)
+        flow = as_flow(self._flow_fn(dim), dim)
+        init = torch.stack([loc, torch.full_like(loc, math.log(self._init_scale))], -1)
+        location_scale = Elementwise(dim, Affine(None, None), init=init)
+        self.flow = Flow([*flow.transform.layers, location_scale], base=flow.base).to(loc)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A fresh guide is built here: its last layer holds one location and scale a latent, which tells the size.
+        flow_prefix = f"{prefix}flow.transform.layers."
+        indices = [int(key[len(flow_prefix) :].split(".")[0]) for key in state_dict if key.startswith(flow_prefix)]
+        if self.flow is None and indices:
+            self._build(torch.zeros_like(state_dict[f"{flow_prefix}{max(indices)}.parameters_of.value"][:, 0]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _built(self) -> Flow:
+        flow = self.flow
+        if flow is None:
+            raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
+        return flow
+
+    def get_base_dist(self) -> Distribution:
+        """The base distribution z of the flow."""
+        return self._built().base()
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
+        """The map from z to the unconstrained latent; it remembers its last pair of values."""
+        return self._built().transform.with_cache()
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """The law of the unconstrained latent, of event shape ``(latent_dim,)``."""
+        return self._built()()
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal posterior medians by site, from samples."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal posterior quantiles by site, from samples; ``(len(quantiles), *site shape)``."""
+        if self.structure is None:
+            self._setup_prototype(*args, **kwargs)
+        assert self.structure is not None
+        latents = self.get_posterior().sample((NUM_QUANTILE_SAMPLES,))
+        values, _ = self.structure.constrain(latents)
+        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
+        return {name: torch.quantile(value, levels, dim=0) for name, value in values.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's version also forgets the model of the guide that is copied. Functions are left out, since those that
+        # users write at the prompt cannot be pickled.
+        return {**self.__dict__, "_model": None, "master": None, "_flow_fn": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFlow":
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # Through __dict__, since a module would register what it is given.
+        copied.__dict__.update(_model=self.__dict__["_model"], _flow_fn=self._flow_fn)
+        return copied
+
+
+def default_flow(latent_dim: int) -> Flow:
+    """The flow of a guide that was given none."""
+    return IAF(latent_dim, num_layers=4, hidden_dims=(32, 32))
