@@ -12,7 +12,8 @@ from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions import biject_to, constraints
+from torch.utils._pytree import tree_map
 
 from pyroflows.errors import DataError, ModelError
 
@@ -41,11 +42,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Latent(Site):
-    """A continuous latent site, and its place in the packed unconstrained vector."""
+    """A continuous latent site, its place in the packed unconstrained vector, and whether its prior is improper."""
 
     support: constraints.Constraint
     unconstrained_shape: torch.Size
     start: int
+    is_flat: bool
 
     @property
     def stop(self) -> int:
@@ -83,7 +85,7 @@ class ModelStructure:
         return tuple(p for p in self.plates.values() if p.subsample_size < p.size)
 
     def constrain(self, vector: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Values of all sites ``(*batch, *site.shape)`` from ``(*batch, dim)``, and the log-determinant ``(*batch,)``."""
+        """Values of all sites ``(*batch, *site.shape)`` of ``(*batch, dim)``, and the log-determinant ``(*batch,)``."""
         batch_shape = vector.shape[:-1]
         values = {}
         ladj = vector.new_zeros(batch_shape)
@@ -102,7 +104,7 @@ class ModelStructure:
         for site in self.latents:
             value = torch.as_tensor(values[site.name], dtype=self.dtype)
             batch_shape = value.shape[: value.dim() - len(site.shape)]
-            parts.append(biject_to(site.support).inv(value).reshape(batch_shape + (-1,)))
+            parts.append(biject_to(site.support).inv(value).reshape((*batch_shape, -1)))
         return torch.cat(parts, -1)
 
 
@@ -134,9 +136,11 @@ def structure_of(trace: Trace) -> ModelStructure:
     latents, observed, deterministic = [], [], []
     nesting, start = 0, 0
     for name, node in _sample_nodes(trace):
-        nesting = max([nesting, len(node["fn"].batch_shape)] + [-f.dim for f in node["cond_indep_stack"] if f.vectorized])
+        nesting = max(
+            [nesting, len(node["fn"].batch_shape)] + [-f.dim for f in node["cond_indep_stack"] if f.vectorized]
+        )
         if node["infer"].get("_deterministic"):
-            deterministic.append(_site(node))
+            deterministic.append(_deterministic_site(node))
         elif node["is_observed"]:
             _check_observed(name, node)
             if not isinstance(node["fn"], dist.Unit):
@@ -166,8 +170,8 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
     second = {site.name: site for site in other.latents}
     for name in sorted(first.keys() ^ second.keys()):
         raise ModelError(
-            f"the model has dynamic structure: latent site '{name}' appears in one run and not in another; a flow needs "
-            "the same latents in every run"
+            f"the model has dynamic structure: latent site '{name}' appears in one run and not in another; a flow "
+            "needs the same latents in every run"
         )
     for name, site in first.items():
         if site.shape != second[name].shape or site.unconstrained_shape != second[name].unconstrained_shape:
@@ -175,6 +179,21 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
                 f"the model has dynamic structure: latent site '{name}' has shape {tuple(site.shape)} in one run and "
                 f"{tuple(second[name].shape)} in another; a flow needs the same shapes in every run"
             )
+
+
+def model_parameters(model: Model, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The unconstrained tensors behind the ``pyro.param`` and ``pyro.module`` statements of a model."""
+    trace = trace_model(model, args, kwargs)
+    return {name: node["value"].unconstrained() for name, node in trace.nodes.items() if node["type"] == "param"}
+
+
+def cast_floating(tree: Any, dtype: torch.dtype | None) -> Any:
+    """The same arguments with floating tensors in another dtype; None leaves them as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree if dtype is None else tree_map(cast, tree)
 
 
 def feasible_if_improper(init_fn: InitFn) -> InitFn:
@@ -199,16 +218,6 @@ def feasible_if_improper(init_fn: InitFn) -> InitFn:
     return init
 
 
-def can_sample(fn: Distribution) -> bool:
-    """Whether a prior can be drawn from."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            fn.sample()
-    except NotImplementedError:
-        return False
-    return True
-
-
 def _sample_nodes(trace: Trace) -> Iterator[tuple[str, Any]]:
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample":
@@ -219,6 +228,16 @@ def _site(node: Any) -> Site:
     shape = node["value"].shape
     event_dim = node["fn"].event_dim
     return Site(node["name"], shape, event_dim, _plate_names(node, len(shape) - event_dim))
+
+
+def _deterministic_site(node: Any) -> Site:
+    """By default Pyro counts all dimensions of such a site as event; plates of its own size still name them."""
+    shape = node["value"].shape
+    names: list[str | None] = [None] * len(shape)
+    for frame in node["cond_indep_stack"]:
+        if frame.vectorized and -frame.dim <= len(shape) and shape[frame.dim] == frame.size:
+            names[frame.dim] = frame.name
+    return Site(node["name"], shape, 0, tuple(names))
 
 
 def _plate_names(node: Any, batch_dim: int) -> tuple[str | None, ...]:
@@ -240,15 +259,15 @@ def _latent(node: Any, plates: Mapping[str, Plate], start: int) -> Latent:
     for frame in node["cond_indep_stack"]:
         if not frame.vectorized:
             raise ModelError(
-                f"latent site '{name}' stands in the sequential plate '{frame.name}': use 'with pyro.plate(...)' instead "
-                "of 'for ... in pyro.plate(...)'"
+                f"latent site '{name}' stands in the sequential plate '{frame.name}': use 'with pyro.plate(...)' "
+                "instead of 'for ... in pyro.plate(...)'"
             )
         plate = plates.get(frame.name)
         if plate is not None and plate.subsample_size < plate.size:
             raise ModelError(
-                f"latent site '{name}' is local to plate '{plate.name}', which is subsampled ({plate.subsample_size} of "
-                f"{plate.size} rows): one flow would use the same dimensions for whichever rows are drawn. Run the plate "
-                "with all its rows"
+                f"latent site '{name}' is local to plate '{plate.name}', which is subsampled ({plate.subsample_size} "
+                f"of {plate.size} rows): one flow would use the same dimensions for whichever rows are drawn. Run the "
+                "plate with all its rows"
             )
     value = node["value"]
     try:
@@ -258,13 +277,24 @@ def _latent(node: Any, plates: Mapping[str, Plate], start: int) -> Latent:
             f"latent site '{name}' has support {fn.support}, which has no bijection to the reals: reparametrise it"
         ) from None
     site = _site(node)
-    return Latent(site.name, site.shape, site.event_dim, site.plates, fn.support, unconstrained.shape, start)
+    return Latent(
+        site.name, site.shape, site.event_dim, site.plates, fn.support, unconstrained.shape, start, _is_flat(node)
+    )
+
+
+def _is_flat(node: Any) -> bool:
+    """Whether a prior is constant, by ``ImproperUniform`` or by a mask, so that there is nothing to draw from."""
+    fn, masks = node["fn"], [node["mask"]]
+    while hasattr(fn, "base_dist"):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return isinstance(fn, dist.ImproperUniform) or any(mask is False for mask in masks)
 
 
 def _check_observed(name: str, node: Any) -> None:
     value = node["value"]
     if isinstance(value, Tensor) and torch.isnan(value).any():
         raise DataError(
-            f"observed site '{name}' has {int(torch.isnan(value).sum())} NaN of {value.numel()} values: drop these rows, "
-            "or mask them with poutine.mask or obs_mask"
+            f"observed site '{name}' has {int(torch.isnan(value).sum())} NaN of {value.numel()} values: drop these "
+            "rows, or mask them with poutine.mask or obs_mask"
         )

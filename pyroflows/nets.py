@@ -4,6 +4,7 @@ Every conditioner starts with a zero output layer, so that what it conditions st
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -27,7 +28,7 @@ class MLP(nn.Sequential):
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
         widths = [in_dim, *hidden_dims]
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
         super().__init__(*layers, _zero(nn.Linear(widths[-1], out_dim)))
 
@@ -74,10 +75,10 @@ class MaskedLinear(nn.Linear):
 class MADE(nn.Module):
     r"""Masked autoregressive network (Germain et al. 2015, arXiv:1502.03509).
 
-    One pass gives :math:`\theta_j = f_j(z_{<j}, c)` for all j, where :math:`z_{<j}` are the inputs before j in ``order``.
-    Input j carries the degree of its place in the order, 0 to D - 1; a hidden unit of degree d sees inputs of degree
-    below d, and the outputs for place j see hidden units of degree at most j. Hidden units are sorted by degree. The
-    context reaches every hidden unit; units of degree 0 see nothing else.
+    One pass gives :math:`\theta_j = f_j(z_{<j}, c)` for all j, where :math:`z_{<j}` are the inputs before j in
+    ``order``. Input j carries the degree of its place in the order, 0 to D - 1; a hidden unit of degree d sees inputs
+    of degree below d, and the outputs for place j see hidden units of degree at most j. Hidden units are sorted by
+    degree. The context reaches every hidden unit; units of degree 0 see nothing else.
 
     Args:
         order: a permutation of ``range(D)``; ``order[i]`` is the dimension that stands at place i.
@@ -101,7 +102,7 @@ class MADE(nn.Module):
         lowest = 0 if context_dim or dim == 1 else 1
         degrees = [_spread(lowest, dim - 1, width) for width in hidden_dims]
         masks = [degrees[0][:, None] > place]
-        masks += [b[:, None] >= a for a, b in zip(degrees[:-1], degrees[1:], strict=True)]
+        masks += [b[:, None] >= a for a, b in pairwise(degrees)]
         last = (place[:, None] >= degrees[-1]).repeat(num_params, 1)
 
         self.input = MaskedLinear(masks[0])

@@ -7,7 +7,7 @@ from pyroflows.transforms.autoregressive import Autoregressive
 
 
 class IAF(Flow):
-    """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): affine autoregressive layers in turning order.
+    """Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): affine autoregressive layers, turning order.
 
     Sampling and scoring a fresh sample are parallel, so it suits a guide; scoring another value goes dimension by
     dimension.

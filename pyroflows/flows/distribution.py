@@ -1,7 +1,7 @@
 """The distribution that a call of a flow makes."""
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -13,7 +13,8 @@ from pyroflows.transforms.base import FlowTransform, Pair
 
 
 class FlowDistribution(TorchDistribution):
-    r"""The law of ``x = t(z)``, z from a base distribution: :math:`\log q(x) = \log p(z) + \log|\det \partial z/\partial x|`.
+    r"""The law of ``x = t(z)``, z from a base distribution: :math:`\log q(x) = \log p(z) + \log|\det \partial
+    z/\partial x|`.
 
     It remembers the last sample with its log-density, so that scoring a fresh sample is free; it should live no longer
     than one step of an optimiser.
@@ -24,7 +25,7 @@ class FlowDistribution(TorchDistribution):
         context: ``(..., context_dim)``, if the transform takes one.
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self, base: Distribution, transform: FlowTransform, context: Tensor | None = None, validate_args: Any = None
@@ -39,12 +40,12 @@ class FlowDistribution(TorchDistribution):
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
     @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
+    def has_rsample(self) -> bool:
         return bool(self.base.has_rsample)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.transform.codomain if self.transform.codomain.event_dim else constraints.real_vector
+    def support(self) -> constraints.Constraint:
+        return self.transform.codomain
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "FlowDistribution":
         batch_shape = torch.Size(batch_shape)

@@ -27,9 +27,9 @@ class AutoFlow(AutoContinuous):
 
     .. math:: x = \mu + \sigma \odot T(z)
 
-    where T is the flow of ``flow_fn`` and :math:`\mu, \sigma` are a last affine layer that starts at ``init_loc_fn`` and
-    ``init_scale``. Layers start close to the identity, so the guide starts as a narrow version of the base around the
-    initial values. It works wherever Pyro's own autoguides do: ``SVI`` with any ELBO, ``Predictive``,
+    where T is the flow of ``flow_fn`` and :math:`\mu, \sigma` are a last affine layer that starts at ``init_loc_fn``
+    and ``init_scale``. Layers start close to the identity, so the guide starts as a narrow version of the base around
+    the initial values. It works wherever Pyro's own autoguides do: ``SVI`` with any ELBO, ``Predictive``,
     ``AutoGuideList``, ``NeuTraReparam``, the param store. The flow is built at the first call with the model's
     arguments, or by ``load_state_dict``.
 
@@ -66,9 +66,9 @@ class AutoFlow(AutoContinuous):
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
         super().__init__(model, init_loc_fn=feasible_if_improper(init_loc_fn))
-        self._flow_fn = flow_fn or default_flow
+        self.flow_fn = flow_fn or default_flow
         self._init_scale = init_scale
-        self._dtype = dtype
+        self.dtype = dtype
         self.structure: ModelStructure | None = None
         self.flow: Flow | None = None
 
@@ -79,18 +79,18 @@ class AutoFlow(AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
             loc = self._init_loc()
         if self.flow is None:
-            self._build(loc.to(self._dtype or structure.dtype))
+            self._build(loc.to(self.dtype or structure.dtype))
         elif self.flow.dim != structure.dim:
             self.prototype_trace = None
             raise CheckpointError(
-                f"this guide holds a flow of {self.flow.dim} dimensions, but the model has {structure.dim} unconstrained "
-                "latents: the state or file belongs to another model"
+                f"this guide holds a flow of {self.flow.dim} dimensions, but the model has {structure.dim} "
+                "unconstrained latents: the state or file belongs to another model"
             )
         self.structure = structure
 
     def _build(self, loc: Tensor) -> None:
         dim = len(loc)
-        flow = as_flow(self._flow_fn(dim), dim)
+        flow = as_flow(self.flow_fn(dim), dim)
         init = torch.stack([loc, torch.full_like(loc, math.log(self._init_scale))], -1)
         location_scale = Elementwise(dim, Affine(None, None), init=init)
         self.flow = Flow([*flow.transform.layers, location_scale], base=flow.base).to(loc)
@@ -139,14 +139,14 @@ class AutoFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's version also forgets the model of the guide that is copied. Functions are left out, since those that
         # users write at the prompt cannot be pickled.
-        return {**self.__dict__, "_model": None, "master": None, "_flow_fn": None}
+        return {**self.__dict__, "_model": None, "master": None, "flow_fn": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFlow":
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         # Through __dict__, since a module would register what it is given.
-        copied.__dict__.update(_model=self.__dict__["_model"], _flow_fn=self._flow_fn)
+        copied.__dict__.update(_model=self.__dict__["_model"], flow_fn=self.flow_fn)
         return copied
 
 

@@ -25,8 +25,8 @@ class Autoregressive(FlowTransform):
         dim: the event size D.
         univariate: the map T, a name or an instance.
         order: a permutation of ``range(dim)``, the order in which dimensions see each other; ascending by default.
-        conditioner: "made", or a factory called as ``factory(order, num_params, hidden_dims, context_dim)`` whose module
-            maps ``(z, context)`` to ``(..., dim, num_params)`` autoregressively in that order.
+        conditioner: "made", or a factory called as ``factory(order, num_params, hidden_dims, context_dim)`` whose
+            module maps ``(z, context)`` to ``(..., dim, num_params)`` autoregressively in that order.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context c.
 

@@ -35,8 +35,8 @@ class FlowTransform(TransformModule):
     """
 
     bijective = True
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class FlowTransform(TransformModule):
                 f"{name}: batch shapes of the value, {tuple(value.shape[:-1])}, and of the context, "
                 f"{tuple(context.shape[:-1])}, do not broadcast"
             ) from None
-        return value.expand(batch_shape + (self.dim,))
+        return value.expand((*batch_shape, self.dim))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + (f", context_dim={self.context_dim}" if self.context_dim else "")
@@ -163,7 +163,8 @@ class Compose(FlowTransform):
         if len(dims) > 1 or len(context_dims) > 1:
             raise ShapeError(f"layers of one flow must agree, but have dims {dims} and context sizes {context_dims}")
         super().__init__(dims[0], context_dims[0] if context_dims else 0)
-        self.layers = nn.ModuleList(layers)
+        self.codomain = layers[-1].codomain
+        self.layers: Any = nn.ModuleList(layers)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         total: Any = 0.0

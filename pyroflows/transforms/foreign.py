@@ -4,7 +4,7 @@ from typing import Any
 
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
 
 from pyroflows.errors import InversionError, OptionError
 from pyroflows.transforms.base import FlowTransform, Pair
@@ -32,7 +32,8 @@ class Foreign(FlowTransform):
         self.transform = transform
         if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
             self.inverse_transform = transform.inv
-        self.codomain = transform.codomain
+        codomain = transform.codomain
+        self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         x = self.transform(z)

@@ -19,8 +19,8 @@ class Radial(FlowTransform):
         = (D - 1) \log(1 + \hat\beta h) + \log(1 + \hat\beta \alpha h^2)
 
     It is invertible where :math:`\hat\beta > -\alpha`; here :math:`\hat\beta = \alpha m(\beta)` with
-    :math:`m \ge -1 + \epsilon`, m(0) = 0, and :math:`\alpha \ge \epsilon = 10^{-3}`. Both directions are parallel and in
-    closed form.
+    :math:`m \ge -1 + \epsilon`, m(0) = 0, and :math:`\alpha \ge \epsilon = 10^{-3}`. Both directions are parallel and
+    in closed form.
 
     Args:
         dim: the event size D.
@@ -50,8 +50,8 @@ class Radial(FlowTransform):
         return z + beta * h * offset, self._ladj(alpha, beta, h)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        # |x - z0| =: s = r + beta r / (alpha + r), that is r^2 + (alpha + beta - s) r - alpha s = 0; the positive root is
-        # written without cancellation in either sign of the linear coefficient p.
+        # |x - z0| =: s = r + beta r / (alpha + r), that is r^2 + (alpha + beta - s) r - alpha s = 0; the positive root
+        # is written without cancellation in either sign of the linear coefficient p.
         center, alpha, beta = self._constrained(context)
         offset = x - center
         s = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)

@@ -71,7 +71,9 @@ class Sylvester(FlowTransform):
         mixing = r_tilde @ r
         solved: list[Tensor] = []
         for i in reversed(range(self.rank)):
-            known = sum((mixing[..., i, j] * h for j, h in zip(range(i + 1, self.rank), solved, strict=True)), start=0.0)
+            known = sum(
+                (mixing[..., i, j] * h for j, h in zip(range(i + 1, self.rank), solved, strict=True)), start=0.0
+            )
             solved.insert(0, torch.tanh(tanh_root(product[..., i], c[..., i] - known)))
         h = torch.stack(solved, -1)
         return x - self._embed(v, _apply(r, h)), -torch.log1p((1 - h**2) * product).sum(-1)

@@ -1,0 +1,107 @@
+"""The verdict on a fit, in words, with the figures behind it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyroflows.inference.arviz import pareto_k_threshold
+from pyroflows.inference.importance import Weights
+
+Verdict = Literal["good", "correct it", "do not use"]
+
+MAX_LOG_WEIGHT_VARIANCE = 0.1
+MAX_MEAN_SHIFT = 0.1
+MAX_SD_CHANGE = 0.1
+# Below this variance q is p to a KL of half a percent of a nat, and k-hat, fitted to what is left, says little.
+NEARLY_EXACT = 0.01
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    r"""Whether a flow posterior can be trusted, and why.
+
+    Args:
+        verdict: "good": use the draws; "correct it": use ``importance_sample``; "do not use": its weights cannot be
+            trusted either.
+        reasons: sentences.
+        khat: Pareto k-hat of the importance weights.
+        khat_threshold: what it should stay below, :math:`\min(1 - 1/\log_{10} S, 0.7)` (Vehtari et al. 2024).
+        ess: effective sample size of the weights.
+        num_samples: number of draws S.
+        log_weight_variance: variance of the log weights; about twice the KL divergence where it is small.
+        mean_shift: largest change of a mean under the weights, in standard deviations, over the unconstrained
+            components.
+        sd_ratio: the standard deviation under the weights over that of the draws, of the component where it is farthest
+            from 1.
+        num_non_finite: draws whose log joint was not finite.
+    """
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    khat: float
+    khat_threshold: float
+    ess: float
+    num_samples: int
+    log_weight_variance: float
+    mean_shift: float
+    sd_ratio: float
+    num_non_finite: int
+
+    def __str__(self) -> str:
+        return "\n".join([f"verdict: {self.verdict}", *(f"  - {reason}" for reason in self.reasons)])
+
+
+def diagnose(raw_log_weights: Tensor, weights: Weights, latents: Tensor) -> Diagnosis:
+    """From raw log weights ``(S,)``, their smoothed version, and the unconstrained draws ``(S, dim)``."""
+    finite = torch.isfinite(raw_log_weights)
+    num_samples, num_bad = len(finite), int((~finite).sum())
+    variance = raw_log_weights[finite].double().var().item()
+    shift, ratio = _moment_change(latents.double(), weights.normalized.to(latents.device))
+    threshold = pareto_k_threshold(num_samples)
+    khat_is_high = weights.khat > threshold
+    moved = shift > MAX_MEAN_SHIFT or abs(ratio - 1) > MAX_SD_CHANGE
+    reasons = [
+        f"k-hat of the importance weights is {weights.khat:.2f}, {'above' if khat_is_high else 'below'} the threshold "
+        f"{threshold:.2f} for {num_samples} draws",
+        f"effective sample size {weights.ess:.0f} of {num_samples}; variance of the log weights {variance:.3f} "
+        f"(good: at most {MAX_LOG_WEIGHT_VARIANCE})",
+        f"under the weights means move by at most {shift:.2f} sd, and the sd changes by at most {abs(ratio - 1):.0%}",
+    ]
+    verdict: Verdict = "good" if variance <= MAX_LOG_WEIGHT_VARIANCE and not moved else "correct it"
+    if khat_is_high and variance > NEARLY_EXACT:
+        verdict = "do not use"
+    if num_bad:
+        verdict = "do not use"
+        reasons.insert(0, f"the log joint is not finite at {num_bad} of {num_samples} draws")
+    reasons.append(_ADVICE[verdict])
+    reasons.append("none of this can see a mode that the flow never visits: compare fits from several starts")
+    return Diagnosis(
+        verdict,
+        tuple(reasons),
+        weights.khat,
+        threshold,
+        weights.ess,
+        num_samples,
+        variance,
+        shift,
+        ratio,
+        num_bad,
+    )
+
+
+_ADVICE: dict[Verdict, str] = {
+    "good": "the draws can be used as they are",
+    "correct it": "use posterior.importance_sample(num_samples), whose weights are reliable here",
+    "do not use": "try more layers, more steps, a reparametrised model, or dtype=torch.float64",
+}
+
+
+def _moment_change(latents: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Largest move of a mean in sds, and the most extreme ratio of sds, under the weights."""
+    mean, sd = latents.mean(0), latents.std(0)
+    weighted_mean = weights @ latents
+    weighted_sd = (weights @ (latents - weighted_mean) ** 2).sqrt()
+    ratio = weighted_sd / sd
+    return ((weighted_mean - mean).abs() / sd).max().item(), ratio[ratio.log().abs().argmax()].item()

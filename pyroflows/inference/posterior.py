@@ -1,0 +1,289 @@
+"""What a fit returns: a posterior that samples, scores, corrects and judges itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro.infer.autoguide import init_to_value
+from torch import Tensor
+
+from pyroflows import plots
+from pyroflows.errors import ModelError, OptionError, ShapeError
+from pyroflows.flows import Flow
+from pyroflows.guides import AutoFlow
+from pyroflows.inference import diagnosis, serialization
+from pyroflows.inference.diagnosis import Diagnosis
+from pyroflows.inference.export import to_arviz
+from pyroflows.inference.importance import WeightedDraws, Weights
+from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.predictive import posterior_predictive
+from pyroflows.model import Model, ModelStructure, cast_floating, check_static, inspect_model, model_parameters
+from pyroflows.training import History
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """The draws from which a posterior's own figures come."""
+
+    latents: Tensor
+    raw_log_weights: Tensor
+    weights: Weights
+
+
+class Posterior:
+    """A flow as the posterior of a Pyro model.
+
+    Args:
+        model: the Pyro model.
+        guide: a flow guide, built and trained.
+        args: the model's positional arguments.
+        kwargs: the model's keyword arguments.
+        history: of the training.
+        num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("N", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> posterior = FlowVI(model, num_steps=200, seed=0, progress_bar=False).run(torch.tensor([1.0, 2.0]))
+        >>> posterior.sample(100)["mu"].shape
+        torch.Size([100])
+        >>> posterior.diagnose().verdict
+        'good'
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: AutoFlow,
+        args: Any,
+        kwargs: Any,
+        history: History,
+        num_diagnostic_samples: int = 4000,
+    ) -> None:
+        if guide.structure is None or guide.flow is None:
+            raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
+        if num_diagnostic_samples < 100:
+            raise OptionError(f"num_diagnostic_samples must be at least 100, got {num_diagnostic_samples}")
+        self.model = model
+        self.guide = guide
+        self.history = history
+        self.num_diagnostic_samples = num_diagnostic_samples
+        self._args, self._kwargs = cast_floating((args, kwargs), guide.dtype)
+        self._flow = guide.flow
+        self._center = _median(self._flow)
+        values, _ = guide.structure.constrain(self._center)
+        self.structure: ModelStructure = inspect_model(model, self._args, self._kwargs, init_to_value(values=values))
+        check_static(guide.structure, self.structure)
+
+    @cached_property
+    def log_joint(self) -> LogJoint:
+        """The model's log joint at these arguments, as a function of unconstrained vectors."""
+        return LogJoint(self.model, self._args, self._kwargs, self.structure, self._center)
+
+    def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
+        """The same posterior with other arguments of the model, for instance without subsampling."""
+        return Posterior(self.model, self.guide, args, kwargs, self.history, self.num_diagnostic_samples)
+
+    def sample(self, num_samples: int) -> dict[str, Tensor]:
+        """Draws by site, ``(num_samples, *site shape)``, in the constrained space; deterministic sites too."""
+        return self._sites(self._latents(num_samples)[0])
+
+    def log_prob(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """``log q`` of draws ``(S, *site shape)`` of all latent sites, a density on the constrained space; ``(S,)``.
+
+        Raises:
+            ShapeError: if a latent site is missing or has another shape.
+        """
+        for site in self.structure.latents:
+            got = tuple(draws[site.name].shape) if site.name in draws else None
+            if got is None or got[len(got) - len(site.shape) :] != site.shape:
+                raise ShapeError(
+                    f"draws of site '{site.name}' must have shape (S, {', '.join(map(str, site.shape))}), got {got}"
+                )
+        vectors = self.structure.unconstrain(draws).to(self._center)
+        _, ladj = self.structure.constrain(vectors)
+        with torch.no_grad():
+            return self._flow().log_prob(vectors) - ladj
+
+    def importance_sample(self, num_samples: int) -> WeightedDraws:
+        """Draws corrected by Pareto-smoothed importance weights."""
+        self._require_full_plates()
+        latents, log_q = self._latents(num_samples)
+        weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
+        return WeightedDraws(self._sites(latents), weights)
+
+    def predictive(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior predictive draws ``(num_samples, ...)`` of observed and deterministic sites.
+
+        At the fit's own arguments, or at new ones where given; observed sites are drawn anew whatever they are given.
+        """
+        if args or kwargs:
+            args, kwargs = cast_floating((args, kwargs), self.guide.dtype)
+        else:
+            args, kwargs = self._args, self._kwargs
+        values, _ = self.structure.constrain(self._latents(num_samples)[0])
+        return posterior_predictive(self.model, args, kwargs, values, num_samples)
+
+    @cached_property
+    def _diagnostics(self) -> Diagnostics:
+        self._require_full_plates()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            latents, log_q = self._latents(self.num_diagnostic_samples)
+            raw = self.log_joint.in_chunks(latents) - log_q
+        return Diagnostics(latents, raw, Weights.smoothed(raw))
+
+    @property
+    def elbo(self) -> float:
+        """Evidence lower bound, the mean log weight."""
+        return self._diagnostics.raw_log_weights.double().mean().item()
+
+    @property
+    def elbo_se(self) -> float:
+        """Standard error of the ELBO."""
+        return self._diagnostics.raw_log_weights.double().std().item() / self.num_diagnostic_samples**0.5
+
+    @property
+    def khat(self) -> float:
+        """Pareto k-hat of the importance weights."""
+        return self._diagnostics.weights.khat
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of ``num_diagnostic_samples`` weighted draws."""
+        return self._diagnostics.weights.ess
+
+    @property
+    def log_evidence(self) -> float:
+        """Log evidence by importance sampling."""
+        return self._diagnostics.weights.log_evidence
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Standard error of the log evidence."""
+        return self._diagnostics.weights.log_evidence_se
+
+    def diagnose(self) -> Diagnosis:
+        """The verdict, and why."""
+        found = self._diagnostics
+        return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents)
+
+    def summary(self) -> "pd.DataFrame":
+        """Mean, sd and quantiles of every component, straight from the flow, as a pandas table."""
+        import pandas as pd
+
+        rows = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            draws = self.sample(self.num_diagnostic_samples)
+        for name, value in draws.items():
+            for index in np.ndindex(*value.shape[1:]):
+                component = value[(slice(None), *index)].double().cpu().numpy()
+                label = f"{name}[{', '.join(map(str, index))}]" if index else name
+                rows[label] = [component.mean(), component.std(ddof=1), *np.quantile(component, QUANTILES)]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "sd", *(f"{q:.0%}" for q in QUANTILES)])
+
+    def __repr__(self) -> str:
+        if self.structure.subsampled:
+            names = ", ".join(p.name for p in self.structure.subsampled)
+            return f"{self.summary().round(3)}\n\nno verdict: plate {names} is subsampled, see Posterior.with_data"
+        return (
+            f"{self.summary().round(3)}\n\n"
+            f"ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}, "
+            f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}\n"
+            f"{self.diagnose()}"
+        )
+
+    def to_arviz(
+        self,
+        num_samples: int = 1000,
+        log_likelihood: bool = True,
+        posterior_predictive: bool = True,
+        prior: bool = True,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
+        """ArviZ data of one chain of draws from the flow: InferenceData or DataTree, as the installed ArviZ has it.
+
+        ``sample_stats`` holds ``lp`` and ``log_q`` in the unconstrained space, and ``log_weight``. There is no R-hat:
+        the draws are independent, and R-hat could say nothing of their error.
+
+        Args:
+            num_samples: number of draws.
+            log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
+            posterior_predictive: whether to add posterior predictive draws.
+            prior: whether to add prior and prior predictive draws.
+            coords: coordinates by dimension.
+            dims: dimension names by site; plates name theirs.
+        """
+        self._require_full_plates()
+        latents, log_q = self._latents(num_samples)
+        log_p = self.log_joint.in_chunks(latents)
+        return to_arviz(
+            self._sites(latents),
+            self.model,
+            self._args,
+            self._kwargs,
+            sample_stats={"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q},
+            log_likelihood=log_likelihood,
+            posterior_predictive=posterior_predictive,
+            prior=prior,
+            coords=coords,
+            dims=dims,
+        )
+
+    def plot_training(self, **kwargs: Any) -> Any:
+        """The ELBO and the variance of the log weights over the steps; a matplotlib figure."""
+        return plots.plot_training(self.history, **kwargs)
+
+    def plot_pairs(self, var_names: Sequence[str] | None = None, num_samples: int = 2000, **kwargs: Any) -> Any:
+        """Marginals and pairs of draws by ArviZ; ``kwargs`` go to its ``plot_pair``."""
+        return plots.plot_pairs(to_arviz(self.sample(num_samples)), var_names, **kwargs)
+
+    def save(self, path: str | Path) -> None:
+        """Write the flow and the history to a safetensors file; see :func:`pyroflows.load_posterior`."""
+        parameters = model_parameters(self.model, self._args, self._kwargs)
+        serialization.save(self.guide, parameters, self.history, path)
+
+    @torch.no_grad()
+    def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Unconstrained draws ``(S, dim)`` and their ``log q``."""
+        if num_samples < 1:
+            raise OptionError(f"num_samples must be positive, got {num_samples}")
+        return self._flow().rsample_and_log_prob((num_samples,))
+
+    def _sites(self, latents: Tensor) -> dict[str, Tensor]:
+        """Latent and deterministic sites, without those that a subsampled plate makes another in each run."""
+        values, _ = self.structure.constrain(latents)
+        subsampled = {plate.name for plate in self.structure.subsampled}
+        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plates)]
+        if not names:
+            return values
+        recorded = self.log_joint.batched.in_chunks(values, len(latents)).values
+        return {**values, **{name: recorded[name] for name in names}}
+
+    def _require_full_plates(self) -> None:
+        for plate in self.structure.subsampled:
+            raise ModelError(
+                f"plate '{plate.name}' is subsampled ({plate.subsample_size} of {plate.size} rows), and weights, k-hat "
+                "and evidence mean nothing on a part of the data: use posterior.with_data(...) with arguments for "
+                "which the model runs on all rows"
+            )
+
+
+@torch.no_grad()
+def _median(flow: Flow) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return flow().sample((100,)).median(0).values

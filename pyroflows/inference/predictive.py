@@ -1,0 +1,42 @@
+"""Draws of a whole model: posterior predictive and prior."""
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from pyroflows.inference.batching import BatchedModel, Values
+from pyroflows.model import Model, ModelStructure
+
+
+def posterior_predictive(model: Model, args: Any, kwargs: Any, latents: Values, num_samples: int) -> dict[str, Tensor]:
+    """Draws ``(num_samples, ...)`` of the observed and deterministic sites, given draws of the latents."""
+    batched = BatchedModel(model, args, kwargs, latents, draw=True)
+    values = batched.in_chunks(latents, num_samples).values
+    return {name: value for name, value in values.items() if name not in latents}
+
+
+def prior_draws(
+    model: Model, args: Any, kwargs: Any, structure: ModelStructure, num_samples: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Prior draws of latent and deterministic sites, and of observed sites; both empty where a prior has no sampler."""
+    flat = [site.name for site in structure.latents if site.is_flat]
+    if flat:
+        warnings.warn(
+            f"the priors of {flat} are flat and cannot be drawn from: prior and prior predictive draws are left out",
+            stacklevel=2,
+        )
+        return {}, {}
+    try:
+        batched = BatchedModel(model, args, kwargs, {}, draw=True)
+    except NotImplementedError as error:
+        warnings.warn(
+            f"a prior cannot be drawn from ({error}): prior and prior predictive draws are left out", stacklevel=2
+        )
+        return {}, {}
+    values = batched.in_chunks({}, num_samples).values
+    observed = {site.name for site in structure.observed}
+    return (
+        {name: value for name, value in values.items() if name not in observed},
+        {name: value for name, value in values.items() if name in observed},
+    )

@@ -1,0 +1,56 @@
+"""Pictures of a fit."""
+
+from typing import Any
+
+import numpy as np
+
+from pyroflows.errors import FlowError
+from pyroflows.training import History
+
+
+class PlotError(FlowError, ImportError):
+    """Plots need matplotlib."""
+
+
+def plot_training(history: History) -> Any:
+    """The ELBO and the variance of the log weights over the steps; a matplotlib figure.
+
+    The ELBO's axis leaves out the climb from the start, which would flatten the rest.
+    """
+    plt = _pyplot()
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.0), layout="constrained")
+    elbo = history["elbo"]
+    steps = np.arange(1, len(elbo) + 1)
+    top.plot(steps, elbo, color="C0", alpha=0.25, linewidth=0.8)
+    top.plot(steps, _smooth(elbo), color="C0")
+    top.set_ylim(*_robust_range(elbo))
+    top.set_ylabel("ELBO (nats)")
+    variance = history["log_weight_variance"]
+    bottom.semilogy(steps, variance, color="C1", alpha=0.25, linewidth=0.8)
+    bottom.semilogy(steps, _smooth(variance), color="C1")
+    bottom.set_ylabel("variance of log weights")
+    bottom.set_xlabel("step")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise PlotError("plots need matplotlib: pip install 'pyroflows[plots]'") from error
+    return plt
+
+
+def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
+    """Running median, with a shorter window at the ends."""
+    half = window // 2
+    return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _robust_range(values: np.ndarray) -> tuple[float, float]:
+    settled = values[len(values) // 10 :]
+    low, high = np.nanquantile(settled[np.isfinite(settled)], [0.02, 0.98])
+    margin = 0.15 * (high - low) + 1e-3
+    return low - margin, high + margin
