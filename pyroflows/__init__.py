@@ -9,6 +9,7 @@ from pyroflows.errors import (
     InversionError,
     ModelError,
     OptionError,
+    PlotError,
     ShapeError,
 )
 from pyroflows.flows import Flow
@@ -26,6 +27,7 @@ __all__ = [
     "InversionError",
     "ModelError",
     "OptionError",
+    "PlotError",
     "Posterior",
     "ShapeError",
     "errors",

@@ -35,3 +35,7 @@ class DivergedError(FlowError, RuntimeError):
 
 class CheckpointError(FlowError, ValueError):
     """A file cannot be read, or does not belong to this model or guide."""
+
+
+class PlotError(FlowError, ImportError):
+    """A picture was asked for, and matplotlib is not installed."""

@@ -4,12 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from pyroflows.errors import FlowError
+from pyroflows.errors import PlotError
 from pyroflows.training import History
-
-
-class PlotError(FlowError, ImportError):
-    """Plots need matplotlib."""
 
 
 def plot_training(history: History) -> Any:
@@ -17,7 +13,7 @@ def plot_training(history: History) -> Any:
 
     The ELBO's axis leaves out the climb from the start, which would flatten the rest.
     """
-    plt = _pyplot()
+    plt = require_matplotlib()
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.0), layout="constrained")
     elbo = history["elbo"]
     steps = np.arange(1, len(elbo) + 1)
@@ -35,7 +31,8 @@ def plot_training(history: History) -> Any:
     return figure
 
 
-def _pyplot() -> Any:
+def require_matplotlib() -> Any:
+    """The module ``matplotlib.pyplot``, or an error that says how to get it."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

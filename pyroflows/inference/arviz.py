@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SAMPLED_GROUPS = ("posterior", "sample_stats", "log_likelihood", "posterior_predictive", "prior", "prior_predictive")
 DATA_GROUPS = ("observed_data", "constant_data")
 
+SAMPLE_DIMS = ("chain", "draw")
+MAX_PAIRS = 6  # of components: ArviZ 1.x refuses more than 40 panels
+
 # Fewer weights leave the tail less than six of them, to which ArviZ 1.x fits nothing.
 MIN_WEIGHTS = 30
 # Log weights this close are equal: float32 rounds a log density of 1e4 that coarsely, and to an estimate a part in a
@@ -122,6 +125,40 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     return log_weights, khat
 
 
+def plot_pairs(
+    data: "InferenceData | DataTree",
+    var_names: Sequence[str] | None = None,
+    coords: Mapping[str, Sequence] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Marginals and pairs of two to six components of the posterior, by ArviZ's ``plot_pair``.
+
+    Args:
+        data: of :func:`to_arviz_data`.
+        var_names: variables to show; all by default.
+        coords: dimension -> the labels to show.
+        kwargs: more for ``plot_pair`` of the installed ArviZ.
+
+    Returns:
+        What has ``savefig``: a matplotlib figure (0.x) or ArviZ's ``PlotMatrix`` (1.x).
+
+    Raises:
+        ValueError: if there are fewer than two components to show, or more than six.
+    """
+    posterior: Any = data["posterior"]
+    chosen = list(var_names or posterior.data_vars)
+    shown = {d: labels for d, labels in (coords or {}).items() if d in posterior.coords}
+    parts = [posterior[name].sel({d: shown[d] for d in posterior[name].dims if d in shown}) for name in chosen]
+    num = sum(part[0, 0].size for part in parts)
+    if not 2 <= num <= MAX_PAIRS:
+        dimensions = [d for d in posterior.dims if d not in SAMPLE_DIMS]
+        raise ValueError(
+            f"a pair plot shows 2 to {MAX_PAIRS} components, but {chosen} have {num}: choose by var_names and coords, "
+            f"from variables {list(posterior.data_vars)} and dimensions {dimensions}"
+        )
+    return _backend().plot_pair(data, var_names=chosen, coords=shown, **kwargs)
+
+
 def pareto_k_threshold(num_samples: int) -> float:
     r"""The largest :math:`\hat k` with which an estimate from S weights can be trusted.
 
@@ -180,6 +217,7 @@ class _Backend(NamedTuple):
     dataset: Callable[..., "Dataset"]
     container: Callable[[dict[str, "Dataset"]], Any]
     psislw: Callable[[np.ndarray], tuple[np.ndarray, Any]]
+    plot_pair: Callable[..., Any]
 
 
 @cache
@@ -207,7 +245,14 @@ def _arviz_0() -> _Backend:
             warnings.filterwarnings("ignore", "More chains", UserWarning)
             return arviz.dict_to_dataset(arrays, default_dims=sample_dims, **options)
 
-    return _Backend(dataset, lambda datasets: arviz.InferenceData(**datasets), arviz.psislw)
+    def plot_pair(data: "InferenceData", **options: Any) -> Any:
+        with warnings.catch_warnings():
+            # It uses a call that matplotlib 3.11 deprecates.
+            warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping")
+            axes = arviz.plot_pair(data, **{"kind": "scatter", "marginals": True, **options})
+        return axes.flat[0].figure
+
+    return _Backend(dataset, lambda datasets: arviz.InferenceData(**datasets), arviz.psislw, plot_pair)
 
 
 def _arviz_1() -> _Backend:
@@ -219,5 +264,14 @@ def _arviz_1() -> _Backend:
         # The conventions are the guess that _arviz_0 silences.
         return arviz_base.dict_to_dataset(arrays, sample_dims=sample_dims, check_conventions=False, **options)
 
-    # Unlike 0.x it takes negated log weights: a log likelihood, as leave-one-out has it.
-    return _Backend(dataset, DataTree.from_dict, lambda log_weights: array_stats.psislw(-log_weights))
+    def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, Any]:
+        # Unlike 0.x it takes negated log weights: a log likelihood, as leave-one-out has it.
+        return array_stats.psislw(-log_weights)
+
+    def plot_pair(data: "DataTree", **options: Any) -> Any:
+        import arviz_plots
+
+        # Without a backend it draws nothing, and says so only when the figure is saved.
+        return arviz_plots.plot_pair(data, **{"backend": "matplotlib", **options})
+
+    return _Backend(dataset, DataTree.from_dict, psislw, plot_pair)

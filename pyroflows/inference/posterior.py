@@ -16,6 +16,7 @@ from pyroflows.errors import ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import diagnosis, serialization
+from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
@@ -243,13 +244,36 @@ class Posterior:
             dims=dims,
         )
 
-    def plot_training(self, **kwargs: Any) -> Any:
+    def plot_training(self) -> Any:
         """The ELBO and the variance of the log weights over the steps; a matplotlib figure."""
-        return plots.plot_training(self.history, **kwargs)
+        return plots.plot_training(self.history)
 
-    def plot_pairs(self, var_names: Sequence[str] | None = None, num_samples: int = 2000, **kwargs: Any) -> Any:
-        """Marginals and pairs of draws by ArviZ; ``kwargs`` go to its ``plot_pair``."""
-        return plots.plot_pairs(to_arviz(self.sample(num_samples)), var_names, **kwargs)
+    def plot_pairs(
+        self,
+        var_names: Sequence[str] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        num_samples: int = 1000,
+        **kwargs: Any,
+    ) -> Any:
+        """Marginals and pairs of two to six components, by ArviZ; the figure has ``savefig``.
+
+        Args:
+            var_names: sites to show; all by default.
+            coords: labels to show by dimension; plates are dimensions, whose rows are numbered.
+            num_samples: number of draws.
+            kwargs: more for ArviZ's ``plot_pair``.
+        """
+        plots.require_matplotlib()
+        data = to_arviz(
+            self.sample(num_samples),
+            self.model,
+            self._args,
+            self._kwargs,
+            log_likelihood=False,
+            posterior_predictive=False,
+            prior=False,
+        )
+        return plot_pairs(data, var_names, coords, **kwargs)
 
     def save(self, path: str | Path) -> None:
         """Write the flow and the history to a safetensors file; see :func:`pyroflows.load_posterior`."""
