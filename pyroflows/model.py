@@ -122,8 +122,8 @@ def inspect_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None =
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
     """One run of the model with latents at ``init_fn``, or drawn from the prior where that can be drawn."""
     init = InitMessenger(feasible_if_improper(init_fn or (lambda site: site["fn"].sample())))
-    with torch.no_grad(), init:
-        return poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+    with torch.no_grad():
+        return poutine.block(poutine.trace(init(model)).get_trace)(*args, **kwargs)
 
 
 def structure_of(trace: Trace) -> ModelStructure:

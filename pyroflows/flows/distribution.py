@@ -110,6 +110,7 @@ class DistributionModule(nn.Module):
 
 
 def checked_event(base: Distribution, dim: int) -> Distribution:
+    """The base, if it is one of vectors of ``dim`` components."""
     if base.event_shape != (dim,):
         raise ShapeError(
             f"the base of a flow of {dim} dimensions must have event shape ({dim},), but has batch shape "

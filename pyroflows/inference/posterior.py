@@ -56,7 +56,7 @@ class Posterior:
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("N", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> posterior = FlowVI(model, num_steps=200, seed=0, progress_bar=False).run(torch.tensor([1.0, 2.0]))
+        >>> posterior = pf.FlowVI(model, num_steps=200, seed=0, progress_bar=False).run(torch.tensor([1.0, 2.0]))
         >>> posterior.sample(100)["mu"].shape
         torch.Size([100])
         >>> posterior.diagnose().verdict

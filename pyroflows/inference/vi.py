@@ -55,7 +55,7 @@ class FlowVI:
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("N", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> vi = FlowVI(model, num_steps=200, seed=0, progress_bar=False)
+        >>> vi = pf.FlowVI(model, num_steps=200, seed=0, progress_bar=False)
         >>> posterior = vi.run(torch.tensor([1.0, 2.0]))
         >>> abs(posterior.sample(4000)["mu"].mean().item() - 1.0) < 0.1
         True
