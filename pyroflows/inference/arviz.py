@@ -156,7 +156,7 @@ def plot_pairs(
             f"a pair plot shows 2 to {MAX_PAIRS} components, but {chosen} have {num}: choose by var_names and coords, "
             f"from variables {list(posterior.data_vars)} and dimensions {dimensions}"
         )
-    return _backend().plot_pair(data, var_names=chosen, coords=shown, **kwargs)
+    return _backend().plot_pair(data, var_names=chosen, coords=shown, num_components=num, **kwargs)
 
 
 def pareto_k_threshold(num_samples: int) -> float:
@@ -246,11 +246,16 @@ def _arviz_0() -> _Backend:
             return arviz.dict_to_dataset(arrays, default_dims=sample_dims, **options)
 
     def plot_pair(data: "InferenceData", **options: Any) -> Any:
+        size = (2.2 * options.pop("num_components"),) * 2
+        # Faint points, since thousands of them overlap.
+        look = {"kind": "scatter", "marginals": True, "figsize": size, "scatter_kwargs": {"alpha": 0.2}}
         with warnings.catch_warnings():
             # It uses a call that matplotlib 3.11 deprecates.
             warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping")
-            axes = arviz.plot_pair(data, **{"kind": "scatter", "marginals": True, **options})
-        return axes.flat[0].figure
+            axes = arviz.plot_pair(data, **{**look, **options})
+        figure = axes.flat[0].figure
+        figure.set_layout_engine("constrained")
+        return figure
 
     return _Backend(dataset, lambda datasets: arviz.InferenceData(**datasets), arviz.psislw, plot_pair)
 
@@ -271,6 +276,7 @@ def _arviz_1() -> _Backend:
     def plot_pair(data: "DataTree", **options: Any) -> Any:
         import arviz_plots
 
+        options.pop("num_components")
         # Without a backend it draws nothing, and says so only when the figure is saved.
         return arviz_plots.plot_pair(data, **{"backend": "matplotlib", **options})
 

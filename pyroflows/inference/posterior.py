@@ -252,7 +252,7 @@ class Posterior:
         self,
         var_names: Sequence[str] | None = None,
         coords: Mapping[str, Sequence[Any]] | None = None,
-        num_samples: int = 1000,
+        num_samples: int = 2000,
         **kwargs: Any,
     ) -> Any:
         """Marginals and pairs of two to six components, by ArviZ; the figure has ``savefig``.
