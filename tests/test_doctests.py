@@ -32,6 +32,6 @@ def test_public_names_have_docstrings(name):
     module = importlib.import_module(name)
     assert module.__doc__
     for public, value in vars(module).items():
-        if not public.startswith("_") and callable(value) and getattr(value, "__module__", None) == name:
-            if isinstance(value, type) or hasattr(value, "__code__"):
-                assert value.__doc__, f"{name}.{public} has no docstring"
+        defined_here = getattr(value, "__module__", None) == name
+        if defined_here and not public.startswith("_") and (isinstance(value, type) or hasattr(value, "__code__")):
+            assert value.__doc__, f"{name}.{public} has no docstring"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor
@@ -78,6 +79,10 @@ class AutoFlow(AutoContinuous):
         with torch.no_grad():
             super()._setup_prototype(*args, **kwargs)
             loc = self._init_loc()
+        if self.master is None:
+            # NeuTraReparam wants them, also of a guide that was trained without being called.
+            with poutine.block():
+                self._create_plates(*args, **kwargs)
         if self.flow is None:
             self._build(loc.to(self.dtype or structure.dtype))
         elif self.flow.dim != structure.dim:

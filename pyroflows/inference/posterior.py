@@ -22,6 +22,7 @@ from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.predictive import posterior_predictive
+from pyroflows.inference.randomness import seeded
 from pyroflows.model import Model, ModelStructure, cast_floating, check_static, inspect_model, model_parameters
 from pyroflows.training import History
 
@@ -139,8 +140,7 @@ class Posterior:
     @cached_property
     def _diagnostics(self) -> Diagnostics:
         self._require_full_plates()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             latents, log_q = self._latents(self.num_diagnostic_samples)
             raw = self.log_joint.in_chunks(latents) - log_q
         return Diagnostics(latents, raw, Weights.smoothed(raw))
@@ -185,8 +185,7 @@ class Posterior:
         import pandas as pd
 
         rows = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
+        with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
         for name, value in draws.items():
             for index in np.ndindex(*value.shape[1:]):
@@ -308,6 +307,5 @@ class Posterior:
 
 @torch.no_grad()
 def _median(flow: Flow) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return flow().sample((100,)).median(0).values

@@ -15,6 +15,7 @@ from pyroflows.guides.flow import FlowFn
 from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
+from pyroflows.inference.randomness import seeded
 from pyroflows.inference.serialization import load
 from pyroflows.model import Model, cast_floating, check_static, inspect_model, model_parameters
 from pyroflows.training import History, OptimizerLike, train
@@ -104,9 +105,7 @@ class FlowVI:
             DataError: if observed values are NaN.
             DivergedError: if the fit diverges; the guide keeps its last good state.
         """
-        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
-            if self.seed is not None:
-                torch.manual_seed(self.seed)
+        with seeded(self.seed):
             return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
