@@ -1,7 +1,8 @@
 """One training step of FlowVI beside one of Pyro's SVI with AutoIAFNormal, on eight schools.
 
 Both: affine IAF of 4 layers with hidden widths (64, 64), 64 particles at once, Adam. The two run in turn in one
-process; a step of FlowVI is the difference of a longer and a shorter fit, so it holds everything that its training loop does.
+process; a step of FlowVI is the difference of a longer and a shorter fit, so it holds everything that its training
+loop does.
 
     python tests/benchmarks/step_time.py --rounds 7 --threads 1
 """
