@@ -181,9 +181,9 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
             )
 
 
-def model_parameters(model: Model, args: Any, kwargs: Any) -> dict[str, Tensor]:
+def model_parameters(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> dict[str, Tensor]:
     """The unconstrained tensors behind the ``pyro.param`` and ``pyro.module`` statements of a model."""
-    trace = trace_model(model, args, kwargs)
+    trace = trace_model(model, args, kwargs, init_fn)
     return {name: node["value"].unconstrained() for name, node in trace.nodes.items() if node["type"] == "param"}
 
 

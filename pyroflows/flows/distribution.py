@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import ShapeError
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, version_of
 
 
 class FlowDistribution(TorchDistribution):
     r"""The law of ``x = t(z)``, z from a base distribution: :math:`\log q(x) = \log p(z) + \log|\det \partial
     z/\partial x|`.
 
-    It remembers the last sample with its log-density, so that scoring a fresh sample is free; it should live no longer
-    than one step of an optimiser.
+    It remembers the last sample with its log-density, so that scoring a fresh sample is free. The memory is dropped by
+    deepcopy and pickle, and does not count once a parameter has changed.
 
     Args:
         base: the distribution of z, of event shape ``(dim,)``.
@@ -36,7 +36,7 @@ class FlowDistribution(TorchDistribution):
         self.base = base
         self.transform = transform
         self.context = context
-        self._last: Pair | None = None
+        self._last: tuple[Tensor, Tensor, int] | None = None
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
     @property
@@ -52,6 +52,9 @@ class FlowDistribution(TorchDistribution):
         context = None if self.context is None else self.context.expand(batch_shape + self.context.shape[-1:])
         return FlowDistribution(self.base.expand(batch_shape), self.transform, context, self._validate_args)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
         """Draws ``(*sample_shape, *batch_shape, dim)`` and their log-densities, in one pass through the flow."""
         base = self.base if self.base.batch_shape == self.batch_shape else self.base.expand(self.batch_shape)
@@ -60,15 +63,16 @@ class FlowDistribution(TorchDistribution):
         return x, base.log_prob(z) - ladj
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        self._last = self.rsample_and_log_prob(sample_shape)
-        return self._last[0]
+        x, log_q = self.rsample_and_log_prob(sample_shape)
+        self._last = x, log_q, version_of(self.transform)
+        return x
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
             return self.rsample_and_log_prob(sample_shape)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._last is not None and value is self._last[0]:
+        if self._last is not None and value is self._last[0] and self._last[2] == version_of(self.transform):
             return self._last[1]
         if self._validate_args:
             self._validate_sample(value)

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows.inference.arviz import to_arviz_data
@@ -53,7 +54,8 @@ def to_arviz(
     named: dict[str, list[str]] = {}
     if model is not None:
         kwargs = kwargs or {}
-        structure = inspect_model(model, args, kwargs)
+        first = {name: value[0] for name, value in draws.items()}
+        structure = inspect_model(model, args, kwargs, init_to_value(values=first))
         num_samples = len(next(iter(draws.values())))
         latents = {site.name: draws[site.name] for site in structure.latents}
         named = _dims(structure)

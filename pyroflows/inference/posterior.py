@@ -84,8 +84,8 @@ class Posterior:
         self._args, self._kwargs = cast_floating((args, kwargs), guide.dtype)
         self._flow = guide.flow
         self._center = _median(self._flow)
-        values, _ = guide.structure.constrain(self._center)
-        self.structure: ModelStructure = inspect_model(model, self._args, self._kwargs, init_to_value(values=values))
+        self._init_fn = init_to_value(values=guide.structure.constrain(self._center)[0])
+        self.structure: ModelStructure = inspect_model(model, self._args, self._kwargs, self._init_fn)
         check_static(guide.structure, self.structure)
 
     @cached_property
@@ -276,7 +276,7 @@ class Posterior:
 
     def save(self, path: str | Path) -> None:
         """Write the flow and the history to a safetensors file; see :func:`pyroflows.load_posterior`."""
-        parameters = model_parameters(self.model, self._args, self._kwargs)
+        parameters = model_parameters(self.model, self._args, self._kwargs, self._init_fn)
         serialization.save(self.guide, parameters, self.history, path)
 
     @torch.no_grad()

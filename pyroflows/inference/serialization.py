@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import init_to_value
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -59,7 +60,8 @@ def load(path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn
         raise CheckpointError(
             f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
         )
-    for name, parameter in model_parameters(model, args, kwargs).items():
+    init_fn = init_to_value(values=guide.structure.constrain(guide._init_loc())[0])
+    for name, parameter in model_parameters(model, args, kwargs, init_fn).items():
         with torch.no_grad():
             parameter.copy_(tensors[f"param.{name}"])
     return guide, History({name: values.tolist() for name, values in _part(tensors, "history.").items()})

@@ -17,7 +17,7 @@ from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.randomness import seeded
 from pyroflows.inference.serialization import load
-from pyroflows.model import Model, cast_floating, check_static, inspect_model, model_parameters
+from pyroflows.model import InitFn, Model, ModelStructure, cast_floating, check_static, inspect_model, model_parameters
 from pyroflows.training import History, OptimizerLike, train
 
 NUM_PARTICLES = 128
@@ -127,7 +127,7 @@ class FlowVI:
             loss.backward()
             return {"elbo": log_weights.mean(), "log_weight_variance": log_weights.var()}
 
-        own = model_parameters(self.model, args, kwargs).values()
+        own = model_parameters(self.model, args, kwargs, _init_at(structure, center)).values()
         history = train(
             step,
             [*flow.parameters(), *own],
@@ -174,12 +174,16 @@ def _is_settled(history: History) -> bool:
     return len(recent) == SETTLED_WINDOW and float(recent.mean()) < SETTLED_LOG_WEIGHT_VARIANCE
 
 
+def _init_at(structure: ModelStructure, vector: Tensor) -> InitFn:
+    return init_to_value(values=structure.constrain(vector)[0])
+
+
 def _check_static_around(center: Tensor, model: Model, args: Any, kwargs: Any, guide: AutoFlow) -> None:
     assert guide.structure is not None
     with pyro.validation_enabled(False):
         for _ in range(2):
-            values, _ladj = guide.structure.constrain(center + torch.randn_like(center))
-            other = inspect_model(model, args, kwargs, init_to_value(values=values))
+            init_fn = _init_at(guide.structure, center + torch.randn_like(center))
+            other = inspect_model(model, args, kwargs, init_fn)
             check_static(guide.structure, other)
 
 

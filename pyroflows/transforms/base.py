@@ -195,29 +195,26 @@ class Cached(FlowTransform):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_last": None}
 
-    def _version(self) -> int:
-        return sum(p._version for p in self.layer.parameters())
-
     def _remembered(self, z: Tensor | None, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """The last triple, if it belongs to z or x and to today's parameters."""
         if self._last is None:
             return None
         *last, version = self._last
         fits = (z is None or z is last[0]) and (x is None or x is last[1])
-        return (last[0], last[1], last[2]) if fits and version == self._version() else None
+        return (last[0], last[1], last[2]) if fits and version == version_of(self.layer) else None
 
     def _call(self, z: Tensor) -> Tensor:
         if (last := self._remembered(z, None)) is not None:
             return last[1]
         x, ladj = self.layer.forward_and_ladj(z)
-        self._last = z, x, ladj, self._version()
+        self._last = z, x, ladj, version_of(self.layer)
         return x
 
     def _inverse(self, x: Tensor) -> Tensor:
         if (last := self._remembered(None, x)) is not None:
             return last[0]
         z, ladj = self.layer.inverse_and_ladj(x)
-        self._last = z, x, -ladj, self._version()
+        self._last = z, x, -ladj, version_of(self.layer)
         return z
 
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
@@ -233,6 +230,11 @@ class Cached(FlowTransform):
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         return self if cache_size else self.layer
+
+
+def version_of(module: nn.Module) -> int:
+    """A number that grows whenever a parameter of the module is changed in place, as optimisers do."""
+    return sum(p._version for p in module.parameters())
 
 
 def drop_param_store_references(module: nn.Module) -> None:
