@@ -187,13 +187,23 @@ def model_parameters(model: Model, args: Any, kwargs: Any, init_fn: InitFn | Non
     return {name: node["value"].unconstrained() for name, node in trace.nodes.items() if node["type"] == "param"}
 
 
-def cast_floating(tree: Any, dtype: torch.dtype | None) -> Any:
-    """The same arguments with floating tensors in another dtype; None leaves them as they are."""
+def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
+    """The model as it runs in another floating dtype: arguments are cast, and numbers become tensors of that dtype."""
+    if dtype is None:
+        return model
 
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    return tree if dtype is None else tree_map(cast, tree)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return model(*tree_map(cast, args), **tree_map(cast, kwargs))
+        finally:
+            torch.set_default_dtype(before)
+
+    return run
 
 
 def feasible_if_improper(init_fn: InitFn) -> InitFn:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import IAF, Flow, FlowDistribution
 from pyroflows.flows.base import as_flow
-from pyroflows.model import InitFn, Model, ModelStructure, feasible_if_improper, inspect_model
+from pyroflows.model import InitFn, Model, ModelStructure, feasible_if_improper, in_dtype, inspect_model
 from pyroflows.transforms import Elementwise, FlowTransform
 from pyroflows.transforms.univariate import Affine
 
@@ -40,7 +40,7 @@ class AutoFlow(AutoContinuous):
             of these, or a Zuko flow; None for an affine IAF of four layers.
         init_loc_fn: initial values by site, one of Pyro's ``init_to_...`` functions.
         init_scale: initial standard deviation in the unconstrained space, positive.
-        dtype: dtype of the flow; None for that of the model's latents.
+        dtype: dtype in which the flow and the model run; None for that of the model's latents.
 
     Raises:
         ModelError: at the first call, if the model cannot have a flow guide; names the site.
@@ -66,7 +66,7 @@ class AutoFlow(AutoContinuous):
     ) -> None:
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
-        super().__init__(model, init_loc_fn=feasible_if_improper(init_loc_fn))
+        super().__init__(in_dtype(model, dtype), init_loc_fn=feasible_if_improper(init_loc_fn))
         self.flow_fn = flow_fn or default_flow
         self._init_scale = init_scale
         self.dtype = dtype

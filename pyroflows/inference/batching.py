@@ -7,8 +7,10 @@ Three ways are tried, and the first that gives what single draws give is taken:
 - "loop": one run a draw.
 """
 
+import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ Values = Mapping[str, Tensor]
 # A batch is cut into chunks so that its sites hold no more numbers than this at once.
 MAX_NUMBERS = 2**25
 NUM_EXAMPLES = 5
+LONG = 5.0  # seconds of drawing one by one before a word is said
 
 
 @dataclass
@@ -71,8 +74,11 @@ class BatchedModel:
         self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
+            start = time.perf_counter()
             handler = self._run({name: value[0] for name, value in examples.items()}, subsample or {})
+            self._seconds = time.perf_counter() - start
             self._handler, self._reference = handler, handler.record
+            self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
     def __call__(self, values: Values, num_draws: int, subsample: Values | None = None) -> Record:
@@ -87,6 +93,8 @@ class BatchedModel:
     @torch.no_grad()
     def in_chunks(self, values: Values, num_draws: int) -> Record:
         """As a call, without gradients, for any number of draws."""
+        if self.mode == "loop" and num_draws * self._seconds > LONG:
+            self._warn(f"draw by draw, which takes about {num_draws * self._seconds:.0f} seconds for {num_draws} draws")
         size = self.chunk_size
         parts = []
         for start in range(0, num_draws, size):
@@ -95,23 +103,26 @@ class BatchedModel:
         return Record(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
 
     def _right_mode(self, examples: Values, subsample: Values) -> Mode:
-        failures = {}
         modes: tuple[Mode, ...] = ("plate", "vmap")
         for mode in modes:
             try:
                 record = self._batch(mode, examples, NUM_EXAMPLES, subsample)
             except Exception as error:  # whatever a model written for one draw raises in a batch
-                failures[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                self._failures[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
             if self._agrees(record, subsample):
                 return mode
-            failures[mode] = "differs from single draws"
-        warnings.warn(
-            "the model runs draw by draw, which is slow: under an outer plate it fails with "
-            f"[{failures['plate']}], under vmap with [{failures['vmap']}]",
-            stacklevel=2,
-        )
+            self._failures[mode] = "differs from single draws"
+        if not self._draw:
+            self._warn("draw by draw, which makes every step slow")
         return "loop"
+
+    def _warn(self, how: str) -> None:
+        warnings.warn(
+            f"the model runs {how}: under an outer plate it fails with [{self._failures['plate']}], under vmap with "
+            f"[{self._failures['vmap']}]",
+            stacklevel=3,
+        )
 
     def _agrees(self, record: Record, subsample: Values) -> bool:
         """Whether single runs at the values of a batch give the batch's values and log-densities."""
@@ -126,8 +137,9 @@ class BatchedModel:
                 return False
         return True
 
-    def _run(self, values: Values, subsample: Values) -> "_Handler":
-        with _Handler(values, subsample, self._draw) as handler:
+    def _run(self, values: Values, subsample: Values, plate: Any = nullcontext()) -> "_Handler":  # noqa: B008
+        # The plate stands inside, so that the handler sees distributions as the plate expands them.
+        with _Handler(values, subsample, self._draw) as handler, plate:
             self._model(*self._args, **self._kwargs)
         return handler
 
@@ -160,8 +172,8 @@ class BatchedModel:
         for name, value in values.items():
             batch_dim = value.dim() - 1 - self._handler.event_dims[name]
             placed[name] = value.reshape((num_draws,) + (1,) * (nesting - batch_dim) + value.shape[1:])
-        with pyro.plate("_pyroflows_draws", num_draws, dim=-1 - nesting):
-            record = self._run(placed, subsample).record
+        plate = pyro.plate("_pyroflows_draws", num_draws, dim=-1 - nesting)
+        record = self._run(placed, subsample, plate).record
 
         def flat(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: _draws_first(t, num_draws, like[name].shape) for name, t in tensors.items()}
@@ -186,8 +198,9 @@ class _Handler(Messenger):
         elif name in self._subsample:
             msg["value"] = self._subsample[name]
         elif self._draw:
-            if msg["is_observed"] and not _is_fixed(msg):
-                msg["is_observed"], msg["value"] = False, None
+            if not _is_fixed(msg) and type(fn).__name__ != "_Subsample":
+                # Not a call of fn: rsample fills tensors in place in many distributions, which vmap refuses.
+                msg["is_observed"], msg["value"] = False, fn.sample()
         elif not msg["is_observed"] and type(fn).__name__ != "_Subsample":
             raise ModelError(
                 f"the model has dynamic structure: site '{name}' is neither observed nor a latent of the model's first "

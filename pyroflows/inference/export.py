@@ -50,7 +50,10 @@ def to_arviz(
         >>> data["posterior"]["mu"].shape
         (1, 100)
     """
-    groups: dict[str, Arrays] = {"posterior": _one_chain(draws), "sample_stats": _one_chain(sample_stats or {})}
+    groups: dict[str, Arrays] = {
+        "posterior": _one_chain(draws),
+        "sample_stats": _one_chain(_double(sample_stats or {})),
+    }
     named: dict[str, list[str]] = {}
     if model is not None:
         kwargs = kwargs or {}
@@ -63,7 +66,9 @@ def to_arviz(
             record = BatchedModel(model, args, kwargs, latents).in_chunks(latents, num_samples)
             groups["observed_data"] = {s.name: _array(record.values[s.name][0]) for s in structure.observed}
             if log_likelihood:
-                groups["log_likelihood"] = _one_chain({s.name: record.log_probs[s.name] for s in structure.observed})
+                groups["log_likelihood"] = _one_chain(
+                    _double({s.name: record.log_probs[s.name] for s in structure.observed})
+                )
             if posterior_predictive:
                 drawn = draw_posterior_predictive(model, args, kwargs, latents, num_samples)
                 groups["posterior_predictive"] = _one_chain({s.name: drawn[s.name] for s in structure.observed})
@@ -83,6 +88,11 @@ def _dims(structure: ModelStructure) -> dict[str, list[str]]:
             plates = (*site.plates, *[None] * (len(site.shape) - len(site.plates)))
             named[site.name] = [plate or f"{site.name}_dim_{i}" for i, plate in enumerate(plates)]
     return named
+
+
+def _double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In float64: ArviZ's own sums in float32 can come out NaN."""
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def _one_chain(tensors: Mapping[str, Tensor]) -> Arrays:

@@ -23,7 +23,7 @@ from pyroflows.inference.importance import WeightedDraws, Weights
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.inference.randomness import seeded
-from pyroflows.model import Model, ModelStructure, cast_floating, check_static, inspect_model, model_parameters
+from pyroflows.model import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.training import History
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Posterior:
         args: Any,
         kwargs: Any,
         history: History,
-        num_diagnostic_samples: int = 4000,
+        num_diagnostic_samples: int = 10_000,
     ) -> None:
         if guide.structure is None or guide.flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
@@ -81,17 +81,18 @@ class Posterior:
         self.guide = guide
         self.history = history
         self.num_diagnostic_samples = num_diagnostic_samples
-        self._args, self._kwargs = cast_floating((args, kwargs), guide.dtype)
+        self._model = in_dtype(model, guide.dtype)
+        self._args, self._kwargs = args, kwargs
         self._flow = guide.flow
         self._center = _median(self._flow)
         self._init_fn = init_to_value(values=guide.structure.constrain(self._center)[0])
-        self.structure: ModelStructure = inspect_model(model, self._args, self._kwargs, self._init_fn)
+        self.structure: ModelStructure = inspect_model(self._model, self._args, self._kwargs, self._init_fn)
         check_static(guide.structure, self.structure)
 
     @cached_property
     def log_joint(self) -> LogJoint:
         """The model's log joint at these arguments, as a function of unconstrained vectors."""
-        return LogJoint(self.model, self._args, self._kwargs, self.structure, self._center)
+        return LogJoint(self._model, self._args, self._kwargs, self.structure, self._center)
 
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""
@@ -130,12 +131,10 @@ class Posterior:
 
         At the fit's own arguments, or at new ones where given; observed sites are drawn anew whatever they are given.
         """
-        if args or kwargs:
-            args, kwargs = cast_floating((args, kwargs), self.guide.dtype)
-        else:
+        if not args and not kwargs:
             args, kwargs = self._args, self._kwargs
         values, _ = self.structure.constrain(self._latents(num_samples)[0])
-        return posterior_predictive(self.model, args, kwargs, values, num_samples)
+        return posterior_predictive(self._model, args, kwargs, values, num_samples)
 
     @cached_property
     def _diagnostics(self) -> Diagnostics:
@@ -180,14 +179,21 @@ class Posterior:
         found = self._diagnostics
         return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents)
 
-    def summary(self) -> "pd.DataFrame":
-        """Mean, sd and quantiles of every component, straight from the flow, as a pandas table."""
+    def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
+        """Mean, sd and quantiles of every component, straight from the flow, as a pandas table.
+
+        Args:
+            var_names: sites to show; by default all but deterministic sites with a value for each observation, that is
+                in plates without latents.
+        """
         import pandas as pd
 
         rows = {}
+        names = self._summary_names() if var_names is None else var_names
         with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
-        for name, value in draws.items():
+        for name in names:
+            value = draws[name]
             for index in np.ndindex(*value.shape[1:]):
                 component = value[(slice(None), *index)].double().cpu().numpy()
                 label = f"{name}[{', '.join(map(str, index))}]" if index else name
@@ -232,7 +238,7 @@ class Posterior:
         log_p = self.log_joint.in_chunks(latents)
         return to_arviz(
             self._sites(latents),
-            self.model,
+            self._model,
             self._args,
             self._kwargs,
             sample_stats={"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q},
@@ -265,7 +271,7 @@ class Posterior:
         plots.require_matplotlib()
         data = to_arviz(
             self.sample(num_samples),
-            self.model,
+            self._model,
             self._args,
             self._kwargs,
             log_likelihood=False,
@@ -276,7 +282,7 @@ class Posterior:
 
     def save(self, path: str | Path) -> None:
         """Write the flow and the history to a safetensors file; see :func:`pyroflows.load_posterior`."""
-        parameters = model_parameters(self.model, self._args, self._kwargs, self._init_fn)
+        parameters = model_parameters(self._model, self._args, self._kwargs, self._init_fn)
         serialization.save(self.guide, parameters, self.history, path)
 
     @torch.no_grad()
@@ -295,6 +301,12 @@ class Posterior:
             return values
         recorded = self.log_joint.batched.in_chunks(values, len(latents)).values
         return {**values, **{name: recorded[name] for name in names}}
+
+    def _summary_names(self) -> list[str]:
+        structure = self.structure
+        local = {plate for site in structure.latents for plate in site.plates} | {None}
+        deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plates)]
+        return [*(site.name for site in structure.latents), *deterministic]
 
     def _require_full_plates(self) -> None:
         for plate in self.structure.subsampled:

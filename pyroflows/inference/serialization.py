@@ -16,7 +16,7 @@ from pyroflows import flows
 from pyroflows.errors import CheckpointError
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn, default_flow
-from pyroflows.model import Model, cast_floating, model_parameters
+from pyroflows.model import Model, in_dtype, model_parameters
 from pyroflows.training import History
 
 FORMAT = "pyroflows posterior 1"
@@ -48,7 +48,6 @@ def load(path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn
     header, tensors = _read(path)
     dtype = None if header["dtype"] is None else getattr(torch, header["dtype"])
     guide = AutoFlow(model, flow_fn or _flow_fn(header["flow"], path), dtype=dtype)
-    args, kwargs = cast_floating((args, kwargs), dtype)
     try:
         guide.load_state_dict(_part(tensors, "flow."))
     except RuntimeError as error:
@@ -61,7 +60,7 @@ def load(path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn
             f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
         )
     init_fn = init_to_value(values=guide.structure.constrain(guide._init_loc())[0])
-    for name, parameter in model_parameters(model, args, kwargs, init_fn).items():
+    for name, parameter in model_parameters(in_dtype(model, dtype), args, kwargs, init_fn).items():
         with torch.no_grad():
             parameter.copy_(tensors[f"param.{name}"])
     return guide, History({name: values.tolist() for name, values in _part(tensors, "history.").items()})

@@ -17,7 +17,7 @@ from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.randomness import seeded
 from pyroflows.inference.serialization import load
-from pyroflows.model import InitFn, Model, ModelStructure, cast_floating, check_static, inspect_model, model_parameters
+from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.training import History, OptimizerLike, train
 
 NUM_PARTICLES = 128
@@ -43,7 +43,7 @@ class FlowVI:
         estimator: of the gradient: "total", "path" (see :mod:`pyroflows.inference.estimators`), or "auto", which is
             "total".
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        dtype: dtype of the flow, to which floating arguments of the model are cast; None for that of the model's
+        dtype: dtype in which the flow and the model run; None for that of the model's
             latents.
         seed: makes the run reproducible and leaves the global generator as it was; None to draw from the global one.
         progress_bar: whether to show the ELBO while training.
@@ -110,15 +110,15 @@ class FlowVI:
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
         guide = self.guide if isinstance(self.guide, AutoFlow) else _own_guide(self.model, self.guide, self.dtype)
-        args, kwargs = cast_floating((args, kwargs), guide.dtype)
+        model = in_dtype(self.model, guide.dtype)
         # Not through a call: that would put the flow's parameters into Pyro's store.
         guide._setup_prototype(*args, **kwargs)
         flow, structure = guide.flow, guide.structure
         assert flow is not None
         assert structure is not None
         center = guide._init_loc().to(next(flow.parameters()))
-        _check_static_around(center, self.model, args, kwargs, guide)
-        log_joint = LogJoint(self.model, args, kwargs, structure, center)
+        _check_static_around(center, model, args, kwargs, guide)
+        log_joint = LogJoint(model, args, kwargs, structure, center)
         _check_start(log_joint, center)
 
         def step() -> Mapping[str, Tensor]:
@@ -127,7 +127,7 @@ class FlowVI:
             loss.backward()
             return {"elbo": log_weights.mean(), "log_weight_variance": log_weights.var()}
 
-        own = model_parameters(self.model, args, kwargs, _init_at(structure, center)).values()
+        own = model_parameters(model, args, kwargs, _init_at(structure, center)).values()
         history = train(
             step,
             [*flow.parameters(), *own],
