@@ -121,7 +121,7 @@ def inspect_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None =
 
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
     """One run of the model with latents at ``init_fn``, or drawn from the prior where that can be drawn."""
-    init = InitMessenger(feasible_if_improper(init_fn or (lambda site: site["fn"].sample())))
+    init = InitMessenger(latent_init(init_fn or (lambda site: site["fn"].sample())))
     with torch.no_grad():
         return poutine.block(poutine.trace(init(model)).get_trace)(*args, **kwargs)
 
@@ -146,7 +146,7 @@ def structure_of(trace: Trace) -> ModelStructure:
             if not isinstance(node["fn"], dist.Unit):
                 observed.append(_site(node))
         else:
-            latents.append(_latent(node, plates, start))
+            latents.append(_latent(node, start))
             start = latents[-1].stop
     if not latents:
         raise ModelError(
@@ -206,16 +206,19 @@ def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
     return run
 
 
-def feasible_if_improper(init_fn: InitFn) -> InitFn:
-    """``init_fn``, but a feasible point, whatever ``init_fn`` says, where the prior cannot be sampled.
+def latent_init(init_fn: InitFn) -> InitFn:
+    """``init_fn`` for the latents of a flow.
 
-    ``dist.ImproperUniform`` has no sampler, and Pyro's init functions all sample.
+    Sites that no flow can cover raise, naming the site, before ``init_fn`` fails at them in its own words. Priors
+    without a sampler start at a feasible point, whatever ``init_fn`` says: ``dist.ImproperUniform`` has none, and
+    Pyro's init functions all sample.
     """
 
     def init(site: Any = None) -> Any:
         # Pyro's init functions return a configured version of themselves when called without a site.
         if site is None:
             return init
+        _check_support(site["name"], site["fn"])
         try:
             return init_fn(site)
         except NotImplementedError:
@@ -226,6 +229,21 @@ def feasible_if_improper(init_fn: InitFn) -> InitFn:
             return value
 
     return init
+
+
+def _check_support(name: str, fn: Any) -> None:
+    if fn.has_enumerate_support or fn.support.is_discrete:
+        raise ModelError(
+            f"latent site '{name}' is discrete ({type(fn).__name__}): a flow needs continuous latents. Sum it out with "
+            "dist.MixtureSameFamily or dist.DiscreteHMM; or use AutoFlow(poutine.block(model, hide="
+            f"['{name}'])) with SVI and TraceEnum_ELBO, the site marked infer={{'enumerate': 'parallel'}}"
+        )
+    try:
+        biject_to(fn.support)
+    except NotImplementedError:
+        raise ModelError(
+            f"latent site '{name}' has support {fn.support}, which has no bijection to the reals: reparametrise it"
+        ) from None
 
 
 def _sample_nodes(trace: Trace) -> Iterator[tuple[str, Any]]:
@@ -258,34 +276,21 @@ def _plate_names(node: Any, batch_dim: int) -> tuple[str | None, ...]:
     return tuple(names)
 
 
-def _latent(node: Any, plates: Mapping[str, Plate], start: int) -> Latent:
+def _latent(node: Any, start: int) -> Latent:
     name, fn = node["name"], node["fn"]
-    if fn.has_enumerate_support or fn.support.is_discrete:
-        raise ModelError(
-            f"latent site '{name}' is discrete ({type(fn).__name__}): a flow needs continuous latents. Sum it out with "
-            "dist.MixtureSameFamily or dist.DiscreteHMM; or use AutoFlow(poutine.block(model, hide="
-            f"['{name}'])) with SVI and TraceEnum_ELBO, the site marked infer={{'enumerate': 'parallel'}}"
-        )
     for frame in node["cond_indep_stack"]:
         if not frame.vectorized:
             raise ModelError(
                 f"latent site '{name}' stands in the sequential plate '{frame.name}': use 'with pyro.plate(...)' "
                 "instead of 'for ... in pyro.plate(...)'"
             )
-        plate = plates.get(frame.name)
-        if plate is not None and plate.subsample_size < plate.size:
+        if frame.full_size is not None and frame.size < frame.full_size:
             raise ModelError(
-                f"latent site '{name}' is local to plate '{plate.name}', which is subsampled ({plate.subsample_size} "
-                f"of {plate.size} rows): one flow would use the same dimensions for whichever rows are drawn. Run the "
-                "plate with all its rows"
+                f"latent site '{name}' is local to plate '{frame.name}', which is subsampled ({frame.size} of "
+                f"{frame.full_size} rows): one flow would use the same dimensions for whichever rows are drawn. Run "
+                "the plate with all its rows"
             )
-    value = node["value"]
-    try:
-        unconstrained = biject_to(fn.support).inv(value)
-    except NotImplementedError:
-        raise ModelError(
-            f"latent site '{name}' has support {fn.support}, which has no bijection to the reals: reparametrise it"
-        ) from None
+    unconstrained = biject_to(fn.support).inv(node["value"])
     site = _site(node)
     return Latent(
         site.name, site.shape, site.event_dim, site.plates, fn.support, unconstrained.shape, start, _is_flat(node)
@@ -306,5 +311,5 @@ def _check_observed(name: str, node: Any) -> None:
     if isinstance(value, Tensor) and torch.isnan(value).any():
         raise DataError(
             f"observed site '{name}' has {int(torch.isnan(value).sum())} NaN of {value.numel()} values: drop these "
-            "rows, or mask them with poutine.mask or obs_mask"
+            "rows, or fill them with any number and mask them with poutine.mask"
         )

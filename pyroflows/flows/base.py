@@ -65,9 +65,8 @@ class Flow(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution, at a context ``(..., context_dim)`` if the flow takes one."""
-        if (context is None) != (self.context_dim == 0) or (
-            context is not None and context.shape[-1] != self.context_dim
-        ):
+        expected = (self.context_dim,) if self.context_dim else None
+        if (None if context is None else context.shape[-1:]) != expected:
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context size {self.context_dim}, but got {got}")
         return FlowDistribution(self.base(), self.transform, context)
@@ -90,7 +89,12 @@ class StudentT(nn.Module):
 
 
 def as_flow(flow: Any, dim: int) -> Flow:
-    """A :class:`Flow` of ``dim`` dimensions from a flow, a transform, a list of transforms, or a Zuko flow."""
+    """A :class:`Flow` of ``dim`` dimensions from a flow, a transform, a list of transforms, or a Zuko flow.
+
+    Raises:
+        OptionError: if it is none of these.
+        ShapeError: if it is not a flow of ``dim`` dimensions without a context.
+    """
     zuko = sys.modules.get("zuko")
     if zuko is not None and isinstance(flow, zuko.lazy.Flow):
         flow = _from_zuko(flow)
@@ -102,16 +106,24 @@ def as_flow(flow: Any, dim: int) -> Flow:
             f"a flow of {dim} dimensions without a context is needed, but this one has {flow.dim} dimensions and "
             f"context size {flow.context_dim}"
         )
+    # Transforms of other libraries do not tell their sizes.
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            flow().sample()
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ShapeError(f"this flow does not map vectors of dim={dim}, or needs a context: {error}") from error
     return flow
 
 
 def _from_zuko(flow: Any) -> Flow:
     # Zuko's import switches off argument validation for all distributions of the process; what Pyro was told stands.
-    Distribution.set_default_validate_args(bool(dist.distribution.is_validation_enabled()))
+    Distribution.set_default_validate_args(bool(dist.is_validation_enabled()))
     return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base)
 
 
-def _flattened(transforms: Iterable[Any]) -> Iterable[Transform]:
+def _flattened(transforms: Any) -> Iterable[Transform]:
+    if not isinstance(transforms, Iterable):
+        raise OptionError(f"a flow is made of transforms, but got {type(transforms).__name__}")
     for transform in transforms:
         if isinstance(transform, ComposeTransform):
             yield from _flattened(transform.parts)

@@ -8,7 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyroflows.errors import ShapeError
+from pyroflows.errors import OptionError, ShapeError
 from pyroflows.transforms.base import FlowTransform, Pair, version_of
 
 
@@ -16,8 +16,8 @@ class FlowDistribution(TorchDistribution):
     r"""The law of ``x = t(z)``, z from a base distribution: :math:`\log q(x) = \log p(z) + \log|\det \partial
     z/\partial x|`.
 
-    It remembers the last sample with its log-density, so that scoring a fresh sample is free. The memory is dropped by
-    deepcopy and pickle, and does not count once a parameter has changed.
+    It remembers the last sample with its log-density, so that scoring a fresh sample is free, once. The memory is
+    dropped by deepcopy and pickle, and does not count once a parameter or the sample has changed.
 
     Args:
         base: the distribution of z, of event shape ``(dim,)``.
@@ -36,7 +36,7 @@ class FlowDistribution(TorchDistribution):
         self.base = base
         self.transform = transform
         self.context = context
-        self._last: tuple[Tensor, Tensor, int] | None = None
+        self._last: tuple[Tensor, Tensor, tuple[int, int, bool]] | None = None
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
     @property
@@ -57,27 +57,36 @@ class FlowDistribution(TorchDistribution):
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
         """Draws ``(*sample_shape, *batch_shape, dim)`` and their log-densities, in one pass through the flow."""
-        base = self.base if self.base.batch_shape == self.batch_shape else self.base.expand(self.batch_shape)
-        z = base.rsample(torch.Size(sample_shape))
+        z = self._expanded_base().rsample(torch.Size(sample_shape))
         x, ladj = self.transform.forward_and_ladj(z, self.context)
-        return x, base.log_prob(z) - ladj
+        return x, self.base.log_prob(z) - ladj
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         x, log_q = self.rsample_and_log_prob(sample_shape)
-        self._last = x, log_q, version_of(self.transform)
+        self._last = x, log_q, self._state_of(x)
         return x
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
-            return self.rsample_and_log_prob(sample_shape)[0]
+            z = self._expanded_base().sample(torch.Size(sample_shape))
+            return self.transform.forward_and_ladj(z, self.context)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._last is not None and value is self._last[0] and self._last[2] == version_of(self.transform):
-            return self._last[1]
+        # Once: a second backward needs a second graph, and some optimisers change parameters without leaving a trace.
+        last, self._last = self._last, None
+        if last is not None and value is last[0] and self._state_of(value) == last[2]:
+            return last[1]
         if self._validate_args:
             self._validate_sample(value)
         z, ladj = self.transform.inverse_and_ladj(value, self.context)
         return self.base.log_prob(z) + ladj
+
+    def _expanded_base(self) -> Distribution:
+        return self.base if self.base.batch_shape == self.batch_shape else self.base.expand(self.batch_shape)
+
+    def _state_of(self, sample: Tensor) -> tuple[int, int, bool]:
+        """What must be the same for the remembered log-density to hold: values, and whether it has gradients."""
+        return sample._version, version_of(self.transform), torch.is_grad_enabled()
 
     def latent(self, value: Tensor) -> Tensor:
         """The base value z of x."""
@@ -91,6 +100,9 @@ class DistributionModule(nn.Module):
         distribution: any torch or Pyro distribution.
 
     A call returns the distribution, made of the tensors as they are now.
+
+    Raises:
+        OptionError: if a tensor is computed from parameters.
     """
 
     def __init__(self, distribution: Distribution) -> None:
@@ -99,6 +111,11 @@ class DistributionModule(nn.Module):
         for name, value in vars(distribution).items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
+            elif isinstance(value, Tensor) and value.requires_grad:
+                raise OptionError(
+                    f"{name} of the base {type(distribution).__name__} is computed from parameters, which would not be "
+                    "found: give as base a module whose call returns the distribution"
+                )
             elif isinstance(value, Tensor):
                 self.register_buffer(name, value.detach().clone())
             elif isinstance(value, Distribution):

@@ -5,16 +5,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import IAF, Flow, FlowDistribution
 from pyroflows.flows.base import as_flow
-from pyroflows.model import InitFn, Model, ModelStructure, feasible_if_improper, in_dtype, inspect_model
+from pyroflows.model import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform
 from pyroflows.transforms.univariate import Affine
 
@@ -66,12 +68,40 @@ class AutoFlow(AutoContinuous):
     ) -> None:
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
-        super().__init__(in_dtype(model, dtype), init_loc_fn=feasible_if_improper(init_loc_fn))
+        super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))
         self.flow_fn = flow_fn or default_flow
         self._init_scale = init_scale
         self.dtype = dtype
         self.structure: ModelStructure | None = None
         self.flow: Flow | None = None
+        self._is_loaded = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw all latents, with the same arguments as the model; a dict by site."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        self._claim_parameters()
+        return super().forward(*args, **kwargs)
+
+    def _claim_parameters(self) -> None:
+        """Make Pyro's store hold this guide's own parameters under this guide's names.
+
+        ``pyro.module`` leaves a tensor that stands there already, and a step of SVI would then train that one. It is
+        another guide's of this name, which has its turn when it is called; or it was loaded, and its value counts.
+        """
+        flow = self._modules.get("flow")
+        if flow is None or pyro.settings.get("module_local_params"):
+            return
+        store = pyro.get_param_store()
+        for name, parameter in flow.named_parameters():
+            full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
+            if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
+                is_another_guides = hasattr(stored, "of_flow_guide")
+                if not is_another_guides and not self._is_loaded and stored.shape == parameter.shape:
+                    parameter.data.copy_(stored.detach())
+                del store[full_name]
+            parameter.of_flow_guide = True
+        self._is_loaded = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # Our own look at the whole model comes first: its errors name the site, and it sees the plates.
@@ -83,12 +113,13 @@ class AutoFlow(AutoContinuous):
             # NeuTraReparam wants them, also of a guide that was trained without being called.
             with poutine.block():
                 self._create_plates(*args, **kwargs)
-        if self.flow is None:
+        flow = self._modules.get("flow")
+        if flow is None:
             self._build(loc.to(self.dtype or structure.dtype))
-        elif self.flow.dim != structure.dim:
+        elif flow.dim != structure.dim:
             self.prototype_trace = None
             raise CheckpointError(
-                f"this guide holds a flow of {self.flow.dim} dimensions, but the model has {structure.dim} "
+                f"this guide holds a flow of {flow.dim} dimensions, but the model has {structure.dim} "
                 "unconstrained latents: the state or file belongs to another model"
             )
         self.structure = structure
@@ -104,9 +135,11 @@ class AutoFlow(AutoContinuous):
         # A fresh guide is built here: its last layer holds one location and scale a latent, which tells the size.
         flow_prefix = f"{prefix}flow.transform.layers."
         indices = [int(key[len(flow_prefix) :].split(".")[0]) for key in state_dict if key.startswith(flow_prefix)]
-        if self.flow is None and indices:
-            self._build(torch.zeros_like(state_dict[f"{flow_prefix}{max(indices)}.parameters_of.value"][:, 0]))
+        last = state_dict.get(f"{flow_prefix}{max(indices, default=0)}.parameters_of.value")
+        if self.flow is None and last is not None and last.dim() == 2:
+            self._build(torch.zeros_like(last[:, 0]))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._is_loaded = True
 
     def _built(self) -> Flow:
         flow = self.flow

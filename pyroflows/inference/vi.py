@@ -1,6 +1,5 @@
 """Variational inference: a flow guide trained by reverse KL, from a model to a posterior."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +23,6 @@ NUM_PARTICLES = 128
 # Below it the flow is close enough for the final decay of the learning rate.
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
-
-_GUIDE_NUMBERS = itertools.count(1)
 
 
 class FlowVI:
@@ -109,7 +106,7 @@ class FlowVI:
             return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
-        guide = self.guide if isinstance(self.guide, AutoFlow) else _own_guide(self.model, self.guide, self.dtype)
+        guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
         model = in_dtype(self.model, guide.dtype)
         # Not through a call: that would put the flow's parameters into Pyro's store.
         guide._setup_prototype(*args, **kwargs)
@@ -154,19 +151,7 @@ def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None =
         CheckpointError: if the file cannot be read or belongs to another model.
     """
     guide, history = load(path, model, args, kwargs, flow_fn)
-    _name(guide)
     return Posterior(model, guide, args, kwargs, history)
-
-
-def _own_guide(model: Model, flow_fn: FlowFn | None, dtype: torch.dtype | None) -> AutoFlow:
-    guide = AutoFlow(model, flow_fn, dtype=dtype)
-    _name(guide)
-    return guide
-
-
-def _name(guide: AutoFlow) -> None:
-    # Guides of one name share their parameters in Pyro's store: a second fit would overwrite the first when called.
-    guide._pyro_name = f"{guide._pyro_name}_{next(_GUIDE_NUMBERS)}"
 
 
 def _is_settled(history: History) -> bool:

@@ -94,7 +94,7 @@ class FlowTransform(TransformModule):
             raise ShapeError(f"{name} has event size {self.dim}, but got a tensor of shape {tuple(value.shape)}")
         if not self.context_dim:
             if context is not None:
-                raise ShapeError(f"{name} takes no context, but got one: set context_dim={context.shape[-1]}")
+                raise ShapeError(f"{name} takes no context, got one of shape {tuple(context.shape)}: set context_dim")
             return value
         if context is None:
             raise ShapeError(f"{name} needs a context of size {self.context_dim}: use t.condition(context)")

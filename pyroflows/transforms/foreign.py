@@ -29,6 +29,8 @@ class Foreign(FlowTransform):
         super().__init__(dim)
         if not transform.bijective or max(transform.domain.event_dim, transform.codomain.event_dim) > 1:
             raise OptionError(f"a flow needs bijections of vectors, but {transform} is none")
+        if transform.forward_shape((dim,)) != (dim,):
+            raise OptionError(f"a flow needs bijections of vectors of one size, but {transform} changes the size")
         self.transform = transform
         if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
             self.inverse_transform = transform.inv
@@ -71,5 +73,5 @@ def _forget(transform: Any) -> None:
     """Drop what a Pyro transform, or the transform it inverts, remembers of its last call."""
     for owner in (transform, transform._inv):
         for name in vars(owner) if owner is not None else ():
-            if name.startswith("_cached"):
+            if name.startswith("_cache") and name != "_cache_size":
                 setattr(owner, name, (None, None) if name == "_cached_x_y" else None)
