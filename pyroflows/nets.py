@@ -48,7 +48,7 @@ class Parameters(nn.Module):
 
     def __init__(self, value: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (64,)) -> None:
         super().__init__()
-        self.value = nn.Parameter(value)
+        self.value = nn.Parameter(value.detach().clone())
         self.net = MLP(context_dim, value.numel(), hidden_dims) if context_dim else None
 
     def forward(self, context: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.transforms.base import FlowTransform, Pair, version_of
+from pyroflows.transforms.base import FlowTransform, Pair, ParameterState
 
 
 class FlowDistribution(TorchDistribution):
@@ -36,7 +36,7 @@ class FlowDistribution(TorchDistribution):
         self.base = base
         self.transform = transform
         self.context = context
-        self._last: tuple[Tensor, Tensor, tuple[int, int, bool]] | None = None
+        self._last: tuple[Tensor, Tensor, tuple[int, bool, ParameterState]] | None = None
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
     @property
@@ -72,7 +72,7 @@ class FlowDistribution(TorchDistribution):
             return self.transform.forward_and_ladj(z, self.context)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # Once: a second backward needs a second graph, and some optimisers change parameters without leaving a trace.
+        # Once, since a second backward needs a second graph.
         last, self._last = self._last, None
         if last is not None and value is last[0] and self._state_of(value) == last[2]:
             return last[1]
@@ -84,9 +84,9 @@ class FlowDistribution(TorchDistribution):
     def _expanded_base(self) -> Distribution:
         return self.base if self.base.batch_shape == self.batch_shape else self.base.expand(self.batch_shape)
 
-    def _state_of(self, sample: Tensor) -> tuple[int, int, bool]:
+    def _state_of(self, sample: Tensor) -> tuple[int, bool, ParameterState]:
         """What must be the same for the remembered log-density to hold: values, and whether it has gradients."""
-        return sample._version, version_of(self.transform), torch.is_grad_enabled()
+        return sample._version, torch.is_grad_enabled(), ParameterState(self.transform)
 
     def latent(self, value: Tensor) -> Tensor:
         """The base value z of x."""

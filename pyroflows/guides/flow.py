@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from pyroflows.transforms.univariate import Affine
 FlowFn = Callable[[int], Any]
 
 NUM_QUANTILE_SAMPLES = 10_000
+
+# The parameters of living guides, by id: tensors cannot be members of a set.
+_PARAMETERS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 class AutoFlow(AutoContinuous):
@@ -96,11 +100,11 @@ class AutoFlow(AutoContinuous):
         for name, parameter in flow.named_parameters():
             full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
             if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
-                is_another_guides = hasattr(stored, "of_flow_guide")
+                is_another_guides = _PARAMETERS.get(id(stored)) is stored
                 if not is_another_guides and not self._is_loaded and stored.shape == parameter.shape:
                     parameter.data.copy_(stored.detach())
                 del store[full_name]
-            parameter.of_flow_guide = True
+            _PARAMETERS[id(parameter)] = parameter
         self._is_loaded = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.errors import OptionError, ShapeError
+from pyroflows.transforms.root import runs_in_python
 
 Pair = tuple[Tensor, Tensor]
 
@@ -128,6 +129,13 @@ class Inverse(FlowTransform):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._forward_and_ladj(x, context)
 
+    # Through the layer's own calls, so that one that remembers does so in both directions.
+    def _call(self, z: Tensor) -> Tensor:
+        return self.layer._inverse(z)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self.layer._call(x)
+
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         """``log |det dx/dz|``, from the layer's own forward direction at x."""
         return -self.layer.log_abs_det_jacobian(x, z)
@@ -184,37 +192,44 @@ class Compose(FlowTransform):
 class Cached(FlowTransform):
     """A view of a layer that remembers its last (z, x, log |det dx/dz|), as ``NeuTraReparam`` wants it.
 
-    The memory is dropped by deepcopy and pickle, and does not count once a parameter has changed.
+    The memory is dropped by deepcopy and pickle, and does not count once a value or a parameter has changed.
     """
 
     def __init__(self, layer: FlowTransform) -> None:
         super().__init__(layer.dim, layer.context_dim)
         self.layer = layer
-        self._last: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self.codomain = layer.codomain
+        self._last: tuple[Tensor, Tensor, Tensor, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_last": None}
+
+    def _state_of(self, z: Tensor, x: Tensor) -> Any:
+        return z._version, x._version, torch.is_grad_enabled(), ParameterState(self.layer)
+
+    def _remember(self, z: Tensor, x: Tensor, ladj: Tensor) -> None:
+        self._last = z, x, ladj, self._state_of(z, x)
 
     def _remembered(self, z: Tensor | None, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """The last triple, if it belongs to z or x and to today's parameters."""
         if self._last is None:
             return None
-        *last, version = self._last
-        fits = (z is None or z is last[0]) and (x is None or x is last[1])
-        return (last[0], last[1], last[2]) if fits and version == version_of(self.layer) else None
+        last_z, last_x, ladj, state = self._last
+        fits = (z is None or z is last_z) and (x is None or x is last_x)
+        return (last_z, last_x, ladj) if fits and state == self._state_of(last_z, last_x) else None
 
     def _call(self, z: Tensor) -> Tensor:
         if (last := self._remembered(z, None)) is not None:
             return last[1]
         x, ladj = self.layer.forward_and_ladj(z)
-        self._last = z, x, ladj, version_of(self.layer)
+        self._remember(z, x, ladj)
         return x
 
     def _inverse(self, x: Tensor) -> Tensor:
         if (last := self._remembered(None, x)) is not None:
             return last[0]
         z, ladj = self.layer.inverse_and_ladj(x)
-        self._last = z, x, -ladj, version_of(self.layer)
+        self._remember(z, x, -ladj)
         return z
 
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
@@ -232,9 +247,25 @@ class Cached(FlowTransform):
         return self if cache_size else self.layer
 
 
-def version_of(module: nn.Module) -> int:
-    """A number that grows whenever a parameter of the module is changed in place, as optimisers do."""
-    return sum(p._version for p in module.parameters())
+class ParameterState:
+    """What the parameters of a module are now, to tell later whether they have changed.
+
+    Version counters miss what fused optimisers do, and what is done through ``.data``; so sums count as well, where
+    Python can look at them. A traced program is one step, within which parameters do not change.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = list(module.parameters())
+        self._version = sum(p._version for p in parameters)
+        look = bool(parameters) and runs_in_python()
+        self._sums = torch.stack([p.detach().double().sum() for p in parameters]) if look else None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ParameterState) or self._version != other._version:
+            return False
+        return self._sums is None or other._sums is None or torch.equal(self._sums, other._sums)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def drop_param_store_references(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyroflows.errors import InversionError, OptionError
+from pyroflows.errors import InversionError, OptionError, ShapeError
 from pyroflows.transforms.base import FlowTransform, Pair
 
 
@@ -22,6 +22,7 @@ class Foreign(FlowTransform):
 
     Raises:
         OptionError: if the transform is not a bijection between vectors.
+        ShapeError: if it does not map vectors of ``dim`` components to such vectors.
         InversionError: at a call of the inverse, where the transform has none.
     """
 
@@ -29,8 +30,8 @@ class Foreign(FlowTransform):
         super().__init__(dim)
         if not transform.bijective or max(transform.domain.event_dim, transform.codomain.event_dim) > 1:
             raise OptionError(f"a flow needs bijections of vectors, but {transform} is none")
-        if transform.forward_shape((dim,)) != (dim,):
-            raise OptionError(f"a flow needs bijections of vectors of one size, but {transform} changes the size")
+        if not _keeps_size(transform, dim):
+            raise ShapeError(f"a flow of dim={dim} needs bijections of vectors of that size, but {transform} is none")
         self.transform = transform
         if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
             self.inverse_transform = transform.inv
@@ -69,9 +70,18 @@ class Zuko(FlowTransform):
         return self.transform().call_and_ladj(x)
 
 
+def _keeps_size(transform: Transform, dim: int) -> bool:
+    try:
+        return transform.forward_shape((dim,)) == (dim,)
+    except (RuntimeError, ValueError):  # the sizes of its own tensors do not fit
+        return False
+
+
 def _forget(transform: Any) -> None:
-    """Drop what a Pyro transform, or the transform it inverts, remembers of its last call."""
+    """Drop what a Pyro transform, those it is made of, or the one it inverts, remember of the last call."""
     for owner in (transform, transform._inv):
-        for name in vars(owner) if owner is not None else ():
-            if name.startswith("_cache") and name != "_cache_size":
-                setattr(owner, name, (None, None) if name == "_cached_x_y" else None)
+        parts = owner.modules() if isinstance(owner, nn.Module) else [owner]
+        for part in parts:
+            for name in getattr(part, "__dict__", {}):
+                if name.startswith("_cache") and name != "_cache_size":
+                    setattr(part, name, (None, None) if name == "_cached_x_y" else None)

@@ -50,7 +50,7 @@ class Sylvester(FlowTransform):
         """The reflections' unit vectors, R, R~, b, and the diagonal of R R~, exactly as constrained."""
         raw = self.parameters_of(context)
         v, r, r_tilde, b = raw.split(self._sizes, dim=-1)
-        v = F.normalize(v.unflatten(-1, (self.rank, self.dim)), dim=-1, eps=torch.finfo(v.dtype).tiny)
+        v = _unit(v.unflatten(-1, (self.rank, self.dim)))
         r, r_tilde = (m.unflatten(-1, (self.rank, self.rank)) for m in (r, r_tilde))
         diagonal_tilde = 0.1 + F.softplus(r_tilde.diagonal(dim1=-2, dim2=-1))
         product = above_minus_one(r.diagonal(dim1=-2, dim2=-1) * diagonal_tilde)
@@ -93,6 +93,12 @@ class Sylvester(FlowTransform):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+def _unit(v: Tensor) -> Tensor:
+    """Vectors of length one, or zero; scaled first, since the square of a small one underflows."""
+    tiny = torch.finfo(v.dtype).tiny
+    return F.normalize(v / v.detach().abs().amax(-1, keepdim=True).clamp_min(tiny), dim=-1, eps=tiny)
 
 
 def _reflect(unit: Tensor, z: Tensor) -> Tensor:
