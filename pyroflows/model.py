@@ -219,14 +219,20 @@ def latent_init(init_fn: InitFn) -> InitFn:
         if site is None:
             return init
         _check_support(site["name"], site["fn"])
+        fn = site["fn"]
         try:
-            return init_fn(site)
+            value = init_fn(site)
         except NotImplementedError:
-            fn = site["fn"]
             transform = biject_to(fn.support)
             value = transform(torch.zeros(transform.inverse_shape(fn.shape())))
             value._pyro_custom_init = False
-            return value
+        if value.shape != fn.shape():
+            raise ModelError(
+                f"the model has dynamic structure, or init_loc_fn is wrong: latent site '{site['name']}' has shape "
+                f"{tuple(value.shape)} in one run and {tuple(fn.shape())} in another; a flow needs the "
+                "same shapes in every run"
+            )
+        return value
 
     return init
 
@@ -290,6 +296,11 @@ def _latent(node: Any, start: int) -> Latent:
                 f"{frame.full_size} rows): one flow would use the same dimensions for whichever rows are drawn. Run "
                 "the plate with all its rows"
             )
+    if any(isinstance(mask, Tensor) and not mask.all() for mask in _masks(node)):
+        raise ModelError(
+            f"latent site '{name}' is masked in part, and where it is masked it has no density, hence no posterior: "
+            "give it only the entries that count, instead of mask or obs_mask"
+        )
     unconstrained = biject_to(fn.support).inv(node["value"])
     site = _site(node)
     return Latent(
@@ -299,11 +310,19 @@ def _latent(node: Any, start: int) -> Latent:
 
 def _is_flat(node: Any) -> bool:
     """Whether a prior is constant, by ``ImproperUniform`` or by a mask, so that there is nothing to draw from."""
+    fn = node["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.ImproperUniform) or any(mask is False for mask in _masks(node))
+
+
+def _masks(node: Any) -> list[Any]:
+    """Of the site itself and of the distributions that its distribution wraps."""
     fn, masks = node["fn"], [node["mask"]]
     while hasattr(fn, "base_dist"):
         masks.append(getattr(fn, "_mask", None))
         fn = fn.base_dist
-    return isinstance(fn, dist.ImproperUniform) or any(mask is False for mask in masks)
+    return masks
 
 
 def _check_observed(name: str, node: Any) -> None:

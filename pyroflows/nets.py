@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyroflows.errors import OptionError
+
 L = TypeVar("L", bound=nn.Linear)
 
 
@@ -87,12 +89,17 @@ class MADE(nn.Module):
         context_dim: size of the context, 0 for none.
 
     Shapes: ``(..., D)`` and a context ``(..., context_dim)`` give ``(..., D, num_params)``.
+
+    Raises:
+        OptionError: if there is no hidden layer, or a width is not positive.
     """
 
     def __init__(
         self, order: Sequence[int], num_params: int, hidden_dims: Sequence[int] = (64, 64), context_dim: int = 0
     ) -> None:
         super().__init__()
+        if not hidden_dims or min(hidden_dims) < 1:
+            raise OptionError(f"hidden_dims must be one or more positive widths, got {tuple(hidden_dims)}")
         dim = len(order)
         self.num_params = num_params
         place = torch.empty(dim, dtype=torch.long)

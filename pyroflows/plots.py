@@ -22,8 +22,9 @@ def plot_training(history: History) -> Any:
     top.set_ylim(*_robust_range(elbo))
     top.set_ylabel("ELBO (nats)")
     variance = history["log_weight_variance"]
-    bottom.semilogy(steps, variance, color="C1", alpha=0.25, linewidth=0.8)
-    bottom.semilogy(steps, _smooth(variance), color="C1")
+    if np.isfinite(variance).any():  # one particle a step has none
+        bottom.semilogy(steps, variance, color="C1", alpha=0.25, linewidth=0.8)
+        bottom.semilogy(steps, _smooth(variance), color="C1")
     bottom.set_ylabel("variance of log weights")
     bottom.set_xlabel("step")
     for axis in (top, bottom):

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
@@ -114,12 +114,20 @@ def train(
             for group, rate in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optim.zero_grad()
-            record = {name: value.item() for name, value in step().items()}
+            try:
+                record = {name: value.item() for name, value in step().items()}
+            except KeyboardInterrupt:
+                if num_bad:
+                    _restore(parameters, good)
+                raise
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).item()
             is_good = math.isfinite(norm) and math.isfinite(record[monitor])
-            if is_good:
-                optim.step()
             num_bad = 0 if is_good else num_bad + 1
+            if is_good:
+                # The state before the step is the one that has just shown a finite objective.
+                if history.num_steps % WINDOW == 0:
+                    good = _copy(parameters)
+                optim.step()
             history.append(**record, grad_norm=norm, learning_rate=rates[0] * factor)
             if num_bad == MAX_BAD_STEPS:
                 _restore(parameters, good)
@@ -128,8 +136,7 @@ def train(
                     "gradient; the parameters are back in the last good state. Try a smaller learning rate, other "
                     "initial values (init_loc_fn), or dtype=torch.float64"
                 )
-            if is_good and history.num_steps % WINDOW == 0:
-                good = _copy(parameters)
+            if history.num_steps % WINDOW == 0:
                 schedule.look(history, monitor, settled)
             bar.update()
             bar.set_postfix({monitor: f"{record[monitor]:.2f}"}, refresh=False)
@@ -159,6 +166,8 @@ class _Schedule:
         if self._end is not None:
             return
         window = history.recent(monitor, WINDOW)
+        if not len(window):
+            return
         noise = window.std() / math.sqrt(len(window))
         self._stalled = 0 if window.mean() > self._best + 2 * noise else self._stalled + 1
         self._best = max(self._best, window.mean())
@@ -171,11 +180,17 @@ def _optimizer(optimizer: OptimizerLike | None, parameters: list[Tensor]) -> Opt
     if optimizer is None:
         return torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
     if isinstance(optimizer, PyroOptim):
-        if callable(optimizer.pt_optim_args):
+        if isinstance(optimizer, PyroLRScheduler) or optimizer.pt_clip_args or callable(optimizer.pt_optim_args):
             raise OptionError(
-                "a Pyro optimizer with options by parameter cannot be used here: give it one dict of options"
+                "a Pyro optimizer with a schedule, with clipping, or with options by parameter cannot be used here: "
+                "the fit has its own schedule and clipping; give pyro.optim.Adam({...}) or the like"
             )
         return optimizer.pt_optim_constructor(parameters, **optimizer.pt_optim_args)
+    if not callable(optimizer):
+        raise OptionError(
+            "optimizer must be a function from parameters to a torch optimizer, such as "
+            f"functools.partial(torch.optim.Adam, lr=0.01), but got {optimizer!r}"
+        )
     made: Any = optimizer(parameters)
     if not isinstance(made, Optimizer):
         raise OptionError(f"optimizer must map parameters to a torch optimizer, but returned {type(made).__name__}")

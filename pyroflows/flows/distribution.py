@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.transforms.base import FlowTransform, Pair, ParameterState
+from pyroflows.transforms.base import FlowTransform, Pair, state_of
 
 
 class FlowDistribution(TorchDistribution):
@@ -36,7 +36,7 @@ class FlowDistribution(TorchDistribution):
         self.base = base
         self.transform = transform
         self.context = context
-        self._last: tuple[Tensor, Tensor, tuple[int, bool, ParameterState]] | None = None
+        self._last: tuple[Tensor, Tensor, tuple[Any, ...]] | None = None
         super().__init__(batch_shape, base.event_shape, validate_args=validate_args)
 
     @property
@@ -84,9 +84,9 @@ class FlowDistribution(TorchDistribution):
     def _expanded_base(self) -> Distribution:
         return self.base if self.base.batch_shape == self.batch_shape else self.base.expand(self.batch_shape)
 
-    def _state_of(self, sample: Tensor) -> tuple[int, bool, ParameterState]:
+    def _state_of(self, sample: Tensor) -> tuple[Any, ...]:
         """What must be the same for the remembered log-density to hold: values, and whether it has gradients."""
-        return sample._version, torch.is_grad_enabled(), ParameterState(self.transform)
+        return sample._version, torch.is_grad_enabled(), *state_of(self.transform)
 
     def latent(self, value: Tensor) -> Tensor:
         """The base value z of x."""

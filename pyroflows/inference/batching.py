@@ -195,7 +195,7 @@ class _Handler(Messenger):
         name, fn = msg["name"], msg["fn"]
         if name in self._values:
             msg["value"] = self._values[name]
-        elif name in self._subsample:
+        elif name in self._subsample and msg["value"] is None:
             msg["value"] = self._subsample[name]
         elif self._draw:
             if not _is_fixed(msg) and type(fn).__name__ != "_Subsample":

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import plots
-from pyroflows.errors import ModelError, OptionError, ShapeError
+from pyroflows.errors import DataError, ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import diagnosis, serialization
@@ -107,13 +107,20 @@ class Posterior:
 
         Raises:
             ShapeError: if a latent site is missing or has another shape.
+            DataError: if a value is outside of its site's support.
         """
+        num_draws = None
         for site in self.structure.latents:
-            got = tuple(draws[site.name].shape) if site.name in draws else None
-            if got is None or got[len(got) - len(site.shape) :] != site.shape:
+            value = draws.get(site.name)
+            got = None if value is None else tuple(value.shape)
+            num_draws = got[0] if num_draws is None and got else num_draws
+            if value is None or got != (num_draws, *site.shape):
+                expected = "".join(f", {size}" for size in site.shape) or ","
                 raise ShapeError(
-                    f"draws of site '{site.name}' must have shape (S, {', '.join(map(str, site.shape))}), got {got}"
+                    f"draws of site '{site.name}' must have shape (S{expected}), got {got}, with S={num_draws}"
                 )
+            if not site.support.check(value).all():
+                raise DataError(f"draws of site '{site.name}' are not all in its support, {site.support}")
         vectors = self.structure.unconstrain(draws).to(self._center)
         _, ladj = self.structure.constrain(vectors)
         with torch.no_grad():
@@ -201,11 +208,12 @@ class Posterior:
         return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "sd", *(f"{q:.0%}" for q in QUANTILES)])
 
     def __repr__(self) -> str:
+        table = self.summary().round(3).to_string(max_rows=60)
         if self.structure.subsampled:
             names = ", ".join(p.name for p in self.structure.subsampled)
-            return f"{self.summary().round(3)}\n\nno verdict: plate {names} is subsampled, see Posterior.with_data"
+            return f"{table}\n\nno verdict: plate {names} is subsampled, see Posterior.with_data"
         return (
-            f"{self.summary().round(3)}\n\n"
+            f"{table}\n\n"
             f"ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}, "
             f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}\n"
             f"{self.diagnose()}"

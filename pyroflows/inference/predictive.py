@@ -29,12 +29,11 @@ def prior_draws(
         return {}, {}
     try:
         batched = BatchedModel(model, args, kwargs, {}, draw=True)
-    except NotImplementedError as error:
-        warnings.warn(
-            f"a prior cannot be drawn from ({error}): prior and prior predictive draws are left out", stacklevel=2
-        )
+        values = batched.in_chunks({}, num_samples).values
+    except (NotImplementedError, ValueError) as error:  # no sampler, or a draw that the rest of the model refuses
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"prior and prior predictive draws are left out, since drawing fails: {reason}", stacklevel=2)
         return {}, {}
-    values = batched.in_chunks({}, num_samples).values
     observed = {site.name for site in structure.observed}
     return (
         {name: value for name, value in values.items() if name not in observed},

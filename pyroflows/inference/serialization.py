@@ -36,7 +36,10 @@ def save(guide: AutoFlow, parameters: dict[str, Tensor], history: History, path:
         "sites": {site.name: list(site.shape) for site in guide.structure.latents},
     }
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(contiguous, path, metadata={"pyroflows": json.dumps(header)})
+    try:
+        save_file(contiguous, path, metadata={"pyroflows": json.dumps(header)})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def load(path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn | None) -> tuple[AutoFlow, History]:
@@ -60,9 +63,13 @@ def load(path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn
             f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
         )
     init_fn = init_to_value(values=guide.structure.constrain(guide._init_loc())[0])
-    for name, parameter in model_parameters(in_dtype(model, dtype), args, kwargs, init_fn).items():
+    parameters = model_parameters(in_dtype(model, dtype), args, kwargs, init_fn)
+    saved = _part(tensors, "param.")
+    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in saved.items()}:
+        raise CheckpointError(f"{path} belongs to a model with parameters {sorted(saved)}, not {sorted(parameters)}")
+    for name, parameter in parameters.items():
         with torch.no_grad():
-            parameter.copy_(tensors[f"param.{name}"])
+            parameter.copy_(saved[name])
     return guide, History({name: values.tolist() for name, values in _part(tensors, "history.").items()})
 
 
@@ -71,13 +78,21 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("pyroflows", "{}"))
+            header = _header((file.metadata() or {}).get("pyroflows", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") != FORMAT or not header.keys() >= {"flow", "dtype", "sites"}:
         raise CheckpointError(f"{path} holds no posterior of this version: its format is {header.get('format')!r}")
     return header, tensors
+
+
+def _header(text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -88,13 +103,19 @@ def _recipe(flow_fn: FlowFn | None) -> dict[str, Any] | None:
     """A flow function as JSON, if it is the default or one of our recipes with options."""
     if flow_fn is default_flow:
         return {"name": "default"}
-    if (
-        isinstance(flow_fn, partial)
-        and not flow_fn.args
-        and getattr(flows, flow_fn.func.__name__, None) is flow_fn.func
-    ):
-        return {"name": flow_fn.func.__name__, "options": flow_fn.keywords}
-    return None
+    if not isinstance(flow_fn, partial) or flow_fn.args:
+        return None
+    name = getattr(flow_fn.func, "__name__", "")
+    recipe = {"name": name, "options": flow_fn.keywords}
+    return recipe if getattr(flows, name, None) is flow_fn.func and _is_json(recipe) else None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _flow_fn(recipe: dict[str, Any] | None, path: str | Path) -> FlowFn:

@@ -11,9 +11,9 @@ import torch
 from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.transforms.root import runs_in_python
 
 Pair = tuple[Tensor, Tensor]
 
@@ -205,7 +205,7 @@ class Cached(FlowTransform):
         return {**super().__getstate__(), "_last": None}
 
     def _state_of(self, z: Tensor, x: Tensor) -> Any:
-        return z._version, x._version, torch.is_grad_enabled(), ParameterState(self.layer)
+        return z._version, x._version, torch.is_grad_enabled(), state_of(self.layer)
 
     def _remember(self, z: Tensor, x: Tensor, ladj: Tensor) -> None:
         self._last = z, x, ladj, self._state_of(z, x)
@@ -247,25 +247,21 @@ class Cached(FlowTransform):
         return self if cache_size else self.layer
 
 
-class ParameterState:
-    """What the parameters of a module are now, to tell later whether they have changed.
+_num_optimizer_steps = 0
 
-    Version counters miss what fused optimisers do, and what is done through ``.data``; so sums count as well, where
-    Python can look at them. A traced program is one step, within which parameters do not change.
-    """
 
-    def __init__(self, module: nn.Module) -> None:
-        parameters = list(module.parameters())
-        self._version = sum(p._version for p in parameters)
-        look = bool(parameters) and runs_in_python()
-        self._sums = torch.stack([p.detach().double().sum() for p in parameters]) if look else None
+def _count_step(*_: Any) -> None:
+    global _num_optimizer_steps
+    _num_optimizer_steps += 1
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ParameterState) or self._version != other._version:
-            return False
-        return self._sums is None or other._sums is None or torch.equal(self._sums, other._sums)
 
-    __hash__ = None  # type: ignore[assignment]
+# Fused optimisers, and those that write through ``.data``, leave no trace in a tensor's version counter.
+register_optimizer_step_post_hook(_count_step)
+
+
+def state_of(module: nn.Module) -> tuple[Any, ...]:
+    """What is another whenever the parameters of a module are other tensors or have been updated."""
+    return _num_optimizer_steps, *((id(p), p._version) for p in module.parameters())
 
 
 def drop_param_store_references(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ A map knows scalars and nothing of dimensions; structures (elementwise, autoregr
 ``theta = 0`` a map is the identity.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -50,8 +51,12 @@ class Affine:
 
     def __init__(self, max_contraction: float | None = 4.0, max_expansion: float | None = 2.0) -> None:
         bounds = (max_contraction, max_expansion)
-        if (max_contraction is None) != (max_expansion is None) or any(b is not None and b <= 0 for b in bounds):
-            raise OptionError(f"the bounds of an affine map must be both positive or both None, got {bounds}")
+        if (max_contraction is None) != (max_expansion is None) or any(
+            b is not None and not 0 < b < math.inf for b in bounds
+        ):
+            raise OptionError(
+                f"the bounds of an affine map must be both positive and finite, or both None, got {bounds}"
+            )
         self.max_contraction = max_contraction
         self.max_expansion = max_expansion
 
