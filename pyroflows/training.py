@@ -123,12 +123,12 @@ def train(
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).item()
             is_good = math.isfinite(norm) and math.isfinite(record[monitor])
             num_bad = 0 if is_good else num_bad + 1
+            history.append(**record, grad_norm=norm, learning_rate=rates[0] * factor)
             if is_good:
                 # The state before the step is the one that has just shown a finite objective.
                 if history.num_steps % WINDOW == 0:
                     good = _copy(parameters)
                 optim.step()
-            history.append(**record, grad_norm=norm, learning_rate=rates[0] * factor)
             if num_bad == MAX_BAD_STEPS:
                 _restore(parameters, good)
                 raise DivergedError(

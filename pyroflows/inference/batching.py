@@ -75,7 +75,7 @@ class BatchedModel:
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
             start = time.perf_counter()
-            handler = self._run({name: value[0] for name, value in examples.items()}, subsample or {})
+            handler = self._run({name: value[0] for name, value in examples.items()}, subsample or {}, single=True)
             self._seconds = time.perf_counter() - start
             self._handler, self._reference = handler, handler.record
             self._failures: dict[str, str] = {}
@@ -137,9 +137,15 @@ class BatchedModel:
                 return False
         return True
 
-    def _run(self, values: Values, subsample: Values, plate: Any = nullcontext()) -> "_Handler":  # noqa: B008
+    def _run(
+        self,
+        values: Values,
+        subsample: Values,
+        plate: Any = nullcontext(),  # noqa: B008
+        single: bool = False,
+    ) -> "_Handler":
         # The plate stands inside, so that the handler sees distributions as the plate expands them.
-        with _Handler(values, subsample, self._draw) as handler, plate:
+        with _Handler(values, subsample, self._draw, single) as handler, plate:
             self._model(*self._args, **self._kwargs)
         return handler
 
@@ -184,9 +190,9 @@ class BatchedModel:
 class _Handler(Messenger):
     """Substitutes values at the sites of a run, and records."""
 
-    def __init__(self, values: Values, subsample: Values, draw: bool) -> None:
+    def __init__(self, values: Values, subsample: Values, draw: bool, single: bool) -> None:
         super().__init__()
-        self._values, self._subsample, self._draw = values, subsample, draw
+        self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
         self.record = Record({}, {})
         self.event_dims: dict[str, int] = {}  # of the sites that can be given a value
         self.max_plate_nesting = 0
@@ -195,6 +201,11 @@ class _Handler(Messenger):
         name, fn = msg["name"], msg["fn"]
         if name in self._values:
             msg["value"] = self._values[name]
+            if self._single and msg["value"].shape != fn.shape():
+                raise ModelError(
+                    f"site '{name}' has shape {tuple(fn.shape())} with these arguments, but its draws have shape "
+                    f"{tuple(msg['value'].shape)}: latents that are local to rows of the data cannot serve other rows"
+                )
         elif name in self._subsample and msg["value"] is None:
             msg["value"] = self._subsample[name]
         elif self._draw:

@@ -1,0 +1,442 @@
+"""Every wrong input has an error that says what was wrong, where, and what to do."""
+
+import warnings
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal, init_to_value
+
+from pyroflows import DataError, DivergedError, FlowError, FlowVI, ModelError, OptionError, Posterior, ShapeError
+from pyroflows.flows import Planar
+from pyroflows.guides import AutoFlow, AutoPlanar
+from pyroflows.training import History
+
+Y = torch.tensor([0.5, -1.0, 2.0])
+
+
+def good(y=Y):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("N", len(y)):
+        pyro.sample("y", dist.Normal(mean[..., :1], scale[..., None]).to_event(1), obs=y[:, None])
+
+
+def fit(model, *args, num_steps=3, **options):
+    return FlowVI(model, num_steps=num_steps, seed=0, progress_bar=False, **options).run(*args)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_particles": 0}, "num_particles must be positive, got 0"),
+        ({"num_particles": -4}, "num_particles must be positive, got -4"),
+        ({"num_steps": 0}, "num_steps must be positive, got 0"),
+        ({"num_steps": -1}, "num_steps must be positive, got -1"),
+        ({"estimator": "score"}, "estimator must be one of .*'auto'.*'total'.*'path'.* got 'score'"),
+        ({"guide": AutoNormal(good)}, "FlowVI trains flow guides, but got AutoNormal: use pyro.infer.SVI"),
+        ({"guide": Planar(3)}, "FlowVI trains flow guides, but got Planar.*a function latent_dim -> flow"),
+        ({"guide": AutoFlow(good), "dtype": torch.float64}, "give dtype to the guide, not to FlowVI"),
+    ],
+)
+def test_options(options, message):
+    """At once, not after minutes of training."""
+    with pytest.raises(OptionError, match=message) as caught:
+        FlowVI(good, **options)
+    assert isinstance(caught.value, FlowError)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("option", ["num_particle", "lr", "callback", "checkpoint"])
+def test_unknown_options(option):
+    with pytest.raises(TypeError, match=option):
+        FlowVI(good, **{option: 1})
+
+
+@pytest.mark.parametrize("option", ["num_sample", "group"])
+def test_unknown_options_of_arviz(option):
+    posterior = fit(good)
+    with pytest.raises(TypeError, match=option):
+        posterior.to_arviz(**{option: 1})
+
+
+@pytest.mark.parametrize("guide", ["planar", 3, [1, 2]])
+def test_what_is_no_guide(guide):
+    with pytest.raises(OptionError, match="guide"):
+        fit(good, guide=guide)
+
+
+def test_a_flow_of_another_size():
+    with pytest.raises(ShapeError, match="a flow of 3 dimensions without a context is needed, but this one has 5"):
+        fit(good, guide=lambda dim: Planar(5))
+
+
+def test_a_guide_of_another_model():
+    def other():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoPlanar(other)
+    with pytest.raises(ModelError, match="'mean'|'scale'|'z'"):
+        fit(good, guide=guide)
+
+
+# Models
+
+
+def without_latents(y=Y):
+    with pyro.plate("N", len(y)):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+
+def discrete():
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    pyro.sample("heads", dist.Bernoulli(p))
+
+
+def counts():
+    rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+    pyro.sample("unseen", dist.Poisson(rate))
+
+
+def sequential_plate():
+    for i in pyro.plate("N", 3):
+        pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
+
+
+def local_in_a_subsampled_plate():
+    pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 10, subsample_size=3):
+        pyro.sample("effect", dist.Normal(0.0, 1.0))
+
+
+def local_in_a_plate_with_chosen_rows():
+    with pyro.plate("rows", 10, subsample=torch.arange(3)):
+        pyro.sample("effect", dist.Normal(0.0, 1.0))
+
+
+def on_a_sphere():
+    pyro.sample("direction", dist.ProjectedNormal(torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (without_latents, "no latent variables"),
+        (discrete, r"latent site 'heads' is discrete \(Bernoulli\).*MixtureSameFamily.*TraceEnum_ELBO"),
+        (counts, r"latent site 'unseen' is discrete \(Poisson\)"),
+        (sequential_plate, "latent site 'x_0' stands in the sequential plate 'N': use 'with pyro.plate"),
+        (local_in_a_subsampled_plate, r"latent site 'effect' is local to plate 'rows'.*3 of 10 rows.*all its rows"),
+        (local_in_a_plate_with_chosen_rows, r"latent site 'effect' is local to plate 'rows'.*3 of 10 rows"),
+        (on_a_sphere, "latent site 'direction' has support .* no bijection to the reals"),
+    ],
+)
+def test_models_that_cannot_be_fitted(model, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        fit(model)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_the_advice_about_discrete_latents_works():
+    """Its mixture, with the sum inside."""
+
+    def model(y):
+        means = pyro.sample("means", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        with pyro.plate("N", len(y)):
+            mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(means, 1.0))
+            pyro.sample("y", mixture, obs=y)
+
+    assert fit(model, Y).sample(3)["means"].shape == (3, 2)
+
+
+def appearing(y=Y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    if x > 0:
+        pyro.sample("extra", dist.Normal(0.0, 1.0))
+
+
+def vanishing(y=Y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    if x < 0.3:
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+
+def growing(y=Y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    size = 2 if x > 0 else 3
+    pyro.sample("vector", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+
+@pytest.mark.filterwarnings("ignore:the model runs draw by draw")
+@pytest.mark.parametrize(("model", "site"), [(appearing, "extra"), (vanishing, "other"), (growing, "vector")])
+@pytest.mark.parametrize("seed", range(5))
+def test_dynamic_structure(model, site, seed):
+    """Whatever the first look at the model shows."""
+    with pytest.raises(ModelError, match=rf"dynamic structure.*'{site}'"):
+        FlowVI(model, num_steps=20, seed=seed, progress_bar=False).run(Y)
+
+
+def test_dynamic_structure_at_other_arguments():
+    """A posterior with data for which the latents are others."""
+
+    def model(size):
+        pyro.sample("x", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+    posterior = fit(model, 2)
+    with pytest.raises(ModelError, match=r"'x' has shape \(2,\) in one run and \(3,\) in another"):
+        posterior.with_data(3)
+
+
+def local_effects(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("N", len(y)):
+        effect = pyro.sample("effect", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("size", [4, 1])
+@pytest.mark.parametrize(
+    "ask", [lambda p, y: p.predictive(10, y), lambda p, y: p.with_data(y).elbo], ids=["predictive", "with_data"]
+)
+def test_local_latents_at_other_rows(size, ask):
+    """Draws of 4 effects say nothing of 6, and one must not be spread over 6."""
+    posterior = fit(local_effects, torch.zeros(size))
+    with pytest.raises(ModelError, match="'effect'"):
+        ask(posterior, torch.zeros(6))
+
+
+# Data
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1.0, torch.nan, 2.0, torch.nan])])
+def test_nan_data(value):
+    with pytest.raises(DataError, match="observed site 'y' has 2 NaN of 4 values") as caught:
+        fit(good, value)
+    assert isinstance(caught.value, ValueError)
+
+
+def masked(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("N", len(y)), poutine.mask(mask=~y.isnan()):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y.nan_to_num())
+
+
+def test_the_advice_about_nan_data_works():
+    """Masked rows do not count, whatever stands there."""
+    y = torch.tensor([1.0, torch.nan, 2.0])
+    posterior = FlowVI(masked, num_steps=300, seed=0, progress_bar=False).run(y)
+    assert posterior.sample(2000)["mean"].mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_advice_about_nan_data_says_how_to_mask():
+    """A NaN under a mask would make the gradient NaN, so it must go first; the error asks for a mask alone."""
+    y = torch.tensor([1.0, torch.nan, 2.0])
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("N", len(y)), poutine.mask(mask=~y.isnan()):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    with pytest.raises(DataError, match="finite|any number|nan_to_num"):
+        fit(model, y)
+
+
+def test_partly_observed_sites_are_no_silent_divergence():
+    """Pyro's obs_mask makes a latent whose observed part has a flat density: there is no posterior of it."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("N", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y, obs_mask=torch.tensor([True, False, True]))
+
+    with pytest.raises(ModelError, match="y_unobserved"):
+        fit(model, Y)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_data(value):
+    """The log joint is -inf there, whatever the latents."""
+    with pytest.raises((DataError, ModelError), match="'y'"):
+        fit(good, torch.tensor([1.0, value, 2.0]))
+
+
+def test_data_outside_the_support():
+    """Pyro's own message names the site."""
+
+    def model(y):
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+        with pyro.plate("N", len(y)):
+            pyro.sample("y", dist.Exponential(rate), obs=y)
+
+    with pytest.raises(ValueError, match="'y'|support"):
+        fit(model, torch.tensor([1.0, -1.0]))
+
+
+# Where a fit starts
+
+
+def far_away():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.factor("wall", torch.where(x > 50.0, 0.0, -torch.inf))
+
+
+def test_log_joint_that_is_not_finite_at_the_start():
+    with pytest.raises(ModelError, match=r"not finite at the initial values: site 'wall'.*-inf.*init_loc_fn"):
+        fit(far_away)
+
+
+def test_the_advice_about_the_start_works():
+    guide = AutoFlow(far_away, init_loc_fn=init_to_value(values={"x": torch.tensor(60.0)}))
+    posterior = fit(far_away, guide=guide)
+    assert posterior.sample(10)["x"].mean() > 50
+
+
+def test_an_error_in_the_model_passes_on():
+    class OfTheUser(Exception):
+        pass
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        raise OfTheUser("what the user wrote")
+
+    with pytest.raises(OfTheUser, match="what the user wrote"):
+        fit(model)
+
+
+# Training
+
+
+def unbounded():
+    """A log joint that is NaN away from the start."""
+    x = pyro.sample("x", dist.Normal(0.0, 10.0))
+    pyro.factor("pull", torch.where(x < 3.0, 10 * x, torch.nan))
+
+
+def test_divergence_leaves_the_last_good_state():
+    guide = AutoPlanar(unbounded, num_layers=2)
+    with pytest.raises(DivergedError, match=r"25 steps in a row.*non-finite elbo.*last good state.*learning rate"):
+        fit(unbounded, guide=guide, num_steps=2000)
+    assert all(torch.isfinite(p).all() for p in guide.flow.parameters())
+    assert guide.flow().sample((100,)).mean() < 3.0
+
+
+def test_an_interrupted_fit_leaves_its_guide():
+    count = iter(range(10**6))
+
+    def model(y):
+        if next(count) == 100:
+            raise KeyboardInterrupt
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+
+    guide = AutoPlanar(model, num_layers=2, init_loc_fn=init_to_value(values={"mean": torch.tensor(0.0)}))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, torch.tensor(0.5), guide=guide, num_steps=1000, optimizer=partial(torch.optim.Adam, lr=0.05))
+    draws = guide.flow().sample((100,))
+    assert torch.isfinite(draws).all()
+    assert draws.mean() > 0.2
+    # And what there is can be used.
+    count = iter(range(200, 10**6))
+    assert Posterior(model, guide, (torch.tensor(0.5),), {}, History()).sample(5)["mean"].shape == (5,)
+
+
+# Posteriors
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return fit(good)
+
+
+def draws_of(posterior):
+    return {name: value.clone() for name, value in posterior.sample(5).items()}
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda p, n: p.sample(n),
+        lambda p, n: p.importance_sample(n),
+        lambda p, n: p.predictive(n),
+        lambda p, n: p.to_arviz(num_samples=n),
+    ],
+    ids=["sample", "importance_sample", "predictive", "to_arviz"],
+)
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_num_samples(posterior, ask, num_samples):
+    with pytest.raises(OptionError, match=f"num_samples must be positive, got {num_samples}"):
+        ask(posterior, num_samples)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": torch.zeros(5, 3)}, r"site 'mean' must have shape \(S, 2\), got \(5, 3\)"),
+        ({"mean": torch.zeros(())}, r"site 'mean' must have shape \(S, 2\), got \(\)"),
+        ({"mean": None}, r"site 'mean' must have shape \(S, 2\), got None"),
+        ({"scale": None}, r"site 'scale' must have shape \(S,\), got None"),
+        ({"scale": torch.ones(5, 7)}, "'scale'"),
+        ({"scale": torch.ones(4)}, "'scale'|'mean'"),
+    ],
+    ids=["event", "scalar", "missing", "missing scalar", "too many dimensions", "too few draws"],
+)
+def test_log_prob_of_wrong_shapes(posterior, change, message):
+    draws = {name: value for name, value in (draws_of(posterior) | change).items() if value is not None}
+    with pytest.raises(ShapeError, match=message):
+        posterior.log_prob(draws)
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan])
+def test_log_prob_outside_the_support(posterior, value):
+    """An error that names the site, never NaN."""
+    draws = draws_of(posterior)
+    draws["scale"][2] = value
+    with pytest.raises(FlowError, match="'scale'"):
+        posterior.log_prob(draws)
+
+
+def test_a_guide_that_is_not_built():
+    with pytest.raises(ModelError, match="not built yet"):
+        Posterior(good, AutoFlow(good), (), {}, History())
+
+
+def test_summary_of_an_unknown_site(posterior):
+    with pytest.raises((KeyError, FlowError), match="nowhere"):
+        posterior.summary(var_names=["nowhere"])
+
+
+def test_a_posterior_of_another_model(posterior):
+    def other():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ModelError, match="'mean'|'scale'|'z'"):
+        Posterior(other, posterior.guide, (), {}, History())
+
+
+def test_saving_where_nothing_can_be_written(posterior, tmp_path):
+    with pytest.raises((OSError, FlowError)):
+        posterior.save(tmp_path / "no" / "such" / "directory")
+
+
+# What is no error
+
+
+def test_a_sound_fit_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior = fit(good)
+        repr(posterior)
+        posterior.importance_sample(50)
+        posterior.predictive(10)
+
+
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_few_particles_warn_of_nothing(num_particles):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(good, num_particles=num_particles)

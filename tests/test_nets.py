@@ -1,0 +1,214 @@
+"""Conditioners, and the univariate maps that they parametrise."""
+
+import math
+
+import pytest
+import torch
+
+from pyroflows.errors import OptionError
+from pyroflows.nets import MADE, MLP, Parameters
+from pyroflows.transforms import Autoregressive, Elementwise
+from pyroflows.transforms.univariate import Affine
+from tests.transforms.registry import perturb
+
+ORDERS = {
+    "one": [0],
+    "ascending": [0, 1],
+    "descending": [4, 3, 2, 1, 0],
+    "mixed": [2, 0, 4, 1, 3],
+    "many": torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist(),
+}
+WIDE = (64, 64)
+HIDDEN_DIMS = [WIDE, (3,), (1, 2), (5, 3, 7)]
+
+all_orders = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+
+
+def made(order, context_dim=0, hidden_dims=WIDE):
+    return perturb(MADE(order, 2, hidden_dims, context_dim).double())
+
+
+def dependence(net, order, context=None):
+    """``(D, D)``: how much the parameters of place i depend on the input of place j, places counted in the order."""
+    z = torch.randn(len(order), dtype=torch.float64)
+    rows = torch.autograd.functional.jacobian(lambda z: net(z, context), z).abs().sum(1)
+    return rows[order][:, order]
+
+
+# The masked network
+
+
+@all_orders
+@pytest.mark.parametrize("hidden_dims", HIDDEN_DIMS, ids=str)
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_made_is_strictly_triangular_in_its_order(order, hidden_dims, context_dim):
+    net = made(order, context_dim, hidden_dims)
+    context = torch.randn(context_dim, dtype=torch.float64) if context_dim else None
+    assert (dependence(net, order, context).triu() == 0).all()
+
+
+@all_orders
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_made_sees_all_earlier_inputs_where_wide_enough(order, context_dim):
+    context = torch.randn(context_dim, dtype=torch.float64) if context_dim else None
+    earlier = torch.ones(len(order), len(order)).tril(-1).bool()
+    assert (dependence(made(order, context_dim), order, context)[earlier] > 0).all()
+
+
+@all_orders
+@pytest.mark.parametrize("hidden_dims", HIDDEN_DIMS, ids=str)
+def test_narrow_made_still_sees_something(order, hidden_dims):
+    """However few hidden units there are, the last place must see an input."""
+    if len(order) > 1:
+        assert dependence(made(order, hidden_dims=hidden_dims), order)[-1].max() > 0
+
+
+@all_orders
+@pytest.mark.parametrize("hidden_dims", HIDDEN_DIMS, ids=str)
+def test_context_reaches_every_output(order, hidden_dims):
+    net = made(order, 3, hidden_dims)
+    z = torch.randn(len(order), dtype=torch.float64)
+    rows = torch.autograd.functional.jacobian(lambda c: net(z, c), torch.randn(3, dtype=torch.float64))
+    assert (rows.abs().sum(-1) > 0).all()
+
+
+@all_orders
+def test_made_without_context_gives_the_first_place_a_constant(order):
+    net = made(order)
+    a, b = (net(torch.randn(len(order), dtype=torch.float64))[order[0]] for _ in range(2))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert (a != 0).all()
+
+
+@pytest.mark.parametrize("batch_shape", [(), (7,), (3, 2), (0,)], ids=str)
+def test_shapes_of_made(batch_shape):
+    net = MADE([1, 0, 2], 4, context_dim=2)
+    assert net(torch.randn(*batch_shape, 3), torch.randn(*batch_shape, 2)).shape == (*batch_shape, 3, 4)
+    assert net(torch.randn(*batch_shape, 3), torch.randn(2)).shape == (*batch_shape, 3, 4)
+
+
+def test_conditioners_start_at_zero():
+    z, context = torch.randn(7, 5), torch.randn(7, 3)
+    assert (MADE(range(5), 2, context_dim=3)(z, context) == 0).all()
+    assert (MLP(5, 4)(z) == 0).all()
+    value = torch.randn(2, 2)
+    assert (Parameters(value.clone(), 3)(context) == value).all()
+
+
+def test_zero_output_layer_learns():
+    """Zero is a start, not a fixed point: the last layer gets a gradient from it."""
+    net = MADE(range(5), 2)
+    net(torch.randn(7, 5)).sum().backward()
+    assert (net.output.weight.grad != 0).any()
+
+
+def test_masks_follow_from_the_arguments():
+    """They are not saved, and move with the module."""
+    net = MADE([1, 0], 2)
+    assert not any("mask" in key for key in net.state_dict())
+    assert net.double().input.mask.dtype == torch.float64
+
+
+@pytest.mark.parametrize("hidden_dims", [(), (0,), (8, 0), (-1,)], ids=str)
+def test_made_without_hidden_units_raises(hidden_dims):
+    with pytest.raises(OptionError, match="hidden_dims"):
+        MADE(range(3), 2, hidden_dims)
+
+
+def test_perceptron_without_hidden_layers_is_linear():
+    assert MLP(3, 2, ())(torch.randn(7, 3)).shape == (7, 2)
+
+
+@pytest.mark.parametrize("batch_shape", [(), (7,), (3, 2)], ids=str)
+def test_shapes_of_parameters(batch_shape):
+    parameters = Parameters(torch.zeros(4, 2), 3)
+    assert parameters(torch.randn(*batch_shape, 3)).shape == (*batch_shape, 4, 2)
+    assert Parameters(torch.zeros(4, 2))().shape == (4, 2)
+
+
+# The affine map
+
+
+@pytest.mark.parametrize(("contraction", "expansion"), [(4.0, 2.0), (0.1, 3.0), (1e-3, 1e-3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_affine_scale_stays_within_its_bounds(contraction, expansion, dtype):
+    raw = torch.cat([-torch.logspace(-10, 30, 401, dtype=dtype), torch.logspace(-10, 30, 401, dtype=dtype)])
+    raw = torch.cat([raw, torch.tensor([0.0, math.inf, -math.inf], dtype=dtype)])
+    theta = torch.stack([torch.zeros_like(raw), raw], -1).requires_grad_()
+    _, ladj = Affine(contraction, expansion).forward_and_ladj(torch.ones_like(raw), theta)
+    rounding = 1 + torch.finfo(dtype).eps
+    assert (ladj >= -contraction * rounding).all()
+    assert (ladj <= expansion * rounding).all()
+    # The bounds are reached, and nothing is NaN on the way.
+    torch.testing.assert_close(ladj.max().item(), expansion)
+    torch.testing.assert_close(ladj.min().item(), -contraction)
+    assert torch.autograd.grad(ladj.sum(), theta)[0].isfinite().all()
+
+
+def test_affine_log_scale_is_smooth_at_zero():
+    """Different bounds on the two sides must not make a kink."""
+    s = torch.tensor([-1e-6, 1e-6], dtype=torch.float64, requires_grad=True)
+    theta = torch.stack([torch.zeros_like(s), s], -1)
+    _, ladj = Affine(4.0, 2.0).forward_and_ladj(torch.ones_like(s), theta)
+    (slope,) = torch.autograd.grad(ladj.sum(), s)
+    torch.testing.assert_close(slope, torch.ones_like(s))
+
+
+def test_affine_without_bounds_is_the_exponential():
+    theta = torch.tensor([[1.0, -7.0], [0.0, 7.0]])
+    x, ladj = Affine(None, None).forward_and_ladj(torch.ones(2), theta)
+    torch.testing.assert_close(x, torch.tensor([1 + math.exp(-7), math.exp(7)]))
+    torch.testing.assert_close(ladj, theta[:, 1])
+
+
+@pytest.mark.parametrize("univariate", [Affine(), Affine(None, None), Affine(0.5, 0.1)], ids=repr)
+def test_zero_parameters_are_the_identity(univariate):
+    z, theta = torch.randn(7), torch.zeros(7, univariate.num_params)
+    for x, ladj in (univariate.forward_and_ladj(z, theta), univariate.inverse_and_ladj(z, theta)):
+        assert (x == z).all()
+        assert (ladj == 0).all()
+
+
+# Infinity might be meant as "no bound", for which there is None; inf tanh(s / inf) is inf times 0.
+@pytest.mark.parametrize("bound", [0.0, -1.0, None, math.nan, math.inf])
+def test_bad_bounds_raise(bound):
+    for bounds in ((bound, 1.0), (1.0, bound)):
+        with pytest.raises(OptionError, match="bounds"):
+            Affine(*bounds)
+
+
+# Names and orders
+
+
+@pytest.mark.parametrize("structure", [Elementwise, Autoregressive])
+def test_unknown_univariate_raises(structure):
+    with pytest.raises(OptionError, match="affine.*got 'linear'"):
+        structure(3, "linear")
+
+
+@pytest.mark.parametrize("structure", [Elementwise, Autoregressive])
+def test_univariate_by_instance(structure):
+    univariate = Affine(1.0, 1.0)
+    assert structure(3, univariate).univariate is univariate
+
+
+def test_unknown_conditioner_raises():
+    with pytest.raises(OptionError, match="made.*got 'mlp'"):
+        Autoregressive(3, conditioner="mlp")
+
+
+def test_conditioner_by_factory():
+    calls = []
+
+    def factory(*args):
+        calls.append(args)
+        return MADE(*args)
+
+    Autoregressive(3, order=[2, 0, 1], conditioner=factory, hidden_dims=(8,), context_dim=2)
+    assert calls == [([2, 0, 1], 2, (8,), 2)]
+
+
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3], []], ids=str)
+def test_no_permutation_as_order_raises(order):
+    with pytest.raises(OptionError, match="permutation of 0 to 2"):
+        Autoregressive(3, order=order)

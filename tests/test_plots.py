@@ -1,0 +1,142 @@
+"""Pictures of a fit."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyroflows import FlowError, FlowVI, PlotError
+from pyroflows.plots import plot_training
+from pyroflows.training import History
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def plt():
+    import matplotlib.pyplot as plt
+
+    yield plt
+    plt.close("all")
+
+
+@pytest.fixture
+def history():
+    """A climb from far below, then noise about -3."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(400)
+    elbo = -3.0 - 1e4 * np.exp(-steps / 5) + 0.1 * rng.normal(size=400)
+    return History({"elbo": elbo, "log_weight_variance": 10 * np.exp(-steps / 50) + 0.01})
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        pyro.sample("y", dist.Normal(mean.sum(-1), scale), obs=y)
+
+    return FlowVI(model, num_steps=30, seed=0, progress_bar=False).run(torch.tensor(1.0))
+
+
+# The training
+
+
+def test_plot_training(plt, history):
+    figure = plot_training(history)
+    assert isinstance(figure, plt.Figure)
+    top, bottom = figure.axes
+    assert "ELBO" in top.get_ylabel()
+    assert "variance" in bottom.get_ylabel()
+    assert bottom.get_xlabel() == "step"
+    assert bottom.get_yscale() == "log"
+    # The numbers themselves, and a smooth line.
+    raw, smooth = top.get_lines()
+    assert raw.get_xdata().tolist() == list(range(1, 401))
+    assert raw.get_ydata() == pytest.approx(history["elbo"])
+    assert np.std(np.diff(smooth.get_ydata()[100:])) < 0.2 * np.std(np.diff(raw.get_ydata()[100:]))
+    assert bottom.get_lines()[0].get_ydata() == pytest.approx(history["log_weight_variance"])
+
+
+def test_the_axis_leaves_out_the_climb(plt, history):
+    low, high = plot_training(history).axes[0].get_ylim()
+    assert -5.0 < low < -3.2
+    assert -2.8 < high < 0.0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 9, 30])
+def test_short_histories(plt, num_steps):
+    history = History({"elbo": [-1.0] * num_steps, "log_weight_variance": [0.5] * num_steps})
+    figure = plot_training(history)
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    assert low < -1.0 < high
+
+
+def test_steps_that_were_left_out(plt, history):
+    """A history may hold NaN and infinities, which the guard met."""
+    elbo, variance = history["elbo"], history["log_weight_variance"]
+    elbo[[50, 51, 300]] = [np.nan, -np.inf, np.nan]
+    variance[[50, 51, 300]] = np.nan
+    figure = plot_training(History({"elbo": elbo, "log_weight_variance": variance}))
+    figure.canvas.draw()
+    assert np.isfinite(figure.axes[0].get_ylim()).all()
+
+
+def test_one_particle_a_step_has_no_variance(plt, history):
+    history = History({"elbo": history["elbo"], "log_weight_variance": [np.nan] * 400})
+    plot_training(history).canvas.draw()
+
+
+def test_plot_training_of_a_posterior(plt, posterior, tmp_path):
+    figure = posterior.plot_training()
+    assert len(figure.axes) == 2
+    assert len(figure.axes[0].get_lines()[0].get_xdata()) == 30
+    figure.savefig(tmp_path / "training.png")
+    assert (tmp_path / "training.png").stat().st_size > 0
+
+
+# Pairs
+
+
+def test_plot_pairs(plt, posterior, tmp_path):
+    figure = posterior.plot_pairs(num_samples=200)
+    figure.savefig(tmp_path / "pairs.png")
+    assert (tmp_path / "pairs.png").stat().st_size > 0
+
+
+def test_plot_pairs_of_too_few_components(plt, posterior):
+    with pytest.raises(ValueError, match=r"2 to 6 components.*\['scale'\] have 1"):
+        posterior.plot_pairs(var_names=["scale"], num_samples=200)
+
+
+# Without matplotlib
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda p: p.plot_training(), lambda p: p.plot_pairs(), lambda p: plot_training(p.history)],
+    ids=["plot_training", "plot_pairs", "function"],
+)
+def test_without_matplotlib(no_matplotlib, posterior, draw):
+    with pytest.raises(PlotError, match=r"pip install 'pyroflows\[plots\]'") as caught:
+        draw(posterior)
+    assert isinstance(caught.value, FlowError)
+    assert isinstance(caught.value, ImportError)
+
+
+def test_pyroflows_itself_needs_no_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import pyroflows; print(pyroflows.FlowVI.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "FlowVI"

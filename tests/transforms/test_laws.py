@@ -1,0 +1,580 @@
+"""The laws that every layer of the registry obeys, with random parameters."""
+
+import copy
+import pickle
+from statistics import median
+
+import pyro
+import pytest
+import torch
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import nn
+
+from pyroflows.errors import OptionError, ShapeError
+from pyroflows.transforms import Cached, Compose, Elementwise, Inverse, Permutation, Planar
+from tests.transforms.registry import (
+    BATCH_SHAPES,
+    CASE_IDS,
+    CASES,
+    CONDITIONAL,
+    CONTEXT_DIM,
+    DIMS,
+    LAYERS,
+    LEARNABLE,
+    NOT_IDENTITY_AT_START,
+    conditioned,
+    jacobian,
+    layer,
+    perturb,
+    points,
+)
+
+DTYPES = [torch.float64, torch.float32]
+DIRECTIONS = ["forward", "inverse"]
+# Fused optimisers, and Pyro's, which write to ``.data``, change parameters without counting up their version.
+OPTIMISERS = {
+    "adam": torch.optim.Adam,
+    "adam-foreach": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, foreach=True),
+    "adam-fused": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
+    "sgd": torch.optim.SGD,
+    "pyro-clipped-adam": ClippedAdam,
+}
+
+all_cases = pytest.mark.parametrize(("name", "context_dim"), CASES, ids=CASE_IDS)
+all_dims = pytest.mark.parametrize("dim", DIMS)
+all_batch_shapes = pytest.mark.parametrize("batch_shape", BATCH_SHAPES, ids=str)
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+all_layers = pytest.mark.parametrize("name", LAYERS)
+learnable_layers = pytest.mark.parametrize("name", LEARNABLE)
+conditional_layers = pytest.mark.parametrize("name", CONDITIONAL)
+both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
+
+
+class Pair(nn.Module):
+    """One direction of a layer as a module, for ``functional_call``."""
+
+    def __init__(self, t, direction):
+        super().__init__()
+        self.t = t
+        self.direction = direction
+
+    def forward(self, value, context=None):
+        return pair_of(self.t, self.direction)(value, context)
+
+
+def pair_of(t, direction):
+    return t.forward_and_ladj if direction == "forward" else t.inverse_and_ladj
+
+
+def train(t, dim, steps=3, optimiser=torch.optim.Adam):
+    """A few steps on a loss that uses both directions."""
+    optimiser = optimiser(t.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        value = points((7,), dim)
+        results = [*t.forward_and_ladj(value), *t.inverse_and_ladj(value)]
+        sum(result.square().mean() for result in results).backward()
+        optimiser.step()
+    return t
+
+
+def assert_same_outputs(a, b, dim):
+    value = points((7,), dim)
+    for direction in DIRECTIONS:
+        for result, expected in zip(pair_of(a, direction)(value), pair_of(b, direction)(value), strict=True):
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+# Values and log-determinants
+
+
+@all_cases
+@all_dims
+@all_batch_shapes
+@all_dtypes
+def test_log_determinant_is_that_of_the_jacobian(name, context_dim, dim, batch_shape, dtype):
+    t = conditioned(name, dim, context_dim, batch_shape, dtype)
+    z = points(batch_shape, dim, dtype)
+    matrix = jacobian(t, z).double()
+    ladj = t.forward_and_ladj(z)[1].double()
+    # The reference knows its matrix to rounding, and so its determinant to rounding times the condition number.
+    reference_error = torch.finfo(dtype).eps * torch.linalg.cond(matrix)
+    error = (ladj - torch.linalg.slogdet(matrix).logabsdet).abs()
+    assert (error <= (1e-8 if dtype == torch.float64 else 1e-4) + reference_error).all()
+
+
+@all_cases
+@all_dims
+@all_batch_shapes
+@all_dtypes
+def test_inverse_undoes_forward(name, context_dim, dim, batch_shape, dtype):
+    t = conditioned(name, dim, context_dim, batch_shape, dtype)
+    z = points(batch_shape, dim, dtype)
+    matrix = jacobian(t, z).double()
+    with torch.no_grad():
+        x, ladj = t.forward_and_ladj(z)
+        z_again, ladj_again = t.inverse_and_ladj(x)
+    # x is known to rounding of x itself and of what z contributes to it; the inverse's Jacobian carries that back.
+    # The log-determinant, a function of z, varies faster than z by the layer's curvature: another factor 10.
+    forward_norm = torch.linalg.matrix_norm(matrix, 2)
+    inverse_norm = torch.linalg.matrix_norm(torch.linalg.inv(matrix), 2)
+    conditioning = 1 + inverse_norm * (1 + x.double().norm(dim=-1) + forward_norm * z.double().norm(dim=-1))
+    eps = torch.finfo(dtype).eps
+    assert ((z_again - z).norm(dim=-1) <= 100 * eps * conditioning).all()
+    assert ((ladj_again + ladj).abs() <= 1000 * eps * conditioning).all()
+
+
+@all_cases
+@all_batch_shapes
+@all_dtypes
+@both_directions
+def test_shapes_and_dtypes(name, context_dim, batch_shape, dtype, direction):
+    t = conditioned(name, 5, context_dim, batch_shape, dtype)
+    result, ladj = pair_of(t, direction)(points(batch_shape, 5, dtype))
+    assert (result.shape, ladj.shape) == ((*batch_shape, 5), batch_shape)
+    assert result.dtype == ladj.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@all_layers
+@both_directions
+def test_half_precision_stays(name, dtype, direction):
+    t = LAYERS[name](5, 0).to(dtype)
+    result, ladj = pair_of(t, direction)(torch.randn(7, 5).to(dtype))
+    assert result.dtype == ladj.dtype == dtype
+    assert result.isfinite().all() and ladj.isfinite().all()
+
+
+@all_cases
+@all_dims
+@both_directions
+def test_identity_at_start(name, context_dim, dim, direction):
+    if name in NOT_IDENTITY_AT_START:
+        pytest.skip("not the identity by its nature")
+    t = LAYERS[name](dim, context_dim)
+    value = points((7,), dim, torch.float32)
+    context = torch.randn(7, context_dim) if context_dim else None
+    result, ladj = pair_of(t, direction)(value, context)
+    torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ladj, torch.zeros(7), rtol=0, atol=1e-5)
+
+
+@learnable_layers
+def test_perturbed_parameters_bend_the_map(name):
+    """The laws say something only if they are tried on maps that are far from the identity."""
+    bends, log_determinants = [], []
+    for _ in range(9):
+        z = points((100,), 5)
+        x, ladj = layer(name, 5).forward_and_ladj(z)
+        bends.append((x - z).abs().max().item())
+        log_determinants.append(ladj.abs().max().item())
+    assert median(bends) > 0.1
+    assert median(log_determinants) > 0.1
+
+
+@all_cases
+@both_directions
+def test_torch_interface_agrees_with_the_pair(name, context_dim, direction):
+    t = conditioned(name, 5, context_dim)
+    t = t if direction == "forward" else t.inv
+    z = points((7,), 5)
+    x, ladj = t.forward_and_ladj(z)
+    torch.testing.assert_close(t(z), x)
+    torch.testing.assert_close(t.log_abs_det_jacobian(z, x), ladj)
+    torch.testing.assert_close(t.inv(x), z)
+    torch.testing.assert_close(t.inv.log_abs_det_jacobian(x, z), -ladj)
+
+
+# Gradients
+
+
+@all_layers
+@pytest.mark.parametrize("dim", [1, 2, 4])
+@both_directions
+def test_gradients(name, dim, direction):
+    """Of both results, with respect to the value and all parameters; for root searches this is the implicit one."""
+    t = layer(name, dim)
+    names = [f"t.{n}" for n, _ in t.named_parameters()]
+    parameters = [p.detach().clone().requires_grad_() for p in t.parameters()]
+    value = torch.randn(2, dim, dtype=torch.float64, requires_grad=True)
+
+    def results(value, *parameters):
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(Pair(t, direction), named, (value,))
+
+    # Networks have hundreds of parameters: there a random projection of the Jacobian is checked.
+    fast = sum(p.numel() for p in parameters) > 100
+    assert torch.autograd.gradcheck(results, (value, *parameters), fast_mode=fast)
+
+
+@conditional_layers
+@both_directions
+def test_gradients_reach_the_context(name, direction):
+    t = layer(name, 2, CONTEXT_DIM)
+    value = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(4, CONTEXT_DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pair_of(t, direction), (value, context))
+    result, ladj = pair_of(t.condition(context), direction)(value)
+    (gradient,) = torch.autograd.grad(result.sum() + ladj.sum(), context)
+    assert (gradient != 0).any(-1).all()
+
+
+@learnable_layers
+@both_directions
+def test_two_backward_passes_through_two_log_determinants(name, direction):
+    """Nothing of the graph of an earlier call may linger in the layer."""
+    t = layer(name, 5)
+    t = t if direction == "forward" else t.inv
+    z = points((7,), 5)
+    x = t(z).detach()
+    for _ in range(2):
+        t.log_abs_det_jacobian(z, x).sum().backward()
+    summed = [p.grad for p in t.parameters()]
+    expected = torch.autograd.grad(t.log_abs_det_jacobian(z, x).sum(), list(t.parameters()))
+    assert any((gradient != 0).any() for gradient in expected)
+    for gradient, once in zip(summed, expected, strict=True):
+        torch.testing.assert_close(gradient, 2 * once)
+
+
+# Contexts
+
+
+@conditional_layers
+@pytest.mark.parametrize(
+    ("batch", "context_batch"), [((), (7,)), ((7,), ()), ((3, 1), (7,)), ((2, 3, 7), (3, 7)), ((0,), ())], ids=str
+)
+@both_directions
+def test_context_broadcasts(name, batch, context_batch, direction):
+    t = layer(name, 5, CONTEXT_DIM)
+    value = points(batch, 5)
+    context = torch.randn(*context_batch, CONTEXT_DIM, dtype=torch.float64)
+    together = torch.broadcast_shapes(batch, context_batch)
+    results = pair_of(t.condition(context), direction)(value)
+    expected = pair_of(t, direction)(value.expand(*together, 5), context.expand(*together, CONTEXT_DIM))
+    assert results[0].shape == (*together, 5) and results[1].shape == together
+    for result, full in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, full)
+
+
+@conditional_layers
+def test_context_matters(name):
+    t = layer(name, 5, CONTEXT_DIM)
+    z = points((7,), 5)
+    a, b = (t.condition(torch.randn(CONTEXT_DIM, dtype=torch.float64))(z) for _ in range(2))
+    assert ((a - b).abs() > 1e-6).any(-1).all()
+
+
+@conditional_layers
+def test_inverse_and_conditioning_commute(name):
+    t = layer(name, 5, CONTEXT_DIM)
+    context = torch.randn(7, CONTEXT_DIM, dtype=torch.float64)
+    x = points((7,), 5)
+    torch.testing.assert_close(t.inv.condition(context)(x), t.condition(context).inv(x), rtol=0, atol=0)
+
+
+# Wrong input
+
+
+@all_layers
+@both_directions
+@pytest.mark.parametrize("shape", [(6,), (7, 4), (5, 1), ()], ids=str)
+def test_wrong_event_size_raises(name, direction, shape):
+    with pytest.raises(ShapeError, match=r"event size 5, but got a tensor of shape"):
+        pair_of(LAYERS[name](5, 0), direction)(torch.zeros(shape))
+
+
+@all_layers
+@both_directions
+def test_superfluous_context_raises(name, direction):
+    with pytest.raises(ShapeError, match=r"takes no context.*context_dim"):
+        pair_of(LAYERS[name](5, 0), direction)(torch.zeros(5), torch.zeros(3))
+
+
+@conditional_layers
+@both_directions
+def test_missing_context_raises(name, direction):
+    with pytest.raises(ShapeError, match=r"needs a context of size 3.*condition"):
+        pair_of(LAYERS[name](5, 3), direction)(torch.zeros(5))
+
+
+@conditional_layers
+@both_directions
+@pytest.mark.parametrize("shape", [(4,), (7, 2), ()], ids=str)
+def test_wrong_context_size_raises(name, direction, shape):
+    with pytest.raises(ShapeError, match=r"context size 3, but got shape"):
+        pair_of(LAYERS[name](5, 3), direction)(torch.zeros(5), torch.zeros(shape))
+
+
+@conditional_layers
+@both_directions
+def test_batch_shapes_that_do_not_broadcast_raise(name, direction):
+    with pytest.raises(ShapeError, match=r"\(4,\).*\(3,\).*do not broadcast"):
+        pair_of(LAYERS[name](5, 3).condition(torch.zeros(3, 3)), direction)(torch.zeros(4, 5))
+
+
+@all_layers
+def test_no_dimension_raises(name):
+    with pytest.raises(OptionError):
+        LAYERS[name](0, 0)
+
+
+@conditional_layers
+def test_negative_context_size_raises(name):
+    with pytest.raises(OptionError):
+        LAYERS[name](5, -1)
+
+
+# Modules
+
+
+@learnable_layers
+def test_parameters_of_the_inverse_are_found(name):
+    t = LAYERS[name](5, 0)
+    assert {id(p) for p in t.inv.parameters()} == {id(p) for p in t.parameters()}
+    pyro.module("t", t.inv)
+    stored = {id(p.unconstrained() if hasattr(p, "unconstrained") else p) for p in pyro.get_param_store().values()}
+    assert {id(p) for p in t.parameters()} <= stored
+
+
+@all_layers
+def test_inverse_of_the_inverse_is_the_layer(name):
+    t = LAYERS[name](5, 0)
+    # An inverse is made anew each time, so only a layer that is none itself comes back as the same object.
+    t = t.inv if isinstance(t, Inverse) else t
+    assert t.inv.inv is t
+
+
+@all_cases
+@pytest.mark.parametrize("of_inverse", [False, True])
+def test_copies_of_a_trained_layer_agree(name, context_dim, of_inverse):
+    t = LAYERS[name](5, context_dim).double()
+    t = t.inv if of_inverse else t
+    context = torch.randn(context_dim, dtype=torch.float64)
+    view = t.condition(context) if context_dim else t
+    if list(t.parameters()):
+        train(view, 5)
+    fresh = LAYERS[name](5, context_dim).double()
+    fresh = fresh.inv if of_inverse else fresh
+    fresh.load_state_dict(t.state_dict())
+    for other in (copy.deepcopy(t), pickle.loads(pickle.dumps(t)), fresh):
+        assert_same_outputs(other.condition(context) if context_dim else other, view, 5)
+
+
+@learnable_layers
+def test_copies_do_not_share_parameters(name):
+    t = layer(name, 5)
+    before = t(torch.ones(5, dtype=torch.float64))
+    perturb(copy.deepcopy(t))
+    torch.testing.assert_close(t(torch.ones(5, dtype=torch.float64)), before, rtol=0, atol=0)
+
+
+def test_initial_values_are_copied():
+    """A tensor that a user gave as initial value must not train with the layer."""
+    init = torch.zeros(2, 2)
+    perturb(Elementwise(2, init=init))
+    assert (init == 0).all()
+
+
+@all_layers
+def test_repr_names_layer_and_size(name):
+    assert "dim=5" in repr(LAYERS[name](5, 0))
+
+
+# Function transforms
+
+
+@all_layers
+@both_directions
+def test_vmap_equals_a_batch(name, direction):
+    pair = pair_of(layer(name, 5), direction)
+    value = points((7,), 5)
+    for result, expected in zip(torch.func.vmap(pair)(value), pair(value), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@conditional_layers
+@both_directions
+def test_vmap_with_context_equals_a_batch(name, direction):
+    pair = pair_of(layer(name, 5, CONTEXT_DIM), direction)
+    value, context = points((7,), 5), torch.randn(7, CONTEXT_DIM, dtype=torch.float64)
+    for result, expected in zip(torch.func.vmap(pair)(value, context), pair(value, context), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@all_layers
+@both_directions
+def test_vmap_of_gradients_equals_a_batch(name, direction):
+    pair = pair_of(layer(name, 5), direction)
+    value = points((7,), 5)
+    gradient = torch.func.vmap(torch.func.grad(lambda v: sum(r.sum() for r in pair(v))))(value)
+    value.requires_grad_()
+    expected = torch.autograd.grad(sum(r.sum() for r in pair(value)), value)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
+# The inverse of a planar layer unrolls its root search, which takes a compiler long; capturing it can fail.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it imports its compiler
+@pytest.mark.parametrize("name", ["planar", "autoregressive"])
+@pytest.mark.parametrize(("direction", "backend"), [("forward", "inductor"), ("inverse", "eager")])
+def test_compiles_without_graph_breaks(name, direction, backend):
+    pair = pair_of(layer(name, 3), direction)
+    value = points((7,), 3)
+    torch.compiler.reset()
+    compiled = torch.compile(pair, fullgraph=True, backend=backend)
+    for result, expected in zip(compiled(value), pair(value), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+# Nothing stale
+
+
+@learnable_layers
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_results_follow_the_parameters(name, optimiser):
+    t = layer(name, 5)
+    views = (t, t.inv)
+    value = points((7,), 5)
+    before = [result.detach() for view in views for result in view.forward_and_ladj(value)]
+    train(t, 5, steps=1, optimiser=OPTIMISERS[optimiser])
+    after = [result.detach() for view in views for result in view.forward_and_ladj(value)]
+    for old, new in zip(before, after, strict=True):
+        assert not torch.equal(old, new)
+
+
+def cached(name="planar"):
+    t = layer(name, 5)
+    view = t.with_cache()
+    return t, view, points((7,), 5)
+
+
+@all_layers
+def test_cache_keeps_one_pair(name):
+    t, view, z = cached(name)
+    x = view(z)
+    assert isinstance(view, Cached)
+    assert view(z) is x
+    torch.testing.assert_close(view.log_abs_det_jacobian(z, x), t.log_abs_det_jacobian(z, x))
+    torch.testing.assert_close(x, t(z))
+    view(z.clone())
+    assert view(z) is not x
+
+
+@all_layers
+def test_cache_works_from_the_inverse(name):
+    """As in torch, ``t.inv(t(z))`` of a cached transform is z itself, and ``t(t.inv(x))`` is x."""
+    _, view, z = cached(name)
+    x = view(z)
+    assert view.inv(x) is z
+    y = z.clone()
+    z = view.inv(y)
+    assert view(z) is y
+
+
+@all_layers
+def test_cache_is_keyed_by_identity(name):
+    t, view, z = cached(name)
+    x = view(z)
+    other = z + 1
+    torch.testing.assert_close(view.log_abs_det_jacobian(other, t(other)), t.log_abs_det_jacobian(other, t(other)))
+    torch.testing.assert_close(view(other), t(other))
+    torch.testing.assert_close(view.log_abs_det_jacobian(z, x), t.log_abs_det_jacobian(z, x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_cache_is_dropped_by_copies(copied):
+    t, view, z = cached()
+    x = view(z)
+    assert x.grad_fn is not None
+    other = copied(view)
+    assert other(z) is not x
+    torch.testing.assert_close(other(z), t(z))
+
+
+def _by_in_place_operation(t):
+    with torch.no_grad():
+        for parameter in t.parameters():
+            parameter.add_(0.1)
+
+
+def _by_state_dict(t):
+    t.load_state_dict({name: value + 0.1 for name, value in t.state_dict().items()})
+
+
+UPDATES = {
+    "in-place": _by_in_place_operation,
+    "state_dict": _by_state_dict,
+    **{key: lambda t, o=o: train(t, 5, steps=1, optimiser=o) for key, o in OPTIMISERS.items()},
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_cache_does_not_outlive_a_parameter_update(update):
+    t, view, z = cached()
+    x = view(z)
+    UPDATES[update](t)
+    assert not torch.equal(t(z), x)
+    torch.testing.assert_close(view.log_abs_det_jacobian(z, x), t.log_abs_det_jacobian(z, x), rtol=0, atol=0)
+    torch.testing.assert_close(view(z), t(z), rtol=0, atol=0)
+
+
+def test_cache_does_not_outlive_other_parameters():
+    _, view, z = cached()
+    view(z)
+    # Changed in place as often as the layer's own.
+    others = {name: torch.randn_like(parameter).add_(1) for name, parameter in view.named_parameters()}
+    assert [p._version for p in others.values()] == [p._version for p in view.parameters()]
+    expected = torch.func.functional_call(view, others, (z.clone(),))
+    torch.testing.assert_close(torch.func.functional_call(view, others, (z,)), expected, rtol=0, atol=0)
+
+
+def test_cache_filled_without_gradients_does_not_cut_them():
+    _, view, z = cached()
+    with torch.no_grad():
+        x = view(z)
+    assert view.log_abs_det_jacobian(z, x).requires_grad
+    assert view(z).requires_grad
+
+
+def test_no_cache_is_the_layer_itself():
+    t = Planar(2)
+    assert t.with_cache(0) is t
+    assert t.with_cache().with_cache(0) is t
+
+
+# Compositions and permutations
+
+
+def test_composition_applies_the_first_layer_first():
+    a, b = layer("planar", 3), layer("radial", 3)
+    z = points((7,), 3)
+    torch.testing.assert_close(Compose([a, b])(z), b(a(z)))
+
+
+def test_composition_of_layers_with_and_without_context():
+    t = perturb(Compose([Planar(2, CONTEXT_DIM), Permutation([1, 0]), Elementwise(2)]).double())
+    context = torch.randn(7, CONTEXT_DIM, dtype=torch.float64)
+    z = points((7,), 2)
+    torch.testing.assert_close(t.condition(context).inv(t.condition(context)(z)), z)
+
+
+@pytest.mark.parametrize("layers", [[Planar(2), Planar(3)], [Planar(2, 1), Planar(2, 3)]], ids=["dim", "context"])
+def test_composition_of_layers_that_do_not_fit_raises(layers):
+    with pytest.raises(ShapeError, match="must agree"):
+        Compose(layers)
+
+
+def test_empty_composition_raises():
+    with pytest.raises(OptionError, match="at least one"):
+        Compose([])
+
+
+@pytest.mark.parametrize("order", [[0, 0], [1, 2], [0, 2]], ids=str)
+def test_no_permutation_raises(order):
+    with pytest.raises(OptionError, match="permutation"):
+        Permutation(order)
+
+
+def test_wrong_init_of_elementwise_raises():
+    with pytest.raises(ShapeError, match="init"):
+        Elementwise(3, init=torch.zeros(2, 2))
