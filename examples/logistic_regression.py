@@ -40,7 +40,7 @@ def load_data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     x, y = data.data[:, :NUM_FEATURES], 1 - data.target
     x, x_test, y, y_test = train_test_split(x, y, test_size=0.4, random_state=seed, stratify=y)
     x, x_test = (x - x.mean(0)) / x.std(0), (x_test - x.mean(0)) / x.std(0)
-    return torch.tensor(x), torch.tensor(x_test), torch.tensor(y).double(), torch.tensor(y_test).double(), names
+    return *(torch.tensor(part).float() for part in (x, x_test, y, y_test)), names
 
 
 def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -61,7 +61,7 @@ def print_weights(posterior: pf.Posterior, names: list[str]) -> None:
 
 def print_test_scores(probability: Tensor, y: Tensor, base_rate: float) -> None:
     """Of the predictive probability of malignant, the mean over the posterior."""
-    accuracy = ((probability > 0.5) == (y > 0.5)).double().mean()
+    accuracy = ((probability > 0.5) == (y > 0.5)).float().mean()
     score = dist.Bernoulli(probability).log_prob(y).mean()
     baseline = dist.Bernoulli(torch.tensor(base_rate)).log_prob(y).mean()
     print(f"{len(y)} held-out patients: accuracy {accuracy:.1%}, log score {score:.3f} a patient", end=" ")
@@ -121,7 +121,6 @@ def plot_weights(weight: np.ndarray, names: list[str]) -> Any:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # the tensors are small, and more threads only wait for each other
-    torch.set_default_dtype(torch.float64)  # az.loo gives NaN where float32 rounds a patient's likelihoods to 1
     pyro.set_rng_seed(args.seed)
     x, x_test, y, y_test, names = load_data(args.seed)
     print(f"Breast cancer: {x.shape[1]} features, {len(x)} patients to train on, {len(x_test)} held out\n")
