@@ -78,7 +78,8 @@ class AutoFlow(AutoContinuous):
         self.dtype = dtype
         self.structure: ModelStructure | None = None
         self.flow: Flow | None = None
-        self._is_loaded = False
+        # Whether the flow's values count, where Pyro's store holds others under the same names.
+        self.own_values_count = False
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latents, with the same arguments as the model; a dict by site."""
@@ -101,11 +102,11 @@ class AutoFlow(AutoContinuous):
             full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
             if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
                 is_another_guides = _PARAMETERS.get(id(stored)) is stored
-                if not is_another_guides and not self._is_loaded and stored.shape == parameter.shape:
+                if not is_another_guides and not self.own_values_count and stored.shape == parameter.shape:
                     parameter.data.copy_(stored.detach())
                 del store[full_name]
             _PARAMETERS[id(parameter)] = parameter
-        self._is_loaded = False
+        self.own_values_count = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # Our own look at the whole model comes first: its errors name the site, and it sees the plates.
@@ -143,7 +144,7 @@ class AutoFlow(AutoContinuous):
         if self.flow is None and last is not None and last.dim() == 2:
             self._build(torch.zeros_like(last[:, 0]))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._is_loaded = True
+        self.own_values_count = True
 
     def _built(self) -> Flow:
         flow = self.flow

@@ -141,6 +141,7 @@ class FlowVI:
             settled=_is_settled,
             progress_bar=self.progress_bar,
         )
+        guide.own_values_count = True
         return Posterior(self.model, guide, args, kwargs, history)
 
 

@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import pyro
 import pytest
@@ -196,12 +198,28 @@ def test_follows_the_dtype_of_the_model(flow):
 
 @pytest.mark.parametrize("flow", ZUKO)
 def test_zuko_leaves_validation_on(flow):
+    zuko_flow("MAF")(2)
+    # What its import does, which happens once a process.
+    torch.distributions.Distribution.set_default_validate_args(False)
     guide = guide_of(flow)
     fit(regression, guide)
     with pytest.raises(ValueError, match="constraint"):
         dist.Normal(0.0, -1.0)
     with pytest.raises(ValueError, match="constraint"):
         torch.distributions.Normal(0.0, -1.0)
+
+
+def test_zuko_leaves_validation_on_in_a_fresh_process():
+    pytest.importorskip("zuko")
+    code = """
+import torch, zuko
+from pyro import distributions as dist
+from pyroflows.flows.base import as_flow
+as_flow(zuko.flows.MAF(2), 2)
+dist.Normal(0.0, -1.0)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ValueError: Expected parameter scale" in result.stderr
 
 
 @pytest.mark.parametrize("flow", ZUKO)

@@ -152,10 +152,12 @@ def test_dtype_of_the_fit():
 
 
 def test_one_particle_a_step():
-    """Noisy, but unbiased: more steps."""
+    """The path gradient has no noise where the flow is exact, so that one draw a step suffices."""
     exact = gaussian_posterior()
-    posterior = fit(regression, exact.x, exact.y, num_particles=1, num_steps=3000)
-    assert_moments(draws_of(posterior)["b"], exact.mean, exact.covariance, by_mean=0.2, by_covariance=0.3)
+    flow_fn = partial(IAF, num_layers=2, hidden_dims=(32,))
+    posterior = fit(regression, exact.x, exact.y, guide=flow_fn, num_particles=1, num_steps=2000, estimator="path")
+    assert_moments(draws_of(posterior)["b"], exact.mean, exact.covariance)
+    assert_evidence(posterior, exact.log_evidence)
 
 
 def test_one_latent():
@@ -183,15 +185,15 @@ def banana():
 
 
 def test_banana():
-    posterior = fit(banana, num_steps=1500)
+    posterior = fit(banana, num_steps=2000)
     draws = draws_of(posterior)
     x = torch.stack([draws["x1"], draws["x2"]], -1)
-    assert_moments(x, torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 0.0], [0.0, 2.25]]), by_covariance=0.1)
+    assert_moments(x, torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 0.0], [0.0, 2.25]]), by_covariance=0.15)
     # The bend itself: x2 - x1^2 is Normal(0, 0.5) whatever x1.
     rest = x[:, 1] - x[:, 0] ** 2
     assert abs(rest.mean()) < 0.05
     assert rest.std() == pytest.approx(0.5, rel=0.1)
-    assert_evidence(posterior, 0.0, gap=0.05)
+    assert_evidence(posterior, 0.0)
 
 
 def potential(z):
