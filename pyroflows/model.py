@@ -184,7 +184,9 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
 def model_parameters(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> dict[str, Tensor]:
     """The unconstrained tensors behind the ``pyro.param`` and ``pyro.module`` statements of a model."""
     trace = trace_model(model, args, kwargs, init_fn)
-    return {name: node["value"].unconstrained() for name, node in trace.nodes.items() if node["type"] == "param"}
+    values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
+    # With module-local parameters those of plain modules come as they are.
+    return {name: value.unconstrained() if hasattr(value, "unconstrained") else value for name, value in values.items()}
 
 
 def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:

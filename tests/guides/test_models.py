@@ -542,6 +542,39 @@ def test_support_without_bijection_raises(support):
     assert error.match("'direction'.*support.*no bijection")
 
 
+MISSING = torch.tensor([True, False, True])
+
+
+def masked_prior():
+    with pyro.plate("rows", 3), poutine.mask(mask=MISSING):
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def masked_distribution():
+    with pyro.plate("rows", 3):
+        pyro.sample("x", dist.Normal(0.0, 1.0).mask(MISSING))
+
+
+def half_observed():
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.zeros(3), obs_mask=MISSING)
+
+
+@pytest.mark.parametrize("model", [masked_prior, masked_distribution, half_observed])
+def test_latent_masked_in_part_raises(model):
+    """Where it is masked it has no density, and its entropy in the guide would grow without bound."""
+    error = refused(model)
+    assert error.type is ModelError
+    assert error.match("'x(_unobserved)?' is masked in part")
+
+
+def test_initial_value_of_a_wrong_shape_raises():
+    init = init_to_value(values={"mu": torch.zeros(3)})
+    with pytest.raises(ModelError, match=r"'mu'.*\(3,\)"):
+        AutoPlanar(regression, init_loc_fn=init)()
+
+
 def test_observed_site_may_have_any_support():
     def model():
         x = pyro.sample("x", dist.Normal(torch.ones(3), 1.0).to_event(1))

@@ -323,20 +323,39 @@ def test_names_in_the_param_store(name):
     assert all(store[key] is parameter for key, parameter in expected.items())
 
 
-@all_guides
-def test_param_store_restores_a_fresh_guide(make):
-    guide = trained(make)
+def on_disk(state):
     file = io.BytesIO()
-    torch.save(pyro.get_param_store().get_state()["params"], file)
-    state = pyro.get_param_store().get_state()
+    torch.save(state["params"], file)
     file.seek(0)
-    state["params"] = torch.load(file, weights_only=True)
+    return {**state, "params": torch.load(file, weights_only=True)}
+
+
+@all_guides
+@pytest.mark.parametrize("saved", [on_disk, copy.deepcopy, lambda state: state], ids=["disk", "copy", "memory"])
+def test_param_store_restores_a_fresh_guide(make, saved):
+    guide = trained(make)
+    state = saved(pyro.get_param_store().get_state())
     pyro.clear_param_store()
     pyro.get_param_store().set_state(state)
     fresh = make(regression)
     fresh(Y)
     assert not changed(fresh, parameters(guide))
     assert_same_draws(fresh, guide, Y)
+
+
+@all_guides
+@pytest.mark.parametrize("saved", [on_disk, copy.deepcopy], ids=["disk", "copy"])
+def test_param_store_restores_the_guide_itself(make, saved):
+    """The best state of a training, say: set back, it is what the guide draws from and trains on from."""
+    guide = trained(make)
+    expected = parameters(guide)
+    state = saved(pyro.get_param_store().get_state())
+    fit(regression, guide)
+    pyro.get_param_store().set_state(state)
+    guide(Y)
+    assert not changed(guide, expected)
+    fit(regression, guide)
+    assert changed(guide, expected) == expected.keys()
 
 
 @all_guides

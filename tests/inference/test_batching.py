@@ -590,6 +590,21 @@ def test_site_that_appears_later_raises():
         batched({"x": torch.tensor([0.0, 4.0])}, 2)
 
 
+@pytest.mark.parametrize("first", [0.0, 4.0])
+def test_site_that_vanishes_later_raises(first):
+    """Whichever draw comes first: its sites must not stand for those of all."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x < 3:
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.warns(UserWarning, match="draw by draw"):
+        batched = BatchedModel(model, (), {}, {"x": torch.zeros(5), "z": torch.zeros(5)})
+    with pytest.raises(ModelError, match=r"dynamic structure.*'z'"):
+        batched({"x": torch.tensor([first, 4.0 - first]), "z": torch.zeros(2)}, 2)
+
+
 # Drawing
 
 
