@@ -15,7 +15,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
-from pyroflows.flows import IAF, Flow, FlowDistribution
+from pyroflows.flows import IAF, Flow, FlowDistribution, Planar
 from pyroflows.flows.base import as_flow
 from pyroflows.model import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform
@@ -43,7 +43,7 @@ class AutoFlow(AutoContinuous):
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
         flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
-            of these, or a Zuko flow; None for an affine IAF of four layers.
+            of these, or a Zuko flow; None for an affine IAF of four layers, or planar layers for one latent.
         init_loc_fn: initial values by site, one of Pyro's ``init_to_...`` functions.
         init_scale: initial standard deviation in the unconstrained space, positive.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
@@ -165,12 +165,12 @@ class AutoFlow(AutoContinuous):
         return self._built()()
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal posterior medians by site, from samples."""
+        """Marginal posterior medians by site, from samples; those of a simplex need not sum to one."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal posterior quantiles by site, from samples; ``(len(quantiles), *site shape)``."""
+        """Marginal posterior quantiles by site and component, from samples; ``(len(quantiles), *site shape)``."""
         if self.structure is None:
             self._setup_prototype(*args, **kwargs)
         assert self.structure is not None
@@ -195,4 +195,6 @@ class AutoFlow(AutoContinuous):
 
 def default_flow(latent_dim: int) -> Flow:
     """The flow of a guide that was given none."""
+    if latent_dim == 1:  # where an affine flow is a Gaussian
+        return Planar(latent_dim, num_layers=16)
     return IAF(latent_dim, num_layers=4, hidden_dims=(32, 32))

@@ -74,9 +74,8 @@ class BatchedModel:
         self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
-            start = time.perf_counter()
-            handler = self._run({name: value[0] for name, value in examples.items()}, subsample or {}, single=True)
-            self._seconds = time.perf_counter() - start
+            first = {name: value[0] for name, value in examples.items()}
+            handler = self._run(first, subsample or {}, single=True)
             self._handler, self._reference = handler, handler.record
             self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
@@ -113,6 +112,9 @@ class BatchedModel:
             if self._agrees(record, subsample):
                 return mode
             self._failures[mode] = "differs from single draws"
+        start = time.perf_counter()
+        self._run({name: value[0] for name, value in examples.items()}, subsample)
+        self._seconds = time.perf_counter() - start
         if not self._draw:
             self._warn("draw by draw, which makes every step slow")
         return "loop"
@@ -126,7 +128,7 @@ class BatchedModel:
 
     def _agrees(self, record: Record, subsample: Values) -> bool:
         """Whether single runs at the values of a batch give the batch's values and log-densities."""
-        for i in (0, NUM_EXAMPLES - 1):
+        for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
             single = self._run(given, subsample).record
             batched = Record(
@@ -160,6 +162,11 @@ class BatchedModel:
                 self._run({name: value[i] for name, value in values.items()}, subsample).record
                 for i in range(num_draws)
             ]
+        for name in {name for single in singles for name in single.values.keys() ^ self._reference.values.keys()}:
+            raise ModelError(
+                f"the model has dynamic structure: site '{name}' appears in one run and not in another; a flow "
+                "needs the same sites in every run"
+            )
         return Record(
             _join([s.values for s in singles], torch.stack), _join([s.log_probs for s in singles], torch.stack)
         )
@@ -170,7 +177,10 @@ class BatchedModel:
             return record.values, record.log_probs
 
         run = torch.func.vmap(single, randomness="different")
-        return Record(*run(dict(values), torch.arange(num_draws)))
+        with warnings.catch_warnings():
+            # An operation that torch itself runs one by one; the user can do nothing about it.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return Record(*run(dict(values), torch.arange(num_draws)))
 
     def _plate(self, values: Values, num_draws: int, subsample: Values) -> Record:
         nesting = self._handler.max_plate_nesting

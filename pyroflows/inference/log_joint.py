@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.inference.batching import NUM_EXAMPLES, BatchedModel, Values
+from pyroflows.inference.batching import BatchedModel, Values
 from pyroflows.model import Model, ModelStructure
 
 
@@ -17,17 +17,15 @@ class LogJoint:
         args: its positional arguments.
         kwargs: its keyword arguments.
         structure: of the model with these arguments.
-        center: unconstrained vector ``(dim,)`` around which ways of running a batch are compared with single draws.
+        examples: unconstrained vectors ``(n, dim)`` at which ways of running a batch are compared with single draws.
 
     Shapes: ``(S, dim)`` to ``(S,)``.
     """
 
-    def __init__(self, model: Model, args: Any, kwargs: Any, structure: ModelStructure, center: Tensor) -> None:
+    def __init__(self, model: Model, args: Any, kwargs: Any, structure: ModelStructure, examples: Tensor) -> None:
         self.structure = structure
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn((NUM_EXAMPLES, structure.dim), generator=generator, dtype=center.dtype)
-        examples, _ = structure.constrain(center + 0.1 * noise.to(center.device))
-        self.batched = BatchedModel(model, args, kwargs, examples, subsample=self.draw_subsample())
+        values, _ = structure.constrain(examples)
+        self.batched = BatchedModel(model, args, kwargs, values, subsample=self.draw_subsample())
 
     def draw_subsample(self) -> dict[str, Tensor]:
         """Random rows of each subsampled plate, the same for all draws of a batch."""

@@ -17,6 +17,7 @@ from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import diagnosis, serialization
 from pyroflows.inference.arviz import plot_pairs
+from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
@@ -57,7 +58,7 @@ class Posterior:
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("N", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> posterior = pf.FlowVI(model, num_steps=200, seed=0, progress_bar=False).run(torch.tensor([1.0, 2.0]))
+        >>> posterior = pf.FlowVI(model, num_steps=400, seed=0, progress_bar=False).run(torch.tensor([1.0, 2.0]))
         >>> posterior.sample(100)["mu"].shape
         torch.Size([100])
         >>> posterior.diagnose().verdict
@@ -92,7 +93,9 @@ class Posterior:
     @cached_property
     def log_joint(self) -> LogJoint:
         """The model's log joint at these arguments, as a function of unconstrained vectors."""
-        return LogJoint(self._model, self._args, self._kwargs, self.structure, self._center)
+        with seeded(0), torch.no_grad():
+            examples = self._flow().sample((NUM_EXAMPLES,))
+        return LogJoint(self._model, self._args, self._kwargs, self.structure, examples)
 
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""

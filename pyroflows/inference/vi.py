@@ -12,6 +12,7 @@ from torch import Tensor
 from pyroflows.errors import ModelError, OptionError
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn
+from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
@@ -121,7 +122,9 @@ class FlowVI:
         assert structure is not None
         center = guide._init_loc().to(next(flow.parameters()))
         _check_static_around(center, model, args, kwargs, guide)
-        log_joint = LogJoint(model, args, kwargs, structure, center)
+        with seeded(0):
+            examples = center + 0.1 * torch.randn((NUM_EXAMPLES, structure.dim)).to(center)
+        log_joint = LogJoint(model, args, kwargs, structure, examples)
         _check_start(log_joint, center)
 
         def step() -> Mapping[str, Tensor]:
