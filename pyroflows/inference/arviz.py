@@ -147,7 +147,9 @@ def plot_pairs(
     """
     posterior: Any = data["posterior"]
     chosen = list(var_names or posterior.data_vars)
-    shown = {d: labels for d, labels in (coords or {}).items() if d in posterior.coords}
+    shown = dict(coords or {})
+    if unknown := set(shown) - set(posterior.dims):
+        raise ValueError(f"there are no dimensions {sorted(unknown)} to choose from, only {list(posterior.dims)}")
     parts = [posterior[name].sel({d: shown[d] for d in posterior[name].dims if d in shown}) for name in chosen]
     num = sum(part[0, 0].size for part in parts)
     if not 2 <= num <= MAX_PAIRS:

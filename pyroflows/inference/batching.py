@@ -122,7 +122,8 @@ class BatchedModel:
     def _warn(self, how: str) -> None:
         warnings.warn(
             f"the model runs {how}: under an outer plate it fails with [{self._failures['plate']}], under vmap with "
-            f"[{self._failures['vmap']}]",
+            f"[{self._failures['vmap']}]. A model runs under a plate if it indexes from the right, x[..., 0] for x[0], "
+            "and x[..., None] where a scalar site meets a vector",
             stacklevel=3,
         )
 

@@ -299,8 +299,8 @@ class Posterior:
     @torch.no_grad()
     def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Unconstrained draws ``(S, dim)`` and their ``log q``."""
-        if num_samples < 1:
-            raise OptionError(f"num_samples must be positive, got {num_samples}")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
         return self._flow().rsample_and_log_prob((num_samples,))
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:

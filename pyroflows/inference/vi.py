@@ -87,8 +87,10 @@ class FlowVI:
                 f"FlowVI trains flow guides, but got {type(guide).__name__}: use pyro.infer.SVI for it, or give "
                 "a function latent_dim -> flow"
             )
-        if guide is not None and not callable(guide):
-            raise OptionError(f"guide must be a flow guide or a function latent_dim -> flow, got {guide!r}")
+        if guide is not None and (not callable(guide) or isinstance(guide, type)):
+            raise OptionError(
+                f"guide must be a flow guide, made of the model, or a function latent_dim -> flow, got {guide}"
+            )
         if dtype is not None and isinstance(guide, AutoFlow):
             raise OptionError("give dtype to the guide, not to FlowVI, where the guide is yours")
         self.model = model

@@ -369,7 +369,7 @@ def draws_of(posterior):
 )
 @pytest.mark.parametrize("num_samples", [0, -1])
 def test_num_samples(posterior, ask, num_samples):
-    with pytest.raises(OptionError, match=f"num_samples must be positive, got {num_samples}"):
+    with pytest.raises(OptionError, match=f"num_samples must be positive and an integer, got {num_samples}"):
         ask(posterior, num_samples)
 
 
