@@ -169,8 +169,9 @@ class _Schedule:
         if not len(window):
             return
         noise = window.std() / math.sqrt(len(window))
-        self._stalled = 0 if window.mean() > self._best + 2 * noise else self._stalled + 1
-        self._best = max(self._best, window.mean())
+        # The bar moves only with progress that counts, so that slow growth adds up.
+        grown = window.mean() > self._best + 2 * noise
+        self._best, self._stalled = (window.mean(), 0) if grown else (self._best, self._stalled + 1)
         if settled(history) or self._stalled >= PATIENCE or history.num_steps >= MAX_CONSTANT:
             self._decay = max(MIN_DECAY, history.num_steps // 2)
             self._end = history.num_steps + self._decay

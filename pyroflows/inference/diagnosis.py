@@ -14,8 +14,8 @@ Verdict = Literal["good", "correct it", "do not use"]
 MAX_LOG_WEIGHT_VARIANCE = 0.1
 MAX_MEAN_SHIFT = 0.1
 MAX_SD_CHANGE = 0.1
-# Below this variance q is p to a KL of half a percent of a nat, and k-hat, fitted to what is left, says little.
-NEARLY_EXACT = 0.01
+# Below this variance q is p to a KL of one percent of a nat, and k-hat, fitted to what is left, says little.
+NEARLY_EXACT = 0.02
 
 
 @dataclass(frozen=True)
