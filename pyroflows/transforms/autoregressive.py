@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MADE
+from pyroflows.nets import MADE, ResMADE
 from pyroflows.transforms.base import FlowTransform, Pair
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
 Conditioner = Callable[..., nn.Module]
-_CONDITIONERS: dict[str, Conditioner] = {"made": MADE}
+_CONDITIONERS: dict[str, Conditioner] = {"made": MADE, "residual": ResMADE}
 
 
 class Autoregressive(FlowTransform):
@@ -25,7 +25,7 @@ class Autoregressive(FlowTransform):
         dim: the event size D.
         univariate: the map T, a name or an instance.
         order: a permutation of ``range(dim)``, the order in which dimensions see each other; ascending by default.
-        conditioner: "made", or a factory called as ``factory(order, num_params, hidden_dims, context_dim)`` whose
+        conditioner: "made", "residual", or a factory called as ``factory(order, num_params, hidden_dims, context_dim)`` whose
             module maps ``(z, context)`` to ``(..., dim, num_params)`` autoregressively in that order.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context c.

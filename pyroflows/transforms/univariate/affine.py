@@ -1,32 +1,32 @@
-"""Univariate maps: increasing functions of one variable, with their parameters in the last dimension.
-
-A map knows scalars and nothing of dimensions; structures (elementwise, autoregressive, coupling) apply it. At
-``theta = 0`` a map is the identity.
-"""
+"""Affine and additive maps."""
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError
+from pyroflows.transforms.univariate.base import Pair
 
-Pair = tuple[Tensor, Tensor]
 
+class Additive:
+    r"""Shift, :math:`x = z + t` with :math:`\theta = t`; the log-derivative is zero.
 
-class Univariate(Protocol):
-    """What a structure asks of a map. z, x and the log-derivatives have one shape, theta one dimension more."""
+    Example:
+        >>> Additive().forward_and_ladj(torch.tensor(2.0), torch.tensor([1.0]))
+        (tensor(3.), tensor(0.))
+    """
 
-    num_params: int
+    num_params = 1
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
-        """``x = T(z; theta)`` and ``log dx/dz``."""
-        ...
+        return z + theta[..., 0], torch.zeros_like(z)
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
-        """``z = T^{-1}(x; theta)`` and ``log dz/dx``."""
-        ...
+        return x - theta[..., 0], torch.zeros_like(x)
+
+    def __repr__(self) -> str:
+        return "Additive()"
 
 
 class Affine:
@@ -80,15 +80,3 @@ class Affine:
 
     def __repr__(self) -> str:
         return f"Affine(max_contraction={self.max_contraction}, max_expansion={self.max_expansion})"
-
-
-_NAMES = {"affine": Affine}
-
-
-def univariate_named(univariate: "str | Univariate") -> Univariate:
-    """The map of a name, or the map itself."""
-    if not isinstance(univariate, str):
-        return univariate
-    if univariate not in _NAMES:
-        raise OptionError(f"univariate must be one of {sorted(_NAMES)} or an instance, got {univariate!r}")
-    return _NAMES[univariate]()

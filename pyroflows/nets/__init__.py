@@ -1,0 +1,9 @@
+"""Conditioners: the networks that compute the parameters of a transform.
+
+Every conditioner starts with a zero output layer, so that what it conditions starts at its neutral parameters.
+"""
+
+from pyroflows.nets.made import MADE, MaskedLinear, ResMADE
+from pyroflows.nets.mlp import MLP, Parameters, ResidualMLP
+
+__all__ = ["MADE", "MLP", "MaskedLinear", "Parameters", "ResMADE", "ResidualMLP"]

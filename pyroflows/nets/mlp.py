@@ -1,0 +1,103 @@
+"""Dense conditioners: plain and residual networks, and parameters that are held or computed from a context."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyroflows.errors import OptionError
+
+L = TypeVar("L", bound=nn.Linear)
+
+
+class MLP(nn.Sequential):
+    """A multi-layer perceptron with SiLU activations and a zero output layer.
+
+    Args:
+        in_dim: size of the input's last dimension.
+        out_dim: size of the output's last dimension.
+        hidden_dims: widths of the hidden layers.
+
+    Shapes: ``(..., in_dim)`` to ``(..., out_dim)``.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
+        widths = [in_dim, *hidden_dims]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        super().__init__(*layers, zero_initialized(nn.Linear(widths[-1], out_dim)))
+
+
+class ResidualMLP(nn.Module):
+    r"""A residual network with a zero output layer (He et al. 2016, arXiv:1603.05027).
+
+    :math:`h_0 = W x + b`, then a block :math:`h_k = h_{k-1} + W_k'\, \sigma(W_k\, \sigma(h_{k-1}))` for every width in
+    ``hidden_dims``, biases understood, with :math:`\sigma` = SiLU; the output is linear in :math:`\sigma(h)`. All
+    :math:`h_k` have the first width, the inside of block k has the k-th.
+
+    Args:
+        in_dim: size of the input's last dimension.
+        out_dim: size of the output's last dimension.
+        hidden_dims: one or more widths, a block of two linear layers for each.
+
+    Shapes: ``(..., in_dim)`` to ``(..., out_dim)``.
+
+    Raises:
+        OptionError: if there is no hidden layer, or a width is not positive.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
+        super().__init__()
+        width = checked_widths(hidden_dims)[0]
+        self.input = nn.Linear(in_dim, width)
+        self.inner = nn.ModuleList(nn.Linear(width, inner) for inner in hidden_dims)
+        self.outer = nn.ModuleList(nn.Linear(inner, width) for inner in hidden_dims)
+        self.output = zero_initialized(nn.Linear(width, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.input(x)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            h = h + outer(F.silu(inner(F.silu(h))))
+        return self.output(F.silu(h))
+
+
+class Parameters(nn.Module):
+    """The parameters of one layer: held, or computed from a context.
+
+    ``theta = value + net(context)``, where ``net`` exists only if ``context_dim > 0`` and starts at zero.
+
+    Args:
+        value: initial value, of any shape.
+        context_dim: size of the context, 0 for none.
+        hidden_dims: widths of the network that reads the context.
+
+    Shapes: a context ``(..., context_dim)`` gives ``(..., *value.shape)``; no context gives ``value.shape``.
+    """
+
+    def __init__(self, value: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (64,)) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value.detach().clone())
+        self.net = MLP(context_dim, value.numel(), hidden_dims) if context_dim else None
+
+    def forward(self, context: Tensor | None = None) -> Tensor:
+        if self.net is None:
+            return self.value
+        offset = self.net(context)
+        return self.value + offset.reshape(offset.shape[:-1] + self.value.shape)
+
+
+def zero_initialized(layer: L) -> L:
+    """The layer, with weight and bias set to zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def checked_widths(hidden_dims: Sequence[int]) -> Sequence[int]:
+    """The widths, if there are any and all are positive."""
+    if not hidden_dims or min(hidden_dims) < 1:
+        raise OptionError(f"hidden_dims must be one or more positive widths, got {tuple(hidden_dims)}")
+    return hidden_dims
