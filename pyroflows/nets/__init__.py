@@ -3,7 +3,8 @@
 Every conditioner starts with a zero output layer, so that what it conditions starts at its neutral parameters.
 """
 
+from pyroflows.nets.incremental import Incremental, IncrementalGradient
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE
 from pyroflows.nets.mlp import MLP, Parameters, ResidualMLP
 
-__all__ = ["MADE", "MLP", "MaskedLinear", "Parameters", "ResMADE", "ResidualMLP"]
+__all__ = ["MADE", "MLP", "Incremental", "IncrementalGradient", "MaskedLinear", "Parameters", "ResMADE", "ResidualMLP"]

@@ -1,7 +1,7 @@
 """Masked autoregressive networks: one pass gives the parameters of every dimension from the dimensions before it."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
-        # The mask follows from the constructor's arguments, so it does not belong in a state_dict.
+        # It follows from the constructor's arguments, so it does not belong in a state_dict.
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
 
     @property
@@ -44,9 +44,15 @@ class MADE(nn.Module):
 
     Shapes: ``(..., D)`` and a context ``(..., context_dim)`` give ``(..., D, num_params)``.
 
+    Attributes:
+        units: for each hidden layer, the number of units of each degree.
+        known: for each hidden layer, the number of units of each degree or a lower one.
+
     Raises:
         OptionError: if there is no hidden layer, or a width is not positive.
     """
+
+    index_of_place: Tensor
 
     def __init__(
         self, order: Sequence[int], num_params: int, hidden_dims: Sequence[int] = (64, 64), context_dim: int = 0
@@ -55,16 +61,19 @@ class MADE(nn.Module):
         dim = len(order)
         self.order = list(order)
         self.num_params = num_params
-        place = torch.empty(dim, dtype=torch.long)
-        place[torch.as_tensor(order)] = torch.arange(dim)
+        # What follows from the constructor's arguments does not belong in a state_dict.
+        self.register_buffer("index_of_place", torch.as_tensor(self.order), persistent=False)
+        place = self.index_of_place.argsort()
 
         # Without a context a unit of degree 0 would be a constant: only D = 1 has nothing better.
         lowest = 0 if context_dim or dim == 1 else 1
         widths = self._widths(checked_widths(hidden_dims))
-        self.degrees = [_spread(lowest, dim - 1, width) for width in widths]
-        masks = [self.degrees[0][:, None] > place]
-        masks += [b[:, None] >= a for a, b in pairwise(self.degrees)]
-        last = (place[:, None] >= self.degrees[-1]).repeat(num_params, 1)
+        degrees = [_spread(lowest, dim - 1, width) for width in widths]
+        masks = [degrees[0][:, None] > place]
+        masks += [b[:, None] >= a for a, b in pairwise(degrees)]
+        last = (place[:, None] >= degrees[-1]).repeat(num_params, 1)
+        self.units = [torch.bincount(d, minlength=dim).tolist() for d in degrees]
+        self.known = [list(accumulate(units)) for units in self.units]
 
         self.input = MaskedLinear(masks[0])
         self.context = nn.Linear(context_dim, widths[0], bias=False) if context_dim else None
@@ -79,9 +88,7 @@ class MADE(nn.Module):
         return None
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        output = self.output(F.silu(self.pre_activations(z, context)[-1]))
-        # Parameter-major in memory, so that each parameter is one contiguous block over the dimensions.
-        return output.unflatten(-1, (self.num_params, z.shape[-1])).transpose(-1, -2)
+        return self.parameters_from(self.pre_activations(z, context))
 
     def pre_activations(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
         """The hidden layers before their activations."""
@@ -92,6 +99,21 @@ class MADE(nn.Module):
             skip = self.skip(k)
             hidden.append(h if skip is None else h + hidden[skip])
         return hidden
+
+    def parameters_from(self, pre_activations: list[Tensor]) -> Tensor:
+        """``(..., D, num_params)`` from the hidden layers."""
+        output = self.output(F.silu(pre_activations[-1]))
+        # Parameter-major in memory, so that each parameter is one contiguous block over the dimensions.
+        return output.unflatten(-1, (self.num_params, -1)).transpose(-1, -2)
+
+    def weights_by_place(self) -> list[Tensor]:
+        """The masked weights of all layers, inputs and outputs by place; the last is ``(D, num_params, width)``."""
+        output = self.output.masked_weight.unflatten(0, (self.num_params, -1))
+        return [
+            self.input.masked_weight[:, self.index_of_place],
+            *(layer.masked_weight for layer in self.hidden),
+            output.transpose(0, 1)[self.index_of_place],
+        ]
 
 
 class ResMADE(MADE):
@@ -118,7 +140,7 @@ class ResMADE(MADE):
 
     def skip(self, k: int) -> int | None:
         """The hidden layer whose pre-activation is added to that of hidden layer k."""
-        return k - 2 if k % 2 == 0 else None
+        return k - 2 if k > 0 and k % 2 == 0 else None
 
 
 def _spread(lowest: int, highest: int, width: int) -> Tensor:

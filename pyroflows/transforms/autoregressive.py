@@ -1,13 +1,16 @@
 """Autoregressive structure: the parameters of each dimension depend on those before it."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MADE, ResMADE
+from pyroflows.nets import MADE, Incremental, IncrementalGradient, ResMADE
 from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.root import runs_in_python
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
 Conditioner = Callable[..., nn.Module]
@@ -25,8 +28,9 @@ class Autoregressive(FlowTransform):
         dim: the event size D.
         univariate: the map T, a name or an instance.
         order: a permutation of ``range(dim)``, the order in which dimensions see each other; ascending by default.
-        conditioner: "made", "residual", or a factory called as ``factory(order, num_params, hidden_dims, context_dim)`` whose
-            module maps ``(z, context)`` to ``(..., dim, num_params)`` autoregressively in that order.
+        conditioner: "made", "residual", or a factory called as ``factory(order, num_params, hidden_dims,
+            context_dim)`` whose module maps ``(z, context)`` to ``(..., dim, num_params)`` autoregressively in that
+            order.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context c.
 
@@ -66,6 +70,19 @@ class Autoregressive(FlowTransform):
         return x, ladj.sum(-1)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        if not (isinstance(self.conditioner, MADE) and runs_in_python()):
+            return self._inverse_by_passes(x, context)
+        rows = None if context is None else context.expand(*x.shape[:-1], -1).reshape(-1, self.context_dim)
+        with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
+            z, ladj = self._solve(self.conditioner, x.reshape(-1, self.dim), rows)
+        z, ladj = z.clone().reshape(x.shape), ladj.clone().reshape(x.shape[:-1])
+        if torch.is_grad_enabled():
+            z = self._attached(self.conditioner, z, x, context)
+            ladj = -self._forward_and_ladj(z, context)[1]
+        return z, ladj
+
+    def _inverse_by_passes(self, x: Tensor, context: Tensor | None) -> Pair:
+        """One pass of the network a dimension: for any conditioner, and for tracing."""
         # theta_j needs z_<j only, so the zeros that stand for later dimensions do not matter.
         columns = [torch.zeros_like(x[..., 0])] * self.dim
         total = torch.zeros_like(x[..., 0])
@@ -74,3 +91,65 @@ class Autoregressive(FlowTransform):
             columns[j], ladj = self.univariate.inverse_and_ladj(x[..., j], theta[..., j, :])
             total = total + ladj
         return torch.stack(columns, -1), total
+
+    def _solve(self, net: MADE, x: Tensor, context: Tensor | None) -> Pair:
+        """The inverse of rows ``(N, D)``, each hidden unit computed once, without gradients."""
+        # Row i of what follows stands for place i.
+        values = x.T[net.index_of_place]
+        total = x.new_zeros(len(x))
+        steps = Incremental(net, len(x), context)
+        for i, (value, z) in enumerate(zip(values.unbind(), steps.inputs.unbind(), strict=True)):
+            root, ladj = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).T)
+            z.copy_(root)
+            total += ladj
+        return torch.empty_like(x).index_copy_(-1, net.index_of_place, steps.inputs.T), total
+
+    def _attached(self, net: MADE, z: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        r"""z with the gradients of the implicit function :math:`F(z; c, \mathrm{weights}) = x`.
+
+        As in :func:`increasing_root`, by a Newton step :math:`z - J^{-1} (F(z) - x)`, which changes no value.
+        """
+        hidden = net.pre_activations(z, context)
+        theta = net.parameters_from(hidden)
+        residual = self.univariate.forward_and_ladj(z, theta)[0] - x
+        rows = [h.detach().reshape(-1, h.shape[-1]) for h in hidden]
+
+        def solve_transposed(gradient: Tensor) -> Tensor:
+            return self._solve_transposed(net, gradient, z, theta.detach(), rows)
+
+        return _NewtonStep.apply(residual, z, solve_transposed)
+
+    def _solve_transposed(self, net: MADE, gradient: Tensor, z: Tensor, theta: Tensor, hidden: list[Tensor]) -> Tensor:
+        r""":math:`v = J^{-\top} g`, where J is the Jacobian of the forward direction at z.
+
+        Component j of :math:`J^\top v = g` reads :math:`T_j' v_j + \sum_{k>j} \partial_{z_j} \theta_k \cdot
+        \partial_\theta T_k v_k = g_j`: backward substitution, where the sum is what the network's backward pass
+        brings to input j once all later :math:`v_k` are known.
+        """
+        pull_back = torch.func.vjp(lambda *args: self.univariate.forward_and_ladj(*args)[0], z.detach(), theta)[1]
+        slope, partial = pull_back(torch.ones_like(z))
+        # (..., D) and (..., D, num_params) to rows of places.
+        by_place = net.index_of_place
+        gradients, slopes = (t.reshape(-1, self.dim).T[by_place].unbind() for t in (gradient, slope))
+        partials = partial.reshape(-1, self.dim, net.num_params).permute(1, 2, 0)[by_place].unbind()
+        steps = IncrementalGradient(net, hidden, like=gradient)
+        v = torch.empty_like(gradient).reshape(-1, self.dim)
+        for i in reversed(range(self.dim)):
+            v_i = (gradients[i] - steps.input_gradient(i)) / slopes[i]
+            steps.parameter_gradient(i, v_i * partials[i])
+            v[:, self.order[i]] = v_i
+        return v.reshape(gradient.shape)
+
+
+class _NewtonStep(torch.autograd.Function):
+    """``z - J^{-1} residual`` where the residual is zero but has gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, z: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.solve_transposed = solve_transposed
+        return z.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return -ctx.solve_transposed(gradient), None, None

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.base import Pair
@@ -66,17 +67,16 @@ class Affine:
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
         shift, log_scale = self._shift_and_log_scale(theta)
-        return (x - shift) * torch.exp(-log_scale), -log_scale.expand_as(x)
+        ladj = -log_scale
+        return (x - shift) * torch.exp(ladj), ladj.expand_as(x)
 
     def _shift_and_log_scale(self, theta: Tensor) -> Pair:
-        shift, log_scale = theta.unbind(-1)
+        shift, log_scale = theta[..., 0], theta[..., 1]
         if self.max_contraction is None or self.max_expansion is None:
             return shift, log_scale
-        contraction, expansion = log_scale / self.max_contraction, log_scale / self.max_expansion
-        clamped = torch.where(
-            log_scale < 0, self.max_contraction * torch.tanh(contraction), self.max_expansion * torch.tanh(expansion)
-        )
-        return shift, clamped
+        # celu(s, c) is s above 0 and falls to -c below, with slope 1 at 0.
+        below_expansion = -F.celu(-log_scale, self.max_expansion)
+        return shift, F.celu(below_expansion, self.max_contraction)
 
     def __repr__(self) -> str:
         return f"Affine(max_contraction={self.max_contraction}, max_expansion={self.max_expansion})"
