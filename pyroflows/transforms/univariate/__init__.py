@@ -9,10 +9,19 @@ from collections.abc import Callable
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.affine import Additive, Affine
 from pyroflows.transforms.univariate.base import Univariate
+from pyroflows.transforms.univariate.monotone import Monotone
+from pyroflows.transforms.univariate.polynomial import SOS
+from pyroflows.transforms.univariate.spline import Spline
 
-__all__ = ["Additive", "Affine", "Univariate", "univariate_named"]
+__all__ = ["SOS", "Additive", "Affine", "Monotone", "Spline", "Univariate", "univariate_named"]
 
-_NAMES: dict[str, Callable[[], Univariate]] = {"additive": Additive, "affine": Affine}
+_NAMES: dict[str, Callable[[], Univariate]] = {
+    "additive": Additive,
+    "affine": Affine,
+    "monotone": Monotone,
+    "sos": SOS,
+    "spline": Spline,
+}
 
 
 def univariate_named(univariate: str | Univariate) -> Univariate:

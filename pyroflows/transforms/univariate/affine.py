@@ -71,7 +71,7 @@ class Affine:
         return (x - shift) * torch.exp(ladj), ladj.expand_as(x)
 
     def _shift_and_log_scale(self, theta: Tensor) -> Pair:
-        shift, log_scale = theta[..., 0], theta[..., 1]
+        shift, log_scale = theta.unbind(-1)
         if self.max_contraction is None or self.max_expansion is None:
             return shift, log_scale
         # celu(s, c) is s above 0 and falls to -c below, with slope 1 at 0.

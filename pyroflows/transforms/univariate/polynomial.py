@@ -1,0 +1,121 @@
+"""Sum-of-squares polynomial map."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.polynomial import legendre
+from torch import Tensor
+
+from pyroflows.errors import OptionError
+from pyroflows.transforms.root import increasing_root
+from pyroflows.transforms.univariate.base import Pair
+
+EPS = 1e-3
+
+
+class SOS:
+    r"""Sum-of-squares polynomial (Jaini et al. 2019, arXiv:1905.02325), with linear tails.
+
+    .. math::
+        x = t + \int_0^z s(u) \, du, \qquad
+        s(u) = \epsilon + \frac{1 - \epsilon}{K} \sum_{k=1}^K p_k(u)^2, \qquad
+        p_k(u) = 1 + \sum_{j=0}^d a_{kj} (u / B - m_k)^j
+
+    for :math:`|u| \le B`, and :math:`s(u) = s(\pm B)` beyond, with :math:`\epsilon = 10^{-3}` and
+    :math:`\theta = (t, a_{10}, \ldots, a_{Kd})`. The log-derivative is :math:`\log s(z)`, and the inverse a root search.
+
+    The paper's polynomials go on for ever, and a stack of L layers grows like :math:`z^{(2d + 1)^L}`, which overflows
+    on the first outlier; with linear tails x is at most :math:`|z|` times the square of the coefficients' size. Nothing
+    else is bounded.
+
+    Args:
+        num_polynomials: K; two squares suffice for every polynomial that is nowhere negative.
+        degree: d, of each polynomial; inside the bound the map has degree 2d + 1.
+        bound: B; beyond :math:`\pm B` the map is linear.
+
+    Raises:
+        OptionError: if ``num_polynomials`` or ``degree`` is below 1, or ``bound`` is not positive and finite.
+
+    Example:
+        >>> sos = SOS(num_polynomials=2, degree=3)
+        >>> theta = torch.randn(sos.num_params)
+        >>> z = torch.linspace(-8, 8, 5)
+        >>> x, ladj = sos.forward_and_ladj(z, theta)
+        >>> torch.allclose(sos.inverse_and_ladj(x, theta)[0], z, atol=1e-3)
+        True
+    """
+
+    def __init__(self, num_polynomials: int = 2, degree: int = 3, bound: float = 5.0) -> None:
+        if num_polynomials < 1 or degree < 1 or not 0 < bound < math.inf:
+            raise OptionError(
+                "SOS needs num_polynomials >= 1, degree >= 1 and a positive, finite bound, "
+                f"got {num_polynomials}, {degree}, {bound}"
+            )
+        self.num_polynomials = num_polynomials
+        self.degree = degree
+        self.bound = bound
+        self.num_params = 1 + num_polynomials * (degree + 1)
+        self._nodes, self._weights = _radau(degree + 1)
+        # A sum of squares does not change when the vector (p_1, ..., p_K) is rotated. Were all p_k written in the same
+        # powers, gradient descent would not see it either: from constants, equal or not, they would stay multiples of
+        # one another, one square in all. Powers about different centres have no such symmetry.
+        k = num_polynomials
+        self._centers = [(2 * i + 1 - k) / k for i in range(k)]
+
+    def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
+        shift, coefficients = self._shift_and_coefficients(theta, z.dim())
+        value, slope = self._integral(z, coefficients)
+        return shift + value, slope.log()
+
+    def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
+        shift, coefficients = self._shift_and_coefficients(theta, x.dim())
+        target = x - shift
+        with torch.no_grad():
+            end = torch.full_like(target, self.bound)
+            bottom, bottom_slope = self._integral(-end, coefficients)
+            top, top_slope = self._integral(end, coefficients)
+            # In the tails the outer end of the bracket is the root itself.
+            lower = -end + (target - bottom).clamp_max(0) / bottom_slope
+            upper = end + (target - top).clamp_min(0) / top_slope
+        z = increasing_root(lambda z: self._integral(z, coefficients), target, lower, upper)
+        return z, -self._integral(z, coefficients)[1].log()
+
+    def _shift_and_coefficients(self, theta: Tensor, num_dims: int) -> Pair:
+        """t, and a of shape ``(K, d + 1, ...)``, with the dimensions of z."""
+        padding = (1,) * (num_dims + 1 - theta.dim())
+        theta = theta.reshape(*padding, *theta.shape).movedim(-1, 0)
+        return theta[0], theta[1:].unflatten(0, (self.num_polynomials, self.degree + 1))
+
+    def _integral(self, z: Tensor, coefficients: Tensor) -> Pair:
+        """The integral of s from 0 to z, and s(z).
+
+        s has degree 2d, so Radau's quadrature with d + 1 nodes is exact; its weights are positive, so rounding leaves
+        the sum of squares positive; and its last node is z itself, where s is the derivative.
+        """
+        inside = z.clamp(-self.bound, self.bound)
+        nodes, weights, centers = (
+            torch.tensor(numbers, dtype=z.dtype, device=z.device).reshape(-1, *[1] * z.dim())
+            for numbers in (self._nodes, self._weights, self._centers)
+        )
+        powers_of = (nodes * (inside / self.bound))[:, None] - centers
+        p = coefficients[:, -1]
+        for j in reversed(range(self.degree)):
+            p = p * powers_of + coefficients[:, j]
+        slopes = EPS + (1 - EPS) * (1 + p).square().mean(1)
+        return (weights * slopes).sum(0) * inside + slopes[-1] * (z - inside), slopes[-1]
+
+    def __repr__(self) -> str:
+        return f"SOS(num_polynomials={self.num_polynomials}, degree={self.degree}, bound={self.bound})"
+
+
+def _radau(num_nodes: int) -> tuple[list[float], list[float]]:
+    """Nodes in (0, 1], the last of them 1, and weights of the quadrature on [0, 1] exact to degree 2 num_nodes - 2.
+
+    Abramowitz and Stegun 25.4.31: on [-1, 1] with the fixed node -1 the nodes are the roots of P_{n-1} + P_n.
+    """
+    n = num_nodes
+    x = np.sort(legendre.legroots([0.0] * (n - 1) + [1.0, 1.0]))
+    x[0] = -1.0
+    weights = (1 - x) / (n * legendre.legval(x, [0.0] * (n - 1) + [1.0])) ** 2
+    return ((1 - x) / 2)[::-1].tolist(), (weights / 2)[::-1].tolist()
