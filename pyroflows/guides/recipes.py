@@ -63,3 +63,44 @@ class AutoIAF(AutoFlow):
         self, model: Model, num_layers: int = 4, hidden_dims: Sequence[int] = (64, 64), **options: Any
     ) -> None:
         super().__init__(model, partial(flows.IAF, num_layers=num_layers, hidden_dims=hidden_dims), **options)
+
+
+class AutoRealNVP(AutoFlow):
+    """A guide of affine couplings; see :class:`pyroflows.flows.RealNVP`. Fast at drawing and at scoring any value.
+
+    Args:
+        model: a Pyro model. Of a single latent the guide stays an affine map of the base: a Gaussian.
+        num_layers: number of layers.
+        hidden_dims: widths of the conditioners.
+        options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+    """
+
+    def __init__(
+        self, model: Model, num_layers: int = 6, hidden_dims: Sequence[int] = (64, 64), **options: Any
+    ) -> None:
+        super().__init__(model, partial(flows.RealNVP, num_layers=num_layers, hidden_dims=hidden_dims), **options)
+
+
+class AutoSpline(AutoFlow):
+    """A guide of spline couplings; see :class:`pyroflows.flows.NSF`. Stronger and dearer a layer than affine ones.
+
+    Args:
+        model: a Pyro model.
+        num_layers: number of layers.
+        hidden_dims: widths of the conditioners.
+        bins: number of bins of a spline.
+        bound: splines act where a component of the standardised latent is below this in size.
+        options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] = (64, 64),
+        bins: int = 8,
+        bound: float = 5.0,
+        **options: Any,
+    ) -> None:
+        recipe = partial(flows.NSF, num_layers=num_layers, hidden_dims=hidden_dims, bins=bins, bound=bound)
+        super().__init__(model, recipe, **options)

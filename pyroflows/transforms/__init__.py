@@ -1,19 +1,22 @@
 """Layers: bijections with parameters, from base to data."""
 
-from pyroflows.transforms import univariate
+from pyroflows.transforms import masks, univariate
 from pyroflows.transforms.autoregressive import Autoregressive
 from pyroflows.transforms.base import Cached, Compose, Conditioned, FlowTransform, Inverse
+from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise
-from pyroflows.transforms.linear import Permutation
+from pyroflows.transforms.linear import LU, Permutation
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
 
 __all__ = [
+    "LU",
     "Autoregressive",
     "Cached",
     "Compose",
     "Conditioned",
+    "Coupling",
     "Elementwise",
     "FlowTransform",
     "Inverse",
@@ -21,5 +24,6 @@ __all__ = [
     "Planar",
     "Radial",
     "Sylvester",
+    "masks",
     "univariate",
 ]

@@ -8,7 +8,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 
-from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSylvester
+from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoRealNVP, AutoSpline, AutoSylvester
 
 GUIDES = {
     "AutoFlow": AutoFlow,
@@ -16,6 +16,8 @@ GUIDES = {
     "AutoRadial": partial(AutoRadial, num_layers=4),
     "AutoSylvester": partial(AutoSylvester, num_layers=2),
     "AutoIAF": partial(AutoIAF, num_layers=2, hidden_dims=(8, 8)),
+    "AutoRealNVP": partial(AutoRealNVP, num_layers=2, hidden_dims=(8, 8)),
+    "AutoSpline": partial(AutoSpline, num_layers=2, hidden_dims=(8, 8), bins=4),
 }
 
 all_guides = pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)

@@ -13,7 +13,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyroflows.errors import DataError, FlowError, ModelError
-from pyroflows.guides import AutoFlow, AutoPlanar
+from pyroflows.guides import AutoFlow, AutoPlanar, AutoSpline
 from tests.guides.models import Y, all_guides, built, fit, groups, perturb, regression
 
 DOUBLE = torch.float64
@@ -599,3 +599,13 @@ def test_a_guide_can_be_retried_with_better_data():
     with pytest.raises(DataError):
         guide(torch.tensor([math.nan]))
     assert guide(Y).keys() == {"mu", "sigma"}
+
+
+# Recipes
+
+
+def test_options_reach_the_recipe():
+    guide = trainable(AutoSpline, regression, num_layers=3, hidden_dims=(4,), bins=5, bound=2.0)
+    *couplings, _ = guide.flow.transform.layers
+    assert [(layer.univariate.bins, layer.univariate.bound) for layer in couplings] == [(5, 2.0)] * 3
+    assert {layer.conditioner[0].out_features for layer in couplings} == {4}

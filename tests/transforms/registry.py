@@ -2,19 +2,25 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyroflows.transforms import (
+    LU,
     Autoregressive,
     Compose,
+    Coupling,
     Elementwise,
     FlowTransform,
     Permutation,
     Planar,
     Radial,
     Sylvester,
+    masks,
 )
 
 Factory = Callable[[int, int], FlowTransform]
@@ -28,8 +34,26 @@ def _shuffled(dim: int) -> list[int]:
     return torch.randperm(dim, generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def _autoregressive(dim: int, context_dim: int, **options) -> Autoregressive:
-    return Autoregressive(dim, context_dim=context_dim, **{"hidden_dims": (16, 16), **options})
+_coupling: Callable[..., FlowTransform] = partial(Coupling, hidden_dims=(16, 16))
+_autoregressive: Callable[..., FlowTransform] = partial(Autoregressive, hidden_dims=(16, 16))
+
+STRUCTURES = {"elementwise": Elementwise, "coupling": _coupling, "autoregressive": _autoregressive}
+UNIVARIATES = ("additive", "affine", "spline", "sos", "monotone")
+TRIANGULAR = [f"{structure}-{univariate}" for structure, univariate in product(STRUCTURES, UNIVARIATES)]
+
+
+def _factory(structure: Callable[..., FlowTransform], **options: Any) -> Factory:
+    """Of a layer with these options; one that is a function is called with the dimension."""
+
+    def make(dim: int, context_dim: int) -> FlowTransform:
+        values = {name: option(dim) if callable(option) else option for name, option in options.items()}
+        return structure(dim, context_dim=context_dim, **values)
+
+    return make
+
+
+def _other_half(dim: int) -> Tensor:
+    return ~masks.half(dim) if dim > 1 else masks.half(dim)
 
 
 def _compose(dim: int, context_dim: int) -> Compose:
@@ -39,9 +63,11 @@ def _compose(dim: int, context_dim: int) -> Compose:
         [
             Planar(dim, context_dim),
             shuffle,
-            _autoregressive(dim, context_dim).inv,
+            _autoregressive(dim, context_dim=context_dim).inv,
             shuffle.inv,
             Elementwise(dim, context_dim=context_dim),
+            _coupling(dim, context_dim=context_dim),
+            LU(dim, context_dim=context_dim),
             Radial(dim, context_dim),
             Sylvester(dim, min(dim, 3), context_dim),
         ]
@@ -54,16 +80,24 @@ LAYERS: dict[str, Factory] = {
     "radial": Radial,
     "sylvester": lambda dim, context_dim: Sylvester(dim, min(dim, 3), context_dim),
     "permutation": lambda dim, context_dim: Permutation(_shuffled(dim)),
-    "elementwise": lambda dim, context_dim: Elementwise(dim, context_dim=context_dim),
-    "autoregressive": _autoregressive,
-    "autoregressive-reversed": lambda dim, context_dim: _autoregressive(dim, context_dim, order=range(dim)[::-1]),
-    "autoregressive-narrow": lambda dim, context_dim: _autoregressive(dim, context_dim, hidden_dims=(3, 2)),
-    "autoregressive-inverse": lambda dim, context_dim: _autoregressive(dim, context_dim).inv,
+    **{name: _factory(STRUCTURES[name.split("-")[0]], univariate=name.split("-")[1]) for name in TRIANGULAR},
+    "coupling-other-half": _factory(_coupling, mask=_other_half),
+    "coupling-alternating": _factory(_coupling, mask=masks.alternating),
+    "coupling-random": _factory(_coupling, mask=lambda dim: masks.random(dim, seed=1)),
+    "coupling-residual": _factory(_coupling, conditioner="residual"),
+    "autoregressive-reversed": _factory(_autoregressive, order=lambda dim: range(dim)[::-1]),
+    "autoregressive-narrow": _factory(Autoregressive, hidden_dims=(3, 2)),
+    "autoregressive-residual": _factory(_autoregressive, conditioner="residual"),
+    "autoregressive-inverse": lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv,
+    "lu": _factory(LU),
+    "lu-permuted": _factory(LU, order=_shuffled),
     "compose": _compose,
 }
 TAKES_NO_CONTEXT = {"permutation"}
-NOT_IDENTITY_AT_START = {"permutation"}
+NOT_IDENTITY_AT_START = {"permutation", "lu-permuted"}
 WITHOUT_PARAMETERS = {"permutation"}
+# The log-determinant is zero whatever the parameters are.
+VOLUME_PRESERVING = {"permutation", *(name for name in TRIANGULAR if name.endswith("-additive"))}
 
 LEARNABLE = [name for name in LAYERS if name not in WITHOUT_PARAMETERS]
 CONDITIONAL = [name for name in LAYERS if name not in TAKES_NO_CONTEXT]

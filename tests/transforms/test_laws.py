@@ -22,6 +22,7 @@ from tests.transforms.registry import (
     LAYERS,
     LEARNABLE,
     NOT_IDENTITY_AT_START,
+    VOLUME_PRESERVING,
     conditioned,
     jacobian,
     layer,
@@ -46,6 +47,7 @@ all_batch_shapes = pytest.mark.parametrize("batch_shape", BATCH_SHAPES, ids=str)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 all_layers = pytest.mark.parametrize("name", LAYERS)
 learnable_layers = pytest.mark.parametrize("name", LEARNABLE)
+volume_changing_layers = pytest.mark.parametrize("name", [name for name in LEARNABLE if name not in VOLUME_PRESERVING])
 conditional_layers = pytest.mark.parametrize("name", CONDITIONAL)
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
@@ -169,7 +171,7 @@ def test_perturbed_parameters_bend_the_map(name):
         bends.append((x - z).abs().max().item())
         log_determinants.append(ladj.abs().max().item())
     assert median(bends) > 0.1
-    assert median(log_determinants) > 0.1
+    assert name in VOLUME_PRESERVING or median(log_determinants) > 0.1
 
 
 @all_cases
@@ -219,7 +221,7 @@ def test_gradients_reach_the_context(name, direction):
     assert (gradient != 0).any(-1).all()
 
 
-@learnable_layers
+@volume_changing_layers
 @both_directions
 def test_two_backward_passes_through_two_log_determinants(name, direction):
     """Nothing of the graph of an earlier call may linger in the layer."""
@@ -415,7 +417,7 @@ def test_vmap_of_gradients_equals_a_batch(name, direction):
 # The inverse of a planar layer unrolls its root search, which takes a compiler long; capturing it can fail.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it imports its compiler
-@pytest.mark.parametrize("name", ["planar", "autoregressive"])
+@pytest.mark.parametrize("name", ["planar", "autoregressive-affine", "coupling-affine"])
 @pytest.mark.parametrize(("direction", "backend"), [("forward", "inductor"), ("inverse", "eager")])
 def test_compiles_without_graph_breaks(name, direction, backend):
     pair = pair_of(layer(name, 3), direction)
@@ -438,8 +440,9 @@ def test_results_follow_the_parameters(name, optimiser):
     before = [result.detach() for view in views for result in view.forward_and_ladj(value)]
     train(t, 5, steps=1, optimiser=OPTIMISERS[optimiser])
     after = [result.detach() for view in views for result in view.forward_and_ladj(value)]
-    for old, new in zip(before, after, strict=True):
-        assert not torch.equal(old, new)
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        is_constant = name in VOLUME_PRESERVING and i % 2 == 1
+        assert torch.equal(old, new) == is_constant
 
 
 def cached(name="planar"):

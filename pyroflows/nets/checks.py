@@ -1,0 +1,37 @@
+"""What a conditioner must not contain."""
+
+from torch import nn
+
+from pyroflows.errors import OptionError
+
+
+def checked_conditioner(conditioner: nn.Module) -> nn.Module:
+    """The conditioner, if it is a module that gives the same parameters whenever, and in whatever batch, it is asked.
+
+    Dropout, other noise and batch statistics give a layer's two directions different parameters: it is then no
+    bijection, and nothing would show it.
+
+    Raises:
+        OptionError: if it is no module, or contains dropout, batch normalisation or the like.
+    """
+    if not isinstance(conditioner, nn.Module):
+        raise OptionError(f"a conditioner must be a torch.nn.Module, got {type(conditioner).__name__}")
+    for name, module in conditioner.named_modules():
+        if (effect := _effect(module)) is not None:
+            where = f"{type(module).__name__} at {name!r}" if name else type(module).__name__
+            raise OptionError(
+                f"a conditioner must not contain {where}: {effect}, which breaks the bijection; remove it"
+            )
+    return conditioner
+
+
+def _effect(module: nn.Module) -> str | None:
+    """Why a module's output is no function of its input, if so."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "its output depends on the rest of the batch"
+    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+    # Attention and recurrent networks drop out by a rate of their own.
+    rate = getattr(module, "p" if is_dropout else "dropout", 0.0)
+    if isinstance(module, nn.RReLU) or (isinstance(rate, float) and rate > 0):
+        return "its output is random"
+    return None

@@ -1,0 +1,329 @@
+"""The recipes of triangular flows: what they stack, where they start, and that they are densities whatever is mixed."""
+
+from functools import partial
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyroflows import flows
+from pyroflows.errors import OptionError
+from pyroflows.flows.stacking import _random_cycle
+from pyroflows.nets import MLP, ResidualMLP, ResMADE
+from pyroflows.transforms import LU, Autoregressive, Coupling, Elementwise, Inverse, Permutation
+from pyroflows.transforms.univariate import SOS, Additive, Affine, Monotone, Spline
+from tests.flows.test_flow import cell_masses
+from tests.transforms.registry import jacobian, perturb
+
+CONTEXT_DIM = 3
+COUPLING = {
+    "nice": (flows.NICE, Additive),
+    "realnvp": (flows.RealNVP, Affine),
+    "nsf": (flows.NSF, Spline),
+}
+AUTOREGRESSIVE = {
+    "iaf": (flows.IAF, Affine),
+    "maf": (flows.MAF, Affine),
+    "naf": (flows.NAF, Monotone),
+    "sos": (flows.SOS, SOS),
+    "nsf-autoregressive": (partial(flows.NSF, autoregressive=True), Spline),
+}
+RECIPES = COUPLING | AUTOREGRESSIVE
+MIXING = [None, "permutation", "lu"]
+
+all_recipes = pytest.mark.parametrize("recipe", RECIPES)
+coupling_recipes = pytest.mark.parametrize("recipe", COUPLING)
+autoregressive_recipes = pytest.mark.parametrize("recipe", AUTOREGRESSIVE)
+all_dims = pytest.mark.parametrize("dim", [1, 2, 5])
+all_mixing = pytest.mark.parametrize("mixing", MIXING)
+
+
+def make(recipe, dim=2, num_layers=3, **options):
+    return RECIPES[recipe][0](dim, num_layers=num_layers, **{"hidden_dims": (8, 8), **options}).double()
+
+
+def perturbed(recipe, dim=2, noise=0.4, **options):
+    return perturb(make(recipe, dim, **options), noise)
+
+
+# Enough to bend a density, and not so much that a grid misses the ridges of a spline.
+GRID_NOISE = 0.2
+
+
+def layers(flow, kind):
+    """The layers of one kind, themselves where the flow stacks their inverses."""
+    stacked = [layer.layer if isinstance(layer, Inverse) else layer for layer in flow.transform.layers]
+    return [layer for layer in stacked if isinstance(layer, kind)]
+
+
+def asymmetric(dim):
+    """A base of dependent, unequal dimensions: nothing that is mixed up, or left out, goes unseen."""
+    factor = torch.eye(dim) + 0.5 * torch.ones(dim, dim).tril(-1)
+    return dist.MultivariateNormal(torch.arange(1.0, dim + 1), factor @ factor.T)
+
+
+BASES = {"normal": lambda dim: None, "student_t": lambda dim: "student_t", "user's": asymmetric}
+all_bases = pytest.mark.parametrize("base", BASES)
+
+
+# Densities
+
+
+@all_recipes
+@all_dims
+@all_mixing
+@pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM])
+def test_samples_and_scores_agree(recipe, dim, mixing, context_dim):
+    flow = perturbed(recipe, dim, mixing=mixing, context_dim=context_dim)
+    law = flow(torch.randn(7, context_dim, dtype=torch.float64)) if context_dim else flow().expand((7,))
+    x, log_q = law.rsample_and_log_prob((4,))
+    assert (x.shape, log_q.shape) == ((4, 7, dim), (4, 7))
+    torch.testing.assert_close(law.log_prob(x.clone()), log_q)
+
+
+def assert_integrates_to_one(law):
+    # Smooth densities are integrated to rounding, those of splines, which have kinks, to a few 1e-4.
+    assert (cell_masses(law, n=300, reach=5.0).sum() - 1).abs() < 1e-3
+
+
+@all_recipes
+@all_bases
+def test_density_integrates_to_one(recipe, base):
+    assert_integrates_to_one(perturbed(recipe, base=BASES[base](2), noise=GRID_NOISE)())
+
+
+@all_recipes
+@pytest.mark.parametrize("mixing", ["permutation", "lu"])
+@pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM])
+def test_density_of_mixed_layers_integrates_to_one(recipe, mixing, context_dim):
+    flow = perturbed(recipe, mixing=mixing, context_dim=context_dim, noise=GRID_NOISE)
+    assert_integrates_to_one(flow(torch.randn(context_dim, dtype=torch.float64)) if context_dim else flow())
+
+
+@all_recipes
+def test_densities_that_are_integrated_are_far_from_the_base(recipe):
+    """An integral of one says something only of a density that is not the base's."""
+    flow = perturbed(recipe, noise=GRID_NOISE)
+    x = torch.randn(1000, 2, dtype=torch.float64)
+    assert (flow().log_prob(x) - flow.base().log_prob(x)).abs().mean() > 0.2
+
+
+@all_recipes
+@all_dims
+def test_context_moves_every_density(recipe, dim):
+    flow = perturbed(recipe, dim, context_dim=CONTEXT_DIM)
+    x = torch.randn(5, dim, dtype=torch.float64)
+    a, b = (flow(torch.randn(CONTEXT_DIM, dtype=torch.float64)).log_prob(x) for _ in range(2))
+    assert ((a - b).abs() > 1e-6).all()
+
+
+@all_recipes
+@all_dims
+@all_bases
+def test_untrained_flow_is_its_base(recipe, dim, base):
+    flow = make(recipe, dim, base=BASES[base](dim))
+    x = torch.randn(7, dim, dtype=torch.float64)
+    torch.testing.assert_close(flow().log_prob(x), flow.base().log_prob(x))
+
+
+@all_recipes
+@all_dims
+@pytest.mark.parametrize("mixing", ["permutation", "lu"])
+def test_untrained_flow_with_mixing_is_its_base_in_another_order(recipe, dim, mixing):
+    flow = make(recipe, dim, mixing=mixing, base=asymmetric(dim))
+    x = torch.arange(1.0, dim + 1, dtype=torch.float64)
+    z = flow().latent(x)
+    torch.testing.assert_close(z.sort().values, x)
+    torch.testing.assert_close(flow().log_prob(x), flow.base().log_prob(z))
+
+
+@all_recipes
+@all_dims
+@all_mixing
+def test_all_parameters_are_trained_by_either_direction(recipe, dim, mixing):
+    flow = perturbed(recipe, dim, mixing=mixing, context_dim=CONTEXT_DIM)
+    law = flow(torch.randn(16, CONTEXT_DIM, dtype=torch.float64))
+    x, log_q = law.rsample_and_log_prob()
+    for loss in (log_q.sum() + x.square().sum(), law.log_prob(x.detach()).sum()):
+        gradients = torch.autograd.grad(loss, list(flow.parameters()))
+        for (name, _), gradient in zip(flow.named_parameters(), gradients, strict=True):
+            # A masked network of one dimension sees the context alone.
+            sees_nothing = dim == 1 and name.endswith("conditioner.input.weight")
+            assert gradient.isfinite().all() and (gradient != 0).any() != sees_nothing
+
+
+@all_recipes
+@all_dims
+@all_mixing
+def test_every_dimension_bends_and_sees_the_others(recipe, dim, mixing):
+    """Two layers are enough for all that a dimension may depend on, save what a coupling still lets pass."""
+    flow = perturbed(recipe, dim, num_layers=4, mixing=mixing, noise=1.0)
+    z = torch.randn(20, dim, dtype=torch.float64)
+    matrix = jacobian(flow.transform, z).abs().amax(0)
+    assert (matrix > 1e-9).all()
+    if recipe == "nice" and dim == 1:
+        return  # of one dimension a shift and a scale
+    if dim > 1 or recipe not in ("realnvp", "iaf", "maf"):  # which are affine in one dimension
+        curvature = jacobian(flow.transform, z).std(0)
+        assert (curvature.amax(-1) > 1e-6).all()
+
+
+# What is stacked
+
+
+@all_recipes
+@all_mixing
+def test_layers_are_as_many_as_told_and_of_the_right_kind(recipe, mixing):
+    flow = make(recipe, 4, num_layers=5, mixing=mixing)
+    kind, univariate = Coupling if recipe in COUPLING else Autoregressive, RECIPES[recipe][1]
+    assert [type(layer.univariate) for layer in layers(flow, kind)] == [univariate] * 5
+    between = 0 if mixing is None else 2 if recipe in COUPLING else 4
+    assert len(layers(flow, Permutation if mixing == "permutation" else LU)) == between
+    assert len(flow.transform.layers) == 5 + between + (recipe == "nice")
+
+
+@all_recipes
+@pytest.mark.parametrize("mixing", ["permutation", "lu"])
+def test_what_mixes_moves_every_dimension_each_time_elsewhere(recipe, mixing):
+    flow = make(recipe, 10, num_layers=6, mixing=mixing)
+    orders = [layer.order.tolist() for layer in layers(flow, Permutation)]
+    orders += [layer.permutation.order.tolist() for layer in layers(flow, LU)]
+    assert all(i != j for order in orders for i, j in enumerate(order))
+    assert len(set(map(tuple, orders))) == len(orders) >= 2
+
+
+@coupling_recipes
+@all_mixing
+def test_couplings_take_turns(recipe, mixing):
+    masks = [layer.mask for layer in layers(make(recipe, 5, num_layers=4, mixing=mixing), Coupling)]
+    first, second = [True, True, False, False, False], [False, False, True, True, True]
+    assert masks == [first, second] * 2
+
+
+@autoregressive_recipes
+def test_orders_turn_where_nothing_mixes(recipe):
+    orders = [list(layer.order) for layer in layers(make(recipe, 3), Autoregressive)]
+    assert orders == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+    for mixing in ("permutation", "lu"):
+        orders = [list(layer.order) for layer in layers(make(recipe, 3, mixing=mixing), Autoregressive)]
+        assert orders == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 10, 43])
+def test_random_permutations_leave_nothing_in_place_and_differ(dim):
+    orders = [_random_cycle(dim, seed) for seed in range(1, 6)]
+    for order in orders:
+        assert sorted(order) == list(range(dim))
+        assert dim == 1 or all(i != j for i, j in enumerate(order))
+    assert dim < 10 or len(set(map(tuple, orders))) == 5
+    state = torch.get_rng_state()
+    assert _random_cycle(dim, 1) == orders[0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@all_recipes
+@all_mixing
+def test_state_loads_into_a_flow_of_the_same_arguments(recipe, mixing):
+    flow = perturbed(recipe, 5, mixing=mixing, base="student_t")
+    torch.manual_seed(1)
+    fresh = make(recipe, 5, mixing=mixing, base="student_t")
+    fresh.load_state_dict(flow.state_dict())
+    x = torch.randn(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(fresh().log_prob(x), flow().log_prob(x), rtol=0, atol=0)
+
+
+@autoregressive_recipes
+def test_direction_that_needs_one_pass(recipe, monkeypatch):
+    """Scoring, save for IAF."""
+    flow = perturbed(recipe, mixing="lu")
+
+    def called(*_):
+        raise AssertionError("a dimension after the other")
+
+    monkeypatch.setattr(Autoregressive, "_inverse_and_ladj", called)
+    parallel, sequential = flow().rsample, partial(flow().log_prob, torch.randn(2, dtype=torch.float64))
+    if recipe != "iaf":
+        parallel, sequential = sequential, parallel
+    parallel()
+    with pytest.raises(AssertionError):
+        sequential()
+
+
+def test_nice_keeps_volumes_up_to_its_rescaling():
+    flow = perturbed("nice", 5)
+    (rescaling,) = layers(flow, Elementwise)
+    z = torch.randn(7, 5, dtype=torch.float64)
+    _, ladj = flow.transform.forward_and_ladj(z)
+    expected = rescaling.parameters_of.value[:, 1].sum()
+    assert expected.abs() > 1e-2
+    torch.testing.assert_close(ladj, expected.expand(7))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_rescaling_of_nice_has_no_bounds(scale):
+    flow = make("nice")
+    (rescaling,) = layers(flow, Elementwise)
+    with torch.no_grad():
+        rescaling.parameters_of.value[:, 1] = torch.tensor(scale).log()
+    torch.testing.assert_close(flow().sample((10_000,)).std(0), torch.full((2,), scale).double(), rtol=0.1, atol=0)
+
+
+# Options
+
+
+@coupling_recipes
+def test_conditioner_of_couplings(recipe):
+    for options, kind in (({}, MLP), ({"conditioner": "residual"}, ResidualMLP)):
+        assert all(type(layer.conditioner) is kind for layer in layers(make(recipe, 3, **options), Coupling))
+
+
+@autoregressive_recipes
+def test_residual_conditioner_of_autoregressive_layers(recipe):
+    flow = make(recipe, 3, conditioner="residual")
+    assert all(type(layer.conditioner) is ResMADE for layer in layers(flow, Autoregressive))
+    assert not any(type(layer.conditioner) is ResMADE for layer in layers(make(recipe, 3), Autoregressive))
+
+
+@pytest.mark.parametrize("recipe", ["nsf", "nsf-autoregressive"])
+def test_bins_and_bound_of_splines(recipe):
+    flow = make(recipe, 3, bins=5, bound=2.0)
+    univariates = [layer.univariate for layer in layers(flow, (Coupling, Autoregressive))]
+    assert {(univariate.bins, univariate.bound) for univariate in univariates} == {(5, 2.0)}
+
+
+@all_recipes
+def test_hidden_dims(recipe):
+    narrow, wide = (sum(p.numel() for p in make(recipe, 3, hidden_dims=h).parameters()) for h in ((4,), (64, 64)))
+    assert narrow < wide / 10
+
+
+@all_recipes
+@pytest.mark.parametrize("mixing", ["LU", "reverse", True], ids=str)
+def test_unknown_mixing_raises(recipe, mixing):
+    with pytest.raises(OptionError, match=f"mixing must be None or one of.*lu.*permutation.*got {mixing!r}"):
+        make(recipe, mixing=mixing)
+
+
+@all_recipes
+def test_unknown_conditioner_raises(recipe):
+    with pytest.raises(OptionError, match="conditioner must be one of.*residual.*got 'transformer'"):
+        make(recipe, conditioner="transformer")
+
+
+@all_recipes
+@pytest.mark.parametrize("num_layers", [0, -1])
+def test_no_layers_raise(recipe, num_layers):
+    with pytest.raises(OptionError, match="layer"):
+        make(recipe, num_layers=num_layers)
+
+
+@all_recipes
+def test_no_dimension_raises(recipe):
+    with pytest.raises(OptionError, match="dim >= 1"):
+        make(recipe, 0)
+
+
+@all_recipes
+def test_unknown_option_raises(recipe):
+    with pytest.raises(TypeError, match="num_bins"):
+        make(recipe, num_bins=8)
