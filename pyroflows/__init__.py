@@ -1,6 +1,6 @@
 """Normalizing flows for Pyro: posteriors, densities and proposals."""
 
-from pyroflows import errors, flows, guides, inference, transforms
+from pyroflows import errors, fitting, flows, guides, inference, transforms
 from pyroflows.errors import (
     CheckpointError,
     DataError,
@@ -12,6 +12,7 @@ from pyroflows.errors import (
     PlotError,
     ShapeError,
 )
+from pyroflows.fitting import DensityFit, fit_density
 from pyroflows.flows import Flow
 from pyroflows.inference import FlowVI, Posterior, load_posterior, to_arviz
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "DataError",
+    "DensityFit",
     "DivergedError",
     "Flow",
     "FlowError",
@@ -31,6 +33,8 @@ __all__ = [
     "Posterior",
     "ShapeError",
     "errors",
+    "fit_density",
+    "fitting",
     "flows",
     "guides",
     "inference",

@@ -32,6 +32,32 @@ def plot_training(history: History) -> Any:
     return figure
 
 
+def plot_density_fit(history: History, best_epoch: int) -> Any:
+    """Log-density of training and validation rows over the epochs, and which epoch was kept; a matplotlib figure.
+
+    As in :func:`plot_training`, the axis leaves out the climb from the start.
+    """
+    plt = require_matplotlib()
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    curves = np.stack([history["log_prob"], history["validation_log_prob"]], -1)
+    epochs = np.arange(1, len(curves) + 1)
+    for values, name, color in zip(curves.T, ("training rows", "validation rows"), ("C0", "C1"), strict=True):
+        axis.plot(epochs, values, color=color, label=name, marker="." if len(epochs) < 20 else None)
+    axis.axvline(best_epoch, color="black", linestyle=":", linewidth=1.0, label=f"kept: epoch {best_epoch}")
+    rates = history["learning_rate"]
+    num_constant = np.flatnonzero(np.isclose(rates, rates.max()))[-1] + 1
+    if num_constant < len(epochs):
+        label = "learning rate falls, from the best state"
+        axis.axvspan(num_constant + 0.5, len(epochs) + 0.5, color="black", alpha=0.06, linewidth=0, label=label)
+    axis.set_ylim(*_robust_range(curves.ravel()))
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("mean log-density (nats a row)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axis.grid(alpha=0.3)
+    return figure
+
+
 def require_matplotlib() -> Any:
     """The module ``matplotlib.pyplot``, or an error that says how to get it."""
     try:

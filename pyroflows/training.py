@@ -1,11 +1,11 @@
-"""One training loop: optimiser, schedule, gradient clipping, guard, stopping rule, progress, history.
+"""One training loop: optimiser, gradient clipping, guard, progress, history.
 
-It knows a step function and no objective.
+It knows a step function and no objective, and follows a schedule.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -16,22 +16,23 @@ from tqdm.auto import tqdm
 
 from pyroflows.errors import DivergedError, OptionError
 
-# Fills the gradients and returns what to record, each a scalar. The value under ``monitor`` should grow.
+# Fills the gradients and returns what to record, each a scalar.
 Step = Callable[[], Mapping[str, Tensor]]
 OptimizerLike: TypeAlias = Callable[[Iterable[Tensor]], Optimizer] | PyroOptim
 
 LEARNING_RATE = 1e-2
 WARM_UP = 20
 WINDOW = 50
-PATIENCE = 6  # windows without progress
-MIN_DECAY = 200
-MAX_CONSTANT = 6000
 MAX_NORM = 10.0
 MAX_BAD_STEPS = 25
 
 
 class History(Mapping[str, np.ndarray]):
-    """What a fit recorded, by name, one number a step; also ``grad_norm`` and ``learning_rate``.
+    """What a fit recorded, by name, one number a step or epoch; also ``grad_norm`` and ``learning_rate``.
+
+    Args:
+        records: numbers by name.
+        unit: what a number belongs to.
 
     Example:
         >>> history = History({"elbo": [-3.0, -2.0]})
@@ -41,7 +42,8 @@ class History(Mapping[str, np.ndarray]):
         History(2 steps: elbo)
     """
 
-    def __init__(self, records: Mapping[str, Sequence[float]] | None = None) -> None:
+    def __init__(self, records: Mapping[str, Sequence[float]] | None = None, unit: str = "step") -> None:
+        self._unit = unit
         self._records: dict[str, list[float]] = {name: list(values) for name, values in (records or {}).items()}
 
     def append(self, **values: float) -> None:
@@ -52,6 +54,9 @@ class History(Mapping[str, np.ndarray]):
         """The last ``count`` numbers, without those that are not finite."""
         values = np.asarray(self._records[name][-count:])
         return values[np.isfinite(values)]
+
+    def last(self, name: str) -> float:
+        return self._records[name][-1]
 
     @property
     def num_steps(self) -> int:
@@ -67,50 +72,63 @@ class History(Mapping[str, np.ndarray]):
         return len(self._records)
 
     def __repr__(self) -> str:
-        return f"History({self.num_steps} steps: {', '.join(self)})"
+        return f"History({self.num_steps} {self._unit}s: {', '.join(self)})"
+
+
+class Schedule(Protocol):
+    """When the learning rate falls and when a fit ends; one object serves one fit."""
+
+    @property
+    def monitor(self) -> str:
+        """The recorded number that should grow."""
+
+    @property
+    def num_steps(self) -> int | None:
+        """Of the whole fit, where it is known from the start."""
+
+    def factor(self, step: int) -> float | None:
+        """Of the learning rate at a step; None when it is time to stop."""
+
+    def look(self, history: History) -> None:
+        """At what was recorded, after each step."""
+
+    def status(self, history: History) -> dict[str, str]:
+        """What the progress bar shows."""
 
 
 def train(
     step: Step,
     parameters: Iterable[Tensor],
+    schedule: Schedule,
     *,
-    monitor: str,
-    num_steps: int | None = None,
     optimizer: OptimizerLike | None = None,
-    settled: Callable[[History], bool] = lambda history: False,
     progress_bar: bool = True,
 ) -> History:
-    r"""Run ``step`` until the objective no longer grows.
+    r"""Run ``step`` as long as the schedule says.
 
-    The learning rate rises linearly over 20 steps, stays constant, and falls to zero by a cosine. With ``num_steps``
-    the fall is the second half. Without, it begins where ``settled`` says so, or where ``monitor`` has not grown for
-    300 steps by more than its noise, and takes half the steps so far. A step with a non-finite loss or gradient is left
-    out; after 25 of them in a row the parameters go back to the last good state.
+    The learning rate rises linearly over 20 steps and is then the schedule's. A step with a non-finite loss or gradient
+    is left out; after 25 of them in a row the parameters go back to the last good state.
 
     Args:
         step: fills the gradients of the parameters and returns numbers to record.
         parameters: what is trained.
-        monitor: the recorded number that should grow.
-        num_steps: number of steps; None for as many as it takes.
+        schedule: of the learning rate.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        settled: whether the history shows that the fit is good enough for the final decay.
         progress_bar: whether to show one.
 
     Raises:
         DivergedError: if steps stay non-finite; parameters are in the last good state then.
-        OptionError: if ``num_steps`` is not positive.
+        OptionError: if the optimizer is none.
     """
-    if num_steps is not None and num_steps < 1:
-        raise OptionError(f"num_steps must be positive, got {num_steps}")
     parameters = list(parameters)
     optim = _optimizer(optimizer, parameters)
     rates = [group["lr"] for group in optim.param_groups]
     history = History()
-    good = _copy(parameters)
-    schedule = _Schedule(num_steps)
+    good = copy_of(parameters)
     num_bad = 0
-    with tqdm(total=num_steps, disable=not progress_bar, unit="step") as bar:
+    with tqdm(total=schedule.num_steps, disable=not progress_bar, unit="step") as bar:
         while (factor := schedule.factor(history.num_steps)) is not None:
+            factor *= min(1.0, (history.num_steps + 1) / WARM_UP)
             for group, rate in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optim.zero_grad()
@@ -118,63 +136,28 @@ def train(
                 record = {name: value.item() for name, value in step().items()}
             except KeyboardInterrupt:
                 if num_bad:
-                    _restore(parameters, good)
+                    restore(parameters, good)
                 raise
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).item()
-            is_good = math.isfinite(norm) and math.isfinite(record[monitor])
+            is_good = math.isfinite(norm) and math.isfinite(record[schedule.monitor])
             num_bad = 0 if is_good else num_bad + 1
             history.append(**record, grad_norm=norm, learning_rate=rates[0] * factor)
             if is_good:
                 # The state before the step is the one that has just shown a finite objective.
                 if history.num_steps % WINDOW == 0:
-                    good = _copy(parameters)
+                    good = copy_of(parameters)
                 optim.step()
             if num_bad == MAX_BAD_STEPS:
-                _restore(parameters, good)
+                restore(parameters, good)
                 raise DivergedError(
-                    f"{MAX_BAD_STEPS} steps in a row, up to step {history.num_steps}, had a non-finite {monitor} or "
-                    "gradient; the parameters are back in the last good state. Try a smaller learning rate, other "
-                    "initial values (init_loc_fn), or dtype=torch.float64"
+                    f"{MAX_BAD_STEPS} steps in a row, up to step {history.num_steps}, had a non-finite "
+                    f"{schedule.monitor} or gradient; the parameters are back in the last good state. Try a smaller "
+                    "learning rate, other initial values (init_loc_fn of a guide), or float64"
                 )
-            if history.num_steps % WINDOW == 0:
-                schedule.look(history, monitor, settled)
+            schedule.look(history)
             bar.update()
-            bar.set_postfix({monitor: f"{record[monitor]:.2f}"}, refresh=False)
+            bar.set_postfix(schedule.status(history), refresh=False)
     return history
-
-
-class _Schedule:
-    """The factor of the learning rate at each step, and when to stop."""
-
-    def __init__(self, num_steps: int | None) -> None:
-        self._end = num_steps
-        self._decay = num_steps - num_steps // 2 if num_steps is not None else None
-        self._best = -math.inf
-        self._stalled = 0
-
-    def factor(self, step: int) -> float | None:
-        """None when it is time to stop."""
-        if self._end is not None and step >= self._end:
-            return None
-        warm_up = min(1.0, (step + 1) / WARM_UP)
-        if self._end is None or self._decay is None or (left := self._end - step) > self._decay:
-            return warm_up
-        return warm_up * 0.5 * (1 - math.cos(math.pi * left / (self._decay + 1)))
-
-    def look(self, history: History, monitor: str, settled: Callable[[History], bool]) -> None:
-        """Once a window: whether the decay should begin."""
-        if self._end is not None:
-            return
-        window = history.recent(monitor, WINDOW)
-        if not len(window):
-            return
-        noise = window.std() / math.sqrt(len(window))
-        # The bar moves only with progress that counts, so that slow growth adds up.
-        grown = window.mean() > self._best + 2 * noise
-        self._best, self._stalled = (window.mean(), 0) if grown else (self._best, self._stalled + 1)
-        if settled(history) or self._stalled >= PATIENCE or history.num_steps >= MAX_CONSTANT:
-            self._decay = max(MIN_DECAY, history.num_steps // 2)
-            self._end = history.num_steps + self._decay
 
 
 def _optimizer(optimizer: OptimizerLike | None, parameters: list[Tensor]) -> Optimizer:
@@ -198,11 +181,13 @@ def _optimizer(optimizer: OptimizerLike | None, parameters: list[Tensor]) -> Opt
     return made
 
 
-def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [p.detach().clone() for p in parameters]
+def copy_of(state: Sequence[Tensor]) -> list[Tensor]:
+    """The values of tensors."""
+    return [tensor.detach().clone() for tensor in state]
 
 
 @torch.no_grad()
-def _restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def restore(state: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put values back that :func:`copy_of` took."""
+    for tensor, value in zip(state, values, strict=True):
+        tensor.copy_(value)

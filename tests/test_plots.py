@@ -10,7 +10,7 @@ import torch
 from pyro import distributions as dist
 
 from pyroflows import FlowError, FlowVI, PlotError
-from pyroflows.plots import plot_training
+from pyroflows.plots import plot_density_fit, plot_training
 from pyroflows.training import History
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -101,6 +101,62 @@ def test_plot_training_of_a_posterior(plt, posterior, tmp_path):
     assert (tmp_path / "training.png").stat().st_size > 0
 
 
+# A density fit
+
+
+def epochs(num_epochs=60, num_constant=40):
+    """A climb from far below, for both curves, and a learning rate that falls at the end."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(num_epochs)
+    climb = -3.0 - 1e3 * np.exp(-2.0 * steps)
+    falling = np.maximum(steps - num_constant + 1, 0) / (num_epochs - num_constant + 1)
+    records = {
+        "log_prob": climb + 0.1 * rng.normal(size=num_epochs),
+        "validation_log_prob": climb - 0.5 + 0.1 * rng.normal(size=num_epochs),
+        "learning_rate": 2e-3 * np.minimum((steps + 1) / 3, 1) * (1 - falling),
+    }
+    return History(records, unit="epoch")
+
+
+def test_plot_density_fit(plt):
+    history = epochs()
+    figure = plot_density_fit(history, best_epoch=47)
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    training, validation, kept = axis.get_lines()
+    assert training.get_xdata().tolist() == list(range(1, 61))
+    assert training.get_ydata() == pytest.approx(history["log_prob"])
+    assert validation.get_ydata() == pytest.approx(history["validation_log_prob"])
+    assert list(kept.get_xdata()) == [47, 47]
+    (falling,) = axis.patches
+    assert falling.get_x() == 40.5
+    assert falling.get_width() == 20
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["training rows", "validation rows", "kept: epoch 47", "learning rate falls, from the best state"]
+    assert axis.get_xlabel() == "epoch"
+    assert "nats a row" in axis.get_ylabel()
+    low, high = axis.get_ylim()
+    assert -5.0 < low < -3.5 and -3.0 < high < -2.0  # without the climb, with both curves
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 9])
+def test_plot_of_few_epochs(plt, num_epochs):
+    figure = plot_density_fit(epochs(num_epochs, num_constant=num_epochs), best_epoch=0)
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    assert not axis.patches
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
+
+
+def test_plot_of_an_epoch_without_a_finite_step(plt):
+    history = dict(epochs())
+    history["log_prob"][[5, 30]] = np.nan
+    history["validation_log_prob"][30] = -np.inf
+    figure = plot_density_fit(History(history), best_epoch=12)
+    figure.canvas.draw()
+    assert np.isfinite(figure.axes[0].get_ylim()).all()
+
+
 # Pairs
 
 
@@ -126,8 +182,13 @@ def no_matplotlib(monkeypatch):
 
 @pytest.mark.parametrize(
     "draw",
-    [lambda p: p.plot_training(), lambda p: p.plot_pairs(), lambda p: plot_training(p.history)],
-    ids=["plot_training", "plot_pairs", "function"],
+    [
+        lambda p: p.plot_training(),
+        lambda p: p.plot_pairs(),
+        lambda p: plot_training(p.history),
+        lambda p: plot_density_fit(epochs(), 1),
+    ],
+    ids=["plot_training", "plot_pairs", "function", "density fit"],
 )
 def test_without_matplotlib(no_matplotlib, posterior, draw):
     with pytest.raises(PlotError, match=r"pip install 'pyroflows\[plots\]'") as caught:

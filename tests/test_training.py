@@ -1,4 +1,4 @@
-"""The training loop, on steps that need no model."""
+"""The training loop and its schedules, on steps that need no model."""
 
 import math
 from functools import partial
@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from pyroflows import DivergedError, FlowError, OptionError
+from pyroflows.schedules import EarlyStopping, Plateau
 from pyroflows.training import LEARNING_RATE, MAX_BAD_STEPS, MAX_NORM, WARM_UP, WINDOW, History, train
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
-quiet_train = partial(train, monitor="objective", progress_bar=False)
+
+
+def quiet_train(step, parameters, optimizer=None, **options):
+    return train(step, parameters, Plateau("objective", **options), optimizer=optimizer, progress_bar=False)
 
 
 def parabola(parameter, target=TARGET, scale=1.0):
@@ -165,6 +169,123 @@ def test_settled_is_not_asked_when_the_number_of_steps_is_given():
     parameter = zeros()
     history = quiet_train(parabola(parameter), [parameter], num_steps=300, settled=lambda history: True)
     assert num_constant(history) == 150
+
+
+# Early stopping
+
+
+def counting_fit(scores, max_epochs, patience, steps_per_epoch=1):
+    """Training that adds 1 to a tensor at each step, under given scores, the first before training.
+
+    Returns the schedule, the history of steps, and the tensor's value before each step and at the end.
+    """
+    state, counts = torch.zeros(1), []
+    parameter = zeros(1)
+    remaining = iter(scores)
+
+    def step():
+        counts.append(int(state.item()))
+        state.add_(1)
+        parameter.grad = torch.zeros(1)
+        return {"objective": torch.tensor(float(len(counts)))}
+
+    schedule = EarlyStopping("objective", lambda: next(remaining), [state], steps_per_epoch, max_epochs, patience)
+    history = train(step, [parameter], schedule, progress_bar=False)
+    return schedule, history, [*counts, int(state.item())]
+
+
+def test_a_growing_score_is_followed_to_the_last_epoch():
+    schedule, history, _ = counting_fit(range(100), max_epochs=60, patience=1, steps_per_epoch=2)
+    assert (schedule.epochs.num_steps, schedule.best, schedule.best_epoch) == (60, 60, 60)
+    assert history.num_steps == 120
+    rates = history["learning_rate"]
+    assert rates[WARM_UP:80] == pytest.approx(LEARNING_RATE)
+    expected = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * np.arange(1, 41) / 41))
+    assert rates[80:] == pytest.approx(expected, abs=LEARNING_RATE * 1e-12)
+
+
+def test_the_decay_begins_at_the_best_state_where_the_score_stalls():
+    """Best after epoch 40, stalled for 5: the decay takes half of 45 epochs, if it helps."""
+    scores = [*range(41), *[0] * 5, *range(41, 100)]
+    schedule, history, counts = counting_fit(scores, max_epochs=1000, patience=5)
+    assert counts[:46] == [*range(45), 40]
+    assert schedule.epochs.num_steps == history.num_steps == 45 + 22
+    rates = history["learning_rate"]
+    assert rates[WARM_UP:45] == pytest.approx(LEARNING_RATE)
+    assert (np.diff(rates[45:]) < 0).all()
+    assert 0 < rates[-1] < 0.01 * LEARNING_RATE
+
+
+def test_a_decay_that_does_not_help_stops_early():
+    scores = [*range(41), *[0] * 100]
+    schedule, history, counts = counting_fit(scores, max_epochs=1000, patience=5)
+    assert history.num_steps == 45 + 5
+    assert counts[-1] == 45
+    assert (schedule.best, schedule.best_epoch) == (40, 40)
+
+
+def test_the_best_state_can_be_put_back():
+    parameter, buffer = zeros(1), torch.zeros(2, dtype=torch.long)
+    remaining = iter([0.0, 2.0, *[1.0] * 5])
+
+    def step():
+        buffer.add_(1)
+        parameter.grad = -torch.ones(1)
+        return {"objective": torch.tensor(0.0)}
+
+    schedule = EarlyStopping("objective", lambda: next(remaining), [parameter, buffer], 3, 6, 9)
+    rates = train(step, [parameter], schedule, optimizer=sgd(1.0), progress_bar=False)["learning_rate"]
+    assert buffer.tolist() == [9, 9]  # the decay began at the best state, after epoch 4
+    schedule.restore_best()
+    assert buffer.tolist() == [3, 3]
+    assert parameter.item() == pytest.approx(rates[:3].sum())
+
+
+def test_training_that_only_harms_ends_where_it_began():
+    schedule, _, _ = counting_fit(range(0, -100, -1), max_epochs=100, patience=4)
+    assert (schedule.best, schedule.best_epoch) == (0, 0)
+    assert schedule.epochs.num_steps == 4 + 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_never_the_best(bad):
+    schedule, _, _ = counting_fit([bad, bad, -3.0, bad, -2.0, bad], max_epochs=5, patience=5)
+    assert (schedule.best, schedule.best_epoch) == (-2.0, 4)
+    schedule, _, _ = counting_fit([bad] * 10, max_epochs=5, patience=5)
+    assert (schedule.best, schedule.best_epoch) == (-math.inf, 0)
+
+
+@pytest.mark.parametrize("max_epochs", [1, 2, 3, 4])
+@pytest.mark.parametrize("patience", [1, 10])
+def test_few_epochs(max_epochs, patience):
+    """However early the score stalls, no more than ``max_epochs``."""
+    for scores in (range(100), range(0, -100, -1)):
+        schedule, _, _ = counting_fit(scores, max_epochs, patience)
+        assert 1 <= schedule.epochs.num_steps <= max_epochs
+
+
+@pytest.mark.parametrize("patience", range(1, 12))
+def test_a_stall_at_any_time_ends_in_time(patience):
+    for max_epochs in (5, 6, 7, 20):
+        growing_again = [0, *[-1] * patience, *range(1, 100)]
+        assert counting_fit(growing_again, max_epochs, patience)[0].epochs.num_steps <= max_epochs
+
+
+def test_epochs_have_means_of_their_steps():
+    schedule, _, _ = counting_fit([-1.0, -2.0, -3.0, -4.0], max_epochs=3, patience=9, steps_per_epoch=4)
+    epochs = schedule.epochs
+    assert set(epochs) == {"objective", "validation_objective", "learning_rate", "grad_norm"}
+    assert epochs["objective"].tolist() == [2.5, 6.5, 10.5]
+    assert epochs["validation_objective"].tolist() == [-2.0, -3.0, -4.0]
+    assert repr(epochs).startswith("History(3 epochs: ")
+
+
+def test_progress_bar_shows_both_curves(capfd):
+    parameter = zeros(1)
+    schedule = EarlyStopping("objective", lambda: -2.5, [parameter], steps_per_epoch=2, max_epochs=4, patience=9)
+    train(constant_step(parameter, [-1.25]), [parameter], schedule)
+    shown = capfd.readouterr().err
+    assert "epoch=4, objective=-1.250, validation_objective=-2.500" in shown
 
 
 # Gradient clipping
@@ -453,14 +574,14 @@ def test_history_is_a_mapping():
 
 def test_no_progress_bar_prints_nothing(capfd):
     parameter = zeros()
-    train(parabola(parameter), [parameter], monitor="objective", num_steps=20, progress_bar=False)
+    train(parabola(parameter), [parameter], Plateau("objective", 20), progress_bar=False)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
 def test_progress_bar_shows_the_monitored_value(capfd):
     parameter = zeros(1)
-    train(constant_step(parameter, [-12.34]), [parameter], monitor="objective", num_steps=20)
+    train(constant_step(parameter, [-12.34]), [parameter], Plateau("objective", 20))
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "objective=-12.34" in captured.err
@@ -474,7 +595,7 @@ def test_progress_bar_is_closed_by_an_error(capfd):
         raise RuntimeError("of the model")
 
     with pytest.raises(RuntimeError, match="of the model"):
-        train(step, [zeros()], monitor="objective", num_steps=20)
+        train(step, [zeros()], Plateau("objective", 20))
     from tqdm.auto import tqdm
 
     assert not tqdm._instances

@@ -23,8 +23,8 @@ from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.predictive import posterior_predictive
-from pyroflows.inference.randomness import seeded
 from pyroflows.model import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
+from pyroflows.randomness import seeded
 from pyroflows.training import History
 
 if TYPE_CHECKING:

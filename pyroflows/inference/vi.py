@@ -16,9 +16,10 @@ from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.randomness import seeded
 from pyroflows.inference.serialization import load
 from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
+from pyroflows.randomness import seeded
+from pyroflows.schedules import Plateau
 from pyroflows.training import History, OptimizerLike, train
 
 NUM_PARTICLES = 128
@@ -140,10 +141,8 @@ class FlowVI:
         history = train(
             step,
             [*flow.parameters(), *own],
-            monitor="elbo",
-            num_steps=self.num_steps,
+            Plateau("elbo", self.num_steps, _is_settled),
             optimizer=self.optimizer,
-            settled=_is_settled,
             progress_bar=self.progress_bar,
         )
         guide.own_values_count = True

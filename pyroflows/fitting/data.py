@@ -1,0 +1,220 @@
+"""Data of a fit: rows of numbers, checked, in the dtype and on the device of a flow."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+
+from pyroflows.errors import DataError, OptionError, ShapeError
+from pyroflows.flows import Flow
+
+ArrayLike: TypeAlias = Tensor | np.ndarray
+DataLike: TypeAlias = Tensor | np.ndarray | Dataset
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Values ``(n, dim)``, contexts ``(n, context_dim)`` or None, weights ``(n,)``."""
+
+    x: Tensor
+    context: Tensor | None
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Any) -> "Rows":
+        return Rows(self.x[index], None if self.context is None else self.context[index], self.weights[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """All rows as they were read first, and the Dataset that gives them anew, if it is one.
+
+    Args:
+        rows: all rows.
+        dataset: what training batches are read from, so that an augmentation is drawn afresh; None for ``rows``.
+    """
+
+    rows: Rows
+    dataset: Dataset | None
+
+    def batch(self, index: Tensor) -> Rows:
+        """The rows of an index, to train on."""
+        rows = self.rows[index]
+        if self.dataset is None:
+            return rows
+        x, context = _read(self.dataset, index)
+        return replace(rows, x=x.to(rows.x), context=None if context is None else context.to(rows.x))
+
+
+def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> Data:
+    """Data for a flow, each row checked.
+
+    Args:
+        flow: the flow to be fitted.
+        x: rows ``(n, dim)``, or a Dataset whose items are ``x`` or ``(x, context)``.
+        context: rows ``(n, context_dim)``, where ``x`` is no Dataset.
+        weights: ``(n,)``; None for equal weights.
+
+    Raises:
+        ShapeError: if numbers of rows or columns do not fit.
+        DataError: if values cannot be used; names the row and the column.
+        OptionError: if ``x`` is a Dataset and ``context`` is given.
+    """
+    dataset = x if isinstance(x, Dataset) and not isinstance(x, TensorDataset) else None
+    if isinstance(x, Dataset):
+        if context is not None:
+            raise OptionError("the context of a Dataset comes with its items, (x, context), not as an argument")
+        x, context = _read_all(x)
+    values = _matrix("x", x, flow.dim, flow)
+    if len(values) < 2:
+        raise DataError(f"x has {len(values)} row: a density needs more to be fitted to")
+    _refuse_outside(flow.transform.codomain, values)
+    rows = Rows(values, _contexts(context, len(values), flow), _weights(weights, len(values), flow))
+    return Data(rows, dataset)
+
+
+def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
+    """Random indices of training and of validation rows; rows of weight zero are in neither.
+
+    Raises:
+        DataError: if one side has too few rows, or a column is constant in the training rows.
+    """
+    used = rows.weights.nonzero().flatten()
+    num_validation = round(validation * len(used))
+    num_training = len(used) - num_validation
+    if num_validation < 1 or num_training < 2:
+        raise DataError(
+            f"validation={validation} of {len(used)} rows with a weight leaves {num_training} to train on and "
+            f"{num_validation} to validate with: give more rows, or another fraction"
+        )
+    training, held_out = _shuffled(used).split([num_training, num_validation])
+    x = rows.x[training]
+    constant = (x == x[0]).all(0).nonzero().flatten().tolist()
+    if constant:
+        raise DataError(
+            f"columns {constant} of x are constant in all {num_training} training rows, so that the density is "
+            "unbounded: leave them out"
+        )
+    return training, held_out
+
+
+def shuffled_batches(index: Tensor, size: int) -> Iterator[Tensor]:
+    """Batches of an index for ever, shuffled anew each epoch; an incomplete last one is left out."""
+    while True:
+        yield from (batch for batch in _shuffled(index).split(size) if len(batch) == size)
+
+
+def _shuffled(index: Tensor) -> Tensor:
+    return index[torch.randperm(len(index)).to(index.device)]
+
+
+def _read_all(dataset: Dataset) -> tuple[Any, Any]:
+    if isinstance(dataset, TensorDataset):
+        return _x_and_context(dataset.tensors)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise DataError("a Dataset must have a length and items by index, for the split and the shuffling")
+    return _read(dataset, torch.arange(len(dataset)))
+
+
+def _read(dataset: Dataset, index: Tensor) -> tuple[Any, Any]:
+    items = [dataset[i] for i in index.tolist()]
+    try:
+        return _x_and_context(default_collate(items))
+    except (RuntimeError, TypeError) as error:
+        raise DataError(f"items of the Dataset cannot be stacked: {error}") from error
+
+
+def _x_and_context(batch: Any) -> tuple[Any, Any]:
+    parts = batch if isinstance(batch, list | tuple) else [batch]
+    if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
+        raise DataError("items of a Dataset must be x or (x, context), each a tensor or an array")
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def _matrix(name: str, values: Any, num_columns: int, flow: Flow) -> Tensor:
+    values = _tensor(name, values, flow)
+    if values.dim() != 2:
+        hint = f": give {name}[:, None]" if values.dim() == num_columns == 1 else ""
+        raise ShapeError(f"{name} must have shape (rows, {num_columns}), got {tuple(values.shape)}{hint}")
+    if values.shape[1] != num_columns:
+        raise ShapeError(f"{name} has {values.shape[1]} columns, but the flow has {num_columns} of {name}")
+    _refuse(~values.isfinite(), values, name, "NaN or infinite values")
+    return values
+
+
+def _contexts(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
+    if context is None and not flow.context_dim:
+        return None
+    if context is None:
+        raise ShapeError(f"this flow needs a context of size {flow.context_dim} for each row, but got none")
+    if not flow.context_dim:
+        raise ShapeError("this flow takes no context, but got one: make it with context_dim")
+    values = _matrix("context", context, flow.context_dim, flow)
+    if len(values) != num_rows:
+        raise ShapeError(f"x has {num_rows} rows, but context has {len(values)}")
+    return values
+
+
+def _weights(weights: Any, num_rows: int, flow: Flow) -> Tensor:
+    values = _tensor("weights", np.ones(num_rows) if weights is None else weights, flow)
+    if values.shape != (num_rows,):
+        raise ShapeError(f"weights must have shape ({num_rows},), one a row of x, got {tuple(values.shape)}")
+    _refuse(~(values.isfinite() & (values >= 0)), values, "weights", "negative, NaN or infinite values")
+    return values
+
+
+def _tensor(name: str, values: Any, flow: Flow) -> Tensor:
+    if not isinstance(values, Tensor):
+        try:
+            array = np.asarray(values)
+            # A copy of NumPy's own, since torch refuses other byte orders and negative strides.
+            values = torch.from_numpy(array.astype(complex if np.iscomplexobj(array) else float))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name} is no array of numbers: {error}") from error
+    if values.is_complex():
+        raise DataError(f"{name} holds complex numbers: give real and imaginary parts as columns")
+    return values.detach().to(next(flow.parameters()))
+
+
+def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
+    """Raise where a value is not strictly inside a support, which is where the bijection onto it is finite."""
+    for constraint, columns in _parts(support, slice(0, x.shape[1])):
+        values = x[:, columns]
+        is_inside = constraint.check(values).reshape(len(x), -1)
+        for bound in ("lower_bound", "upper_bound"):
+            is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
+        is_bad = torch.zeros_like(x, dtype=torch.bool)
+        is_bad[:, columns] = ~is_inside
+        _refuse(is_bad, x, "x", f"values outside the support {constraint} or on its boundary")
+
+
+def _parts(support: constraints.Constraint, columns: slice) -> Iterator[tuple[constraints.Constraint, slice]]:
+    """Constraints of scalars, and the columns that each is about."""
+    if isinstance(support, constraints.independent):
+        yield from _parts(support.base_constraint, columns)
+    elif isinstance(support, constraints.cat):
+        first = columns.start
+        for part, length in zip(support.cseq, support.lengths, strict=True):
+            yield from _parts(part, slice(first, first + length))
+            first += length
+    else:
+        yield support, columns
+
+
+def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str) -> None:
+    """Raise if there is a bad value; tells the first and how many rows have one."""
+    if not is_bad.any():
+        return
+    row, *column = is_bad.nonzero()[0].tolist()
+    count = int(is_bad.reshape(len(values), -1).any(-1).sum())
+    place = ", ".join([f"row {row}", *(f"column {j}" for j in column)])
+    raise DataError(
+        f"{name} has {what} in {count} of {len(values)} rows, the first is {values[row, *column].item():.6g} in {place}"
+    )

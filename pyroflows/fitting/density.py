@@ -1,0 +1,182 @@
+"""Density estimation: a flow fitted to data by maximum likelihood."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyroflows.errors import DivergedError, OptionError
+from pyroflows.fitting.data import ArrayLike, DataLike, Rows, load, shuffled_batches, split
+from pyroflows.flows import Flow
+from pyroflows.plots import plot_density_fit
+from pyroflows.randomness import seeded
+from pyroflows.schedules import EarlyStopping
+from pyroflows.training import History, OptimizerLike, train
+
+LEARNING_RATE = 2e-3
+# Rows that are scored at once, where no gradient is needed.
+NUM_SCORED = 4096
+
+
+@dataclass(frozen=True)
+class DensityFit:
+    """What :func:`fit_density` returns; the flow itself was trained in place.
+
+    Args:
+        flow: the flow, in its best state.
+        history: a number an epoch: ``log_prob`` and ``validation_log_prob``, means in nats a row, ``grad_norm`` and
+            ``learning_rate``.
+        best_log_prob: mean log-density of the validation rows in the best state, nats a row.
+        best_epoch: the epoch after which the flow was in that state; 0 for the state before training.
+        stopped_early: whether the validation rows ended the fit, and not ``max_epochs``.
+    """
+
+    flow: Flow
+    history: History
+    best_log_prob: float
+    best_epoch: int
+    stopped_early: bool
+
+    def plot(self) -> Any:
+        """Log-density of training and validation rows over the epochs; a matplotlib figure."""
+        return plot_density_fit(self.history, self.best_epoch)
+
+    def __repr__(self) -> str:
+        return (
+            f"DensityFit({self.history.num_steps} epochs{', stopped early' if self.stopped_early else ''}; "
+            f"best validation log-density {self.best_log_prob:.4g} nats a row, after epoch {self.best_epoch})"
+        )
+
+
+def fit_density(
+    flow: Flow,
+    x: DataLike,
+    context: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    validation: float = 0.1,
+    batch_size: int = 256,
+    max_epochs: int = 500,
+    patience: int = 20,
+    optimizer: OptimizerLike | None = None,
+    compile: bool = False,
+    seed: int | None = None,
+    progress_bar: bool = True,
+) -> DensityFit:
+    r"""Fit a flow to data by maximum likelihood.
+
+    Maximises :math:`\sum_i w_i \log q(x_i \mid c_i)` by mini-batches, and watches the log-density of validation rows.
+    Where that has not grown for ``patience`` epochs, training goes back to the best state and the learning rate falls
+    to zero, for half as many epochs again. The flow is trained in place and is left in the state of the best validation
+    log-density, also where the fit diverges or is interrupted.
+
+    At the first fit, location and scale of the training rows go into the flow (:meth:`pyroflows.Flow.standardize`), so
+    that ``log_prob`` is that of the data as they are, in any units; a further fit goes on from there. Bounded data need
+    a flow with a ``support``. Contexts are taken as they are: bring them to unit scale. ``flow(context).latent(x)``
+    gives the latent codes of data.
+
+    Args:
+        flow: what is trained.
+        x: rows ``(n, dim)``: a tensor, a NumPy array, or a Dataset whose items are ``x`` or ``(x, context)``. Items of
+            a Dataset are read anew for each training batch, so that an augmentation such as dequantisation is drawn
+            afresh; all of them are held in memory once.
+        context: rows ``(n, context_dim)``, if the flow takes a context.
+        weights: of the rows, ``(n,)``, not negative; only their ratios count.
+        validation: fraction of rows that is set aside.
+        batch_size: rows a step.
+        max_epochs: epochs at most.
+        patience: epochs without a better validation log-density.
+        optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.002.
+        compile: whether the log-density and its gradient are compiled, which takes seconds to minutes once and pays
+            in long fits.
+        seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
+        progress_bar: whether to show one.
+
+    Raises:
+        ShapeError: if numbers of rows or columns of the data do not fit.
+        DataError: if values cannot be used; names the row or the columns.
+        OptionError: for an option outside its range.
+        DivergedError: if log-densities stay non-finite.
+
+    Example:
+        >>> x = torch.randn(2000, 2) @ torch.tensor([[100.0, 0.0], [80.0, 1.0]])
+        >>> flow = pf.flows.MAF(2, num_layers=2, hidden_dims=(16,))
+        >>> fit = pf.fit_density(flow, x, max_epochs=20, seed=0, progress_bar=False)
+        >>> sorted(fit.history)
+        ['grad_norm', 'learning_rate', 'log_prob', 'validation_log_prob']
+        >>> flow().log_prob(x).shape, flow().latent(x).shape
+        (torch.Size([2000]), torch.Size([2000, 2]))
+    """
+    _check_options(flow, validation, batch_size, max_epochs, patience)
+    # The guard sees what is not finite; torch's own checks would raise there, and cost time at each step.
+    with seeded(seed), pyro.validation_enabled(False):
+        data = load(flow, x, context, weights)
+        training, held_out = split(data.rows, validation)
+        if not flow.is_standardized:
+            flow.standardize(data.rows.x[training], data.rows.weights[training])
+        batch_size = min(batch_size, len(training))
+        schedule = EarlyStopping(
+            "log_prob",
+            partial(_mean_log_prob, flow, data.rows[held_out]),
+            [*flow.parameters(), *flow.buffers()],
+            steps_per_epoch=len(training) // batch_size,
+            max_epochs=max_epochs,
+            patience=patience,
+        )
+        batches = shuffled_batches(training, batch_size)
+        mean_weight = data.rows.weights[training].mean()
+        log_prob = torch.compile(_log_prob, dynamic=False) if compile else _log_prob
+
+        def step() -> Mapping[str, Tensor]:
+            rows = data.batch(next(batches))
+            objective = (rows.weights / mean_weight * log_prob(flow, rows.x, rows.context)).mean()
+            (-objective).backward()
+            return {"log_prob": objective.detach()}
+
+        try:
+            train(
+                step,
+                [parameter for parameter in flow.parameters() if parameter.requires_grad],
+                schedule,
+                optimizer=optimizer or partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True),
+                progress_bar=progress_bar,
+            )
+        finally:
+            schedule.restore_best()
+    if not math.isfinite(schedule.best):
+        raise DivergedError(
+            "the validation rows never had a finite mean log-density: look for outliers in x, or give a wider base"
+        )
+    stopped_early = schedule.epochs.num_steps < max_epochs
+    return DensityFit(flow, schedule.epochs, schedule.best, schedule.best_epoch, stopped_early)
+
+
+def _log_prob(flow: Flow, x: Tensor, context: Tensor | None) -> Tensor:
+    """As ``flow(context).log_prob(x)``, in operations that torch can compile."""
+    z, ladj = flow.transform.inverse_and_ladj(x, context)
+    return flow.base().log_prob(z) + ladj
+
+
+@torch.no_grad()
+def _mean_log_prob(flow: Flow, rows: Rows) -> float:
+    total = 0.0
+    for i in range(0, len(rows), NUM_SCORED):
+        part = rows[i : i + NUM_SCORED]
+        total += torch.dot(part.weights, _log_prob(flow, part.x, part.context)).item()
+    return total / rows.weights.sum().item()
+
+
+def _check_options(flow: Flow, validation: float, batch_size: int, max_epochs: int, patience: int) -> None:
+    if not isinstance(flow, Flow):
+        raise OptionError(f"fit_density fits a pyroflows.Flow, got {type(flow).__name__}")
+    if not any(parameter.requires_grad for parameter in flow.parameters()):
+        raise OptionError("this flow has no parameters to train")
+    if not 0 < validation < 1:
+        raise OptionError(f"validation must be a fraction of the rows, between 0 and 1, got {validation}")
+    for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1, got {value}")
