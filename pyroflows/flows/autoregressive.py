@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch.distributions import constraints
+
 from pyroflows.flows.base import Base, Flow
 from pyroflows.flows.stacking import autoregressive_layers, inverses
 
@@ -19,6 +21,7 @@ class IAF(Flow):
         hidden_dims: widths of the masked networks.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`Flow`.
+        support: where the data lie, see :class:`Flow`.
         mixing: None, or what mixes the dimensions between two layers: "permutation" for a fixed random permutation,
             "lu" for a :class:`pyroflows.transforms.LU` layer that starts as one.
         conditioner: "made" or "residual".
@@ -35,11 +38,12 @@ class IAF(Flow):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         base: Base = None,
+        support: constraints.Constraint | None = None,
         mixing: str | None = None,
         conditioner: str = "made",
     ) -> None:
         layers = autoregressive_layers(dim, "affine", num_layers, hidden_dims, context_dim, mixing, conditioner)
-        super().__init__(layers, base)
+        super().__init__(layers, base, support)
 
 
 class MAF(Flow):
@@ -54,6 +58,7 @@ class MAF(Flow):
         hidden_dims: widths of the masked networks.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`Flow`.
+        support: where the data lie, see :class:`Flow`.
         mixing: None, or what mixes the dimensions between two layers: "permutation" for a fixed random permutation,
             "lu" for a :class:`pyroflows.transforms.LU` layer that starts as one.
         conditioner: "made" or "residual".
@@ -70,11 +75,12 @@ class MAF(Flow):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         base: Base = None,
+        support: constraints.Constraint | None = None,
         mixing: str | None = None,
         conditioner: str = "made",
     ) -> None:
         layers = autoregressive_layers(dim, "affine", num_layers, hidden_dims, context_dim, mixing, conditioner)
-        super().__init__(inverses(layers), base)
+        super().__init__(inverses(layers), base, support)
 
 
 class NAF(Flow):
@@ -89,6 +95,7 @@ class NAF(Flow):
         hidden_dims: widths of the masked networks.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`Flow`.
+        support: where the data lie, see :class:`Flow`.
         mixing: None, or what mixes the dimensions between two layers: "permutation" for a fixed random permutation,
             "lu" for a :class:`pyroflows.transforms.LU` layer that starts as one.
         conditioner: "made" or "residual".
@@ -105,11 +112,12 @@ class NAF(Flow):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         base: Base = None,
+        support: constraints.Constraint | None = None,
         mixing: str | None = None,
         conditioner: str = "made",
     ) -> None:
         layers = autoregressive_layers(dim, "monotone", num_layers, hidden_dims, context_dim, mixing, conditioner)
-        super().__init__(inverses(layers), base)
+        super().__init__(inverses(layers), base, support)
 
 
 class SOS(Flow):
@@ -124,6 +132,7 @@ class SOS(Flow):
         hidden_dims: widths of the masked networks.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`Flow`.
+        support: where the data lie, see :class:`Flow`.
         mixing: None, or what mixes the dimensions between two layers: "permutation" for a fixed random permutation,
             "lu" for a :class:`pyroflows.transforms.LU` layer that starts as one.
         conditioner: "made" or "residual".
@@ -140,8 +149,9 @@ class SOS(Flow):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         base: Base = None,
+        support: constraints.Constraint | None = None,
         mixing: str | None = None,
         conditioner: str = "made",
     ) -> None:
         layers = autoregressive_layers(dim, "sos", num_layers, hidden_dims, context_dim, mixing, conditioner)
-        super().__init__(inverses(layers), base)
+        super().__init__(inverses(layers), base, support)

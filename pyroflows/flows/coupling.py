@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch.distributions import constraints
+
 from pyroflows.flows.base import Base, Flow
 from pyroflows.flows.stacking import coupling_layers
 from pyroflows.transforms import Elementwise
@@ -19,6 +21,7 @@ class NICE(Flow):
         hidden_dims: widths of the conditioners.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`Flow`.
+        support: where the data lie, see :class:`Flow`.
         mixing: None, or what mixes the dimensions after every second coupling: "permutation" for a fixed random
             permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts as one.
         conditioner: "mlp" or "residual".
@@ -35,11 +38,12 @@ class NICE(Flow):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         base: Base = None,
+        support: constraints.Constraint | None = None,
         mixing: str | None = None,
         conditioner: str = "mlp",
     ) -> None:
         layers = coupling_layers(dim, "additive", num_layers, hidden_dims, context_dim, mixing, conditioner)
-        super().__init__([*layers, Elementwise(dim, Affine(None, None))], base)
+        super().__init__([*layers, Elementwise(dim, Affine(None, None))], base, support)
 
 
 class RealNVP(Flow):
@@ -54,6 +58,7 @@ class RealNVP(Flow):
         hidden_dims: widths of the conditioners.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`Flow`.
+        support: where the data lie, see :class:`Flow`.
         mixing: None, or what mixes the dimensions after every second coupling: "permutation" for a fixed random
             permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts as one.
         conditioner: "mlp" or "residual".
@@ -71,8 +76,9 @@ class RealNVP(Flow):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         base: Base = None,
+        support: constraints.Constraint | None = None,
         mixing: str | None = None,
         conditioner: str = "mlp",
     ) -> None:
         layers = coupling_layers(dim, "affine", num_layers, hidden_dims, context_dim, mixing, conditioner)
-        super().__init__(layers, base)
+        super().__init__(layers, base, support)

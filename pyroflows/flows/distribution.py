@@ -48,9 +48,9 @@ class FlowDistribution(TorchDistribution):
         return self.transform.codomain
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "FlowDistribution":
-        batch_shape = torch.Size(batch_shape)
-        context = None if self.context is None else self.context.expand(batch_shape + self.context.shape[-1:])
-        return FlowDistribution(self.base.expand(batch_shape), self.transform, context, self._validate_args)
+        # The context stays as small as it is, so that what depends on it alone is computed once for all copies.
+        base = self._expanded_base().expand(batch_shape)
+        return FlowDistribution(base, self.transform, self.context, self._validate_args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}

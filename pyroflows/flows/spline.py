@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch.distributions import constraints
+
 from pyroflows.flows.base import Base, Flow
 from pyroflows.flows.stacking import autoregressive_layers, coupling_layers, inverses
 from pyroflows.transforms.univariate import Spline
@@ -20,6 +22,7 @@ class NSF(Flow):
         hidden_dims: widths of the conditioners.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`Flow`.
+        support: where the data lie, see :class:`Flow`.
         mixing: None, or what mixes the dimensions after every second coupling, or every autoregressive layer:
             "permutation" for a fixed random permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts
             as one.
@@ -42,6 +45,7 @@ class NSF(Flow):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         base: Base = None,
+        support: constraints.Constraint | None = None,
         mixing: str | None = None,
         conditioner: str | None = None,
         bins: int = 8,
@@ -55,4 +59,4 @@ class NSF(Flow):
             )
         else:
             layers = coupling_layers(dim, spline, num_layers, hidden_dims, context_dim, mixing, conditioner or "mlp")
-        super().__init__(layers, base)
+        super().__init__(layers, base, support)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MADE, Incremental, IncrementalGradient, ResMADE
+from pyroflows.nets.checks import checked_conditioner
 from pyroflows.transforms.base import FlowTransform, Pair
 from pyroflows.transforms.root import runs_in_python
 from pyroflows.transforms.univariate import Univariate, univariate_named
@@ -35,7 +36,8 @@ class Autoregressive(FlowTransform):
         context_dim: size of the context c.
 
     Raises:
-        OptionError: if ``order`` is no permutation, or a name is unknown.
+        OptionError: if ``order`` is no permutation, a name is unknown, or the conditioner contains dropout or batch
+            normalisation.
 
     Example:
         >>> iaf = Autoregressive(3)          # samples in one pass
@@ -63,7 +65,7 @@ class Autoregressive(FlowTransform):
         factory = _CONDITIONERS[conditioner] if isinstance(conditioner, str) else conditioner
         self.order = order
         self.univariate = univariate_named(univariate)
-        self.conditioner = factory(order, self.univariate.num_params, hidden_dims, context_dim)
+        self.conditioner = checked_conditioner(factory(order, self.univariate.num_params, hidden_dims, context_dim))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         x, ladj = self.univariate.forward_and_ladj(z, self.conditioner(z, context))

@@ -11,43 +11,82 @@ from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.univariate.base import Pair
 
 EPS = 1e-3
-SPREAD = 3.0
-_SOFTPLUS_OF_THIS_IS_ONE = math.log(math.expm1(1))
+# Sigmoids become steps that data can tell apart at a and b of about ten; raw parameters of order one shall get there.
+GAIN = 5.0
+SPREAD = 2.0
+_SHIFT = math.log(math.expm1(1))
 
 
 class Monotone:
+    r"""Monotone network, the deep sigmoidal map (Huang et al. 2018, arXiv:1804.00779, eq. 8), with a slope floor.
+
+    .. math::
+        x = \epsilon z + (1 - \epsilon) \operatorname{logit} \sum_{i=1}^U w_i \, \sigma(u_i), \qquad
+        u_i = a_i (z - m_i) + m_i + b_i
+
+    with weights :math:`w = \operatorname{softmax}(\omega)`, slopes :math:`a_i = \operatorname{softplus}(\gamma \alpha_i
+    + \log(e - 1)) > 0`, shifts :math:`b_i = \gamma \beta_i`, and :math:`\theta = (\alpha, \beta, \omega)`. The slope
+    dx/dz lies between :math:`\epsilon = 10^{-3}` and :math:`\epsilon + (1 - \epsilon) \max_i a_i`; without the floor it
+    falls below any bound between two clusters of sigmoids, where no float tells one z from the next. The tails are
+    linear. The inverse is a root search.
+
+    All is computed in log space, so that neither direction saturates:
+
+    .. math::
+        \operatorname{logit} s = \log s - \log(1 - s), \quad
+        s = \sum_i w_i \sigma(u_i), \quad 1 - s = \sum_i w_i \sigma(-u_i).
+
+    Args:
+        num_units: U.
+
+    Raises:
+        OptionError: if ``num_units`` is below 1.
+
+    Example:
+        >>> monotone = Monotone(num_units=8)
+        >>> theta = torch.randn(monotone.num_params)
+        >>> z = torch.linspace(-8, 8, 5)
+        >>> x, ladj = monotone.forward_and_ladj(z, theta)
+        >>> torch.allclose(monotone.inverse_and_ladj(x, theta)[0], z, atol=1e-3)
+        True
+    """
+
     def __init__(self, num_units: int = 8) -> None:
         if num_units < 1:
             raise OptionError(f"Monotone needs num_units >= 1, got {num_units}")
         self.num_units = num_units
         self.num_params = 3 * num_units
+        # Units that are alike get like gradients and stay alike for ever. Each turns about its own centre m: at a = 1
+        # it is still z + b, and as the slopes grow, the units part.
         self._centers = [SPREAD * (2 * i + 1 - num_units) / num_units for i in range(num_units)]
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
-        value, slope = _mixture(z, *self._units(theta, z.dim()))
-        return value, slope.log()
+        x, slope = _mixture(z, *self._units(theta, z.dim()))
+        return x, slope.log()
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
         a, b, log_w = self._units(theta, x.dim())
         with torch.no_grad():
+            # A mean of sigmoids lies between the least and the greatest, so x lies between those of the maps that the
+            # units would be alone, and z between the roots of these.
             roots = (x - (1 - EPS) * b) / (EPS + (1 - EPS) * a)
         z = increasing_root(lambda z: _mixture(z, a, b, log_w), x, roots.amin(0), roots.amax(0))
         return z, -_mixture(z, a, b, log_w)[1].log()
 
     def _units(self, theta: Tensor, num_dims: int) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b and log w of shape ``(units, ...)``, with the dimensions of z."""
+        """Slopes, offsets and log weights of ``u = slope z + offset``, shape ``(U, ...)`` with the dimensions of z."""
         padding = (1,) * (num_dims + 1 - theta.dim())
-        theta = theta.reshape(*padding, *theta.shape).movedim(-1, 0)
-        a, b, w = theta.unflatten(0, (3, self.num_units))
-        a = F.softplus(a + _SOFTPLUS_OF_THIS_IS_ONE)
+        alpha, beta, omega = theta.reshape(*padding, *theta.shape).movedim(-1, 0).unflatten(0, (3, self.num_units))
+        a = F.softplus(GAIN * alpha + _SHIFT)
         m = torch.tensor(self._centers, dtype=a.dtype, device=a.device).reshape(-1, *[1] * num_dims)
-        return a, m + b - a * m, F.log_softmax(w, 0)
+        return a, m - a * m + GAIN * beta, F.log_softmax(omega, 0)
 
     def __repr__(self) -> str:
         return f"Monotone(num_units={self.num_units})"
 
 
 def _mixture(z: Tensor, a: Tensor, b: Tensor, log_w: Tensor) -> Pair:
+    """x and dx/dz. The latter is a sum of positive terms: those of log s, then those of -log(1 - s)."""
     u = a * z + b
     both = torch.stack([u, -u])
     log_terms = log_w + F.logsigmoid(both)

@@ -46,7 +46,7 @@ class SOS:
         True
     """
 
-    def __init__(self, num_polynomials: int = 2, degree: int = 3, bound: float = 5.0) -> None:
+    def __init__(self, num_polynomials: int = 2, degree: int = 3, bound: float = 3.0) -> None:
         if num_polynomials < 1 or degree < 1 or not 0 < bound < math.inf:
             raise OptionError(
                 "SOS needs num_polynomials >= 1, degree >= 1 and a positive, finite bound, "

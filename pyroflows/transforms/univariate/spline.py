@@ -36,7 +36,7 @@ class Spline:
     Example:
         >>> x, ladj = Spline(bins=4).forward_and_ladj(torch.tensor(2.0), torch.zeros(11))
         >>> x, ladj
-        (tensor(2.), tensor(0.))
+        (tensor(2.0000), tensor(0.))
     """
 
     def __init__(self, bins: int = 8, bound: float = 5.0) -> None:
@@ -101,7 +101,7 @@ def _bin_of(value: Tensor, theta: Tensor, bins: int, bound: float, axis: int) ->
     both = number.expand(2, *number.shape)
     share, share_sum = shares.gather(1, both)[:, 0], sums.gather(1, both)[:, 0]
     width, height = smallest + rest * share
-    left, bottom = smallest * number + rest * (share_sum - share) - bound
+    left, bottom = smallest * number.to(value.dtype) + rest * (share_sum - share) - bound
     # At the bounds the derivative is 1, which belongs to a raw 0.
     zeros = torch.zeros_like(raw[:1])
     raw_derivatives = torch.cat([zeros, raw[2 * bins :], zeros]).gather(0, torch.cat([number, number + 1]))
@@ -206,7 +206,7 @@ def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tenso
     # All bins below the value's own add to its start. sum_k share_k g_k, for the softmax, needs no sum over bins.
     smallest = 2 * bound * MIN_WIDTH
     own = (torch.stack([bin.width, bin.height]) - smallest) / rest
-    below = (torch.stack([bin.left, bin.bottom]) + bound - smallest * bin.number) / rest
+    below = (torch.stack([bin.left, bin.bottom]) + bound - smallest * bin.number.to(bin.left.dtype)) / rest
     mean = below * g_starts + own * g_sizes
     numbers = torch.arange(bins, dtype=own.dtype, device=own.device).view(-1, *[1] * (own.dim() - 1))
     is_below = (bin.number - numbers).clamp_(0, 1)
@@ -216,5 +216,6 @@ def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tenso
     g_shares *= rest
     slopes = (1 - MIN_DERIVATIVE) * torch.sigmoid(bin.raw_derivatives + SOFTPLUS_OF_ONE)
     g_derivatives = own.new_zeros(bins + 1, *own.shape[1:])
-    g_derivatives.scatter_(0, torch.cat([bin.number, bin.number + 1]), slopes * g_ds)
-    return torch.cat([g_shares.flatten(0, 1), g_derivatives[1:-1]]).movedim(0, -1)
+    # Not in place, and reshaped, not flattened, so that batches of gradients, as for a Jacobian, work.
+    g_derivatives = g_derivatives.scatter(0, torch.cat([bin.number, bin.number + 1]), slopes * g_ds)
+    return torch.cat([g_shares.reshape(2 * bins, *own.shape[1:]), g_derivatives[1:-1]]).movedim(0, -1)
