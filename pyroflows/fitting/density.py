@@ -140,7 +140,7 @@ def fit_density(
         try:
             train(
                 step,
-                [parameter for parameter in flow.parameters() if parameter.requires_grad],
+                flow.parameters(),
                 schedule,
                 optimizer=optimizer or partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True),
                 progress_bar=progress_bar,

@@ -6,6 +6,7 @@ from pyroflows.transforms.base import Cached, Compose, Conditioned, FlowTransfor
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise
 from pyroflows.transforms.linear import LU, Permutation
+from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
@@ -23,6 +24,7 @@ __all__ = [
     "Permutation",
     "Planar",
     "Radial",
+    "Standardize",
     "Sylvester",
     "masks",
     "univariate",

@@ -109,6 +109,17 @@ def test_weights_count_as_repeated_rows():
     assert means == pytest.approx([expected.item()] * 2, abs=0.1)
 
 
+def test_location_and_scale_are_those_of_the_weighted_training_rows():
+    x, weights, flow = banana(300), torch.rand(300) ** 4, MAF(2)
+    fit_briefly(flow, x, weights=weights)
+    with seeded(0):
+        rows = load(flow, x, weights=weights).rows
+        rows = rows[split(rows, 0.1)[0]]
+    expected = MAF(2)
+    expected.standardize(rows.x, rows.weights)
+    assert_same_state(flow.transform.layers[-1], expected.transform.layers[-1].state_dict())
+
+
 def test_only_ratios_of_weights_count():
     x, weights, flow = banana(300), torch.rand(300), MAF(2).double()
     scores = [fit_briefly(copy.deepcopy(flow), x, weights=scale * weights).best_log_prob for scale in (1.0, 1e4)]
@@ -327,19 +338,27 @@ def test_one_seed_gives_one_fit_in_whatever_form_the_data_are():
 
 
 class Dequantised(Dataset):
+    """Noise drawn afresh at each access."""
+
+    num_reads = 0
+
     def __len__(self):
         return 200
 
     def __getitem__(self, i):
+        self.num_reads += 1
         return torch.tensor([float(i % 3), float(i % 5)]) + torch.rand(2)
 
 
 def test_a_dataset_that_draws_noise_is_reproducible():
     flow, other = MAF(2), MAF(2)
     other.load_state_dict(flow.state_dict())
-    first, second = fit_briefly(flow, Dequantised()), fit_briefly(other, Dequantised())
+    dataset = Dequantised()
+    first, second = fit_briefly(flow, dataset), fit_briefly(other, Dequantised())
     assert first.best_log_prob == second.best_log_prob
     assert_same_state(flow, other.state_dict())
+    # All once, then batches: of 180 training rows two of 64 an epoch.
+    assert dataset.num_reads == 200 + 3 * 2 * 64
 
 
 def test_float64():

@@ -19,6 +19,7 @@ from pyroflows.transforms import (
     Permutation,
     Planar,
     Radial,
+    Standardize,
     Sylvester,
     masks,
 )
@@ -91,11 +92,12 @@ LAYERS: dict[str, Factory] = {
     "autoregressive-inverse": lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv,
     "lu": _factory(LU),
     "lu-permuted": _factory(LU, order=_shuffled),
+    "standardize": lambda dim, context_dim: Standardize(torch.linspace(-1.0, 2.0, dim), torch.linspace(0.5, 2.0, dim)),
     "compose": _compose,
 }
-TAKES_NO_CONTEXT = {"permutation"}
-NOT_IDENTITY_AT_START = {"permutation", "lu-permuted"}
-WITHOUT_PARAMETERS = {"permutation"}
+TAKES_NO_CONTEXT = {"permutation", "standardize"}
+NOT_IDENTITY_AT_START = {"permutation", "lu-permuted", "standardize"}
+WITHOUT_PARAMETERS = {"permutation", "standardize"}
 # The log-determinant is zero whatever the parameters are.
 VOLUME_PRESERVING = {"permutation", *(name for name in TRIANGULAR if name.endswith("-additive"))}
 

@@ -11,6 +11,9 @@ from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.univariate.base import Pair
 
 EPS = 1e-3
+# The tails of the map have the least of the slopes a. Where the inverse samples, each dimension feeds the conditioner of
+# the next, and tails that stretch by more than ten times explode within a few dimensions.
+MIN_A = 0.1
 # Sigmoids become steps that data can tell apart at a and b of about ten; raw parameters of order one shall get there.
 GAIN = 5.0
 SPREAD = 2.0
@@ -24,11 +27,11 @@ class Monotone:
         x = \epsilon z + (1 - \epsilon) \operatorname{logit} \sum_{i=1}^U w_i \, \sigma(u_i), \qquad
         u_i = a_i (z - m_i) + m_i + b_i
 
-    with weights :math:`w = \operatorname{softmax}(\omega)`, slopes :math:`a_i = \operatorname{softplus}(\gamma \alpha_i
-    + \log(e - 1)) > 0`, shifts :math:`b_i = \gamma \beta_i`, and :math:`\theta = (\alpha, \beta, \omega)`. The slope
-    dx/dz lies between :math:`\epsilon = 10^{-3}` and :math:`\epsilon + (1 - \epsilon) \max_i a_i`; without the floor it
-    falls below any bound between two clusters of sigmoids, where no float tells one z from the next. The tails are
-    linear. The inverse is a root search.
+    with weights :math:`w = \operatorname{softmax}(\omega)`, slopes :math:`a_i = 0.1 + 0.9 \operatorname{softplus}(\gamma
+    \alpha_i + \log(e - 1))`, shifts :math:`b_i = \gamma \beta_i`, and :math:`\theta = (\alpha, \beta, \omega)`. dx/dz lies
+    between :math:`\epsilon = 10^{-3}` and :math:`\epsilon + (1 - \epsilon) \max_i a_i`; without the floor it falls below
+    any bound between two clusters of sigmoids, where no float tells one z from the next. The tails are linear, with the
+    least of the slopes. The inverse is a root search.
 
     All is computed in log space, so that neither direction saturates:
 
@@ -77,7 +80,7 @@ class Monotone:
         """Slopes, offsets and log weights of ``u = slope z + offset``, shape ``(U, ...)`` with the dimensions of z."""
         padding = (1,) * (num_dims + 1 - theta.dim())
         alpha, beta, omega = theta.reshape(*padding, *theta.shape).movedim(-1, 0).unflatten(0, (3, self.num_units))
-        a = F.softplus(GAIN * alpha + _SHIFT)
+        a = MIN_A + (1 - MIN_A) * F.softplus(GAIN * alpha + _SHIFT)
         m = torch.tensor(self._centers, dtype=a.dtype, device=a.device).reshape(-1, *[1] * num_dims)
         return a, m - a * m + GAIN * beta, F.log_softmax(omega, 0)
 
