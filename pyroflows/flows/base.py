@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pyro import distributions as dist
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 from torch.nn import functional as F
@@ -79,6 +80,8 @@ class Flow(nn.Module):
         if (None if context is None else context.shape[-1:]) != expected:
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context size {self.context_dim}, but got {got}")
+        if isinstance(self, PyroModule):
+            _state_parameters(self)
         return FlowDistribution(self.base(), self.transform, context)
 
     @property
@@ -145,6 +148,22 @@ class Flow(nn.Module):
 
     def _like(self) -> Tensor:
         return next(self.parameters(), torch.zeros(()))
+
+
+def _state_parameters(flow: nn.Module) -> None:
+    """Read all parameters of a flow that ``to_pyro_module_`` has converted, which makes them part of the program.
+
+    Its networks read them only when a density is computed, and that is after the program has run.
+    """
+    for module in flow.modules():
+        if isinstance(module, PyroModule):
+            if module._pyro_samples:
+                raise OptionError(
+                    f"{type(module).__name__} in this flow has priors on {sorted(module._pyro_samples)}, but the "
+                    "parameters of a flow cannot be sample sites: set them as nn.Parameter"
+                )
+            for name in module._parameters:
+                getattr(module, name)
 
 
 class StudentT(nn.Module):

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from pyroflows.errors import OptionError
+from pyroflows.errors import FlowError, OptionError
 from pyroflows.nets import MADE, Incremental, IncrementalGradient, ResMADE
 from pyroflows.nets.checks import checked_conditioner
 from pyroflows.transforms.base import FlowTransform, Pair
@@ -152,6 +151,11 @@ class _NewtonStep(torch.autograd.Function):
         return z.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        # once_differentiable would not do: torch.autograd.functional.hessian then returns zeros.
+        if torch.is_grad_enabled():
+            raise FlowError(
+                "create_graph=True has no second derivatives of this direction of Autoregressive: use torch.func, or a "
+                "flow that goes here in one pass, which is MAF for a density and IAF for a sample"
+            )
         return -ctx.solve_transposed(gradient), None, None

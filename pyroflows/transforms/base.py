@@ -177,14 +177,14 @@ class Compose(FlowTransform):
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         total: Any = 0.0
         for layer in self.layers:
-            z, ladj = layer._forward_and_ladj(z, context)
+            z, ladj = layer._forward_and_ladj(z, context if layer.context_dim else None)
             total = total + ladj
         return z, total
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         total: Any = 0.0
         for layer in reversed(self.layers):
-            x, ladj = layer._inverse_and_ladj(x, context)
+            x, ladj = layer._inverse_and_ladj(x, context if layer.context_dim else None)
             total = total + ladj
         return x, total
 
