@@ -28,7 +28,7 @@ def step(a):
     return a + 1e4 * s, 1 + 1e7 * s * (1 - s)
 
 
-# Each returns value and derivative, and is increasing on [-50, 50].
+# Each returns value and derivative, and is increasing.
 NASTY = {
     "identity": lambda a: (a, torch.ones_like(a)),
     "almost flat at zero": tanh_map(-1 + 1e-3),
@@ -47,7 +47,11 @@ NASTY = {
 
 @pytest.mark.parametrize("name", NASTY)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("bracket", [(-50.0, 50.0), (-20.0, 50.0), (-50.0, 21.0), (-20.001, 20.001)], ids=str)
+@pytest.mark.parametrize(
+    "bracket",
+    [(-50.0, 50.0), (-20.0, 50.0), (-50.0, 21.0), (-20.001, 20.001), (-1e4, 1e4), (-20.5, 1e7), (-1e7, 1e6)],
+    ids=str,
+)
 def test_root_is_found_to_float_precision(name, dtype, bracket):
     function = NASTY[name]
     near = torch.logspace(-6, math.log10(20), 200, dtype=dtype)
@@ -171,6 +175,15 @@ def test_root_outside_the_bracket_raises():
         search(torch.tensor([0.5, 10.0]))
 
 
+@pytest.mark.parametrize("width", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_root_outside_a_wide_bracket_raises(width, dtype):
+    """The residual counts against target and root, however wide the bracket: otherwise 1 beside 1e6 is rounding."""
+    target = torch.ones(1, dtype=dtype)
+    with pytest.raises(InversionError, match="missed its target by 1.0e.00 at 1 of 1 values"):
+        increasing_root(NASTY["identity"], target, -width * target, 0 * target)
+
+
 def test_vmap_gives_nan_where_eager_raises():
     roots = torch.func.vmap(search)(torch.tensor([0.5, 10.0]))
     torch.testing.assert_close(roots[0], torch.asinh(torch.tensor(0.5)))
@@ -199,3 +212,17 @@ def test_parameters_that_are_not_finite_pass_as_nan(bad):
     """A diverged fit must reach the training guard as NaN, whatever went bad first."""
     roots = root_of(torch.tensor([0.7, bad]), torch.tensor([1.0, 1.0]))
     assert roots.isnan().tolist() == [False, True]
+
+
+def test_parameters_unknown_to_the_bracket_that_are_not_finite_pass_as_nan():
+    m = torch.tensor([0.7, math.nan])
+    roots = increasing_root(tanh_map(m), torch.ones(2), torch.zeros(2), torch.ones(2))
+    assert roots.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("end", [math.nan, math.inf])
+def test_brackets_that_are_not_finite_pass_as_nan(end):
+    upper = torch.tensor([5.0, end])
+    for lower in (-upper, torch.full_like(upper, -5)):
+        roots = increasing_root(NASTY["sinh"], torch.ones(2), lower, upper)
+        assert roots.isnan().tolist() == [False, True]

@@ -11,8 +11,8 @@ from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.univariate.base import Pair
 
 EPS = 1e-3
-# The tails of the map have the least of the slopes a. Where the inverse samples, each dimension feeds the conditioner of
-# the next, and tails that stretch by more than ten times explode within a few dimensions.
+# The map's tails have the least of the slopes a. Where the inverse samples, each dimension feeds the conditioner of the
+# next, and tails that stretch more than tenfold explode within a few dimensions.
 MIN_A = 0.1
 # Sigmoids become steps that data can tell apart at a and b of about ten; raw parameters of order one shall get there.
 GAIN = 5.0
@@ -21,17 +21,18 @@ _SHIFT = math.log(math.expm1(1))
 
 
 class Monotone:
-    r"""Monotone network, the deep sigmoidal map (Huang et al. 2018, arXiv:1804.00779, eq. 8), with a slope floor.
+    r"""Monotone network, the deep sigmoidal map (Huang et al. 2018, arXiv:1804.00779), with a slope floor.
 
     .. math::
         x = \epsilon z + (1 - \epsilon) \operatorname{logit} \sum_{i=1}^U w_i \, \sigma(u_i), \qquad
         u_i = a_i (z - m_i) + m_i + b_i
 
-    with weights :math:`w = \operatorname{softmax}(\omega)`, slopes :math:`a_i = 0.1 + 0.9 \operatorname{softplus}(\gamma
-    \alpha_i + \log(e - 1))`, shifts :math:`b_i = \gamma \beta_i`, and :math:`\theta = (\alpha, \beta, \omega)`. dx/dz lies
-    between :math:`\epsilon = 10^{-3}` and :math:`\epsilon + (1 - \epsilon) \max_i a_i`; without the floor it falls below
-    any bound between two clusters of sigmoids, where no float tells one z from the next. The tails are linear, with the
-    least of the slopes. The inverse is a root search.
+    with weights :math:`w = \operatorname{softmax}(\omega)`, slopes
+    :math:`a_i = 0.1 + 0.9 \operatorname{softplus}(5 \alpha_i + \log(e - 1))`, shifts :math:`b_i = 5 \beta_i`, fixed
+    centres :math:`m_i` spread over (-2, 2), and :math:`\theta = (\alpha, \beta, \omega)`. dx/dz lies between
+    :math:`\epsilon = 10^{-3}` and :math:`\epsilon + (1 - \epsilon) \max_i a_i`; without the floor it has no lower bound
+    between two clusters of sigmoids, where no float tells one z from the next. The tails are linear, with the least of
+    the slopes. The inverse is a root search.
 
     All is computed in log space, so that neither direction saturates:
 
@@ -41,6 +42,8 @@ class Monotone:
 
     Args:
         num_units: U.
+
+    Shapes: z and x are ``(...)``, theta is ``(..., 3 U)``; batch dimensions that theta lacks on the left broadcast.
 
     Raises:
         OptionError: if ``num_units`` is below 1.
@@ -89,10 +92,14 @@ class Monotone:
 
 
 def _mixture(z: Tensor, a: Tensor, b: Tensor, log_w: Tensor) -> Pair:
-    """x and dx/dz. The latter is a sum of positive terms: those of log s, then those of -log(1 - s)."""
+    """x and dx/dz. The latter is a sum of positive terms: the derivatives of log s and of -log(1 - s)."""
     u = a * z + b
     both = torch.stack([u, -u])
     log_terms = log_w + F.logsigmoid(both)
-    log_s, log_one_minus_s = torch.logsumexp(log_terms, 1)
-    slope = (a * torch.softmax(log_terms, 1) * torch.sigmoid(-both)).sum((0, 1))
+    # Of a logsumexp far out, where log terms are large, the backward pass knows the terms' shares to a few digits only.
+    top = log_terms.detach().amax(1)
+    terms = (log_terms - top[:, None]).exp()
+    total = terms.sum(1)
+    log_s, log_one_minus_s = top + total.log()
+    slope = ((a * terms * torch.sigmoid(-both)).sum(1) / total).sum(0)
     return EPS * z + (1 - EPS) * (log_s - log_one_minus_s), EPS + (1 - EPS) * slope

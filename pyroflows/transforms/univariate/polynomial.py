@@ -22,17 +22,21 @@ class SOS:
         s(u) = \epsilon + \frac{1 - \epsilon}{K} \sum_{k=1}^K p_k(u)^2, \qquad
         p_k(u) = 1 + \sum_{j=0}^d a_{kj} (u / B - m_k)^j
 
-    for :math:`|u| \le B`, and :math:`s(u) = s(\pm B)` beyond, with :math:`\epsilon = 10^{-3}` and
-    :math:`\theta = (t, a_{10}, \ldots, a_{Kd})`. The log-derivative is :math:`\log s(z)`, and the inverse a root search.
+    for :math:`|u| \le B`, and :math:`s(u) = s(\pm B)` beyond, with :math:`\epsilon = 10^{-3}`, fixed centres
+    :math:`m_k` spread over (-1, 1), and :math:`\theta = (t, a_{10}, \ldots, a_{Kd})`. The log-derivative is
+    :math:`\log s(z)`, and the inverse a root search.
 
     The paper's polynomials go on for ever, and a stack of L layers grows like :math:`z^{(2d + 1)^L}`, which overflows
-    on the first outlier; with linear tails x is at most :math:`|z|` times the square of the coefficients' size. Nothing
-    else is bounded.
+    on the first outlier. With linear tails x grows like z, times the squares of the coefficients, which are free.
 
     Args:
         num_polynomials: K; two squares suffice for every polynomial that is nowhere negative.
         degree: d, of each polynomial; inside the bound the map has degree 2d + 1.
-        bound: B; beyond :math:`\pm B` the map is linear.
+        bound: B; beyond :math:`\pm B` the map is linear. A large bound learns slowly, since powers
+            of z / B vanish where the data are.
+
+    Shapes: z and x are ``(...)``, theta is ``(..., 1 + K (d + 1))``; batch dimensions that theta lacks on the left
+    broadcast.
 
     Raises:
         OptionError: if ``num_polynomials`` or ``degree`` is below 1, or ``bound`` is not positive and finite.
@@ -114,8 +118,8 @@ def _radau(num_nodes: int) -> tuple[list[float], list[float]]:
 
     Abramowitz and Stegun 25.4.31: on [-1, 1] with the fixed node -1 the nodes are the roots of P_{n-1} + P_n.
     """
-    n = num_nodes
-    x = np.sort(legendre.legroots([0.0] * (n - 1) + [1.0, 1.0]))
-    x[0] = -1.0
-    weights = (1 - x) / (n * legendre.legval(x, [0.0] * (n - 1) + [1.0])) ** 2
-    return ((1 - x) / 2)[::-1].tolist(), (weights / 2)[::-1].tolist()
+    last, both = [0.0] * (num_nodes - 1) + [1.0], [0.0] * (num_nodes - 1) + [1.0, 1.0]
+    x = np.sort(legendre.legroots(both))
+    x -= legendre.legval(x, both) / legendre.legval(x, legendre.legder(both))  # the roots are good to 1e-13 only
+    weights = (1 - x) / legendre.legval(x, last) ** 2
+    return ((1 - x) / 2)[::-1].tolist(), (weights / weights.sum())[::-1].tolist()
