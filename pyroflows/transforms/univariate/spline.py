@@ -14,7 +14,7 @@ from pyroflows.transforms.univariate.base import Pair
 
 MIN_WIDTH = 1e-3  # of a bin, in units of the whole interval
 MIN_DERIVATIVE = 1e-3
-SOFTPLUS_OF_ONE = math.log(math.e - 1)  # where softplus is 1
+_SHIFT = math.log(math.expm1(1 - MIN_DERIVATIVE))  # makes the derivative of a raw 0 one
 
 
 class Spline:
@@ -60,7 +60,7 @@ class Spline:
         # Function transforms differentiate the formula itself.
         if runs_in_python() or torch.compiler.is_compiling():
             return _Analytic.apply(direction, value, theta, self.bins, self.bound)
-        return _evaluate(direction, value, theta, self.bins, self.bound)[:2]
+        return _evaluate(direction, value, theta, self.bins, self.bound)[0]
 
 
 class _Bin(NamedTuple):
@@ -72,21 +72,35 @@ class _Bin(NamedTuple):
     height: Tensor
     d0: Tensor
     d1: Tensor
-    raw_derivatives: Tensor  # (2, ...)
-    shares: Tensor  # (2, K, ...), the normalised widths and heights
+    raw_derivatives: Tensor  # (2, ...), before the softplus
+    shares: Tensor  # (2, K, ...), the normalised widths and heights of all bins
+    share: Tensor  # (2, ...), those of the bin
+    below: Tensor  # (2, ...), the sums of those of the bins before it
     number: Tensor  # (1, ...), from 0 to K - 1
 
 
-Direction = Callable[[Tensor, _Bin], tuple[Tensor, Tensor, Tensor]]
+class _Point(NamedTuple):
+    """Where in its bin a value lies, and the parts of the formula there."""
+
+    xi: Tensor
+    slope: Tensor
+    ratio: Tensor
+    numerator: Tensor
+    denominator: Tensor
 
 
-def _evaluate(direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float) -> tuple[Any, ...]:
+Direction = Callable[[Tensor, _Bin], tuple[Tensor, Tensor, _Point]]
+
+
+def _evaluate(
+    direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float
+) -> tuple[Pair, Tensor, _Bin, _Point]:
     inside = value.abs() < bound
     # What is computed outside must stay finite, so that it gives a zero, and no NaN, to the gradient.
     clamped = value.clamp(-bound, bound)
     bin = _bin_of(clamped, theta, bins, bound, axis=0 if direction is _forward else 1)
-    result, ladj, xi = direction(clamped, bin)
-    return torch.where(inside, result, value), ladj * inside, inside, bin, xi
+    result, ladj, point = direction(clamped, bin)
+    return (torch.where(inside, result, value), ladj * inside), inside, bin, point
 
 
 def _bin_of(value: Tensor, theta: Tensor, bins: int, bound: float, axis: int) -> _Bin:
@@ -95,32 +109,31 @@ def _bin_of(value: Tensor, theta: Tensor, bins: int, bound: float, axis: int) ->
     shares = torch.softmax(raw[: 2 * bins].unflatten(0, (2, bins)), 1)
     sums = shares.cumsum(1)
     smallest, rest = 2 * bound * MIN_WIDTH, 2 * bound * (1 - bins * MIN_WIDTH)
-    numbers = torch.arange(1, bins, dtype=value.dtype, device=value.device).view(-1, *[1] * value.dim())
-    inner_knots = torch.add(smallest * numbers - bound, sums[axis, :-1], alpha=rest)
+    offsets = torch.linspace(
+        smallest - bound, (bins - 1) * smallest - bound, bins - 1, dtype=value.dtype, device=value.device
+    )
+    inner_knots = torch.add(offsets.view(-1, *[1] * value.dim()), sums[axis, :-1], alpha=rest)
     number = (value >= inner_knots).sum(0, keepdim=True)
     both = number.expand(2, *number.shape)
-    share, share_sum = shares.gather(1, both)[:, 0], sums.gather(1, both)[:, 0]
-    width, height = smallest + rest * share
-    left, bottom = smallest * number.to(value.dtype) + rest * (share_sum - share) - bound
+    share = shares.gather(1, both)[:, 0]
+    below = sums.gather(1, both)[:, 0] - share
+    width, height = share * rest + smallest
+    left, bottom = torch.add(number.to(value.dtype) * smallest - bound, below, alpha=rest)
     # At the bounds the derivative is 1, which belongs to a raw 0.
     zeros = torch.zeros_like(raw[:1])
-    raw_derivatives = torch.cat([zeros, raw[2 * bins :], zeros]).gather(0, torch.cat([number, number + 1]))
-    d0, d1 = MIN_DERIVATIVE + (1 - MIN_DERIVATIVE) * F.softplus(raw_derivatives + SOFTPLUS_OF_ONE)
-    return _Bin(left, width, bottom, height, d0, d1, raw_derivatives, shares, number)
+    raw_derivatives = torch.cat([zeros, raw[2 * bins :], zeros]).gather(0, torch.cat([number, number + 1])) + _SHIFT
+    d0, d1 = F.softplus(raw_derivatives) + MIN_DERIVATIVE
+    return _Bin(left, width, bottom, height, d0, d1, raw_derivatives, shares, share, below, number)
 
 
-def _forward(z: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, Tensor]:
-    """The image of z, the log-derivative, and xi."""
-    xi = ((z - bin.left) / bin.width).clamp(0, 1)
-    slope = bin.height / bin.width
-    eta = xi * (1 - xi)
-    denominator = slope + (bin.d0 + bin.d1 - 2 * slope) * eta
-    x = bin.bottom + bin.height * (slope * xi**2 + bin.d0 * eta) / denominator
-    return x, _log_derivative(xi, eta, slope, denominator, bin), xi
+def _forward(z: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, _Point]:
+    """The image of z, and the log-derivative."""
+    point = _point_at(((z - bin.left) / bin.width).clamp(0, 1), bin.height / bin.width, bin)
+    return torch.addcmul(bin.bottom, bin.height, point.ratio), _log_derivative(point), point
 
 
-def _inverse(x: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, Tensor]:
-    """The preimage of x, the log-derivative of the inverse, and xi, the root of a xi^2 + b xi + c (eq. 6 to 8)."""
+def _inverse(x: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, _Point]:
+    """The preimage of x, where xi is the root of a xi^2 + b xi + c (eq. 6 to 8), and the inverse's log-derivative."""
     slope = bin.height / bin.width
     rise = x - bin.bottom
     bend = bin.d0 + bin.d1 - 2 * slope
@@ -132,14 +145,23 @@ def _inverse(x: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, Tensor]:
     # The two forms of the root: either cancels where b has the wrong sign.
     negative = b < 0
     xi = (torch.where(negative, q, 2 * minus_c) / torch.where(negative, 2 * a, q)).clamp(0, 1)
-    eta = xi * (1 - xi)
-    ladj = _log_derivative(xi, eta, slope, slope + bend * eta, bin)
-    return bin.left + xi * bin.width, -ladj, xi
+    point = _point_at(xi, slope, bin)
+    return torch.addcmul(bin.left, bin.width, xi), -_log_derivative(point), point
 
 
-def _log_derivative(xi: Tensor, eta: Tensor, slope: Tensor, denominator: Tensor, bin: _Bin) -> Tensor:
-    numerator = bin.d1 * xi**2 + 2 * slope * eta + bin.d0 * (1 - xi) ** 2
-    return 2 * torch.log(slope / denominator) + torch.log(numerator)
+def _point_at(xi: Tensor, slope: Tensor, bin: _Bin) -> _Point:
+    """With x = bottom + height * ratio, and dx/dz = numerator * (slope / denominator)^2."""
+    xi_squared = xi * xi
+    eta = xi - xi_squared
+    denominator = torch.addcmul(slope, torch.sub(bin.d0 + bin.d1, slope, alpha=2), eta)
+    ratio = torch.addcmul(slope * xi_squared, bin.d0, eta) / denominator
+    numerator = torch.addcmul(bin.d1 * xi_squared, slope, eta, value=2)
+    numerator = torch.addcmul(numerator, bin.d0, (1 - xi) ** 2)
+    return _Point(xi, slope, ratio, numerator, denominator)
+
+
+def _log_derivative(point: _Point) -> Tensor:
+    return torch.log(point.numerator * (point.slope / point.denominator) ** 2)
 
 
 class _Analytic(torch.autograd.Function):
@@ -147,52 +169,51 @@ class _Analytic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float) -> Pair:
-        result, ladj, inside, bin, xi = _evaluate(direction, value, theta, bins, bound)
-        ctx.save_for_backward(value, theta, inside, xi, ladj, *bin)
+        (result, ladj), inside, bin, point = _evaluate(direction, value, theta, bins, bound)
+        ctx.save_for_backward(value, theta, inside, ladj, *bin, *point)
         ctx.arguments = direction, bins, bound
         return result, ladj
 
     @staticmethod
     def backward(ctx: Any, g_result: Tensor, g_ladj: Tensor) -> tuple[Any, ...]:
-        value, theta, inside, xi, ladj, *fields = ctx.saved_tensors
+        value, theta, inside, ladj, *fields = ctx.saved_tensors
         direction, bins, bound = ctx.arguments
         if torch.is_grad_enabled():  # second derivatives are asked for
-            outputs = _evaluate(direction, value, theta, bins, bound)[:2]
+            outputs, *_ = _evaluate(direction, value, theta, bins, bound)
             gradients = torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True)
             return None, *gradients, None, None
-        bin = _Bin(*fields)
+        bin, point = _Bin(*fields[: len(_Bin._fields)]), _Point(*fields[len(_Bin._fields) :])
         g_outside = g_result
         g_result, g_ladj = g_result * inside, g_ladj * inside
 
-        width, height, d0, d1 = bin.width, bin.height, bin.d0, bin.d1
-        slope = height / width
-        one_minus_xi = 1 - xi
-        eta = xi * one_minus_xi
-        twist = 1 - 2 * xi
-        bend = d0 + d1 - 2 * slope
-        # x = bottom + height * ratio, log-derivative = 2 log slope + log numerator - 2 log denominator.
-        over_denominator = 1 / (slope + bend * eta)
-        ratio = (slope * xi**2 + d0 * eta) * over_denominator
-        numerator = d1 * xi**2 + 2 * slope * eta + d0 * one_minus_xi**2
-        over_numerator = 1 / numerator
-        ratio_xi = slope * numerator * over_denominator**2
-        ladj_xi = 2 * ((d1 * xi + slope * twist - d0 * one_minus_xi) * over_numerator - bend * twist * over_denominator)
+        xi, slope, d0, d1, ratio = point.xi, point.slope, bin.d0, bin.d1, point.ratio
+        over_numerator, over_denominator = point.numerator.reciprocal(), point.denominator.reciprocal()
+        rest_xi = 1 - xi
+        eta, twist = xi * rest_xi, rest_xi - xi
+        bend = torch.sub(d0 + d1, slope, alpha=2)
+        # Half of the derivative of the log-derivative by xi.
+        ladj_xi = torch.addcmul(torch.addcmul(d1 * xi, slope, twist), d0, rest_xi, value=-1) * over_numerator
+        ladj_xi = torch.addcmul(ladj_xi, bend * twist, over_denominator, value=-1)
         if direction is _inverse:
             # With u = T^-1(x): du = (dx - dT) / T', so the gradient of theta is that of the forward direction with
             # these two in place of the gradients of x and of the log-derivative.
             g_ladj = -g_ladj
-            g_result = -(g_result + g_ladj * ladj_xi / width) * torch.exp(ladj)
-        g_ratio = g_result * height * over_denominator
-        g_xi = g_result * height * ratio_xi + g_ladj * ladj_xi
-        two_eta = 2 * eta
-        over = g_ladj * over_numerator
-        less = g_ladj * 2 * over_denominator
-        g_slope = g_ratio * (xi**2 - ratio * (1 - two_eta)) + g_ladj * 2 / slope + over * two_eta - less * (1 - two_eta)
-        g_d0 = g_ratio * eta * (1 - ratio) + over * one_minus_xi**2 - less * eta
-        g_d1 = over * xi**2 - (g_ratio * ratio + less) * eta
-        g_z = g_xi / width
-        g_width = -xi * g_z - g_slope * slope / width
-        g_height = g_result * ratio + g_slope / width
+            g_result = -(g_result + 2 * g_ladj * ladj_xi / bin.width) * torch.exp(ladj)
+        g_rise = g_result * bin.height
+        g_ratio = g_rise * over_denominator
+        twice_g_ladj = 2 * g_ladj
+        g_numerator, g_denominator = g_ladj * over_numerator, twice_g_ladj * over_denominator
+        g_denominator = torch.addcmul(g_denominator, g_ratio, ratio)  # up to its sign
+        g_xi = g_ratio * slope * point.numerator * over_denominator
+        g_xi = torch.addcmul(g_xi, twice_g_ladj, ladj_xi)
+        xi_squared = xi * xi
+        g_slope = torch.addcmul(g_ratio * xi_squared, g_denominator, 2 * eta - 1)
+        g_slope = torch.addcmul(torch.addcdiv(g_slope, twice_g_ladj, slope), g_numerator, eta, value=2)
+        g_d0 = torch.addcmul((g_ratio - g_denominator) * eta, g_numerator, rest_xi * rest_xi)
+        g_d1 = torch.addcmul(g_numerator * xi_squared, g_denominator, eta, value=-1)
+        g_z, g_slope = g_xi / bin.width, g_slope / bin.width
+        g_width = -torch.addcmul(xi * g_z, slope, g_slope)
+        g_height = torch.addcmul(g_slope, g_result, ratio)
 
         starts, sizes = torch.stack([-g_z, g_result]), torch.stack([g_width, g_height])
         g_theta = _gradient_of_theta(bin, starts, sizes, torch.stack([g_d0, g_d1]), bins, bound)
@@ -204,18 +225,15 @@ def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tenso
     """From the gradients of left end and bottom, of width and height, and of both derivatives, each ``(2, ...)``."""
     rest = 2 * bound * (1 - bins * MIN_WIDTH)
     # All bins below the value's own add to its start. sum_k share_k g_k, for the softmax, needs no sum over bins.
-    smallest = 2 * bound * MIN_WIDTH
-    own = (torch.stack([bin.width, bin.height]) - smallest) / rest
-    below = (torch.stack([bin.left, bin.bottom]) + bound - smallest * bin.number.to(bin.left.dtype)) / rest
-    mean = below * g_starts + own * g_sizes
-    numbers = torch.arange(bins, dtype=own.dtype, device=own.device).view(-1, *[1] * (own.dim() - 1))
+    g_starts, g_sizes = rest * g_starts, rest * g_sizes
+    mean = torch.addcmul(bin.below * g_starts, bin.share, g_sizes)
+    numbers = torch.arange(bins, dtype=mean.dtype, device=mean.device).view(-1, *[1] * (mean.dim() - 1))
     is_below = (bin.number - numbers).clamp_(0, 1)
     g_shares = torch.addcmul(-mean[:, None], is_below, g_starts[:, None])
     g_shares.scatter_(1, bin.number.expand(2, *bin.number.shape), (g_sizes - mean)[:, None])
     g_shares *= bin.shares
-    g_shares *= rest
-    slopes = (1 - MIN_DERIVATIVE) * torch.sigmoid(bin.raw_derivatives + SOFTPLUS_OF_ONE)
-    g_derivatives = own.new_zeros(bins + 1, *own.shape[1:])
+    g_derivatives = mean.new_zeros(bins + 1, *mean.shape[1:])
     # Not in place, and reshaped, not flattened, so that batches of gradients, as for a Jacobian, work.
-    g_derivatives = g_derivatives.scatter(0, torch.cat([bin.number, bin.number + 1]), slopes * g_ds)
-    return torch.cat([g_shares.reshape(2 * bins, *own.shape[1:]), g_derivatives[1:-1]]).movedim(0, -1)
+    numbers_of_ends = torch.cat([bin.number, bin.number + 1])
+    g_derivatives = g_derivatives.scatter(0, numbers_of_ends, torch.sigmoid(bin.raw_derivatives) * g_ds)
+    return torch.cat([g_shares.reshape(2 * bins, *mean.shape[1:]), g_derivatives[1:-1]]).movedim(0, -1)
