@@ -97,13 +97,13 @@ class Autoregressive(FlowTransform):
         """The inverse of rows ``(N, D)``, each hidden unit computed once, without gradients."""
         # Row i of what follows stands for place i.
         values = x.T[net.index_of_place]
-        total = x.new_zeros(len(x))
+        ladjs = []
         steps = Incremental(net, len(x), context)
         for i, (value, z) in enumerate(zip(values.unbind(), steps.inputs.unbind(), strict=True)):
             root, ladj = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).T)
             z.copy_(root)
-            total += ladj
-        return torch.empty_like(x).index_copy_(-1, net.index_of_place, steps.inputs.T), total
+            ladjs.append(ladj)
+        return torch.empty_like(x).index_copy_(-1, net.index_of_place, steps.inputs.T), torch.stack(ladjs).sum(0)
 
     def _attached(self, net: MADE, z: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         r"""z with the gradients of the implicit function :math:`F(z; c, \mathrm{weights}) = x`.

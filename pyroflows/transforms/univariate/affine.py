@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.base import Pair
@@ -75,8 +74,8 @@ class Affine:
         if self.max_contraction is None or self.max_expansion is None:
             return shift, log_scale
         # celu(s, c) is s above 0 and falls to -c below, with slope 1 at 0.
-        below_expansion = -F.celu(-log_scale, self.max_expansion)
-        return shift, F.celu(below_expansion, self.max_contraction)
+        below_expansion = -torch.celu(-log_scale, self.max_expansion)
+        return shift, torch.celu(below_expansion, self.max_contraction)
 
     def __repr__(self) -> str:
         return f"Affine(max_contraction={self.max_contraction}, max_expansion={self.max_expansion})"

@@ -56,7 +56,8 @@ class Spline:
         return f"Spline(bins={self.bins}, bound={self.bound})"
 
     def _map(self, direction: "Direction", value: Tensor, theta: Tensor) -> Pair:
-        theta = theta.expand(*value.shape, self.num_params)
+        if theta.shape[:-1] != value.shape:
+            theta = theta.expand(*value.shape, self.num_params)
         # Function transforms differentiate the formula itself.
         if runs_in_python() or torch.compiler.is_compiling():
             return _Analytic.apply(direction, value, theta, self.bins, self.bound)
@@ -233,7 +234,7 @@ def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tenso
     g_shares.scatter_(1, bin.number.expand(2, *bin.number.shape), (g_sizes - mean)[:, None])
     g_shares *= bin.shares
     g_derivatives = mean.new_zeros(bins + 1, *mean.shape[1:])
-    # Not in place, and reshaped, not flattened, so that batches of gradients, as for a Jacobian, work.
-    numbers_of_ends = torch.cat([bin.number, bin.number + 1])
-    g_derivatives = g_derivatives.scatter(0, numbers_of_ends, torch.sigmoid(bin.raw_derivatives) * g_ds)
+    ends = torch.cat([bin.number, bin.number + 1])
+    g_derivatives.scatter_(0, ends, torch.sigmoid(bin.raw_derivatives) * g_ds)
+    # Reshaped, not flattened, so that batches of gradients, as for a Jacobian, work.
     return torch.cat([g_shares.reshape(2 * bins, *mean.shape[1:]), g_derivatives[1:-1]]).movedim(0, -1)
