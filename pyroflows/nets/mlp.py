@@ -21,10 +21,13 @@ class MLP(nn.Sequential):
         hidden_dims: widths of the hidden layers.
 
     Shapes: ``(..., in_dim)`` to ``(..., out_dim)``.
+
+    Raises:
+        OptionError: if a width is not positive.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
-        widths = [in_dim, *hidden_dims]
+        widths = [in_dim, *(checked_widths(hidden_dims) if hidden_dims else ())]
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]

@@ -73,9 +73,9 @@ class Affine:
         shift, log_scale = theta.unbind(-1)
         if self.max_contraction is None or self.max_expansion is None:
             return shift, log_scale
-        # celu(s, c) is s above 0 and falls to -c below, with slope 1 at 0.
-        below_expansion = -torch.celu(-log_scale, self.max_expansion)
-        return shift, torch.celu(below_expansion, self.max_contraction)
+        middle, half = (self.max_expansion + self.max_contraction) / 2, (self.max_expansion - self.max_contraction) / 2
+        bound = middle + half * torch.sign(log_scale.detach())
+        return shift, bound * torch.tanh(log_scale / bound)
 
     def __repr__(self) -> str:
         return f"Affine(max_contraction={self.max_contraction}, max_expansion={self.max_expansion})"
