@@ -99,7 +99,7 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     constant = (x == x[0]).all(0).nonzero().flatten().tolist()
     if constant:
         raise DataError(
-            f"columns {constant} of x, in {x.dtype}, are constant in all {num_training} training rows, so that the "
+            f"columns {constant} of x are constant in all {num_training} training rows, in {x.dtype}, so that the "
             "density is unbounded: leave them out"
         )
     return training, held_out
