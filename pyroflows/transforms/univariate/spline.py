@@ -33,10 +33,15 @@ class Spline:
         bins: K, the number of bins, 2 or more.
         bound: B > 0.
 
+    Raises:
+        OptionError: if ``bins`` or ``bound`` is outside its range.
+
     Example:
-        >>> x, ladj = Spline(bins=4).forward_and_ladj(torch.tensor(2.0), torch.zeros(11))
-        >>> x, ladj
-        (tensor(2.0000), tensor(0.))
+        >>> spline = Spline(bins=4, bound=3.0)
+        >>> z, theta = torch.linspace(-4, 4, 9), torch.randn(9, spline.num_params)
+        >>> x, ladj = spline.forward_and_ladj(z, theta)
+        >>> torch.allclose(spline.inverse_and_ladj(x, theta)[0], z, atol=1e-3), (x[0] == z[0]).item()
+        (True, True)
     """
 
     def __init__(self, bins: int = 8, bound: float = 5.0) -> None:
