@@ -73,20 +73,17 @@ def save_sheet(flow: pf.Flow, levels: Tensor, classes: Tensor, path: Path) -> No
     with torch.no_grad():
         samples = flow(one_hot(torch.arange(NUM_CLASSES))).sample((num_samples,)).transpose(0, 1)
     real = torch.stack([levels[classes == k][:num_real] / LEVELS for k in range(NUM_CLASSES)])
-    gap = torch.zeros(NUM_CLASSES, 8, 4)
-    rows = torch.cat(
-        [
-            real.unflatten(-1, (8, 8)).transpose(1, 2).flatten(2),
-            gap,
-            samples.unflatten(-1, (8, 8)).transpose(1, 2).flatten(2),
-        ],
-        -1,
-    )
+    sheet = torch.cat([_row_of(real), torch.zeros(NUM_CLASSES, 10, 6), _row_of(samples)], -1)
     figure, axes = plt.subplots(figsize=(6.6, 6.2), layout="constrained")
-    axes.imshow(rows.flatten(0, 1), cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(sheet.flatten(0, 1), cmap="gray_r", vmin=0, vmax=1)
     axes.set_axis_off()
     axes.set_title("held-out digits (left) and samples given the class (right)")
     figure.savefig(path, dpi=DPI)
+
+
+def _row_of(digits: Tensor) -> Tensor:
+    """Digits ``(classes, n, 64)`` side by side, with a margin round each: ``(classes, 10, n * 10)``."""
+    return F.pad(digits.unflatten(-1, (8, 8)), (1, 1, 1, 1)).transpose(1, 2).flatten(2)
 
 
 def main(args: argparse.Namespace) -> None:
