@@ -4,6 +4,7 @@ from pyroflows.flows.autoregressive import IAF, MAF, NAF, SOS
 from pyroflows.flows.base import Flow
 from pyroflows.flows.coupling import NICE, RealNVP
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.gaussian import Gaussian
 from pyroflows.flows.planar import Planar
 from pyroflows.flows.radial import Radial
 from pyroflows.flows.spline import NSF
@@ -18,6 +19,7 @@ __all__ = [
     "SOS",
     "Flow",
     "FlowDistribution",
+    "Gaussian",
     "Planar",
     "Radial",
     "RealNVP",

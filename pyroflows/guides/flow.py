@@ -18,7 +18,7 @@ from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import IAF, Flow, FlowDistribution, Planar
 from pyroflows.flows.base import as_flow
 from pyroflows.model import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
-from pyroflows.transforms import Elementwise, FlowTransform
+from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
 FlowFn = Callable[[int], Any]
@@ -129,20 +129,46 @@ class AutoFlow(AutoContinuous):
             )
         self.structure = structure
 
-    def _build(self, loc: Tensor) -> None:
+    def _build(self, loc: Tensor, scale: Tensor | None = None) -> None:
+        """Make the flow, with a last layer of this location and scale, ``(dim,)`` or lower triangular."""
         dim = len(loc)
+        scale = torch.full_like(loc, self._init_scale) if scale is None else scale
         flow = as_flow(self.flow_fn(dim), dim)
-        init = torch.stack([loc, torch.full_like(loc, math.log(self._init_scale))], -1)
-        location_scale = Elementwise(dim, Affine(None, None), init=init)
-        self.flow = Flow([*flow.transform.layers, location_scale], base=flow.base).to(loc)
+        last: FlowTransform
+        if scale.dim() == 1:
+            last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
+        else:
+            last = Triangular(dim, loc=loc, scale_tril=scale)
+        self.flow = Flow([*flow.transform.layers, last], base=flow.base).to(loc)
+
+    def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
+        r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.
+
+        Args:
+            loc: :math:`\mu`, a packed unconstrained vector ``(latent_dim,)``.
+            scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``; what a triangular one
+                whitens, the flow learns in whitened coordinates.
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            OptionError: if S is not lower triangular with a positive diagonal.
+        """
+        if self.structure is None:
+            self._setup_prototype(*args, **kwargs)
+        assert self.structure is not None
+        dtype = self.dtype or self.structure.dtype
+        self._build(loc.to(dtype), scale.to(dtype))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A fresh guide is built here: its last layer holds one location and scale a latent, which tells the size.
+        # A fresh guide is built here: its last layer tells the size, and whether its scale is triangular.
         flow_prefix = f"{prefix}flow.transform.layers."
         indices = [int(key[len(flow_prefix) :].split(".")[0]) for key in state_dict if key.startswith(flow_prefix)]
-        last = state_dict.get(f"{flow_prefix}{max(indices, default=0)}.parameters_of.value")
+        last_prefix = f"{flow_prefix}{max(indices, default=0)}."
+        scale_tril = state_dict.get(f"{last_prefix}scale_tril")
+        last = state_dict.get(f"{last_prefix}parameters_of.value") if scale_tril is None else scale_tril
         if self.flow is None and last is not None and last.dim() == 2:
-            self._build(torch.zeros_like(last[:, 0]))
+            self._build(torch.zeros_like(last[:, 0]), scale_tril)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.own_values_count = True
 

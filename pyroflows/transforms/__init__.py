@@ -5,7 +5,7 @@ from pyroflows.transforms.autoregressive import Autoregressive
 from pyroflows.transforms.base import Cached, Compose, Conditioned, FlowTransform, Inverse
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise
-from pyroflows.transforms.linear import LU, Permutation
+from pyroflows.transforms.linear import LU, Permutation, Triangular
 from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
@@ -26,6 +26,7 @@ __all__ = [
     "Radial",
     "Standardize",
     "Sylvester",
+    "Triangular",
     "masks",
     "univariate",
 ]

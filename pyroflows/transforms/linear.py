@@ -105,6 +105,74 @@ class LU(FlowTransform):
         return z, -scale.log().sum(-1).expand(x.shape[:-1])
 
 
+class Triangular(FlowTransform):
+    r""":math:`x = \mu + S (b + T z)`, T lower triangular and b a shift, both learned, relative to fixed :math:`\mu`, S.
+
+    The diagonal of T is :math:`\epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`; it starts at T = I and
+    b = 0. With S the Cholesky factor of a covariance, learning goes on in coordinates that this covariance whitens,
+    whatever the scales of x are. Both directions are parallel: a product or a triangular solve.
+
+    Args:
+        dim: the event size D.
+        context_dim: size of the context that b and T depend on.
+        loc: :math:`\mu`, ``(dim,)``; zero by default.
+        scale_tril: S, lower triangular ``(dim, dim)`` with a positive diagonal; the identity by default.
+
+    Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``.
+
+    Raises:
+        OptionError: if ``scale_tril`` is not lower triangular with a positive diagonal, or has another size.
+
+    Example:
+        >>> t = Triangular(2, loc=torch.tensor([1.0, 0.0]), scale_tril=torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        >>> t(torch.tensor([1.0, 0.0])).tolist()
+        [3.0, 1.0]
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def __init__(
+        self, dim: int, context_dim: int = 0, loc: Tensor | None = None, scale_tril: Tensor | None = None
+    ) -> None:
+        super().__init__(dim, context_dim)
+        loc = torch.zeros(dim) if loc is None else loc
+        scale_tril = torch.eye(dim) if scale_tril is None else scale_tril
+        if loc.shape != (dim,) or scale_tril.shape != (dim, dim):
+            raise OptionError(
+                f"loc and scale_tril must have shapes ({dim},) and ({dim}, {dim}), got {tuple(loc.shape)} and "
+                f"{tuple(scale_tril.shape)}"
+            )
+        if not (scale_tril.tril().equal(scale_tril) and (scale_tril.diagonal() > 0).all()):
+            raise OptionError("scale_tril must be lower triangular with a positive diagonal")
+        self.register_buffer("loc", loc.detach().clone())
+        self.register_buffer("scale_tril", scale_tril.detach().clone())
+        # The last column is b.
+        self.matrix = nn.Parameter(torch.zeros(dim, dim + 1))
+        self.net = MLP(context_dim, dim * (dim + 1), hidden_dims=(64,)) if context_dim else None
+
+    def _shift_and_factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """b, S T, and log |det S T|."""
+        raw = self.matrix
+        if self.net is not None:
+            raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
+        shift, raw = raw[..., -1], raw[..., :-1]
+        scale = MIN_SCALE + F.softplus(raw.diagonal(dim1=-2, dim2=-1) + _SHIFT)
+        factor = self.scale_tril @ (raw.tril(-1) + torch.diag_embed(scale))
+        return shift, factor, scale.log().sum(-1) + self.scale_tril.diagonal().log().sum()
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        shift, factor, ladj = self._shift_and_factor(context)
+        x = (z[..., None, :] @ factor.mT).squeeze(-2) if factor.dim() > 2 else z @ factor.mT
+        offset = self.loc + (shift[..., None, :] @ self.scale_tril.mT).squeeze(-2)
+        return x + offset, ladj.expand(z.shape[:-1])
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        shift, factor, ladj = self._shift_and_factor(context)
+        offset = self.loc + (shift[..., None, :] @ self.scale_tril.mT).squeeze(-2)
+        return _solve(factor, x - offset, upper=False), -ladj.expand(x.shape[:-1])
+
+
 def _solve(matrix: Tensor, y: Tensor, upper: bool) -> Tensor:
     """The z with ``matrix z = y`` for a triangular matrix."""
     # One matrix for all: rows of one right-hand side, since a batch of solves would copy the matrix.

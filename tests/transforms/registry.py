@@ -21,6 +21,7 @@ from pyroflows.transforms import (
     Radial,
     Standardize,
     Sylvester,
+    Triangular,
     masks,
 )
 
@@ -55,6 +56,15 @@ def _factory(structure: Callable[..., FlowTransform], **options: Any) -> Factory
 
 def _other_half(dim: int) -> Tensor:
     return ~masks.half(dim) if dim > 1 else masks.half(dim)
+
+
+def _location(dim: int) -> Tensor:
+    return torch.linspace(-1.0, 2.0, dim)
+
+
+def _cholesky_factor(dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(dim, dim, generator=generator).tril(-1) / dim + torch.diag(torch.linspace(0.5, 2.0, dim))
 
 
 def _compose(dim: int, context_dim: int) -> Compose:
@@ -92,11 +102,13 @@ LAYERS: dict[str, Factory] = {
     "autoregressive-inverse": lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv,
     "lu": _factory(LU),
     "lu-permuted": _factory(LU, order=_shuffled),
+    "triangular": _factory(Triangular),
+    "triangular-whitening": _factory(Triangular, loc=_location, scale_tril=_cholesky_factor),
     "standardize": lambda dim, context_dim: Standardize(torch.linspace(-1.0, 2.0, dim), torch.linspace(0.5, 2.0, dim)),
     "compose": _compose,
 }
 TAKES_NO_CONTEXT = {"permutation", "standardize"}
-NOT_IDENTITY_AT_START = {"permutation", "lu-permuted", "standardize"}
+NOT_IDENTITY_AT_START = {"permutation", "lu-permuted", "standardize", "triangular-whitening"}
 WITHOUT_PARAMETERS = {"permutation", "standardize"}
 # The log-determinant is zero whatever the parameters are.
 VOLUME_PRESERVING = {"permutation", *(name for name in TRIANGULAR if name.endswith("-additive"))}

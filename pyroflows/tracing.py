@@ -1,0 +1,223 @@
+"""A function of tensors recorded once as a list of operations, and run without Python and autograd in between.
+
+What the function computes from its inputs, gradients included, is recorded operation by operation as the dispatcher
+sees it; what does not depend on the inputs is computed once. ``make_fx`` does the same with a proxy for each tensor,
+and takes some fifteen times as long, which loops in a model make seconds of.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pyroflows.errors import FlowError
+
+Function = Callable[..., Sequence[Tensor]]
+
+EXECUTORS = ("trace", "inductor", "none")
+
+_aten = torch.ops.aten
+# They give their input another name.
+_ALIASES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
+
+
+class UntraceableError(FlowError, RuntimeError):
+    """A function's operations depend on the values of its inputs, so that one recording cannot stand for all."""
+
+
+@dataclass(frozen=True)
+class _Operation:
+    function: Any
+    args: Any
+    kwargs: Any
+    output: Any
+    depends: bool  # on the inputs
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return _tensors(self.output)
+
+
+def compiled(function: Function, examples: Sequence[Tensor], executor: str = "trace") -> Function:
+    """The function as one program, for inputs of the examples' shapes and dtypes.
+
+    Args:
+        function: maps tensors to a sequence of tensors, without looking at their values; outputs have no gradients.
+        examples: inputs.
+        executor: "trace", the interpreter of TorchScript, costs little more than a few runs; "inductor" generates
+            machine code, tens of seconds, for runs by the ten thousands; "none" is the function itself.
+
+    Raises:
+        UntraceableError: if the function needs the value of a tensor that depends on its inputs.
+
+    Example:
+        >>> square = compiled(lambda x: [x * x], [torch.ones(2)])
+        >>> square(torch.tensor([2.0, 3.0]))
+        (tensor([4., 9.]),)
+    """
+    if executor == "none":
+        return function
+    program = _Program(function, examples)
+    return torch.compile(program.graph_module(), dynamic=False) if executor == "inductor" else program.traced(examples)
+
+
+class _Program:
+    """The recorded operations, in terms of numbered places for tensors."""
+
+    def __init__(self, function: Function, examples: Sequence[Tensor]) -> None:
+        inputs = [example.detach().clone() for example in examples]
+        with _Recorder(inputs) as recorder:
+            outputs = list(function(*inputs))
+        aliases = {
+            id(op.output): op.args[0]
+            for op in recorder.operations
+            if op.function in _ALIASES and op.output is not op.args[0]
+        }
+
+        def source(tensor: Tensor) -> Tensor:
+            while id(tensor) in aliases:
+                tensor = aliases[id(tensor)]
+            return tensor
+
+        self._source = source
+        self._inputs, self._outputs = inputs, [source(output) for output in outputs]
+        self._keep = recorder  # whose tensors keep their identity only as long as they live
+        self._operations = self._needed([op for op in recorder.recorded() if op.function not in _ALIASES])
+
+    def _needed(self, operations: list[_Operation]) -> list[_Operation]:
+        """Those that the outputs depend on, and those that write into a tensor."""
+        wanted = {id(output) for output in self._outputs}
+        kept = []
+        for op in reversed(operations):
+            if op.function._schema.is_mutable or any(id(out) in wanted for out in op.outputs):
+                kept.append(op)
+                wanted.update(id(self._source(tensor)) for tensor in _tensors((op.args, op.kwargs)))
+        return kept[::-1]
+
+    def _run(self, inputs: Sequence[Any], constant: Callable[[Tensor], Any], call: Callable[..., Any]) -> Any:
+        values: dict[int, Any] = {id(tensor): value for tensor, value in zip(self._inputs, inputs, strict=True)}
+
+        def value(tensor: Tensor) -> Any:
+            tensor = self._source(tensor)
+            if id(tensor) not in values:
+                values[id(tensor)] = constant(tensor.detach())
+            return values[id(tensor)]
+
+        for op in self._operations:
+            args, kwargs = tree_map_only(Tensor, value, (op.args, op.kwargs))
+            result = call(op.function, args, kwargs)
+            if isinstance(op.output, Tensor):
+                values[id(op.output)] = result
+            else:
+                for i, out in enumerate(op.output):
+                    if isinstance(out, Tensor):
+                        values[id(out)] = result[i]
+        return tuple(value(output) for output in self._outputs)
+
+    def traced(self, examples: Sequence[Tensor]) -> Function:
+        """For TorchScript's interpreter: the fastest on small tensors, though deprecated."""
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return self._run(inputs, lambda tensor: tensor, lambda function, args, kwargs: function(*args, **kwargs))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return torch.jit.trace(run, tuple(examples), check_trace=False)
+
+    def graph_module(self) -> fx.GraphModule:
+        root, graph = torch.nn.Module(), fx.Graph()
+
+        def constant(tensor: Tensor) -> fx.Node:
+            name = f"constant_{len(list(root.buffers()))}"
+            root.register_buffer(name, tensor)
+            return graph.get_attr(name)
+
+        inputs = [graph.placeholder(f"input_{i}") for i in range(len(self._inputs))]
+        graph.output(self._run(inputs, constant, graph.call_function))
+        return fx.GraphModule(root, graph)
+
+
+class _Recorder(TorchDispatchMode):
+    """Records operations, and whether they depend on the inputs: whether they read memory that does."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True, the default, imports torch._dynamo, which takes a second.
+        return False
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.operations: list[_Operation] = []
+        self._dependent = {_memory(tensor) for tensor in inputs}
+        self._created: set[int] = set()
+        # Memory made without the inputs and then written to with them.
+        self._overwritten: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = _tensors((args, kwargs))
+        depends = any(_memory(tensor) in self._dependent for tensor in tensors)
+        if depends and _looks_at_values(function, args):
+            raise UntraceableError(
+                f"{function} needs the value of a tensor that depends on the inputs: an if, a float(), an .item() or a "
+                "boolean mask; use torch.where instead"
+            )
+        output = function(*args, **kwargs)
+        # A draw is another one at each run.
+        depends = depends or torch.Tag.nondeterministic_seeded in function.tags
+        before = {_memory(tensor) for tensor in tensors}
+        after = {_memory(tensor) for tensor in _tensors(output)}
+        self._created |= after - before
+        if depends:
+            if function._schema.is_mutable:
+                self._overwrite([t for t in tensors if _memory(t) not in self._dependent], function, args, kwargs)
+            self._dependent |= after
+        self.operations.append(_Operation(function, args, kwargs, output, depends))
+        return output
+
+    def _overwrite(self, others: list[Tensor], function: Any, args: Any, kwargs: Any) -> None:
+        written = [
+            value
+            for argument, value in [*zip(function._schema.arguments, args, strict=False), *_named(function, kwargs)]
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        for tensor in _tensors(written):
+            if any(tensor is other for other in others):
+                if _memory(tensor) not in self._created:
+                    raise UntraceableError(f"{function} writes into a tensor from outside of the function")
+                self._overwritten.add(_memory(tensor))
+                self._dependent.add(_memory(tensor))
+
+    def recorded(self) -> list[_Operation]:
+        """Operations that a run has to repeat."""
+        return [
+            op
+            for op in self.operations
+            if op.depends or any(_memory(tensor) in self._overwritten for tensor in op.outputs)
+        ]
+
+
+def _named(function: Any, kwargs: Any) -> list[tuple[Any, Any]]:
+    return [(argument, kwargs[argument.name]) for argument in function._schema.arguments if argument.name in kwargs]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _looks_at_values(function: Any, args: Any) -> bool:
+    if torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags:
+        return True
+    return function is _aten.index.Tensor and any(
+        isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
