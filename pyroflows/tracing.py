@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyroflows.errors import FlowError
 
@@ -47,7 +46,9 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
     """The function as one program, for inputs of the examples' shapes and dtypes.
 
     Args:
-        function: maps tensors to a sequence of tensors, without looking at their values; outputs have no gradients.
+        function: maps tensors to a sequence of tensors without gradients. Tensors that it reads without being given
+            them, such as the parameters of a module, are inputs too if they stand among the examples; all others are
+            constants.
         examples: inputs.
         executor: "trace", the interpreter of TorchScript, costs little more than a few runs; "inductor" generates
             machine code, tens of seconds, for runs by the ten thousands; "none" is the function itself.
@@ -63,16 +64,15 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
     if executor == "none":
         return function
     program = _Program(function, examples)
-    return torch.compile(program.graph_module(), dynamic=False) if executor == "inductor" else program.traced(examples)
+    return torch.compile(program.graph_module(), dynamic=False) if executor == "inductor" else program.traced()
 
 
 class _Program:
     """The recorded operations, in terms of numbered places for tensors."""
 
     def __init__(self, function: Function, examples: Sequence[Tensor]) -> None:
-        inputs = [example.detach().clone() for example in examples]
-        with _Recorder(inputs) as recorder:
-            outputs = list(function(*inputs))
+        with _Recorder(examples) as recorder:
+            outputs = list(function(*examples))
         aliases = {
             id(op.output): op.args[0]
             for op in recorder.operations
@@ -85,7 +85,7 @@ class _Program:
             return tensor
 
         self._source = source
-        self._inputs, self._outputs = inputs, [source(output) for output in outputs]
+        self._inputs, self._outputs = list(examples), [source(output) for output in outputs]
         self._keep = recorder  # whose tensors keep their identity only as long as they live
         self._operations = self._needed([op for op in recorder.recorded() if op.function not in _ALIASES])
 
@@ -109,8 +109,8 @@ class _Program:
             return values[id(tensor)]
 
         for op in self._operations:
-            args, kwargs = tree_map_only(Tensor, value, (op.args, op.kwargs))
-            result = call(op.function, args, kwargs)
+            kwargs = {name: _mapped(value, argument) for name, argument in op.kwargs.items()}
+            result = call(op.function, _mapped(value, op.args), kwargs)
             if isinstance(op.output, Tensor):
                 values[id(op.output)] = result
             else:
@@ -119,7 +119,7 @@ class _Program:
                         values[id(out)] = result[i]
         return tuple(value(output) for output in self._outputs)
 
-    def traced(self, examples: Sequence[Tensor]) -> Function:
+    def traced(self) -> Function:
         """For TorchScript's interpreter: the fastest on small tensors, though deprecated."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -127,8 +127,10 @@ class _Program:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            return torch.jit.trace(run, tuple(examples), check_trace=False)
+            # A TracerWarning, whose class torch.jit does not export: sizes in the graph are those of the examples.
+            warnings.simplefilter("ignore", UserWarning)
+            inputs = tuple(tensor.detach() for tensor in self._inputs)
+            return torch.jit.trace(run, inputs, check_trace=False)
 
     def graph_module(self) -> fx.GraphModule:
         root, graph = torch.nn.Module(), fx.Graph()
@@ -207,8 +209,21 @@ def _named(function: Any, kwargs: Any) -> list[tuple[Any, Any]]:
     return [(argument, kwargs[argument.name]) for argument in function._schema.arguments if argument.name in kwargs]
 
 
+# Arguments of operations are tensors, and lists of them; torch's general trees would take most of the time.
+
+
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return _tensors(list(tree.values()))
+    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, list | tuple) else []
+
+
+def _mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    return type(tree)(_mapped(function, part) for part in tree) if isinstance(tree, list | tuple) else tree
 
 
 def _memory(tensor: Tensor) -> int:
@@ -216,8 +231,6 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _looks_at_values(function: Any, args: Any) -> bool:
-    if torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags:
-        return True
-    return function is _aten.index.Tensor and any(
-        isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-    )
+    if function is _aten.index.Tensor:
+        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags

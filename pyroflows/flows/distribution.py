@@ -4,7 +4,7 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import TorchDistribution, is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -124,6 +124,7 @@ class DistributionModule(nn.Module):
     def forward(self) -> Distribution:
         # A shallow copy with today's tensors: its constructor would validate them again at every call.
         distribution = copy.copy(self._template)
+        distribution._validate_args = distribution._validate_args and is_validation_enabled()
         vars(distribution).update(self._parameters)
         vars(distribution).update(self._buffers)
         vars(distribution).update({name: module() for name, module in self._modules.items() if module is not None})

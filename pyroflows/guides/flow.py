@@ -1,7 +1,6 @@
 """The flow guide: a Pyro ``AutoContinuous`` whose distribution is a flow."""
 
 import copy
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,12 +1,16 @@
 """The log joint of a model as a function of one unconstrained vector."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.inference.batching import BatchedModel, Values
+from pyroflows.inference.compilation import Compiler
 from pyroflows.model import Model, ModelStructure
+
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LogJoint:
@@ -18,12 +22,22 @@ class LogJoint:
         kwargs: its keyword arguments.
         structure: of the model with these arguments.
         examples: unconstrained vectors ``(n, dim)`` at which ways of running a batch are compared with single draws.
+        compiler: of functions of the log joint; by default they run as they are.
 
     Shapes: ``(S, dim)`` to ``(S,)``.
     """
 
-    def __init__(self, model: Model, args: Any, kwargs: Any, structure: ModelStructure, examples: Tensor) -> None:
+    def __init__(
+        self,
+        model: Model,
+        args: Any,
+        kwargs: Any,
+        structure: ModelStructure,
+        examples: Tensor,
+        compiler: Compiler | None = None,
+    ) -> None:
         self.structure = structure
+        self.compiler = compiler or Compiler("none")
         values, _ = structure.constrain(examples)
         self.batched = BatchedModel(model, args, kwargs, values, subsample=self.draw_subsample())
 
@@ -41,3 +55,24 @@ class LogJoint:
     def in_chunks(self, vectors: Tensor) -> Tensor:
         """As a call, without gradients, for any number of vectors."""
         return torch.cat([self(part) for part in vectors.split(self.batched.chunk_size)])
+
+    def value_and_grad(
+        self, examples: Tensor, transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    ) -> ValueAndGrad:
+        r"""The log joint ``(S,)`` and its gradient ``(S, dim)``, compiled for vectors of the examples' shape.
+
+        Rows of subsampled plates are drawn once. With ``transform``, a map to u with its log-determinant, it is that of
+        the vectors before it, :math:`\log p(T(z), y) + \log|\det \partial T / \partial z|`.
+        """
+        subsample = self.draw_subsample()
+
+        def function(vectors: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = vectors.detach().requires_grad_()
+                u, ladj = (leaf, 0.0) if transform is None else transform(leaf)
+                value = self(u, subsample) + ladj
+                (gradient,) = torch.autograd.grad(value.sum(), leaf)
+            return value.detach(), gradient
+
+        others = examples + 0.1 * torch.randn_like(examples)
+        return self.compiler(function, [examples], [others])

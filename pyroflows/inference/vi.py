@@ -1,7 +1,7 @@
 """Variational inference: a flow guide trained by reverse KL, from a model to a posterior."""
 
 import time
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -9,14 +9,19 @@ import torch
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
+from pyroflows import flows
 from pyroflows.errors import ModelError, OptionError
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.flow import FlowFn
+from pyroflows.guides.flow import FlowFn, default_flow
 from pyroflows.inference.batching import NUM_EXAMPLES
+from pyroflows.inference.compilation import Compiler
+from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.estimators import ESTIMATORS
+from pyroflows.inference.initialize import Gaussian, pathfinder
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.serialization import load
+from pyroflows.inference.step import Step
 from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.schedules import Plateau
@@ -26,6 +31,9 @@ NUM_PARTICLES = 128
 # Below it the flow is close enough for the final decay of the learning rate.
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
+NUM_STARTS = 8
+NUM_ROWS = 64
+GATE_KHAT, GATE_VARIANCE, GATE_SHIFT = 0.5, 0.05, 0.05
 # Runs of the model at other values, to see whether its sites are the same.
 NUM_LOOKS = 16
 MAX_SECONDS_OF_LOOKS = 0.5
@@ -73,6 +81,9 @@ class FlowVI:
         num_particles: int | None = None,
         estimator: str = "auto",
         optimizer: OptimizerLike | None = None,
+        compile: str = "auto",
+        num_starts: int = NUM_STARTS,
+        gate: bool = True,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
         progress_bar: bool = True,
@@ -98,8 +109,11 @@ class FlowVI:
         self.guide = guide
         self.num_steps = num_steps
         self.num_particles = NUM_PARTICLES if num_particles is None else num_particles
-        self.estimator = ESTIMATORS["total" if estimator == "auto" else estimator]
+        self.estimator = ESTIMATORS["path" if estimator == "auto" else estimator]
         self.optimizer = optimizer
+        self.compile = compile
+        self.num_starts = num_starts
+        self.gate = gate
         self.dtype = dtype
         self.seed = seed
         self.progress_bar = progress_bar
@@ -116,35 +130,43 @@ class FlowVI:
             return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
+        is_theirs = isinstance(self.guide, AutoFlow)
         guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
         model = in_dtype(self.model, guide.dtype)
         # Not through a call: that would put the flow's parameters into Pyro's store.
         guide._setup_prototype(*args, **kwargs)
-        flow, structure = guide.flow, guide.structure
-        assert flow is not None
-        assert structure is not None
-        center = guide._init_loc().to(next(flow.parameters()))
+        assert guide.structure is not None
+        structure = guide.structure
+        center = guide._init_loc().to(guide.dtype or structure.dtype)
         _check_static_around(center, model, args, kwargs, guide)
         with seeded(0):
             examples = center + 0.1 * torch.randn((NUM_EXAMPLES, structure.dim)).to(center)
-        log_joint = LogJoint(model, args, kwargs, structure, examples)
+        log_joint = LogJoint(model, args, kwargs, structure, examples, Compiler(self.compile))
         _check_start(log_joint, center)
-
-        def step() -> Mapping[str, Tensor]:
-            subsample = log_joint.draw_subsample()
-            loss, log_weights = self.estimator(flow, lambda x: log_joint(x, subsample), self.num_particles)
-            loss.backward()
-            variance = log_weights.var() if self.num_particles > 1 else torch.tensor(torch.nan)
-            return {"elbo": log_weights.mean(), "log_weight_variance": variance}
-
-        own = model_parameters(model, args, kwargs, _init_at(structure, center)).values()
-        history = train(
-            step,
-            [*flow.parameters(), *own],
-            Plateau("elbo", self.num_steps, _is_settled),
-            optimizer=self.optimizer,
-            progress_bar=self.progress_bar,
-        )
+        own = list(model_parameters(model, args, kwargs, _init_at(structure, center)).values())
+        history = History()
+        if not is_theirs:
+            gaussian = _gaussian(log_joint, center, self.num_starts)
+            if self.gate and self.guide is None and not own and not structure.subsampled:
+                guide.flow_fn = partial(flows.Gaussian)
+                guide.start_at(gaussian.loc, gaussian.scale_tril)
+                posterior = Posterior(self.model, guide, args, kwargs, history)
+                if posterior.diagnose().verdict == "good" and _is_enough(posterior.diagnose()):
+                    return posterior
+                guide.flow_fn = default_flow
+            guide.start_at(gaussian.loc, gaussian.scale_tril)
+        assert guide.flow is not None
+        step = Step(guide.flow, log_joint, self.estimator, self.num_particles, own)
+        try:
+            history = train(
+                step,
+                step.parameters,
+                Plateau("elbo", self.num_steps, _is_settled),
+                optimizer=self.optimizer,
+                progress_bar=self.progress_bar,
+            )
+        finally:
+            step.release()
         guide.own_values_count = True
         return Posterior(self.model, guide, args, kwargs, history)
 
@@ -164,6 +186,22 @@ def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None =
     """
     guide, history = load(path, model, args, kwargs, flow_fn)
     return Posterior(model, guide, args, kwargs, history)
+
+
+def _gaussian(log_joint: LogJoint, center: Tensor, num_starts: int) -> Gaussian:
+    """The Gaussian of the best ELBO from several starts: the initial values, and others around zero."""
+    starts = torch.cat([center[None], 2 * torch.rand(num_starts - 1, len(center)).to(center) - 1])
+    value_and_grad = log_joint.value_and_grad(starts[:1].repeat(NUM_ROWS, 1))
+    return pathfinder(value_and_grad, starts, num_rows=NUM_ROWS)[0]
+
+
+def _is_enough(diagnosis: Diagnosis) -> bool:
+    return (
+        diagnosis.khat < GATE_KHAT
+        and diagnosis.log_weight_variance < GATE_VARIANCE
+        and diagnosis.mean_shift < GATE_SHIFT
+        and abs(diagnosis.sd_ratio - 1) < GATE_SHIFT
+    )
 
 
 def _is_settled(history: History) -> bool:

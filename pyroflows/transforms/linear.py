@@ -106,10 +106,10 @@ class LU(FlowTransform):
 
 
 class Triangular(FlowTransform):
-    r""":math:`x = \mu + S (b + T z)`, T lower triangular and b a shift, both learned, relative to fixed :math:`\mu`, S.
+    r""":math:`x = \mu + S (b + T z)`: a lower triangular T and a shift b are learned, :math:`\mu` and S fixed.
 
-    The diagonal of T is :math:`\epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`; it starts at T = I and
-    b = 0. With S the Cholesky factor of a covariance, learning goes on in coordinates that this covariance whitens,
+    The diagonal of T is :math:`\epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`; T starts at I,
+    b at 0. With S the Cholesky factor of a covariance, learning goes on in coordinates that this covariance whitens,
     whatever the scales of x are. Both directions are parallel: a product or a triangular solve.
 
     Args:
@@ -125,7 +125,7 @@ class Triangular(FlowTransform):
 
     Example:
         >>> t = Triangular(2, loc=torch.tensor([1.0, 0.0]), scale_tril=torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
-        >>> t(torch.tensor([1.0, 0.0])).tolist()
+        >>> t(torch.tensor([1.0, 0.0])).round(decimals=4).tolist()
         [3.0, 1.0]
     """
 
@@ -151,26 +151,25 @@ class Triangular(FlowTransform):
         self.matrix = nn.Parameter(torch.zeros(dim, dim + 1))
         self.net = MLP(context_dim, dim * (dim + 1), hidden_dims=(64,)) if context_dim else None
 
-    def _shift_and_factor(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """b, S T, and log |det S T|."""
-        raw = self.matrix
+    def _learned(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """b, T, and log |det S T|."""
+        raw: Tensor = self.matrix
         if self.net is not None:
             raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
         shift, raw = raw[..., -1], raw[..., :-1]
         scale = MIN_SCALE + F.softplus(raw.diagonal(dim1=-2, dim2=-1) + _SHIFT)
-        factor = self.scale_tril @ (raw.tril(-1) + torch.diag_embed(scale))
-        return shift, factor, scale.log().sum(-1) + self.scale_tril.diagonal().log().sum()
+        ladj = scale.log().sum(-1) + self.scale_tril.diagonal().log().sum()
+        return shift, raw.tril(-1) + torch.diag_embed(scale), ladj
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        shift, factor, ladj = self._shift_and_factor(context)
-        x = (z[..., None, :] @ factor.mT).squeeze(-2) if factor.dim() > 2 else z @ factor.mT
-        offset = self.loc + (shift[..., None, :] @ self.scale_tril.mT).squeeze(-2)
-        return x + offset, ladj.expand(z.shape[:-1])
+        shift, factor, ladj = self._learned(context)
+        y = shift + (z @ factor.mT if factor.dim() == 2 else (z[..., None, :] @ factor.mT).squeeze(-2))
+        return self.loc + y @ self.scale_tril.mT, ladj.expand(z.shape[:-1])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        shift, factor, ladj = self._shift_and_factor(context)
-        offset = self.loc + (shift[..., None, :] @ self.scale_tril.mT).squeeze(-2)
-        return _solve(factor, x - offset, upper=False), -ladj.expand(x.shape[:-1])
+        shift, factor, ladj = self._learned(context)
+        y = _solve(self.scale_tril, x - self.loc, upper=False)
+        return _solve(factor, y - shift, upper=False), -ladj.expand(x.shape[:-1])
 
 
 def _solve(matrix: Tensor, y: Tensor, upper: bool) -> Tensor:

@@ -1,0 +1,139 @@
+"""Recorded programs compute what the function computes, gradients included, or say why they cannot."""
+
+import pytest
+import torch
+from torch import nn
+
+from pyroflows.tracing import UntraceableError, compiled
+
+TABLE = torch.linspace(0.0, 1.0, 12).reshape(4, 3)
+
+
+def gradient_of_square(x):
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad((leaf**2 * TABLE).sum(), leaf)
+
+
+def writes_into_a_buffer(x):
+    buffer = torch.zeros(4, 3)
+    before = buffer.sum()
+    buffer[:, 0] = x[:, 1]
+    buffer.add_(TABLE)
+    return [buffer, before + buffer.sum()]
+
+
+def chunks_and_stacks(x):
+    a, b, c = x.unbind(-1)
+    return [torch.stack([c, a * b], -1), torch.cat([x, TABLE]).cumsum(0)]
+
+
+def under_vmap(x):
+    return [torch.func.vmap(lambda row: row.sin() @ TABLE.T + row[0])(x)]
+
+
+def integers(x):
+    return [x.argsort(-1), TABLE[x.argmax(-1) % 4] * x]
+
+
+def reads_constants(x):
+    # The value of a constant may be looked at, and decide.
+    return [x * (2.0 if TABLE.sum().item() > 1 else 3.0)]
+
+
+FUNCTIONS = [gradient_of_square, writes_into_a_buffer, chunks_and_stacks, under_vmap, integers, reads_constants]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by inductor's imports
+@pytest.mark.parametrize("executor", ["trace", "inductor", "none"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_program_computes_what_the_function_does(function, executor):
+    if executor == "inductor" and function is not gradient_of_square:
+        pytest.skip("one compilation by inductor is enough: it takes the same graph")
+    run = compiled(function, [torch.randn(4, 3)], executor)
+    for _ in range(3):  # the interpreter optimises at the second run
+        x = torch.randn(4, 3)
+        for found, expected in zip(run(x), function(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_among_the_examples_are_inputs():
+    net = nn.Linear(3, 2)
+
+    def loss_and_gradient(weight, bias, x):
+        loss = net(x).square().sum()
+        return [loss.detach(), *torch.autograd.grad(loss, [net.weight, net.bias])]
+
+    x = torch.randn(5, 3)
+    run = compiled(loss_and_gradient, [net.weight, net.bias, x])
+    before = loss_and_gradient(None, None, x)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2).add_(1)
+    expected = loss_and_gradient(None, None, x)
+    assert not torch.allclose(before[0], expected[0])
+    for found, value in zip(run(net.weight.detach(), net.bias.detach(), x), expected, strict=True):
+        torch.testing.assert_close(found, value)
+
+
+def test_what_does_not_depend_on_the_inputs_is_computed_once():
+    calls = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            calls.append(1)
+            return x.exp()
+
+    run = compiled(lambda x: [x + Counted.apply(TABLE).logsumexp(0)], [torch.randn(4, 3)])
+    run(torch.randn(4, 3))
+    assert len(calls) == 1
+    kinds = {node.kind() for node in run.graph.nodes()}
+    assert "aten::exp" not in kinds and "aten::add" in kinds
+
+
+def test_draws_are_new_at_each_run():
+    run = compiled(lambda x: [x + torch.randn(3)], [torch.zeros(3)])
+    assert not torch.equal(run(torch.zeros(3))[0], run(torch.zeros(3))[0])
+
+
+def test_random_numbers_follow_the_seed():
+    run = compiled(lambda x: [x + torch.randn(3)], [torch.zeros(3)])
+    torch.manual_seed(3)
+    found = run(torch.ones(3))[0]
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, 1 + torch.randn(3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [x if x.sum() > 0 else -x],
+        lambda x: [x * float(x.max())],
+        lambda x: [x[x > 0]],
+        lambda x: [x.nonzero()],
+    ],
+    ids=["if", "float", "mask", "nonzero"],
+)
+def test_values_of_inputs_cannot_be_looked_at(function):
+    with pytest.raises(UntraceableError, match="use torch.where"):
+        compiled(function, [torch.randn(4)])
+
+
+def test_tensors_from_outside_cannot_be_written_to():
+    table = torch.zeros(3)
+    with pytest.raises(UntraceableError, match="writes into a tensor from outside"):
+        compiled(lambda x: [table.add_(x)], [torch.ones(3)])
+
+
+def test_long_loops_are_recorded_quickly():
+    def loop(x):
+        with torch.enable_grad():
+            leaf = y = x.detach().requires_grad_()
+            for _ in range(500):
+                y = y + 0.01 * torch.sin(y) * y
+            return torch.autograd.grad(y.sum(), leaf)
+
+    run = compiled(loop, [torch.ones(3)])
+    x = torch.randn(3)
+    torch.testing.assert_close(run(x)[0], loop(x)[0])
