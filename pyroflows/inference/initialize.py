@@ -7,7 +7,7 @@ density is seen through one function with a fixed number of rows, which has to b
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 PLAIN_SCALE = 0.1
+# Beyond it, squares would come near to overflow.
+LARGEST_VALUE = 1e60
 # Of the search. Its Gaussians need not be good, only near enough for the variational steps.
-GAIN, NUM_STALLS, NUM_FAILURES = 1e-3, 5, 3
+GAIN, NUM_STALLS, SHORTEST = 1e-3, 5, 1e-7
 NUM_FIRST, THINNING, PATIENCE = 12, 3, 20
 # Of the variational steps.
 ROWS_PER_DIM = 4
@@ -28,7 +30,7 @@ NUM_HALF, NUM_SETTLED, NUM_SETTLED_IF_EXACT = 4, 12, 2
 EXACT_VARIANCE, POOR_VARIANCE = 0.01, 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gaussian:
     r""":math:`N(\mathrm{loc}, L L^\top)` beside a log density.
 
@@ -141,7 +143,7 @@ class _Density:
         values, grads = zip(*[self.value_and_grad(part) for part in rows.split(self.num_rows)], strict=True)
         value = torch.cat(values)[: len(flat)].detach().double()
         grad = torch.cat(grads)[: len(flat)].detach().double()
-        finite = value.isfinite() & grad.isfinite().all(-1)
+        finite = (value.abs() < LARGEST_VALUE) & (grad.abs() < LARGEST_VALUE).all(-1)
         value, grad = value.where(finite, -torch.inf), grad.where(finite[:, None], 0.0)
         return value.reshape(vectors.shape[:-1]), grad.reshape(vectors.shape)
 
@@ -162,7 +164,7 @@ class _Search:
         self.active = self.value.isfinite()
         self.lengths = 2.0 ** (2 - torch.arange(density.num_rows // num_starts)).to(starts)
         self.root = starts.new_zeros(num_starts, dim, dim)
-        self.reach, self.failures, self.stalls = starts.new_zeros(3, num_starts)
+        self.reach, self.stalls = starts.new_zeros(2, num_starts)
         self.unscaled = torch.ones_like(self.active)
         self._restart(self.active)
 
@@ -189,12 +191,12 @@ class _Search:
         self.loc = loc.where(moved[:, None], self.loc)
         self.grad = grad.where(moved[:, None], self.grad)
         self.value = value.where(moved, self.value)
-        self.reach = torch.where(moved, 1.0, self.reach * self.lengths[-1] / 8)
-        self.failures = torch.where(moved, 0.0, self.failures + 1)
+        self.reach = torch.where(moved, 1.0, self.reach * self.lengths[-1] / (2 * self.lengths[0]))
         self.stalls = torch.where(stalled, self.stalls + 1, self.stalls.where(~moved, 0.0))
-        lost = self.failures >= NUM_FAILURES
+        lost = self.reach < SHORTEST
         self.active = self.active & ~(lost & self.unscaled) & (self.stalls < NUM_STALLS) & (slope > GAIN**2)
-        self._restart(lost & self.active)
+        if (lost & self.active).any():
+            self._restart(lost & self.active)
 
     def _restart(self, which: Tensor) -> None:
         """A first step of length one along the gradient."""
@@ -202,7 +204,6 @@ class _Search:
         identity = torch.eye(self.loc.shape[-1]).to(self.loc)
         self.root = torch.where(which[:, None, None], scale[:, None, None] * identity, self.root)
         self.reach = torch.where(which, 1.0, self.reach)
-        self.failures = torch.where(which, 0.0, self.failures)
         self.unscaled = self.unscaled | which
 
     def _learn_curvature(self, moved: Tensor, length: Tensor, slope: Tensor, step: Tensor, change: Tensor) -> None:
@@ -255,8 +256,7 @@ def _best_on_paths(density: _Density, search: _Search, max_iterations: int) -> l
     return [_Approximation(loc[i], root[i], elbo[i].item()) for i in range(num_starts)]
 
 
-@dataclass
-class _Step:
+class _Look(NamedTuple):
     """A Gaussian with what its draws say."""
 
     loc: Tensor
@@ -264,11 +264,11 @@ class _Step:
     elbo: float
     error: float
     log_weight_variance: float
-    mean_score: Tensor = field(repr=False)
-    precision: Tensor = field(repr=False)
+    mean_score: Tensor
+    precision: Tensor
 
 
-def _look(density: _Density, loc: Tensor, root: Tensor) -> _Step:
+def _look(density: _Density, loc: Tensor, root: Tensor) -> _Look:
     """The ELBO and the regression of the whitened score on the noise."""
     dim = len(loc)
     num_draws = max(density.num_rows, ROWS_PER_DIM * dim)
@@ -277,13 +277,15 @@ def _look(density: _Density, loc: Tensor, root: Tensor) -> _Step:
     score = grad @ root
     finite = log_weights.isfinite()
     noise, score = noise[finite], score[finite]
+    center, mean_score = noise.sum(0) / max(len(noise), 1), score.sum(0) / max(len(score), 1)
+    noise = noise - center
     # The ridge towards the present precision matters only where too few draws are left.
     ridge = 1e-6 * torch.eye(dim).to(loc)
-    mean_score = score.mean(0) if len(score) else torch.zeros_like(loc)
-    slopes = torch.linalg.solve(noise.mT @ noise + ridge, ridge - noise.mT @ (score - mean_score))
-    variance = log_weights[finite].var().nan_to_num(torch.inf).item()
+    precision = torch.linalg.solve(noise.mT @ noise + ridge, ridge - noise.mT @ score)
+    precision = (precision + precision.mT) / 2
+    variance = (log_weights[finite] - log_weights[finite].mean()).square().mean().nan_to_num(torch.inf).item()
     error = math.sqrt(variance / len(log_weights))
-    return _Step(loc, root, log_weights.mean().item(), error, variance, mean_score, (slopes + slopes.mT) / 2)
+    return _Look(loc, root, log_weights.mean().item(), error, variance, mean_score + precision @ center, precision)
 
 
 def _refine(density: _Density, start: _Approximation, found: list[_Approximation]) -> _Approximation:
@@ -312,7 +314,7 @@ def _refine(density: _Density, start: _Approximation, found: list[_Approximation
     return _Approximation(now.loc, now.root, now.elbo, now.log_weight_variance)
 
 
-def _step(now: _Step, bound: float, rate: float) -> tuple[Tensor, Tensor]:
+def _step(now: _Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
     """Mean and root after a step that changes no variance by more than the bound."""
     identity = torch.eye(len(now.loc)).to(now.loc)
     precision, axes = torch.linalg.eigh((1 - rate) * identity + rate * now.precision)
