@@ -1,0 +1,354 @@
+r"""A Gaussian near a density, found in one to three hundred evaluations: where a fit starts, or all that it needs.
+
+A search for modes from several starts at once gives a first Gaussian each, as in Pathfinder (Zhang, Carpenter, Gelman,
+Vehtari 2022, arXiv:2108.03782), which variational steps then bring to the Gaussian of the least KL divergence. The
+density is seen through one function with a fixed number of rows, which has to be traced only once.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+PLAIN_SCALE = 0.1
+# Beyond it, squares would come near to overflow.
+LARGEST_VALUE = 1e60
+# Of the search. Its Gaussians need not be good, only near enough for the variational steps.
+GAIN, NUM_STALLS, SHORTEST = 1e-3, 5, 1e-7
+NUM_FIRST, THINNING, PATIENCE = 12, 3, 20
+# Of the variational steps.
+ROWS_PER_DIM = 4
+MAX_STEPS = 50
+FIRST_BOUND, LEAST_BOUND, LARGEST_BOUND = 4.0, 1.2, 1e4
+NUM_HALF, NUM_SETTLED, NUM_SETTLED_IF_EXACT = 4, 12, 2
+# Of the log weights: below the first the Gaussian is exact, above the second another start may find a better one.
+EXACT_VARIANCE, POOR_VARIANCE = 0.01, 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    r""":math:`N(\mathrm{loc}, L L^\top)` beside a log density.
+
+    Args:
+        loc: mean, ``(D,)``.
+        scale_tril: L, lower triangular with a positive diagonal, ``(D, D)``.
+        elbo: estimate of :math:`E_q[\log p - \log q]`.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float
+
+    def rsample(self, num_draws: int) -> Tensor:
+        """Draws ``(num_draws, D)``."""
+        noise = torch.randn(num_draws, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + noise @ self.scale_tril.mT
+
+    def log_prob(self, vectors: Tensor) -> Tensor:
+        """Log density of ``(M, D)``, ``(M,)``."""
+        noise = torch.linalg.solve_triangular(self.scale_tril, (vectors - self.loc).mT, upper=False).mT
+        return _log_normal(noise) - self.scale_tril.diagonal().log().sum()
+
+
+def pathfinder(
+    value_and_grad: ValueAndGrad, starts: Tensor, *, num_rows: int = 64, max_iterations: int = 150
+) -> list[Gaussian]:
+    r"""The Gaussian :math:`q = N(m, J J^\top)` of the largest ELBO that is reached from each start.
+
+    From all starts at once, BFGS climbs the log density p, keeping a square root J of the inverse Hessian. Of the
+    Gaussians :math:`N(u + J J^\top g, J J^\top)` at its iterates u with gradients g, and of the plain
+    :math:`N(u_0, 0.1^2 I)`, that of the best ELBO is each start's first; the mode itself may be useless, as for a
+    funnel. Then natural gradient steps raise its ELBO: in :math:`z = J^{-1}(u - m)`, the score's regression on draws
+    of q, :math:`\nabla_z \log p \approx b - A z`, estimates :math:`b = E_q[\nabla_z \log p]` and
+    :math:`A = -E_q[\nabla_z^2 \log p]`, and with a rate :math:`\rho` falling from 1 as the ELBO settles
+
+    .. math:: P = (1 - \rho) I + \rho A, \quad m \leftarrow m + \rho J P^{-1} b, \quad J \leftarrow J P^{-1/2}
+
+    within a trust region (Salimans and Knowles 2013, arXiv:1206.6679; Khan and Rue 2023, arXiv:2107.04562). For a
+    Gaussian p one full step is exact.
+
+    Args:
+        value_and_grad: vectors ``(num_rows, D)`` in the dtype of the starts to log densities ``(num_rows,)``, up to a
+            constant, and gradients ``(num_rows, D)``. Never called with another number of rows. Where one of them is
+            not finite, the density is taken as zero.
+        starts: ``(S, D)``, S at most ``num_rows``; a few, since they share the rows of a call.
+        num_rows: draws, or trial steps of all starts together, that are evaluated in one call.
+        max_iterations: of the search for modes, at most two calls each.
+
+    Returns:
+        One Gaussian a start with a finite density, the best ELBO first, in the dtype of the starts. A start that
+        ends inside another's Gaussian shares it, the same object, if that has a variance of log weights below 0.5.
+
+    Raises:
+        ValueError: if the starts do not fit the rows, or none has a finite density.
+
+    Draws come from torch's global generator. Time and memory are :math:`O(S D^2)` an iteration and :math:`O(D^3)` a
+    variational step, which takes ``4 D`` rows or one call.
+
+    Example:
+        >>> precision = torch.tensor([[2.0, 1.9], [1.9, 2.0]])
+        >>> def value_and_grad(u):
+        ...     return -0.5 * ((u @ precision) * u).sum(-1), -u @ precision
+        >>> best, *_ = pathfinder(value_and_grad, torch.rand(4, 2))
+        >>> torch.allclose(best.scale_tril @ best.scale_tril.T, precision.inverse(), rtol=1e-3)
+        True
+    """
+    if starts.ndim != 2 or not 1 <= len(starts) <= num_rows:
+        raise ValueError(f"starts must be (S, D) with 1 <= S <= num_rows = {num_rows}, got {tuple(starts.shape)}")
+    density = _Density(value_and_grad, num_rows, starts)
+    search = _Search(density, starts.double())
+    if not search.active.any():
+        raise ValueError("the log density or its gradient is finite at none of the starts")
+    finite = search.active.nonzero()[:, 0].tolist()
+    firsts = _best_on_paths(density, search, max_iterations)
+    found: list[_Approximation] = []
+    shared = []
+    for i in sorted(finite, key=lambda i: firsts[i].elbo, reverse=True):
+        q = _containing(search.loc[i], found) or _refine(density, firsts[i], found)
+        if all(q is not other for other in found):
+            found.append(q)
+        shared.append(q)
+    results = {id(q): _as_gaussian(q, starts) for q in found}
+    return sorted((results[id(q)] for q in shared), key=lambda g: g.elbo, reverse=True)
+
+
+class _Approximation(NamedTuple):
+    """N(loc, root root^T) in float64; the root need not be triangular."""
+
+    loc: Tensor
+    root: Tensor
+    elbo: float
+    log_weight_variance: float = math.inf
+
+
+class _Density:
+    """The log density in float64 of any number of vectors, -inf with gradient zero where it is not finite."""
+
+    def __init__(self, value_and_grad: ValueAndGrad, num_rows: int, starts: Tensor) -> None:
+        self.value_and_grad = value_and_grad
+        self.num_rows = num_rows
+        self.starts = starts
+        self.eps = torch.finfo(starts.dtype).eps
+
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors ``(..., D)`` to values ``(...)`` and gradients ``(..., D)``."""
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        padding = flat[-1:].expand(-len(flat) % self.num_rows, -1)
+        rows = torch.cat([flat, padding]).to(self.starts)
+        values, grads = zip(*[self.value_and_grad(part) for part in rows.split(self.num_rows)], strict=True)
+        value = torch.cat(values)[: len(flat)].detach().double()
+        grad = torch.cat(grads)[: len(flat)].detach().double()
+        finite = (value.abs() < LARGEST_VALUE) & (grad.abs() < LARGEST_VALUE).all(-1)
+        value, grad = value.where(finite, -torch.inf), grad.where(finite[:, None], 0.0)
+        return value.reshape(vectors.shape[:-1]), grad.reshape(vectors.shape)
+
+    def log_weights(self, loc: Tensor, root: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """log p - log q at the draws that the noise ``(..., M, D)`` makes, and the gradients of log p there."""
+        value, grad = self(loc[..., None, :] + noise @ root.mT)
+        return value - _log_normal(noise) + torch.linalg.slogdet(root)[1][..., None], grad
+
+
+class _Search:
+    """BFGS from all starts at once, each with its own line search: a call tries several step lengths of every start."""
+
+    def __init__(self, density: _Density, starts: Tensor) -> None:
+        num_starts, dim = starts.shape
+        self.density = density
+        self.loc = starts
+        self.value, self.grad = density(starts)
+        self.active = self.value.isfinite()
+        self.lengths = 2.0 ** (2 - torch.arange(density.num_rows // num_starts)).to(starts)
+        self.root = starts.new_zeros(num_starts, dim, dim)
+        self.reach, self.stalls = starts.new_zeros(2, num_starts)
+        self.unscaled = torch.ones_like(self.active)
+        self._restart(self.active)
+
+    def gaussians(self) -> tuple[Tensor, Tensor]:
+        """Pathfinder's: what a quadratic with this gradient and inverse Hessian would have."""
+        return self.loc + _times(self.root, _times(self.root.mT, self.grad)), self.root
+
+    def advance(self) -> None:
+        """One step of each active start, or the same again with shorter ones where none was good."""
+        pull = _times(self.root.mT, self.grad)
+        slope = pull.square().sum(-1)
+        lengths = self.reach[:, None] * self.lengths
+        trials = self.loc[:, None] + lengths[..., None] * _times(self.root, pull)[:, None]
+        values, grads = self.density(trials)
+        # A sum of many terms is not more exact than this; without it the search would end on rounding errors.
+        rounding = 10 * self.density.eps * self.value.abs()
+        enough = values >= (self.value - rounding)[:, None] + 1e-4 * lengths * slope[:, None]
+        value, best = values.where(enough, -torch.inf).max(-1)
+        moved = self.active & value.isfinite()
+        rows = torch.arange(len(best), device=best.device)
+        loc, grad = trials[rows, best], grads[rows, best]
+        self._learn_curvature(moved, lengths[rows, best], slope, loc - self.loc, self.grad - grad)
+        stalled = moved & (value - self.value < GAIN)
+        self.loc = loc.where(moved[:, None], self.loc)
+        self.grad = grad.where(moved[:, None], self.grad)
+        self.value = value.where(moved, self.value)
+        self.reach = torch.where(moved, 1.0, self.reach * self.lengths[-1] / (2 * self.lengths[0]))
+        self.stalls = torch.where(stalled, self.stalls + 1, self.stalls.where(~moved, 0.0))
+        lost = self.reach < SHORTEST
+        self.active = self.active & ~(lost & self.unscaled) & (self.stalls < NUM_STALLS) & (slope > GAIN**2)
+        if (lost & self.active).any():
+            self._restart(lost & self.active)
+
+    def _restart(self, which: Tensor) -> None:
+        """A first step of length one along the gradient."""
+        scale = self.grad.norm(dim=-1).clamp(min=1e-100).rsqrt()
+        identity = torch.eye(self.loc.shape[-1]).to(self.loc)
+        self.root = torch.where(which[:, None, None], scale[:, None, None] * identity, self.root)
+        self.reach = torch.where(which, 1.0, self.reach)
+        self.unscaled = self.unscaled | which
+
+    def _learn_curvature(self, moved: Tensor, length: Tensor, slope: Tensor, step: Tensor, change: Tensor) -> None:
+        """BFGS as a product J <- (I - s v^T) J, so that J J^T stays positive definite (Brodlie et al. 1973).
+
+        With s the step, y the change of the negative gradient, B the inverse of J J^T:
+        v = y / (s.y) - B s / sqrt(s.y s.B s), and B s is the step length times the gradient.
+        """
+        curvature = (step * change).sum(-1)
+        # Of the identity that it starts from (Nocedal and Wright 2006, eq. 6.20).
+        rescaled = moved & self.unscaled & (curvature > 0)
+        scale = torch.where(rescaled, curvature / _times(self.root.mT, change).square().sum(-1), 1.0)
+        self.root = self.root * scale.sqrt()[:, None, None]
+        self.unscaled = self.unscaled & ~rescaled
+        expected_change = (length / scale)[:, None] * self.grad
+        expected = length.square() * slope / scale
+        # Powell's damping, where the curvature is negative or small: nothing shrinks to less than a fifth at once.
+        damping = torch.where(curvature >= 0.2 * expected, 1.0, 0.8 * expected / (expected - curvature))
+        change = expected_change + damping[:, None] * (change - expected_change)
+        curvature = (step * change).sum(-1)
+        v = change / curvature[:, None] - expected_change / (curvature * expected).sqrt()[:, None]
+        usable = (moved & (curvature > 0) & v.isfinite().all(-1))[:, None]
+        v, step = v.where(usable, 0.0), step.where(usable, 0.0)
+        self.root = self.root - step[:, :, None] * _times(self.root.mT, v)[:, None]
+
+
+def _best_on_paths(density: _Density, search: _Search, max_iterations: int) -> list[_Approximation]:
+    """The Gaussian of the best ELBO, from few draws, on the path of each start."""
+    num_starts, dim = search.loc.shape
+    noise = _antithetic(density.num_rows // num_starts, search.loc)
+    identity = torch.eye(dim).to(search.loc)
+    loc, root = search.loc, PLAIN_SCALE * identity.expand(num_starts, dim, dim)
+    elbo = density.log_weights(loc, root, noise)[0].mean(-1)
+    last_gain = torch.zeros_like(elbo)
+    for i in range(max_iterations):
+        if not search.active.any():
+            break
+        search.advance()
+        if i >= NUM_FIRST and i % THINNING and search.active.any():
+            continue
+        new_loc, new_root = search.gaussians()
+        new_elbo = density.log_weights(new_loc, new_root, noise)[0].mean(-1)
+        better = new_elbo > elbo
+        elbo = new_elbo.where(better, elbo)
+        loc = new_loc.where(better[:, None], loc)
+        root = new_root.where(better[:, None, None], root)
+        last_gain = torch.where(better, i, last_gain)
+        # Into the neck of a funnel the density grows without end, and the Gaussians get worse.
+        search.active = search.active & (i - last_gain < PATIENCE)
+    return [_Approximation(loc[i], root[i], elbo[i].item()) for i in range(num_starts)]
+
+
+class _Look(NamedTuple):
+    """A Gaussian with what its draws say."""
+
+    loc: Tensor
+    root: Tensor
+    elbo: float
+    error: float
+    log_weight_variance: float
+    mean_score: Tensor
+    precision: Tensor
+
+
+def _look(density: _Density, loc: Tensor, root: Tensor) -> _Look:
+    """The ELBO and the regression of the whitened score on the noise."""
+    dim = len(loc)
+    num_draws = max(density.num_rows, ROWS_PER_DIM * dim)
+    noise = _antithetic(num_draws + -num_draws % density.num_rows, loc)
+    log_weights, grad = density.log_weights(loc, root, noise)
+    score = grad @ root
+    finite = log_weights.isfinite()
+    noise, score = noise[finite], score[finite]
+    center, mean_score = noise.sum(0) / max(len(noise), 1), score.sum(0) / max(len(score), 1)
+    noise = noise - center
+    # The ridge towards the present precision matters only where too few draws are left.
+    ridge = 1e-6 * torch.eye(dim).to(loc)
+    precision = torch.linalg.solve(noise.mT @ noise + ridge, ridge - noise.mT @ score)
+    precision = (precision + precision.mT) / 2
+    variance = (log_weights[finite] - log_weights[finite].mean()).square().mean().nan_to_num(torch.inf).item()
+    error = math.sqrt(variance / len(log_weights))
+    return _Look(loc, root, log_weights.mean().item(), error, variance, mean_score + precision @ center, precision)
+
+
+def _refine(density: _Density, start: _Approximation, found: list[_Approximation]) -> _Approximation:
+    """Natural gradient steps on the ELBO, full ones until it settles, then averaging; or the one found on the way."""
+    now = _look(density, start.loc, start.root)
+    bound, num_settled = FIRST_BOUND, 0
+    for _ in range(MAX_STEPS):
+        if same := _containing(now.loc, found):
+            return same
+        # Full steps overshoot where the curvature is not constant, and need not come to rest.
+        rate = 1 / max(2, 2 + num_settled - NUM_HALF) if num_settled else 1.0
+        new = _look(density, *_step(now, bound, rate))
+        if new.elbo < now.elbo - 3 * now.error - 0.1:
+            bound = max(math.sqrt(bound), LEAST_BOUND)
+            # With other draws, lest a lucky estimate stay for ever.
+            now = _look(density, now.loc, now.root)
+            continue
+        if new.elbo < now.elbo + now.error + new.error:
+            num_settled += 1
+        elif not num_settled:
+            bound = min(2 * bound, LARGEST_BOUND)
+        now = new
+        exact = now.log_weight_variance < EXACT_VARIANCE
+        if num_settled >= (NUM_SETTLED_IF_EXACT if exact else NUM_SETTLED):
+            break
+    return _Approximation(now.loc, now.root, now.elbo, now.log_weight_variance)
+
+
+def _step(now: _Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
+    """Mean and root after a step that changes no variance by more than the bound."""
+    identity = torch.eye(len(now.loc)).to(now.loc)
+    precision, axes = torch.linalg.eigh((1 - rate) * identity + rate * now.precision)
+    precision = precision.clamp(1 / bound, bound)
+    shift = rate * axes @ (axes.mT @ now.mean_score / precision)
+    shift = shift * (math.sqrt(bound) / shift.norm()).clamp(max=1.0)
+    return now.loc + now.root @ shift, now.root @ (axes / precision.sqrt())
+
+
+def _containing(vector: Tensor, found: list[_Approximation]) -> _Approximation | None:
+    """The first that fits and in which the vector is no further from the mean than draws (five deviations) are."""
+    far = len(vector) + 5 * math.sqrt(2 * len(vector))
+    for q in found:
+        fits = q.log_weight_variance < POOR_VARIANCE
+        if fits and torch.linalg.solve(q.root, vector - q.loc).square().sum() < far:
+            return q
+    return None
+
+
+def _as_gaussian(q: _Approximation, like: Tensor) -> Gaussian:
+    # J^T = Q R gives J J^T = R^T R without squaring the condition number.
+    upper = torch.linalg.qr(q.root.mT).R
+    return Gaussian(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo)
+
+
+def _antithetic(num_draws: int, like: Tensor) -> Tensor:
+    """Standard normal draws and their negatives, ``(num_draws, D)`` in float64."""
+    noise = torch.randn((num_draws + 1) // 2, like.shape[-1], dtype=torch.float64, device=like.device)
+    return torch.cat([noise, -noise])[:num_draws]
+
+
+def _log_normal(noise: Tensor) -> Tensor:
+    return -0.5 * noise.square().sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None])[..., 0]
