@@ -132,7 +132,9 @@ class FlowVI:
 
         def step() -> Mapping[str, Tensor]:
             subsample = log_joint.draw_subsample()
-            loss, log_weights = self.estimator(flow, lambda x: log_joint(x, subsample), self.num_particles)
+            q = flow()
+            z = q.base.rsample((self.num_particles,))
+            loss, log_weights = self.estimator(q, lambda x: log_joint(x, subsample), z)
             loss.backward()
             variance = log_weights.var() if self.num_particles > 1 else torch.tensor(torch.nan)
             return {"elbo": log_weights.mean(), "log_weight_variance": variance}
