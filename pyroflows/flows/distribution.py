@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.transforms.base import FlowTransform, Pair, state_of
+from pyroflows.transforms.base import FlowTransform, Pair, Triple, pull_back, state_of
 
 
 class FlowDistribution(TorchDistribution):
@@ -57,9 +57,36 @@ class FlowDistribution(TorchDistribution):
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
         """Draws ``(*sample_shape, *batch_shape, dim)`` and their log-densities, in one pass through the flow."""
-        z = self._expanded_base().rsample(torch.Size(sample_shape))
+        return self.transport(self._expanded_base().rsample(torch.Size(sample_shape)))
+
+    def rsample_and_score(self, sample_shape: Any = torch.Size()) -> Triple:  # noqa: B008
+        """Draws, their log-densities, and their scores, see :meth:`transport_and_score`."""
+        return self.transport_and_score(self._expanded_base().rsample(torch.Size(sample_shape)))
+
+    def transport(self, z: Tensor) -> Pair:
+        r"""``x = t(z)`` and :math:`\log q(x)`, for draws z of the base, ``(..., dim)``.
+
+        Example:
+            >>> q = pf.flows.IAF(3)()
+            >>> x, log_q = q.transport(q.base.rsample((5,)))
+            >>> x.shape, log_q.shape
+            (torch.Size([5, 3]), torch.Size([5]))
+        """
         x, ladj = self.transform.forward_and_ladj(z, self.context)
         return x, self.base.log_prob(z) - ladj
+
+    def transport_and_score(self, z: Tensor) -> Triple:
+        r"""As :meth:`transport`, and :math:`\nabla_x \log q(x)`, through which no gradients flow.
+
+        Its cost is that of :meth:`FlowTransform.forward_and_score`: no pass through the inverse where the forward
+        direction of all layers is parallel.
+        """
+        with torch.enable_grad():
+            at = z.detach().requires_grad_()
+            log_p = self.base.log_prob(at)
+        (score,) = pull_back((log_p,), (torch.ones_like(log_p),), (at,))
+        x, ladj, score = self.transform.forward_and_score(z, score, self.context)
+        return x, self.base.log_prob(z) - ladj, score
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         x, log_q = self.rsample_and_log_prob(sample_shape)

@@ -75,45 +75,37 @@ class Incremental:
 class IncrementalGradient:
     """The gradient of one input after the other, from the last place to the first.
 
-    For i = D - 1, ..., 0, ask for ``input_gradient(i)``, which depends on the gradients of the parameters at later
-    places, then give ``parameter_gradient(i, ...)``.
+    For i = D - 1, ..., 1, ``inputs[order[i]]`` is complete: read it, then give ``parameter_gradient(i, ...)``, which
+    adds to the inputs at places before i.
 
     Args:
         net: the network.
         hidden: its pre-activations ``(N, width)`` at the inputs.
-        like: a tensor of the dtype, device and, under vmap, batch of the gradients.
+        inputs: ``(D, N)``, to which the gradient is added in place.
     """
 
-    def __init__(self, net: MADE, hidden: list[Tensor], like: Tensor) -> None:
-        *self._weights, output = net.weights_by_place()
-        self._num_params = net.num_params
-        self._output = output.flatten(0, 1)
-        sigmoids = [torch.sigmoid(h.T) for h in hidden]
-        self._slopes = [s * (1 + h.T * (1 - s)) for h, s in zip(hidden, sigmoids, strict=True)]
-        self._hidden = [like.new_empty(slope.shape) for slope in self._slopes]
-        self._parameters = like.new_empty(len(self._output), len(hidden[0]))
-        self._ends = net.known
+    def __init__(self, net: MADE, hidden: list[Tensor], inputs: Tensor) -> None:
+        self._order = net.order
+        self._output = net.output.masked_weight.unflatten(0, (net.num_params, -1)).permute(1, 2, 0).unbind()
+        # From the units of each degree to the layer before.
+        layers = [net.input, *net.hidden]
+        self._weights = [layer.masked_weight.T.split(units, 1) for layer, units in zip(layers, net.units, strict=True)]
+        slopes = [torch.ops.aten.silu_backward(torch.ones_like(h), h).T.contiguous() for h in hidden]
+        self._slopes = [slope.split(units) for slope, units in zip(slopes, net.units, strict=True)]
+        gradients = [inputs.new_zeros(slope.shape) for slope in slopes]
+        self._units = [gradient.split(units) for gradient, units in zip(gradients, net.units, strict=True)]
+        self._layers = [inputs, *gradients]
         self._skip_to = {skip: k for k in range(len(hidden)) if (skip := net.skip(k)) is not None}
-
-    def input_gradient(self, i: int) -> Tensor:
-        """``(N,)``, for the input at place i."""
-        first = self._ends[0][i]
-        return torch.mv(self._hidden[0][first:].T, self._weights[0][first:, i])
 
     def parameter_gradient(self, i: int, gradient: Tensor) -> None:
         """Take in the gradient ``(num_params, N)`` of the parameters at place i."""
-        self._parameters[i * self._num_params : (i + 1) * self._num_params] = gradient
-        # The hidden units of degree i feed only parameters at places from i on, and hidden units of degrees from i on.
-        weights, gradients = [*self._weights[1:], self._output], [*self._hidden[1:], self._parameters]
-        starts = [*(self._start(k, i) for k in range(1, len(self._hidden))), i * self._num_params]
-        for k in reversed(range(len(self._hidden))):
-            units = slice(self._start(k, i), self._ends[k][i])
-            active = weights[k][starts[k] :, units].T @ gradients[k][starts[k] :]
-            hidden = active * self._slopes[k][units]
-            if k in self._skip_to:
-                hidden += self._hidden[self._skip_to[k]][units]
-            self._hidden[k][units] = hidden
-
-    def _start(self, k: int, i: int) -> int:
-        """The first unit of hidden layer k of degree i or more."""
-        return self._ends[k][i - 1] if i else 0
+        # In place, since an allocation would cost more than the arithmetic.
+        self._layers[-1].addmm_(self._output[self._order[i]], gradient)
+        # What reaches a hidden unit of degree i comes from parameters at places from i on, all of which are there.
+        for k in reversed(range(len(self._units))):
+            units = self._units[k][i]
+            if len(units):
+                units.mul_(self._slopes[k][i])
+                if k in self._skip_to:
+                    units.add_(self._units[self._skip_to[k]][i])
+                self._layers[k].addmm_(self._weights[k][i], units)

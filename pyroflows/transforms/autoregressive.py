@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyroflows.errors import FlowError, OptionError
 from pyroflows.nets import MADE, Incremental, IncrementalGradient, ResMADE
 from pyroflows.nets.checks import checked_conditioner
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, Triple, pull_back
 from pyroflows.transforms.root import runs_in_python
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
@@ -70,6 +70,22 @@ class Autoregressive(FlowTransform):
         x, ladj = self.univariate.forward_and_ladj(z, self.conditioner(z, context))
         return x, ladj.sum(-1)
 
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        net = self.conditioner
+        if not isinstance(net, MADE):
+            return super()._forward_and_score(z, score, context)
+        hidden = net.pre_activations(z, context)
+        theta = net.parameters_from(hidden)
+        direct = z.view_as(z)  # what T sees, apart from what the network sees
+        x, ladj = self.univariate.forward_and_ladj(direct, theta)
+        with torch.no_grad():
+            ones = torch.ones_like(x)
+            (x_by_theta,) = pull_back((x,), (ones,), (theta,))
+            ladj_by_z, ladj_by_theta = pull_back((ladj,), (ones,), (direct, theta))
+            slope = torch.exp(ladj)
+            score = self._solve_transposed(net, hidden, score - ladj_by_z, slope, x_by_theta, ladj_by_theta)
+        return x, ladj.sum(-1), score
+
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         if not (isinstance(self.conditioner, MADE) and runs_in_python()):
             return self._inverse_by_passes(x, context)
@@ -113,33 +129,50 @@ class Autoregressive(FlowTransform):
         hidden = net.pre_activations(z, context)
         theta = net.parameters_from(hidden)
         residual = self.univariate.forward_and_ladj(z, theta)[0] - x
-        rows = [h.detach().reshape(-1, h.shape[-1]) for h in hidden]
 
         def solve_transposed(gradient: Tensor) -> Tensor:
-            return self._solve_transposed(net, gradient, z, theta.detach(), rows)
+            inputs = z.detach(), theta.detach()
+            derivatives = torch.func.vjp(lambda *args: self.univariate.forward_and_ladj(*args)[0], *inputs)[1]
+            slope, x_by_theta = derivatives(torch.ones_like(z))
+            nothing = gradient.new_zeros(theta.shape)
+            return self._solve_transposed(net, hidden, gradient, slope, x_by_theta, nothing)
 
         return _NewtonStep.apply(residual, z, solve_transposed)
 
-    def _solve_transposed(self, net: MADE, gradient: Tensor, z: Tensor, theta: Tensor, hidden: list[Tensor]) -> Tensor:
-        r""":math:`v = J^{-\top} g`, where J is the Jacobian of the forward direction at z.
+    def _solve_transposed(
+        self, net: MADE, hidden: list[Tensor], gradient: Tensor, slope: Tensor, x_by_theta: Tensor, by_theta: Tensor
+    ) -> Tensor:
+        r"""The v with :math:`J^\top v + (\partial\theta/\partial z)^\top c = g`, J being the Jacobian at z.
 
-        Component j of :math:`J^\top v = g` reads :math:`T_j' v_j + \sum_{k>j} \partial_{z_j} \theta_k \cdot
-        \partial_\theta T_k v_k = g_j`: backward substitution, where the sum is what the network's backward pass
-        brings to input j once all later :math:`v_k` are known.
+        Component j reads :math:`T_j' v_j + \sum_{k>j} \partial_{z_j} \theta_k \cdot (c_k + v_k\, \partial_\theta T_k) =
+        g_j`: backward substitution, where the sum is what the network's backward pass brings to input j once all later
+        :math:`v_k` are known.
+
+        Args:
+            net: the network.
+            hidden: its pre-activations at z.
+            gradient: g.
+            slope: T'.
+            x_by_theta: :math:`\partial_\theta T`.
+            by_theta: c.
         """
-        pull_back = torch.func.vjp(lambda *args: self.univariate.forward_and_ladj(*args)[0], z.detach(), theta)[1]
-        slope, partial = pull_back(torch.ones_like(z))
-        # (..., D) and (..., D, num_params) to rows of places.
-        by_place = net.index_of_place
-        gradients, slopes = (t.reshape(-1, self.dim).T[by_place].unbind() for t in (gradient, slope))
-        partials = partial.reshape(-1, self.dim, net.num_params).permute(1, 2, 0)[by_place].unbind()
-        steps = IncrementalGradient(net, hidden, like=gradient)
-        v = torch.empty_like(gradient).reshape(-1, self.dim)
-        for i in reversed(range(self.dim)):
-            v_i = (gradients[i] - steps.input_gradient(i)) / slopes[i]
-            steps.parameter_gradient(i, v_i * partials[i])
-            v[:, self.order[i]] = v_i
-        return v.reshape(gradient.shape)
+
+        def by_dimension(t: Tensor) -> tuple[Tensor, ...]:
+            """D blocks ``(num_params, N)`` of memory of their own."""
+            return t.reshape(-1, self.dim, net.num_params).permute(1, 2, 0).contiguous().unbind()
+
+        # What is left of g, (D, N): from the last place on each v_k, known by then, takes its share from those before.
+        rest = gradient.reshape(-1, self.dim).T.clone(memory_format=torch.contiguous_format)
+        rests, factors, cotangents = (
+            rest.unbind(),
+            by_dimension(-x_by_theta / slope[..., None]),
+            by_dimension(-by_theta),
+        )
+        steps = IncrementalGradient(net, [h.detach().reshape(-1, h.shape[-1]) for h in hidden], rest)
+        for place in reversed(range(1, self.dim)):
+            j = self.order[place]
+            steps.parameter_gradient(place, cotangents[j].addcmul_(rests[j], factors[j]))
+        return rest.T.reshape(gradient.shape) / slope
 
 
 class _NewtonStep(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """What every layer is: a Pyro ``TransformModule`` whose value and log-determinant come in pairs.
 
-A transform maps base to data, ``x = t(z)``. A subclass writes ``_forward_and_ladj`` and ``_inverse_and_ladj`` and no
-more; shape and context checks, ``t.inv``, ``t.condition``, ``log_abs_det_jacobian`` and caching are written here, once.
+A transform maps base to data, ``x = t(z)``. A subclass writes ``_forward_and_ladj`` and ``_inverse_and_ladj``, and
+``_forward_and_score`` where it has a cheaper one; shape and context checks, ``t.inv``, ``t.condition``,
+``log_abs_det_jacobian`` and caching are written here, once.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyroflows.errors import OptionError, ShapeError
 
 Pair = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class FlowTransform(TransformModule):
@@ -52,6 +54,14 @@ class FlowTransform(TransformModule):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         raise NotImplementedError
 
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        """As :meth:`forward_and_score`; z requires gradients."""
+        x, ladj = self._forward_and_ladj(z, context)
+        at = x.detach().requires_grad_()
+        z_again, inverse_ladj = self._inverse_and_ladj(at, context)
+        (score,) = pull_back((z_again, inverse_ladj), (score, torch.ones_like(ladj)), (at,))
+        return x, ladj, score
+
     def forward_and_ladj(self, z: Tensor, context: Tensor | None = None) -> Pair:
         """``x = t(z)`` and ``log |det dx/dz|``."""
         return self._forward_and_ladj(self._checked(z, context), context)
@@ -59,6 +69,35 @@ class FlowTransform(TransformModule):
     def inverse_and_ladj(self, x: Tensor, context: Tensor | None = None) -> Pair:
         """``z = t.inv(x)`` and ``log |det dz/dx|``."""
         return self._inverse_and_ladj(self._checked(x, context), context)
+
+    def forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
+        r"""``x = t(z)``, ``log |det dx/dz|``, and the score of the law of x from that of the law of z.
+
+        .. math:: \nabla_x \log q(x) = J^{-\top} (\nabla_z \log p(z) - \nabla_z \log|\det J|), \qquad
+            J = \partial x / \partial z
+
+        (Vaitl et al. 2024, arXiv:2403.15881). It holds z and all parameters fixed: no gradients flow through a score.
+        Where a layer has nothing better, it costs a pass through the inverse and back. Not for use under
+        ``torch.func``.
+
+        Args:
+            z: ``(..., dim)``.
+            score: :math:`\nabla_z \log p(z)`, of the shape of z.
+            context: ``(..., context_dim)``, if the layer takes one.
+
+        Example:
+            >>> t = Planar(3)
+            >>> z = torch.randn(5, 3)
+            >>> x, ladj, score = t.forward_and_score(z, -z)  # z is standard normal
+            >>> x.shape, ladj.shape, score.shape
+            (torch.Size([5, 3]), torch.Size([5]), torch.Size([5, 3]))
+        """
+        z = self._checked(z, context)
+        score = score.detach().expand_as(z)
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            x, ladj, score = self._forward_and_score(z, score, context)
+        return (x, ladj, score) if torch.is_grad_enabled() else (x.detach(), ladj.detach(), score)
 
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         """``log |det dx/dz|`` at z; x is not needed."""
@@ -159,6 +198,9 @@ class Conditioned(FlowTransform):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer.inverse_and_ladj(x, self.context)
 
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        return self.layer.forward_and_score(z, score, self.context)
+
 
 class Compose(FlowTransform):
     """Layers applied one after the other, the first next to the base."""
@@ -187,6 +229,13 @@ class Compose(FlowTransform):
             x, ladj = layer._inverse_and_ladj(x, context if layer.context_dim else None)
             total = total + ladj
         return x, total
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        total: Any = 0.0
+        for layer in self.layers:
+            z, ladj, score = layer._forward_and_score(z, score, context if layer.context_dim else None)
+            total = total + ladj
+        return z, total, score
 
 
 class Cached(FlowTransform):
@@ -243,8 +292,29 @@ class Cached(FlowTransform):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_and_ladj(x, context)
 
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        return self.layer._forward_and_score(z, score, context)
+
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         return self if cache_size else self.layer
+
+
+def pull_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The cotangents of the inputs, zero for what is not used; the graph of the outputs stays."""
+    pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(value) for value in inputs)
+    outputs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def elementwise_score(z: Tensor, ladj: Tensor, score: Tensor) -> Tensor:
+    """The score of elementwise ``x_j = T(z_j)`` from that of z, ladj being ``log dx_j/dz_j``."""
+    with torch.no_grad():
+        (slope_of_ladj,) = pull_back((ladj,), (torch.ones_like(ladj),), (z,))
+        return (score - slope_of_ladj) * torch.exp(-ladj)
 
 
 _num_optimizer_steps = 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyroflows.errors import OptionError
 from pyroflows.nets import MLP, Parameters, ResidualMLP
 from pyroflows.nets.checks import checked_conditioner
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, Triple, elementwise_score, pull_back
 from pyroflows.transforms.masks import half
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
@@ -50,6 +50,7 @@ class Coupling(FlowTransform):
 
     passing: Tensor
     transformed: Tensor
+    place: Tensor
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Coupling(FlowTransform):
         # These follow from the constructor's arguments, so they do not belong in a state_dict.
         self.register_buffer("passing", mask.nonzero().squeeze(-1), persistent=False)
         self.register_buffer("transformed", (~mask).nonzero().squeeze(-1), persistent=False)
+        self.register_buffer("place", torch.cat([self.passing, self.transformed]).argsort(), persistent=False)
         self.num_blocks = 1 + sum(a != b for a, b in pairwise(self.mask))
 
         in_dim = len(self.passing) + context_dim
@@ -81,12 +83,21 @@ class Coupling(FlowTransform):
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         z_a, z_b = self._split(z)
         x_b, ladj = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
-        return self._join(z, z_a, x_b), ladj.sum(-1)
+        return self._join(z_a, x_b), ladj.sum(-1)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         x_a, x_b = self._split(x)
         z_b, ladj = self.univariate.inverse_and_ladj(x_b, self._theta(x_a, context))
-        return self._join(x, x_a, z_b), ladj.sum(-1)
+        return self._join(x_a, z_b), ladj.sum(-1)
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        z_a, z_b = self._split(z)
+        x_b, ladj = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
+        score_a, score_b = self._split(score)
+        score_b = elementwise_score(z_b, ladj, score_b)
+        # What z_A does to log q through x_B and through the log-determinant, by one pass back through the conditioner.
+        (through_b,) = pull_back((x_b, ladj), (score_b, torch.ones_like(ladj)), (z_a,))
+        return self._join(z_a, x_b), ladj.sum(-1), self._join(score_a - through_b, score_b)
 
     def _theta(self, z_a: Tensor, context: Tensor | None) -> Tensor:
         if context is not None:
@@ -107,9 +118,9 @@ class Coupling(FlowTransform):
             z_b, z_a = z.split(sizes[::-1], -1)
         return z_a, z_b
 
-    def _join(self, z: Tensor, z_a: Tensor, x_b: Tensor) -> Tensor:
+    def _join(self, z_a: Tensor, x_b: Tensor) -> Tensor:
         if self.num_blocks > 2:
-            return z.index_copy(-1, self.transformed, x_b)
+            return torch.cat([z_a, x_b], -1).index_select(-1, self.place)
         return torch.cat([z_a, x_b] if self.mask[0] else [x_b, z_a], -1)
 
 

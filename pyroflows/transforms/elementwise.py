@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pyroflows.errors import ShapeError
 from pyroflows.nets import Parameters
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, Triple, elementwise_score
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
 
@@ -46,3 +46,7 @@ class Elementwise(FlowTransform):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         z, ladj = self.univariate.inverse_and_ladj(x, self.parameters_of(context))
         return z, ladj.sum(-1)
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        x, ladj = self.univariate.forward_and_ladj(z, self.parameters_of(context))
+        return x, ladj.sum(-1), elementwise_score(z, ladj, score)

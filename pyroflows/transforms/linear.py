@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MLP
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
 
 MIN_SCALE = 1e-3
 _SHIFT = math.log(math.expm1(1 - MIN_SCALE))
@@ -45,6 +45,9 @@ class Permutation(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return x.index_select(-1, self.inverse_order), x.new_zeros(x.shape[:-1])
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        return *self._forward_and_ladj(z, context), score.index_select(-1, self.order)
 
 
 class LU(FlowTransform):
@@ -93,7 +96,9 @@ class LU(FlowTransform):
         return lower, raw.triu(1) + torch.diag_embed(scale), scale
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, scale = self._factors(context)
+        return self._forward(z, *self._factors(context))
+
+    def _forward(self, z: Tensor, lower: Tensor, upper: Tensor, scale: Tensor) -> Pair:
         rows = z[..., None, :] @ upper.mT @ lower.mT
         x, _ = self.permutation._forward_and_ladj(rows.squeeze(-2), None)
         return x, scale.log().sum(-1).expand(z.shape[:-1])
@@ -103,6 +108,13 @@ class LU(FlowTransform):
         y, _ = self.permutation._inverse_and_ladj(x, None)
         z = _solve(upper, _solve(lower, y, upper=False), upper=True)
         return z, -scale.log().sum(-1).expand(x.shape[:-1])
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        lower, upper, scale = self._factors(context)
+        with torch.no_grad():
+            y = _solve(lower.mT, _solve(upper.mT, score, upper=False), upper=True)
+            score, _ = self.permutation._forward_and_ladj(y, None)
+        return *self._forward(z, lower, upper, scale), score
 
 
 class Triangular(FlowTransform):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
 
 
 class Standardize(FlowTransform):
@@ -45,3 +45,6 @@ class Standardize(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return (x - self.loc) / self.scale, -self.scale.log().sum().expand(x.shape[:-1])
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        return *self._forward_and_ladj(z, context), score / self.scale

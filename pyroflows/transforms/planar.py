@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.nets import Parameters
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.root import increasing_root
 
 EPS = 1e-3
@@ -63,6 +63,17 @@ class Planar(FlowTransform):
         u, w, b, wu = self._constrained(context)
         h = torch.tanh(tanh_root(wu, (w * x).sum(-1) + b))
         return x - u * h[..., None], -torch.log1p((1 - h**2) * wu)
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        u, w, b, wu = self._constrained(context)
+        h = torch.tanh((w * z).sum(-1) + b)
+        x, ladj = z + u * h[..., None], torch.log1p((1 - h**2) * wu)
+        with torch.no_grad():
+            # J = I + h' u w^T with h' = 1 - h^2, inverted by Sherman and Morrison; the gradient of ladj is c w.
+            slope = 1 - h**2
+            c = -2 * h * slope * wu / (1 + slope * wu)
+            rest = score - c[..., None] * w
+            return x, ladj, rest - (slope * (u * rest).sum(-1) / (1 + slope * wu))[..., None] * w
 
 
 def above_minus_one(s: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import Parameters
-from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.planar import above_minus_one, tanh_root
 
 
@@ -62,6 +62,20 @@ class Sylvester(FlowTransform):
         v, r, r_tilde, b, product = self._constrained(context)
         h = torch.tanh(_apply(r_tilde, self._project(v, z)) + b)
         return z + self._embed(v, _apply(r, h)), torch.log1p((1 - h**2) * product).sum(-1)
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        v, r, r_tilde, b, product = self._constrained(context)
+        h = torch.tanh(_apply(r_tilde, self._project(v, z)) + b)
+        x, ladj = z + self._embed(v, _apply(r, h)), torch.log1p((1 - h**2) * product).sum(-1)
+        with torch.no_grad():
+            # J = I + Q R H' R~ Q^T with H' = diag(1 - h^2), inverted by Woodbury: with the gradient Q R~^T c of ladj,
+            # J^-T (s - Q R~^T c) = s - Q R~^T (c + H' y), where (I + (R~ R)^T H') y = R^T (Q^T s - R~^T c).
+            slope = 1 - h**2
+            c = -2 * h * slope * product / (1 + slope * product)
+            rest = _apply(r.mT, self._project(v, score) - _apply(r_tilde.mT, c))
+            mixing = torch.tril((r_tilde @ r).mT * slope[..., None, :], -1) + torch.diag_embed(1 + slope * product)
+            y = torch.linalg.solve_triangular(mixing, rest[..., None], upper=False).squeeze(-1)
+            return x, ladj, score - self._embed(v, _apply(r_tilde.mT, c + slope * y))
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         # With y = Q'x and a = R~ Q'z + b: R~ y + b = a + (R~ R) tanh(a), triangular and increasing in each a_i, so it

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.transforms import Cached, Compose, Elementwise, Inverse, Permutation, Planar
@@ -23,6 +24,7 @@ from tests.transforms.registry import (
     LEARNABLE,
     NOT_IDENTITY_AT_START,
     VOLUME_PRESERVING,
+    WITHOUT_PARAMETERS,
     conditioned,
     jacobian,
     layer,
@@ -238,6 +240,75 @@ def test_two_backward_passes_through_two_log_determinants(name, direction):
     assert any((gradient != 0).any() for gradient in expected)
     for gradient, once in zip(summed, expected, strict=True):
         torch.testing.assert_close(gradient, 2 * once)
+
+
+# Scores
+
+
+def assert_score_is_right(name, dim, context_dim, batch_shape, dtype):
+    """Against the gradient of log q at x by the inverse, where z is standard normal."""
+    t = layer(name, dim, context_dim, dtype)
+    z = torch.randn(*batch_shape, dim, dtype=dtype)
+    context = torch.randn(*batch_shape, context_dim, dtype=dtype) if context_dim else None
+    x, _, score = t.forward_and_score(z, -z, context)
+    assert score.shape == z.shape and score.dtype == dtype and not score.requires_grad
+
+    t, z, x = t.double(), z.double(), x.detach().double().requires_grad_()
+    t = t.condition(context.double()) if context_dim else t
+    z_again, ladj = t.inverse_and_ladj(x)
+    (expected,) = torch.autograd.grad((ladj - z_again.square().sum(-1) / 2).sum(), x)
+    # Rounding of z and x reaches the score through the inverse's Jacobian.
+    scale = (1 + torch.linalg.matrix_norm(torch.linalg.inv(jacobian(t, z)), 2)) * (1 + expected.norm(dim=-1))
+    error = (score.double() - expected).norm(dim=-1) / scale
+    assert (error <= (1e-8 if dtype == torch.float64 else 1e-2)).all()
+
+
+@all_cases
+@pytest.mark.parametrize(("dim", "dtype"), [*((dim, torch.float64) for dim in DIMS), (5, torch.float32)], ids=str)
+def test_score_is_the_gradient_of_the_log_density(name, context_dim, dim, dtype):
+    assert_score_is_right(name, dim, context_dim, (7,), dtype)
+
+
+@all_cases
+@all_batch_shapes
+def test_score_of_batches(name, context_dim, batch_shape):
+    assert_score_is_right(name, 5, context_dim, batch_shape, torch.float64)
+
+
+@all_cases
+def test_score_comes_with_the_pair_and_its_gradients(name, context_dim):
+    t = conditioned(name, 5, context_dim, (7,))
+    leaves = [points((7,), 5).requires_grad_(), *t.parameters()]
+    x, ladj, _ = t.forward_and_score(leaves[0], -leaves[0])
+    expected = t.forward_and_ladj(leaves[0])
+    torch.testing.assert_close((x, ladj), expected)
+    if name not in WITHOUT_PARAMETERS:
+        gradients, expected = (
+            torch.autograd.grad(x.sin().sum() + ladj.sum(), leaves, allow_unused=True, materialize_grads=True)
+            for x, ladj in ((x, ladj), expected)
+        )
+        torch.testing.assert_close(gradients, expected)
+
+
+@all_layers
+def test_score_without_gradients(name):
+    t = layer(name, 5)
+    z = points((7,), 5)
+    expected = [result.detach() for result in t.forward_and_score(z, -z)]
+    with torch.no_grad():
+        results = t.forward_and_score(z, -z)
+    assert not any(result.requires_grad for result in results)
+    assert not z.requires_grad
+    torch.testing.assert_close(list(results), expected)
+
+
+@all_layers
+def test_score_traced_equals_eager(name):
+    t = layer(name, 5)
+    z, other = torch.randn(2, 7, 5, dtype=torch.float64)
+    graph = make_fx(lambda z: t.forward_and_score(z, -z))(z)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(other), t.forward_and_score(other, -other))
 
 
 # Contexts
