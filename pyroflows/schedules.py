@@ -24,6 +24,7 @@ class Plateau:
         monitor: the recorded number that should grow.
         num_steps: number of steps; None for as many as it takes.
         settled: whether the history shows that the fit is good enough for the final decay.
+        hold: steps before which the decay cannot begin.
 
     Raises:
         OptionError: if ``num_steps`` is not positive.
@@ -34,12 +35,14 @@ class Plateau:
         monitor: str,
         num_steps: int | None = None,
         settled: Callable[[History], bool] = lambda history: False,
+        hold: int = 0,
     ) -> None:
         if num_steps is not None and num_steps < 1:
             raise OptionError(f"num_steps must be positive, got {num_steps}")
         self.monitor = monitor
         self.num_steps = num_steps
         self._settled = settled
+        self._hold = hold
         self._begin = None if num_steps is None else num_steps // 2
         self._end = num_steps
         self._best = -math.inf
@@ -52,7 +55,7 @@ class Plateau:
 
     def look(self, history: History) -> None:
         """Once a window: whether the decay should begin."""
-        if self._end is not None or history.num_steps % WINDOW:
+        if self._end is not None or history.num_steps % WINDOW or history.num_steps <= self._hold:
             return
         window = history.recent(self.monitor, WINDOW)
         if not len(window):

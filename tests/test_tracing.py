@@ -44,7 +44,9 @@ def reads_constants(x):
 FUNCTIONS = [gradient_of_square, writes_into_a_buffer, chunks_and_stacks, under_vmap, integers, reads_constants]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by inductor's imports
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # by inductor's imports
 @pytest.mark.parametrize("executor", ["trace", "inductor", "none"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_program_computes_what_the_function_does(function, executor):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroflows import plots
 from pyroflows.errors import DataError, ModelError, OptionError, ShapeError
-from pyroflows.flows import Flow
+from pyroflows.flows import Flow, Gaussian
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import diagnosis, serialization
 from pyroflows.inference.arviz import plot_pairs
@@ -23,6 +23,7 @@ from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.predictive import posterior_predictive
+from pyroflows.inference.start import Start
 from pyroflows.model import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training import History
@@ -50,7 +51,8 @@ class Posterior:
         guide: a flow guide, built and trained.
         args: the model's positional arguments.
         kwargs: the model's keyword arguments.
-        history: of the training.
+        history: of the training; empty where none was needed.
+        start: what the starts of the fit found.
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
 
     Example:
@@ -72,6 +74,7 @@ class Posterior:
         args: Any,
         kwargs: Any,
         history: History,
+        start: Start | None = None,
         num_diagnostic_samples: int = 10_000,
     ) -> None:
         if guide.structure is None or guide.flow is None:
@@ -81,6 +84,7 @@ class Posterior:
         self.model = model
         self.guide = guide
         self.history = history
+        self.start = start
         self.num_diagnostic_samples = num_diagnostic_samples
         self._model = in_dtype(model, guide.dtype)
         self._args, self._kwargs = args, kwargs
@@ -89,6 +93,11 @@ class Posterior:
         self._init_fn = init_to_value(values=guide.structure.constrain(self._center)[0])
         self.structure: ModelStructure = inspect_model(self._model, self._args, self._kwargs, self._init_fn)
         check_static(guide.structure, self.structure)
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether a Gaussian was enough, so that no flow was trained."""
+        return isinstance(self.guide.flow_fn, partial) and self.guide.flow_fn.func is Gaussian
 
     @cached_property
     def log_joint(self) -> LogJoint:
@@ -99,7 +108,7 @@ class Posterior:
 
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""
-        return Posterior(self.model, self.guide, args, kwargs, self.history, self.num_diagnostic_samples)
+        return Posterior(self.model, self.guide, args, kwargs, self.history, self.start, self.num_diagnostic_samples)
 
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Draws by site, ``(num_samples, *site shape)``, in the constrained space; deterministic sites too."""

@@ -1,6 +1,6 @@
 """One step of reverse KL: a pure function of parameters, noise and rows of data, compiled."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -8,6 +8,25 @@ from torch import Tensor
 from pyroflows.flows import Flow
 from pyroflows.inference.estimators import Estimator
 from pyroflows.inference.log_joint import LogJoint
+
+
+class Tempering(Iterator[float]):
+    r"""Inverse temperatures :math:`\beta_t`, rising geometrically to 1 over the first third of the steps, or over 500.
+
+    Args:
+        first: :math:`\beta_0`.
+        num_steps: of the whole training.
+    """
+
+    def __init__(self, first: float, num_steps: int | None) -> None:
+        self.num_steps = 500 if num_steps is None else num_steps // 3
+        self._first = first
+        self._step = 0
+
+    def __next__(self) -> float:
+        done = min(1.0, self._step / max(1, self.num_steps))
+        self._step += 1
+        return self._first ** (1 - done)
 
 
 class Step:
@@ -22,7 +41,7 @@ class Step:
         estimator: of the gradient.
         num_particles: draws a step.
         own_parameters: of the model, trained along.
-        temperature: a scalar tensor; the log joint is divided by it.
+        tempering: of the log joint.
 
     Attributes:
         parameters: what an optimiser trains.
@@ -35,14 +54,14 @@ class Step:
         estimator: Estimator,
         num_particles: int,
         own_parameters: Iterable[Tensor] = (),
-        temperature: Tensor | None = None,
+        tempering: Tempering | None = None,
     ) -> None:
         self._flow = flow
         self._log_joint = log_joint
         self._estimator = estimator
         self._num_particles = num_particles
         self._trained = [*(p for p in flow.parameters() if p.requires_grad), *own_parameters]
-        self._temperature = temperature
+        self._tempering = tempering
         # The noise of a base that is trained depends on its parameters, and is drawn inside.
         self._draws_inside = any(p.requires_grad for p in flow.base.parameters())
         self.parameters = _flattened(self._trained)
@@ -68,17 +87,17 @@ class Step:
 
     def _inputs(self) -> list[Tensor]:
         noise = [] if self._draws_inside else [self._flow.base().sample((self._num_particles,))]
-        temperature = [] if self._temperature is None else [self._temperature]
-        return [*self._views, *noise, *temperature, *self._log_joint.draw_subsample().values()]
+        beta = [] if self._tempering is None else [self._views[0].new_tensor(next(self._tempering))]
+        return [*self._views, *noise, *beta, *self._log_joint.draw_subsample().values()]
 
     def _loss_and_gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         rest = list(inputs[len(self._trained) :])
         with torch.enable_grad():
             z = self._flow.base().rsample((self._num_particles,)) if self._draws_inside else rest.pop(0)
-            temperature = 1.0 if self._temperature is None else rest.pop(0)
+            beta = 1.0 if self._tempering is None else rest.pop(0)
             names = (plate.name for plate in self._log_joint.structure.subsampled)
             subsample = dict(zip(names, rest, strict=True))
-            loss, log_weights = self._estimator(self._flow(), lambda x: self._log_joint(x, subsample) / temperature, z)
+            loss, log_weights = self._estimator(self._flow(), lambda x: beta * self._log_joint(x, subsample), z)
             gradients = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
         return torch.cat([gradient.reshape(-1) for gradient in gradients]), log_weights
 

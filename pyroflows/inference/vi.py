@@ -1,6 +1,7 @@
 """Variational inference: a flow guide trained by reverse KL, from a model to a posterior."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,17 @@ from torch import Tensor
 
 from pyroflows import flows
 from pyroflows.errors import ModelError, OptionError
+from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn, default_flow
 from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.compilation import Compiler
-from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.estimators import ESTIMATORS
-from pyroflows.inference.initialize import Gaussian, pathfinder
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.serialization import load
-from pyroflows.inference.step import Step
+from pyroflows.inference.start import find_start, is_enough
+from pyroflows.inference.step import Step, Tempering
 from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.schedules import Plateau
@@ -32,8 +33,6 @@ NUM_PARTICLES = 128
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
 NUM_STARTS = 8
-NUM_ROWS = 64
-GATE_KHAT, GATE_VARIANCE, GATE_SHIFT = 0.5, 0.05, 0.05
 # Runs of the model at other values, to see whether its sites are the same.
 NUM_LOOKS = 16
 MAX_SECONDS_OF_LOOKS = 0.5
@@ -51,11 +50,19 @@ class FlowVI:
             default.
         num_steps: number of training steps; None for as many as it takes.
         num_particles: draws a step; None for 128.
-        estimator: of the gradient: "total", "path" (see :mod:`pyroflows.inference.estimators`), or "auto", which is
-            "total".
+        estimator: of the gradient, a name of :mod:`pyroflows.inference.estimators`: "total", "path", "iwae", "dreg",
+            "vargrad"; or "auto", which is "path".
+        compile: whether a step becomes one program without Python in between: "trace" it, a second or less; generate
+            machine code by "inductor", tens of seconds, for tens of thousands of steps; "none"; or "auto", which
+            traces, and goes on without, with a warning, where the model's code depends on the latents' values.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        dtype: dtype in which the flow and the model run; None for that of the model's
-            latents.
+        num_starts: points from which Gaussians are sought: the initial values, and others at random. The best is what
+            the flow starts at. A guide of yours starts where it stands.
+        gate: whether to leave out the flow where such a Gaussian is certainly good enough. It never is left out where
+            a guide, ``num_steps`` or ``temper`` are given.
+        temper: an inverse temperature between 0 and 1 by which the log joint is multiplied at first; it rises to 1
+            over the first part of the training. It helps to find several modes, or the way out of a poor one.
+        dtype: dtype in which the flow and the model run; None for that of the model's latents.
         seed: makes the run reproducible and leaves the global generator as it was; None to draw from the global one.
         progress_bar: whether to show the ELBO while training.
 
@@ -84,6 +91,7 @@ class FlowVI:
         compile: str = "auto",
         num_starts: int = NUM_STARTS,
         gate: bool = True,
+        temper: float | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
         progress_bar: bool = True,
@@ -103,6 +111,12 @@ class FlowVI:
             raise OptionError(
                 f"guide must be a flow guide, made of the model, or a function latent_dim -> flow, got {guide}"
             )
+        if num_starts < 1:
+            raise OptionError(f"num_starts must be positive, got {num_starts}")
+        if temper is not None and not 0 < temper < 1:
+            raise OptionError(f"temper must be an inverse temperature between 0 and 1, got {temper}")
+        if estimator == "vargrad" and num_particles == 1:
+            raise OptionError('estimator="vargrad" needs a variance, hence num_particles of at least 2')
         if dtype is not None and isinstance(guide, AutoFlow):
             raise OptionError("give dtype to the guide, not to FlowVI, where the guide is yours")
         self.model = model
@@ -111,9 +125,10 @@ class FlowVI:
         self.num_particles = NUM_PARTICLES if num_particles is None else num_particles
         self.estimator = ESTIMATORS["path" if estimator == "auto" else estimator]
         self.optimizer = optimizer
-        self.compile = compile
+        self.compiler = Compiler(compile)
         self.num_starts = num_starts
         self.gate = gate
+        self.temper = temper
         self.dtype = dtype
         self.seed = seed
         self.progress_bar = progress_bar
@@ -130,7 +145,6 @@ class FlowVI:
             return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
-        is_theirs = isinstance(self.guide, AutoFlow)
         guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
         model = in_dtype(self.model, guide.dtype)
         # Not through a call: that would put the flow's parameters into Pyro's store.
@@ -141,34 +155,34 @@ class FlowVI:
         _check_static_around(center, model, args, kwargs, guide)
         with seeded(0):
             examples = center + 0.1 * torch.randn((NUM_EXAMPLES, structure.dim)).to(center)
-        log_joint = LogJoint(model, args, kwargs, structure, examples, Compiler(self.compile))
+        log_joint = LogJoint(model, args, kwargs, structure, examples, self.compiler)
         _check_start(log_joint, center)
         own = list(model_parameters(model, args, kwargs, _init_at(structure, center)).values())
-        history = History()
-        if not is_theirs:
-            gaussian = _gaussian(log_joint, center, self.num_starts)
-            if self.gate and self.guide is None and not own and not structure.subsampled:
+        start = None
+        if self.guide is not guide:
+            start = find_start(log_joint, center, self.num_starts, self.temper)
+            has_gate = self.gate and self.guide is None and self.temper is None and self.num_steps is None
+            if has_gate and not own and not structure.subsampled and len(start.modes) == 1:
                 guide.flow_fn = partial(flows.Gaussian)
-                guide.start_at(gaussian.loc, gaussian.scale_tril)
-                posterior = Posterior(self.model, guide, args, kwargs, history)
-                if posterior.diagnose().verdict == "good" and _is_enough(posterior.diagnose()):
+                guide.start_at(start.modes[0].loc, start.modes[0].scale_tril)
+                posterior = Posterior(self.model, guide, args, kwargs, History(), start)
+                if is_enough(posterior.diagnose()):
                     return posterior
                 guide.flow_fn = default_flow
-            guide.start_at(gaussian.loc, gaussian.scale_tril)
-        assert guide.flow is not None
-        step = Step(guide.flow, log_joint, self.estimator, self.num_particles, own)
+            guide.start_at(start.modes[0].loc, start.modes[0].scale_tril)
+        history = self._train(guide.flow, log_joint, own)
+        guide.own_values_count = True
+        return Posterior(self.model, guide, args, kwargs, history, start)
+
+    def _train(self, flow: Flow | None, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+        assert flow is not None
+        temper = None if self.temper is None else Tempering(self.temper, self.num_steps)
+        step = Step(flow, log_joint, self.estimator, self.num_particles, own, temper)
+        schedule = Plateau("elbo", self.num_steps, _is_settled, hold=temper.num_steps if temper else 0)
         try:
-            history = train(
-                step,
-                step.parameters,
-                Plateau("elbo", self.num_steps, _is_settled),
-                optimizer=self.optimizer,
-                progress_bar=self.progress_bar,
-            )
+            return train(step, step.parameters, schedule, optimizer=self.optimizer, progress_bar=self.progress_bar)
         finally:
             step.release()
-        guide.own_values_count = True
-        return Posterior(self.model, guide, args, kwargs, history)
 
 
 def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None = None, **kwargs: Any) -> Posterior:
@@ -186,22 +200,6 @@ def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None =
     """
     guide, history = load(path, model, args, kwargs, flow_fn)
     return Posterior(model, guide, args, kwargs, history)
-
-
-def _gaussian(log_joint: LogJoint, center: Tensor, num_starts: int) -> Gaussian:
-    """The Gaussian of the best ELBO from several starts: the initial values, and others around zero."""
-    starts = torch.cat([center[None], 2 * torch.rand(num_starts - 1, len(center)).to(center) - 1])
-    value_and_grad = log_joint.value_and_grad(starts[:1].repeat(NUM_ROWS, 1))
-    return pathfinder(value_and_grad, starts, num_rows=NUM_ROWS)[0]
-
-
-def _is_enough(diagnosis: Diagnosis) -> bool:
-    return (
-        diagnosis.khat < GATE_KHAT
-        and diagnosis.log_weight_variance < GATE_VARIANCE
-        and diagnosis.mean_shift < GATE_SHIFT
-        and abs(diagnosis.sd_ratio - 1) < GATE_SHIFT
-    )
 
 
 def _is_settled(history: History) -> bool:

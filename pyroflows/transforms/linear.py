@@ -174,7 +174,9 @@ class Triangular(FlowTransform):
         return shift, raw.tril(-1) + torch.diag_embed(scale), ladj
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        shift, factor, ladj = self._learned(context)
+        return self._forward(z, *self._learned(context))
+
+    def _forward(self, z: Tensor, shift: Tensor, factor: Tensor, ladj: Tensor) -> Pair:
         y = shift + (z @ factor.mT if factor.dim() == 2 else (z[..., None, :] @ factor.mT).squeeze(-2))
         return self.loc + y @ self.scale_tril.mT, ladj.expand(z.shape[:-1])
 
@@ -182,6 +184,12 @@ class Triangular(FlowTransform):
         shift, factor, ladj = self._learned(context)
         y = _solve(self.scale_tril, x - self.loc, upper=False)
         return _solve(factor, y - shift, upper=False), -ladj.expand(x.shape[:-1])
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        shift, factor, ladj = self._learned(context)
+        with torch.no_grad():
+            score = _solve(self.scale_tril.mT, _solve(factor.mT, score, upper=True), upper=True)
+        return *self._forward(z, shift, factor, ladj), score
 
 
 def _solve(matrix: Tensor, y: Tensor, upper: bool) -> Tensor:

@@ -1,0 +1,93 @@
+"""Where a fit starts: Gaussians at the modes of the log joint, and whether one of them is all that it needs."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import ModelError
+from pyroflows.inference.diagnosis import Diagnosis
+from pyroflows.inference.initialize import Gaussian, pathfinder
+from pyroflows.inference.log_joint import LogJoint
+
+NUM_ROWS = 64
+# In standard deviations of either Gaussian: nearer ones are two views of one mode.
+SEPARATION = 4.0
+# In nats below the best: a mode of less than a hundredth of its mass, if the Gaussians are good.
+MAX_DEFICIT = math.log(100.0)
+# Of the Gaussian's log weights, k-hat, moves of means in sds and relative changes of sds under the weights.
+MAX_VARIANCE, MAX_KHAT, MAX_MOVE = 0.05, 0.5, 0.05
+# Below this variance of the log weights k-hat is fitted to next to nothing.
+EXACT_VARIANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Start:
+    """Gaussians that the starts ended in.
+
+    Args:
+        modes: one for each separate mode of some mass, the best ELBO first.
+        elbos: of each start that found a finite log joint, the best first.
+        num_starts: how many were tried.
+    """
+
+    modes: tuple[Gaussian, ...]
+    elbos: tuple[float, ...]
+    num_starts: int
+
+    def __str__(self) -> str:
+        near = sum(elbo > self.elbos[0] - 1 for elbo in self.elbos)
+        text = f"{near} of {self.num_starts} starts ended within 1 nat of the best Gaussian"
+        if len(self.modes) > 1:
+            deficit = self.modes[0].elbo - self.modes[-1].elbo
+            text += f", in {len(self.modes)} separate modes whose ELBOs differ by up to {deficit:.1f} nats"
+        return text
+
+
+def find_start(log_joint: LogJoint, center: Tensor, num_starts: int, inverse_temperature: float | None = None) -> Start:
+    """Gaussians of the best ELBO from the initial values and from random points around zero.
+
+    Raises:
+        ModelError: if the log joint is finite nowhere.
+    """
+    around_zero = 2 * torch.rand(num_starts - 1, len(center)).to(center) - 1
+    starts = torch.cat([center[None], around_zero])
+    value_and_grad = log_joint.value_and_grad(center.repeat(NUM_ROWS, 1))
+
+    def tempered(vectors: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = value_and_grad(vectors)
+        beta = inverse_temperature or 1.0
+        return beta * value, beta * gradient
+
+    try:
+        found = pathfinder(tempered, starts, num_rows=max(NUM_ROWS, num_starts))
+    except ValueError as error:
+        raise ModelError(f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}})") from error
+    return Start(tuple(_separate(found)), tuple(g.elbo for g in found), num_starts)
+
+
+def is_enough(gaussian: Diagnosis) -> bool:
+    """Whether nothing is left for a flow to do."""
+    return (
+        gaussian.verdict == "good"
+        and gaussian.log_weight_variance < MAX_VARIANCE
+        and (gaussian.khat < MAX_KHAT or gaussian.log_weight_variance < EXACT_VARIANCE)
+        and max(gaussian.mean_shift, abs(gaussian.sd_ratio - 1)) < MAX_MOVE
+    )
+
+
+def _separate(gaussians: list[Gaussian]) -> list[Gaussian]:
+    modes: list[Gaussian] = []
+    for gaussian in gaussians:
+        has_mass = gaussian.elbo > gaussians[0].elbo - MAX_DEFICIT
+        if has_mass and all(_distance(gaussian, mode) > SEPARATION for mode in modes):
+            modes.append(gaussian)
+    return modes
+
+
+def _distance(a: Gaussian, b: Gaussian) -> float:
+    """Between the means, in the wider one's standard deviations."""
+    gap = (a.loc - b.loc)[:, None]
+    solved = [torch.linalg.solve_triangular(g.scale_tril, gap, upper=False) for g in (a, b)]
+    return min(s.norm().item() for s in solved)
