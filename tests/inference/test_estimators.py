@@ -1,19 +1,24 @@
-"""Gradient estimators: unbiased, and the path gradient exact where the flow is."""
+"""Gradient estimators: against slow references at fixed noise, unbiased, and exact where the flow is."""
 
 import copy
 import math
 from functools import partial
 
+import pyro
 import pytest
 import torch
-from torch.distributions import MultivariateNormal
+from torch.distributions import Independent, Laplace, MultivariateNormal
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroflows.flows import IAF, MAF, Flow, Planar, Radial, Sylvester
-from pyroflows.inference.estimators import ESTIMATORS, frozen, path_gradient, total_gradient
+from pyroflows.flows import IAF, MAF, Flow, Planar, Radial, RealNVP, Sylvester
+from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.transforms import Elementwise
 from pyroflows.transforms.univariate import Affine
 
-ESTIMATOR = pytest.mark.parametrize("estimator", [total_gradient, path_gradient])
+ALL = pytest.mark.parametrize("name", ESTIMATORS)
+# Those of the Kullback-Leibler divergence itself, and those whose variance vanishes at the optimum.
+OF_KL = pytest.mark.parametrize("name", ["total", "path", "vargrad"])
+LANDING = ["path", "dreg", "vargrad"]
 # By independent components of a gradient; chosen once, the seeds being fixed.
 MAX_Z = 4.5
 
@@ -23,6 +28,7 @@ FLOWS = {
     "sylvester": partial(Sylvester, num_layers=2),
     "iaf": partial(IAF, num_layers=2, hidden_dims=(8,)),
     "maf": partial(MAF, num_layers=2, hidden_dims=(8,)),
+    "realnvp": partial(RealNVP, num_layers=2, hidden_dims=(8,)),
 }
 FLOW = pytest.mark.parametrize("flow_fn", FLOWS.values(), ids=FLOWS)
 BASE = pytest.mark.parametrize("base", [None, "student_t"], ids=["normal", "student_t"])
@@ -40,11 +46,29 @@ def affine_flow(mean, log_sd):
     return Flow([Elementwise(len(mean), Affine(None, None), init=torch.stack([mean, log_sd], -1))]).double()
 
 
-def gradient(estimator, flow, log_joint, num_particles):
-    """All parameters' gradients in one vector."""
-    loss, _ = estimator(flow, log_joint, num_particles)
-    parts = torch.autograd.grad(loss, list(flow.parameters()), allow_unused=True, materialize_grads=True)
-    return torch.cat([part.reshape(-1) for part in parts])
+def target(x):
+    """No Gaussian: the tails of the draws matter."""
+    return Independent(Laplace(torch.full((x.shape[-1],), 0.3, dtype=x.dtype), 1.3), 1).log_prob(x)
+
+
+def vector(gradients):
+    return torch.cat([part.reshape(-1) for part in gradients])
+
+
+def gradient_of(loss, flow):
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return vector(torch.autograd.grad(loss, list(flow.parameters()), **options))
+
+
+def gradient(name, flow, log_joint, num_particles):
+    """All parameters' gradients in one vector, at draws of the base's own."""
+    q = flow()
+    return gradient_of(ESTIMATORS[name](q, log_joint, q.base.rsample((num_particles,)))[0], flow)
+
+
+def at_seed(seed, function, *args):
+    torch.manual_seed(seed)
+    return function(*args)
 
 
 def assert_mean(draws, expected):
@@ -53,57 +77,109 @@ def assert_mean(draws, expected):
     assert z.abs().max() < MAX_Z, z
 
 
+# Slow references, by definition: log q through the inverse, one draw's Jacobian at a time
+
+
+def score_and_parameter_gradients(flow, x):
+    """For each draw, the gradients of log q at x with respect to x, and to the parameters at fixed x."""
+    by_x, by_parameters = [], []
+    for x_i in x.detach():
+        x_i.requires_grad_()
+        log_q = flow().log_prob(x_i)
+        by_x.append(torch.autograd.grad(log_q, x_i, retain_graph=True)[0])
+        by_parameters.append(gradient_of(log_q, flow))
+    return torch.stack(by_x), torch.stack(by_parameters)
+
+
+def reference(name, flow, log_joint, seed, num_particles):
+    """Value and gradient by the estimator's formula."""
+    x = at_seed(seed, flow().rsample, (num_particles,))
+    score, by_parameters = score_and_parameter_gradients(flow, x)
+    at = x.detach().requires_grad_()
+    log_p = log_joint(at)
+    (slope,) = torch.autograd.grad(log_p.sum(), at)
+    log_weights = (log_p - flow().log_prob(x.detach())).detach()
+    weights = torch.softmax(log_weights, 0)
+    bound = torch.logsumexp(log_weights, 0) - math.log(num_particles)
+    # Of minus log w: along the path of a draw, and in total.
+    path = torch.stack([gradient_of((x_i * g).sum(), flow) for x_i, g in zip(x, score - slope, strict=True)])
+    total = path + by_parameters
+    centered = log_weights - log_weights.mean()
+    return {
+        "total": (-log_weights.mean(), total.mean(0)),
+        "path": (-log_weights.mean(), path.mean(0)),
+        "iwae": (-bound, (weights[:, None] * total).sum(0)),
+        "dreg": (-bound, (weights[:, None] ** 2 * path).sum(0)),
+        "vargrad": (log_weights.var() / 2, -(centered[:, None] * by_parameters).sum(0) / (num_particles - 1)),
+    }[name]
+
+
+# As `rsample` of a base with learned parameters is differentiable, draws carry gradients in these tests.
+@ALL
+@BASE
+@FLOW
+def test_value_and_gradient_are_those_of_the_formula(name, flow_fn, base):
+    flow = perturbed(flow_fn(3, base=base))
+
+    def estimate():
+        q = flow()
+        return ESTIMATORS[name](q, target, q.base.rsample((6,)))
+
+    loss, log_weights = at_seed(0, estimate)
+    value, expected = reference(name, flow, target, 0, 6)
+    assert loss.item() == pytest.approx(value.item(), rel=1e-7)
+    torch.testing.assert_close(gradient_of(loss, flow), expected, rtol=1e-6, atol=1e-8)
+    x = at_seed(0, flow().rsample, (6,)).detach()
+    assert not log_weights.requires_grad
+    torch.testing.assert_close(log_weights, (target(x) - flow().log_prob(x)).detach(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "same"), [("iwae", "total"), ("dreg", "path")])
+def test_one_draw_is_the_estimator_of_the_elbo(name, same):
+    flow = perturbed(IAF(3, num_layers=2, hidden_dims=(8,)))
+    expected = at_seed(0, gradient, same, flow, target, 1)
+    torch.testing.assert_close(at_seed(0, gradient, name, flow, target, 1), expected)
+
+
 # The exact gradient of the Kullback-Leibler divergence
 
 
-@ESTIMATOR
-def test_unbiased_for_a_gaussian_target(estimator):
+@OF_KL
+def test_unbiased_for_a_gaussian_target(name):
     """KL of Normal(mu, diag(sigma^2)) from Normal(m, inverse of L) has gradients L (mu - m) and sigma^2 diag(L) - 1."""
     mean, log_sd = torch.tensor([0.5, -1.0]).double(), torch.tensor([0.2, -0.7]).double()
     precision = torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()
-    target = MultivariateNormal(torch.tensor([-0.3, 0.4]).double(), precision_matrix=precision)
+    gaussian = MultivariateNormal(torch.tensor([-0.3, 0.4]).double(), precision_matrix=precision)
     flow = affine_flow(mean, log_sd)
-    draws = torch.stack([gradient(estimator, flow, target.log_prob, 8) for _ in range(1500)])
-    by_mean = precision @ (mean - target.mean)
+    draws = torch.stack([gradient(name, flow, gaussian.log_prob, 8) for _ in range(500)])
+    by_mean = precision @ (mean - gaussian.mean)
     by_log_sd = (2 * log_sd).exp() * precision.diagonal() - 1
     assert_mean(draws, torch.stack([by_mean, by_log_sd], -1).reshape(-1))
 
 
-@ESTIMATOR
+@OF_KL
 @FLOW
-def test_unbiased_for_a_flow(estimator, flow_fn):
+def test_unbiased_for_a_flow(name, flow_fn):
     """Against -ELBO by quadrature over the base, differentiated."""
     flow = perturbed(flow_fn(2))
-    # No Gaussian: the tails of the draws matter.
-    log_joint = torch.distributions.Independent(torch.distributions.Laplace(torch.zeros(2).double(), 1.3), 1).log_prob
-
     axis = torch.linspace(-7, 7, 401, dtype=torch.float64)
     z = torch.cartesian_prod(axis, axis)
     log_base = flow.base().log_prob(z)
     x, ladj = flow.transform.forward_and_ladj(z)
     area = (axis[1] - axis[0]) ** 2
-    negative_elbo = (log_base.exp() * (log_base - ladj - log_joint(x))).sum() * area
-    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(negative_elbo, list(flow.parameters()))])
-
-    draws = torch.stack([gradient(estimator, flow, log_joint, 256) for _ in range(100)])
+    expected = gradient_of((log_base.exp() * (log_base - ladj - target(x))).sum() * area, flow)
+    draws = torch.stack([gradient(name, flow, target, 256) for _ in range(100)])
     assert_mean(draws, expected)
 
 
 @BASE
-@FLOW
-def test_both_have_the_same_mean(flow_fn, base):
-    """At the same draws they differ by the score, whose mean is zero."""
-    flow = perturbed(flow_fn(3, base=base), scale=0.2)
-    target = MultivariateNormal(torch.ones(3).double(), 2 * torch.eye(3).double())
+def test_doubly_reparametrised_gradient_has_the_mean_of_the_bound_s(base):
+    flow = perturbed(IAF(3, num_layers=2, hidden_dims=(8,), base=base), scale=0.2)
 
     def difference(seed):
-        pair = []
-        for estimator in (total_gradient, path_gradient):
-            torch.manual_seed(seed)
-            pair.append(gradient(estimator, flow, target.log_prob, 256))
-        return pair[0] - pair[1]
+        return at_seed(seed, gradient, "iwae", flow, target, 32) - at_seed(seed, gradient, "dreg", flow, target, 32)
 
-    draws = torch.stack([difference(seed) for seed in range(60)])
+    draws = torch.stack([difference(seed) for seed in range(150)])
     assert draws.abs().max() > 1e-3
     assert_mean(draws, torch.zeros(draws.shape[-1]).double())
 
@@ -113,108 +189,69 @@ def test_both_have_the_same_mean(flow_fn, base):
 
 @BASE
 @FLOW
-def test_path_gradient_vanishes_where_the_flow_is_exact(flow_fn, base):
+def test_gradients_vanish_where_the_flow_is_exact(flow_fn, base):
     flow = perturbed(flow_fn(3, base=base))
-    target = copy.deepcopy(flow).requires_grad_(False)
-    path = gradient(path_gradient, flow, lambda x: target().log_prob(x), 32)
-    total = gradient(total_gradient, flow, lambda x: target().log_prob(x), 32)
-    assert path.abs().max() < 1e-9
-    assert total.abs().max() > 1e-2
+    exact = copy.deepcopy(flow).requires_grad_(False)
+    for name in LANDING:
+        assert gradient(name, flow, lambda x: exact().log_prob(x), 32).abs().max() < 1e-9
+    for name in ("total", "iwae"):
+        assert gradient(name, flow, lambda x: exact().log_prob(x), 32).abs().max() > 1e-2
 
 
-@ESTIMATOR
+@ALL
 @FLOW
-def test_log_weights_are_constant_where_the_flow_is_exact(estimator, flow_fn):
+def test_log_weights_are_constant_where_the_flow_is_exact(name, flow_fn):
     flow = perturbed(flow_fn(3))
-    target = copy.deepcopy(flow).requires_grad_(False)
-    _, log_weights = estimator(flow, lambda x: target().log_prob(x) + 3.0, 32)
+    exact = copy.deepcopy(flow).requires_grad_(False)
+    q = flow()
+    _, log_weights = ESTIMATORS[name](q, lambda x: exact().log_prob(x) + 3.0, q.base.sample((32,)))
     assert (log_weights - 3.0).abs().max() < 1e-9
 
 
-# What they return
+# Parameters of the model
 
 
-@ESTIMATOR
-@FLOW
-def test_value(estimator, flow_fn):
-    """Minus the mean of log p - log q, at the flow's own draws."""
-    flow = perturbed(flow_fn(2))
-    seen = []
-
-    def log_joint(x):
-        seen.append(x)
-        return -x.square().sum(-1)
-
-    loss, log_weights = estimator(flow, log_joint, 50)
-    assert log_weights.shape == (50,)
-    assert not log_weights.requires_grad
-    assert loss.requires_grad
-    assert loss.item() == pytest.approx(-log_weights.mean().item(), rel=1e-12)
-    (x,) = seen
-    assert x.requires_grad
-    expected = -x.square().sum(-1) - flow().log_prob(x.detach())
-    assert log_weights.tolist() == pytest.approx(expected.tolist(), abs=1e-8)
-
-
-@ESTIMATOR
-def test_the_model_s_own_parameters_have_gradients(estimator):
+@ALL
+def test_parameters_of_the_model_have_the_gradient_of_the_bound(name):
     flow = perturbed(Planar(2, num_layers=2))
     scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    torch.manual_seed(1)
-    x = flow().sample((20,))
-    torch.manual_seed(1)
-    loss, _ = estimator(flow, lambda x: -scale * x.square().sum(-1), 20)
+    z = flow().base.sample((20,))
+    loss, log_weights = ESTIMATORS[name](flow(), lambda x: -scale * x.square().sum(-1), z)
     loss.backward()
-    assert scale.grad.item() == pytest.approx(x.square().sum(-1).mean().item(), rel=1e-10)
+    weights = torch.softmax(log_weights, 0) if name in ("iwae", "dreg") else torch.full_like(log_weights, 1 / 20)
+    x, _ = flow().transport(z)
+    assert scale.grad.item() == pytest.approx((weights * x.square().sum(-1)).sum().item(), rel=1e-10)
 
 
-@ESTIMATOR
-def test_parameters_stay_trainable(estimator):
+@ALL
+def test_parameters_that_do_not_train(name):
     flow = perturbed(Planar(2, num_layers=2, base="student_t"))
     flow.base.raw_df.requires_grad_(False)
-    estimator(flow, lambda x: -x.square().sum(-1), 4)[0].backward()
-    assert not flow.base.raw_df.requires_grad
+    q = flow()
+    ESTIMATORS[name](q, target, q.base.rsample((4,)))[0].backward()
+    assert flow.base.raw_df.grad is None
     assert all(p.requires_grad and p.grad is not None for p in flow.transform.parameters())
 
 
+# Traced
+
+
+@ALL
+@pytest.mark.parametrize("flow_fn", [FLOWS["iaf"], FLOWS["realnvp"]], ids=["iaf", "realnvp"])
+def test_traced_gradients_equal_eager_ones(name, flow_fn):
+    flow = perturbed(flow_fn(3))
+
+    def step(z):
+        loss, log_weights = ESTIMATORS[name](flow(), target, z)
+        return loss.detach(), log_weights, *torch.autograd.grad(loss, list(flow.parameters()))
+
+    z, other = torch.randn(2, 8, 3, dtype=torch.float64)
+    with pyro.validation_enabled(False):
+        graph = make_fx(step)(z)
+    with torch.no_grad():
+        results = graph(other)
+    torch.testing.assert_close(list(results), list(step(other)))
+
+
 def test_names():
-    assert set(ESTIMATORS) == {"total", "path"}
-
-
-# Freezing
-
-
-def test_frozen_gives_no_gradient_and_restores():
-    layer = torch.nn.Linear(2, 1)
-    layer.bias.requires_grad_(False)
-    x = torch.ones(2, requires_grad=True)
-    with frozen(layer):
-        y = layer(x)
-    assert layer.weight.requires_grad
-    assert not layer.bias.requires_grad
-    y.backward()
-    assert layer.weight.grad is None
-    assert x.grad.tolist() == layer.weight[0].tolist()
-
-
-def test_frozen_restores_after_an_exception():
-    layer = torch.nn.Linear(2, 1)
-    with pytest.raises(RuntimeError, match="of the model"), frozen(layer):
-        raise RuntimeError("of the model")
-    assert layer.weight.requires_grad
-    assert layer.bias.requires_grad
-
-
-def test_an_error_in_the_path_gradient_leaves_the_flow_trainable():
-    flow = Flow([Elementwise(2)])
-
-    class Broken(Exception):
-        pass
-
-    def raising(*args):
-        raise Broken
-
-    flow.transform.inverse_and_ladj = raising
-    with pytest.raises(Broken):
-        path_gradient(flow, lambda x: -x.square().sum(-1), 4)
-    assert all(p.requires_grad for p in flow.parameters())
+    assert list(ESTIMATORS) == ["total", "path", "iwae", "dreg", "vargrad"]
