@@ -1,5 +1,6 @@
 """The verdict on a fit, in words, with the figures behind it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from pyroflows.inference.arviz import pareto_k_threshold
 from pyroflows.inference.importance import Weights
+from pyroflows.training import History
 
 Verdict = Literal["good", "correct it", "do not use"]
 
@@ -16,6 +18,8 @@ MAX_MEAN_SHIFT = 0.1
 MAX_SD_CHANGE = 0.1
 # Below this variance q is p to a KL of one percent of a nat, and k-hat, fitted to what is left, says little.
 NEARLY_EXACT = 0.02
+MAX_GROWTH = 0.05  # nats, of the ELBO in the last tenth of the training
+MIN_STEPS_OF_TREND = 100
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Diagnosis:
         sd_ratio: the standard deviation under the weights over that of the draws, of the component where it is farthest
             from 1.
         num_non_finite: draws whose log joint was not finite.
+        elbo_growth: of the ELBO over the last tenth of the training, in nats, where it is more than its noise; else 0.
+        num_other_modes: separate modes that the starts found and the fit leaves out.
     """
 
     verdict: Verdict
@@ -48,18 +54,37 @@ class Diagnosis:
     mean_shift: float
     sd_ratio: float
     num_non_finite: int
+    elbo_growth: float = 0.0
+    num_other_modes: int = 0
 
     def __str__(self) -> str:
         return "\n".join([f"verdict: {self.verdict}", *(f"  - {reason}" for reason in self.reasons)])
 
 
-def diagnose(raw_log_weights: Tensor, weights: Weights, latents: Tensor) -> Diagnosis:
-    """From raw log weights ``(S,)``, their smoothed version, and the unconstrained draws ``(S, dim)``."""
+def diagnose(
+    raw_log_weights: Tensor,
+    weights: Weights,
+    latents: Tensor,
+    history: History | None = None,
+    modes: str | None = None,
+    num_other_modes: int = 0,
+) -> Diagnosis:
+    """The verdict on a fit.
+
+    Args:
+        raw_log_weights: of draws, ``(S,)``.
+        weights: their smoothed version.
+        latents: the unconstrained draws, ``(S, dim)``.
+        history: of the training, for the trend of the ELBO.
+        modes: what the starts found, in words.
+        num_other_modes: how many separate modes they found besides those that the fit covers.
+    """
     finite = torch.isfinite(raw_log_weights)
     num_samples, num_bad = len(finite), int((~finite).sum())
     variance = raw_log_weights[finite].double().var().item()
     shift, ratio = _moment_change(latents.double(), weights.normalized.to(latents.device))
     threshold = pareto_k_threshold(num_samples)
+    growth = _elbo_growth(history)
     khat_is_high = weights.khat > threshold
     moved = shift > MAX_MEAN_SHIFT or abs(ratio - 1) > MAX_SD_CHANGE
     reasons = [
@@ -69,14 +94,22 @@ def diagnose(raw_log_weights: Tensor, weights: Weights, latents: Tensor) -> Diag
         f"(good: at most {MAX_LOG_WEIGHT_VARIANCE})",
         f"under the weights means move by at most {shift:.2f} sd, and the sd changes by at most {abs(ratio - 1):.0%}",
     ]
-    verdict: Verdict = "good" if variance <= MAX_LOG_WEIGHT_VARIANCE and not moved else "correct it"
+    is_close = variance <= MAX_LOG_WEIGHT_VARIANCE and not moved and growth <= MAX_GROWTH
+    verdict: Verdict = "good" if is_close else "correct it"
+    if growth > MAX_GROWTH:
+        reasons.append(f"the ELBO still grew by {growth:.2f} nats over the last tenth of the training: give more steps")
+    if modes is not None:
+        reasons.append(modes)
     if khat_is_high and variance > NEARLY_EXACT:
         verdict = "do not use"
+    if num_other_modes:
+        verdict = "do not use"
+        reasons.insert(0, f"the fit leaves out {num_other_modes} separate mode(s) that its starts found")
     if num_bad:
         verdict = "do not use"
         reasons.insert(0, f"the log joint is not finite at {num_bad} of {num_samples} draws")
     reasons.append(_ADVICE[verdict])
-    reasons.append("none of this can see a mode that the flow never visits: compare fits from several starts")
+    reasons.append("none of this can see a mode that neither the flow nor a start visits: other seeds may")
     return Diagnosis(
         verdict,
         tuple(reasons),
@@ -88,14 +121,28 @@ def diagnose(raw_log_weights: Tensor, weights: Weights, latents: Tensor) -> Diag
         shift,
         ratio,
         num_bad,
+        growth,
+        num_other_modes,
     )
 
 
 _ADVICE: dict[Verdict, str] = {
     "good": "the draws can be used as they are",
-    "correct it": "use posterior.importance_sample(num_samples), whose weights are reliable here",
-    "do not use": "try more layers, more steps, a reparametrised model, or dtype=torch.float64",
+    "correct it": "use posterior.importance_sample(num_samples), whose weights are reliable here, or posterior.mcmc",
+    "do not use": "use posterior.mcmc and look at its R-hat; or try more steps, another form of the model, or "
+    "dtype=torch.float64",
 }
+
+
+def _elbo_growth(history: History | None) -> float:
+    """Of its mean from the last but one to the last tenth of the steps, if more than three standard errors."""
+    if history is None or history.num_steps < MIN_STEPS_OF_TREND:
+        return 0.0
+    size = history.num_steps // 10
+    last, before = history.recent("elbo", size), history.recent("elbo", 2 * size)[:-size]
+    noise = math.sqrt((last.var() + before.var()) / size)
+    growth = float(last.mean() - before.mean())
+    return growth if growth > 3 * noise else 0.0
 
 
 def _moment_change(latents: Tensor, weights: Tensor) -> tuple[float, float]:

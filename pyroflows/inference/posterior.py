@@ -196,7 +196,9 @@ class Posterior:
     def diagnose(self) -> Diagnosis:
         """The verdict, and why."""
         found = self._diagnostics
-        return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents)
+        start = None if self.start is None else str(self.start)
+        others = 0 if self.start is None else len(self.start.modes) - 1
+        return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents, self.history, start, others)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
         """Mean, sd and quantiles of every component, straight from the flow, as a pandas table.
