@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyroflows.inference.initialize import Gaussian, pathfinder
+from pyroflows.inference.initialize import Gaussian, _Density, _Search, pathfinder
 
 NUM_ROWS = 64
 
@@ -120,6 +120,20 @@ def test_the_gaussian_of_least_divergence():
     assert best.elbo == pytest.approx(
         (a * a.log() - 0.5 - a + 0.5 * (2 * math.pi * math.e / a).log()).sum().item(), abs=0.15
     )
+
+
+def test_the_search_learns_the_curvature():
+    """The secant equation, H y = s, of the last step of each start; and the mode."""
+    curvatures = torch.tensor([1.0, 10.0, 1e4], dtype=torch.float64)
+    starts = uniform_starts(2, 3)
+    search = _Search(_Density(Traced(lambda u: -0.5 * (curvatures * u * u).sum(-1)), NUM_ROWS, starts), starts)
+    while search.active.any():
+        loc, grad = search.loc, search.grad
+        search.advance()
+        step, change = search.loc - loc, grad - search.grad
+        secant = (search.root @ search.root.mT @ change[..., None])[..., 0]
+        torch.testing.assert_close(secant, step, rtol=1e-4, atol=1e-10)
+    assert search.value.min() > -1e-2
 
 
 def test_funnel():
