@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyroflows.inference.initialize import Gaussian, pathfinder
+from pyroflows.inference.initialize import Gaussian, _Density, _Search, pathfinder
 
 NUM_ROWS = 64
 
@@ -120,6 +120,26 @@ def test_the_gaussian_of_least_divergence():
     assert best.elbo == pytest.approx(
         (a * a.log() - 0.5 - a + 0.5 * (2 * math.pi * math.e / a).log()).sum().item(), abs=0.15
     )
+
+
+def test_the_search_learns_the_curvature():
+    """The secant equation, H y = s, where the last step needed no damping; and the mode."""
+    curvatures = torch.tensor([1.0, 10.0, 1e4], dtype=torch.float64)
+    starts = uniform_starts(2, 3)
+    search = _Search(_Density(Traced(lambda u: -0.5 * (curvatures * u * u).sum(-1)), NUM_ROWS, starts), starts)
+    search.advance()
+    num_checked = 0
+    while search.active.any():
+        loc, grad, root = search.loc, search.grad, search.root
+        search.advance()
+        step, change = search.loc - loc, grad - search.grad
+        expected = torch.linalg.solve(root, step).square().sum(-1)
+        undamped = (expected > 0) & ((step * change).sum(-1) > 0.2 * expected)
+        secant = (search.root @ search.root.mT @ change[..., None])[..., 0]
+        torch.testing.assert_close(secant[undamped], step[undamped], rtol=1e-6, atol=1e-12)
+        num_checked += int(undamped.sum())
+    assert num_checked > 10
+    assert search.value.min() > -1e-2
 
 
 def test_funnel():
