@@ -5,6 +5,7 @@ from pyroflows.flows.base import Flow
 from pyroflows.flows.coupling import NICE, RealNVP
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.gaussian import Gaussian
+from pyroflows.flows.mixture import Mixture
 from pyroflows.flows.planar import Planar
 from pyroflows.flows.radial import Radial
 from pyroflows.flows.spline import NSF
@@ -20,6 +21,7 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "Gaussian",
+    "Mixture",
     "Planar",
     "Radial",
     "RealNVP",

@@ -14,7 +14,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
-from pyroflows.flows import IAF, Flow, FlowDistribution, Planar
+from pyroflows.flows import IAF, Flow, Mixture, Planar
 from pyroflows.flows.base import as_flow
 from pyroflows.model import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
@@ -76,7 +76,7 @@ class AutoFlow(AutoContinuous):
         self._init_scale = init_scale
         self.dtype = dtype
         self.structure: ModelStructure | None = None
-        self.flow: Flow | None = None
+        self.flow: Flow | Mixture | None = None
         # Whether the flow's values count, where Pyro's store holds others under the same names.
         self.own_values_count = False
 
@@ -129,7 +129,10 @@ class AutoFlow(AutoContinuous):
         self.structure = structure
 
     def _build(self, loc: Tensor, scale: Tensor | None = None) -> None:
-        """Make the flow, with a last layer of this location and scale, ``(dim,)`` or lower triangular."""
+        self.flow = self._flow_at(loc, scale)
+
+    def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
+        """A flow with a last layer of this location and scale, ``(dim,)`` or lower triangular."""
         dim = len(loc)
         scale = torch.full_like(loc, self._init_scale) if scale is None else scale
         flow = as_flow(self.flow_fn(dim), dim)
@@ -138,7 +141,7 @@ class AutoFlow(AutoContinuous):
             last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
         else:
             last = Triangular(dim, loc=loc, scale_tril=scale)
-        self.flow = Flow([*flow.transform.layers, last], base=flow.base).to(loc)
+        return Flow([*flow.transform.layers, last], base=flow.base).to(loc)
 
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
         r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.
@@ -160,32 +163,52 @@ class AutoFlow(AutoContinuous):
         self._build(loc.to(dtype), scale.to(dtype))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A fresh guide is built here: its last layer tells the size, and whether its scale is triangular.
-        flow_prefix = f"{prefix}flow.transform.layers."
-        indices = [int(key[len(flow_prefix) :].split(".")[0]) for key in state_dict if key.startswith(flow_prefix)]
-        last_prefix = f"{flow_prefix}{max(indices, default=0)}."
-        scale_tril = state_dict.get(f"{last_prefix}scale_tril")
-        last = state_dict.get(f"{last_prefix}parameters_of.value") if scale_tril is None else scale_tril
-        if self.flow is None and last is not None and last.dim() == 2:
-            self._build(torch.zeros_like(last[:, 0]), scale_tril)
+        if self.flow is None:
+            self._build_for(state_dict, f"{prefix}flow.")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.own_values_count = True
 
-    def _built(self) -> Flow:
+    def _build_for(self, state_dict: Any, prefix: str) -> None:
+        """Make the flow, or mixture of flows, that a state belongs to."""
+        log_weights = state_dict.get(f"{prefix}log_weights")
+        if log_weights is None:
+            self.flow = self._flow_for(state_dict, prefix)
+            return
+        parts = [self._flow_for(state_dict, f"{prefix}components.{k}.") for k in range(len(log_weights))]
+        self.flow = Mixture([part for part in parts if part is not None], log_weights)
+
+    def _flow_for(self, state_dict: Any, prefix: str) -> Flow | None:
+        # The last layer tells the size, and whether its scale is triangular.
+        prefix = f"{prefix}transform.layers."
+        indices = [int(key[len(prefix) :].split(".")[0]) for key in state_dict if key.startswith(prefix)]
+        last_prefix = f"{prefix}{max(indices, default=0)}."
+        scale_tril = state_dict.get(f"{last_prefix}scale_tril")
+        last = state_dict.get(f"{last_prefix}parameters_of.value") if scale_tril is None else scale_tril
+        return self._flow_at(torch.zeros_like(last[:, 0]), scale_tril) if last is not None and last.dim() == 2 else None
+
+    def _built(self) -> Flow | Mixture:
         flow = self.flow
         if flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
         return flow
 
+    def _single(self) -> Flow:
+        flow = self._built()
+        if isinstance(flow, Mixture):
+            raise ModelError(
+                "this guide is a mixture of flows, which has no base and no transform; it draws and scores"
+            )
+        return flow
+
     def get_base_dist(self) -> Distribution:
         """The base distribution z of the flow."""
-        return self._built().base()
+        return self._single().base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """The map from z to the unconstrained latent; it remembers its last pair of values."""
-        return self._built().transform.with_cache()
+        return self._single().transform.with_cache()
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
         """The law of the unconstrained latent, of event shape ``(latent_dim,)``."""
         return self._built()()
 

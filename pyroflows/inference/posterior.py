@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroflows import plots
 from pyroflows.errors import DataError, ModelError, OptionError, ShapeError
-from pyroflows.flows import Flow, Gaussian
+from pyroflows.flows import Flow, Gaussian, Mixture
 from pyroflows.guides import AutoFlow
 from pyroflows.inference import diagnosis, serialization
 from pyroflows.inference.arviz import plot_pairs
@@ -197,7 +197,8 @@ class Posterior:
         """The verdict, and why."""
         found = self._diagnostics
         start = None if self.start is None else str(self.start)
-        others = 0 if self.start is None else len(self.start.modes) - 1
+        num_covered = len(self._flow.components) if isinstance(self._flow, Mixture) else 1
+        others = 0 if self.start is None else len(self.start.modes) - num_covered
         return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents, self.history, start, others)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
@@ -340,6 +341,6 @@ class Posterior:
 
 
 @torch.no_grad()
-def _median(flow: Flow) -> Tensor:
+def _median(flow: Flow | Mixture) -> Tensor:
     with seeded(0):
         return flow().sample((100,)).median(0).values

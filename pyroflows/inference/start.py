@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from pyroflows.errors import ModelError
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.initialize import Gaussian, pathfinder
 from pyroflows.inference.log_joint import LogJoint
+from pyroflows.model import Model, ModelStructure, trace_model
 
 NUM_ROWS = 64
 # In standard deviations of either Gaussian: nearer ones are two views of one mode.
@@ -18,6 +20,8 @@ SEPARATION = 4.0
 MAX_DEFICIT = math.log(100.0)
 # Of the Gaussian's log weights, k-hat, moves of means in sds and relative changes of sds under the weights.
 MAX_VARIANCE, MAX_KHAT, MAX_MOVE = 0.05, 0.5, 0.05
+# Half the width of the cube from which flat priors are drawn, in the unconstrained space.
+WIDE = 10.0
 # Below this variance of the log weights k-hat is fitted to next to nothing.
 EXACT_VARIANCE = 0.01
 
@@ -45,15 +49,38 @@ class Start:
         return text
 
 
-def find_start(log_joint: LogJoint, center: Tensor, num_starts: int, inverse_temperature: float | None = None) -> Start:
-    """Gaussians of the best ELBO from the initial values and from random points around zero.
+def starting_points(
+    model: Model, args: Any, kwargs: Any, structure: ModelStructure, center: Tensor, num_starts: int
+) -> Tensor:
+    """The initial values, and in equal parts points near zero and draws from the prior; ``(num_starts, dim)``.
+
+    Those near zero are where Pyro's and Stan's chains start; those from the prior find modes that lie apart. Where a
+    prior is flat, they are uniform over a wider range.
+    """
+    starts = [center, *_uniform(num_starts - 1, center)]
+    for i in range(2, num_starts, 2):
+        trace = trace_model(model, args, kwargs)
+        drawn = structure.unconstrain({site.name: trace.nodes[site.name]["value"] for site in structure.latents})
+        starts[i] = drawn.to(center)
+        for site in structure.latents:
+            if site.is_flat:
+                starts[i][site.start : site.stop] = WIDE * _uniform(1, center)[0, site.start : site.stop]
+    return torch.stack(starts)
+
+
+def _uniform(num: int, like: Tensor) -> Tensor:
+    """Points ``(num, dim)`` of the cube from -1 to 1."""
+    return 2 * torch.rand(num, len(like)).to(like) - 1
+
+
+def find_start(log_joint: LogJoint, starts: Tensor, inverse_temperature: float | None = None) -> Start:
+    """Gaussians of the best ELBO from each of the starts ``(S, dim)``.
 
     Raises:
-        ModelError: if the log joint is finite nowhere.
+        ModelError: if the log joint is finite at none of them.
     """
-    around_zero = 2 * torch.rand(num_starts - 1, len(center)).to(center) - 1
-    starts = torch.cat([center[None], around_zero])
-    value_and_grad = log_joint.value_and_grad(center.repeat(NUM_ROWS, 1))
+    num_rows = max(NUM_ROWS, len(starts))
+    value_and_grad = log_joint.value_and_grad(starts[:1].repeat(num_rows, 1))
 
     def tempered(vectors: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = value_and_grad(vectors)
@@ -61,10 +88,10 @@ def find_start(log_joint: LogJoint, center: Tensor, num_starts: int, inverse_tem
         return beta * value, beta * gradient
 
     try:
-        found = pathfinder(tempered, starts, num_rows=max(NUM_ROWS, num_starts))
+        found = pathfinder(tempered, starts, num_rows=num_rows)
     except ValueError as error:
         raise ModelError(f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}})") from error
-    return Start(tuple(_separate(found)), tuple(g.elbo for g in found), num_starts)
+    return Start(tuple(_separate(found)), tuple(g.elbo for g in found), len(starts))
 
 
 def is_enough(gaussian: Diagnosis) -> bool:

@@ -21,7 +21,7 @@ from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.serialization import load
-from pyroflows.inference.start import find_start, is_enough
+from pyroflows.inference.start import Start, find_start, is_enough, starting_points
 from pyroflows.inference.step import Step, Tempering
 from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
@@ -33,6 +33,7 @@ NUM_PARTICLES = 128
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
 NUM_STARTS = 8
+NUM_EVIDENCE_DRAWS = 4000
 # Runs of the model at other values, to see whether its sites are the same.
 NUM_LOOKS = 16
 MAX_SECONDS_OF_LOOKS = 0.5
@@ -158,24 +159,38 @@ class FlowVI:
         log_joint = LogJoint(model, args, kwargs, structure, examples, self.compiler)
         _check_start(log_joint, center)
         own = list(model_parameters(model, args, kwargs, _init_at(structure, center)).values())
-        start = None
-        if self.guide is not guide:
-            start = find_start(log_joint, center, self.num_starts, self.temper)
-            has_gate = self.gate and self.guide is None and self.temper is None and self.num_steps is None
-            if has_gate and not own and not structure.subsampled and len(start.modes) == 1:
-                guide.flow_fn = partial(flows.Gaussian)
-                guide.start_at(start.modes[0].loc, start.modes[0].scale_tril)
-                posterior = Posterior(self.model, guide, args, kwargs, History(), start)
-                if is_enough(posterior.diagnose()):
-                    return posterior
-                guide.flow_fn = default_flow
+        if isinstance(self.guide, AutoFlow):
+            assert isinstance(guide.flow, Flow)
+            history = self._train(guide.flow, log_joint, own)
+            guide.own_values_count = True
+            return Posterior(self.model, guide, args, kwargs, history)
+        points = starting_points(model, args, kwargs, structure, center, self.num_starts)
+        start = find_start(log_joint, points, self.temper)
+        is_given = self.guide is not None or self.num_steps is not None or self.temper is not None
+        if self.gate and not is_given and not own and not structure.subsampled and len(start.modes) == 1:
+            guide.flow_fn = partial(flows.Gaussian)
             guide.start_at(start.modes[0].loc, start.modes[0].scale_tril)
-        history = self._train(guide.flow, log_joint, own)
+            posterior = Posterior(self.model, guide, args, kwargs, History(), start)
+            if is_enough(posterior.diagnose()):
+                return posterior
+            guide.flow_fn = default_flow
+        history = self._train_modes(guide, start, log_joint, own)
         guide.own_values_count = True
         return Posterior(self.model, guide, args, kwargs, history, start)
 
-    def _train(self, flow: Flow | None, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
-        assert flow is not None
+    def _train_modes(self, guide: AutoFlow, start: Start, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+        """A flow at each mode, mixed by their evidences; the history is that of the first."""
+        trained, histories = [], []
+        for mode in start.modes:
+            guide.start_at(mode.loc, mode.scale_tril)
+            assert isinstance(guide.flow, Flow)
+            histories.append(self._train(guide.flow, log_joint, own))
+            trained.append(guide.flow)
+        if len(trained) > 1:
+            guide.flow = flows.Mixture(trained, torch.stack([_log_evidence(flow, log_joint) for flow in trained]))
+        return histories[0]
+
+    def _train(self, flow: Flow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
         temper = None if self.temper is None else Tempering(self.temper, self.num_steps)
         step = Step(flow, log_joint, self.estimator, self.num_particles, own, temper)
         schedule = Plateau("elbo", self.num_steps, _is_settled, hold=temper.num_steps if temper else 0)
@@ -200,6 +215,13 @@ def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None =
     """
     guide, history = load(path, model, args, kwargs, flow_fn)
     return Posterior(model, guide, args, kwargs, history)
+
+
+@torch.no_grad()
+def _log_evidence(flow: Flow, log_joint: LogJoint) -> Tensor:
+    """Of the part of the posterior that a flow covers, by importance sampling."""
+    x, log_q = flow().rsample_and_log_prob((NUM_EVIDENCE_DRAWS,))
+    return torch.logsumexp(log_joint.in_chunks(x) - log_q, 0)
 
 
 def _is_settled(history: History) -> bool:
