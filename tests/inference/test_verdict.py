@@ -171,23 +171,23 @@ def student_t(df, dim):
     return of_density(dist.StudentT(df).expand([dim]).to_event(1))
 
 
-# A Gaussian with the moments of the target, or with the best fit's, where these have no closed form about as large.
+# Gaussians with the target's moments, or about the best ones. Where the target's tails are the heavier, k-hat is near 1.
 MISFITS = {
-    "correlation left out, marginal sds": (correlated(0.9), 0.0, 1.0),
-    "correlation left out, conditional sds": (correlated(0.9), 0.0, math.sqrt(1 - 0.81)),
-    "mean field of a funnel": (funnel, 0.0, torch.tensor([1.5, *[1.0] * 9])),
-    "log scale near zero": (near_zero, -2.3, 1.5),
-    "one Gaussian over two near modes": (two_modes(0.5, distance=5.0), torch.tensor([2.5, 0.0]), torch.tensor([2.7, 1.0])),
-    "heavy tails, Gaussian guide": (student_t(1.5, 1), 0.0, 1.3),
-    "heavy tails in 10, Gaussian guide": (student_t(1.5, 10), 0.0, 1.3),
-    "tails of df 2.5, Gaussian guide": (student_t(2.5, 2), 0.0, 1.2),
+    "correlation left out, marginal sds": (correlated(0.9), 0.0, 1.0, BAD),
+    "correlation left out, conditional sds": (correlated(0.9), 0.0, math.sqrt(1 - 0.81), {"do not use"}),
+    "mean field of a funnel": (funnel, 0.0, torch.tensor([1.5, *[1.0] * 9]), BAD),
+    "log scale near zero": (near_zero, -2.3, 1.5, {"do not use"}),
+    "one over two modes": (two_modes(0.5, distance=5.0), torch.tensor([2.5, 0.0]), torch.tensor([2.7, 1.0]), BAD),
+    "Student-t of df 1.5": (student_t(1.5, 1), 0.0, 1.3, {"do not use"}),
+    "Student-t of df 1.5 in 10": (student_t(1.5, 10), 0.0, 1.3, {"do not use"}),
+    "Student-t of df 2.5 in 2": (student_t(2.5, 2), 0.0, 1.2, {"do not use"}),
 }
 
 
-@pytest.mark.parametrize(("model", "loc", "sd"), MISFITS.values(), ids=MISFITS)
-def test_misfits_are_not_good(model, loc, sd):
+@pytest.mark.parametrize(("model", "loc", "sd", "verdicts"), MISFITS.values(), ids=MISFITS)
+def test_misfits_are_not_good(model, loc, sd, verdicts):
     diagnosis = by_hand(model, loc, sd).diagnose()
-    assert diagnosis.verdict in BAD, diagnosis
+    assert diagnosis.verdict in verdicts, diagnosis
 
 
 def test_the_right_shape_is_good():
