@@ -138,6 +138,12 @@ class Result:
     steps: int
 
 
+COLUMNS = (
+    *("target", "seed", "exact", "flow / exact", "corrected / exact", "by", "goal"),
+    *("verdict", "k-hat", "log evidence (0)", "s", "steps"),
+)
+
+
 def wasserstein(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Sum over coordinates of 1-D distances, of equally many draws."""
     return sum(
@@ -205,8 +211,8 @@ def row(result: Result) -> str:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {args.threads} thread(s)\n")
-    print("| target | seed | exact | flow / exact | corrected / exact | by | goal | verdict | k-hat | log Z (0) | s | steps |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
     options = {} if args.gate is None else {"gate": args.gate == "on"}
     results = []
     for name in args.targets:

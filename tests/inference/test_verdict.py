@@ -171,7 +171,7 @@ def student_t(df, dim):
     return of_density(dist.StudentT(df).expand([dim]).to_event(1))
 
 
-# Gaussians with the target's moments, or about the best ones. Where the target's tails are the heavier, k-hat is near 1.
+# Gaussians with the target's moments, or about the best ones. Where the target's tails are heavier, k-hat is near 1.
 MISFITS = {
     "correlation left out, marginal sds": (correlated(0.9), 0.0, 1.0, BAD),
     "correlation left out, conditional sds": (correlated(0.9), 0.0, math.sqrt(1 - 0.81), {"do not use"}),
