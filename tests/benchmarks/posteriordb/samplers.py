@@ -21,7 +21,8 @@ def selected(names: Iterable[str], parts: list[str]) -> list[str]:
 
 
 def limited(sampler: Sampler, folder: Path, name: str) -> dict[str, Any]:
-    """What the sampler returns, or only ``MAX_SECONDS`` where it had to be stopped."""
+    """What the sampler returns; where it had to be stopped only its seconds, and those that it had of a processor."""
+    cpu_before = _children_cpu_seconds()
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, sampler, folder, name))
@@ -32,7 +33,13 @@ def limited(sampler: Sampler, folder: Path, name: str) -> dict[str, Any]:
         process.kill()
     result = receiver.recv() if finished else {"seconds": MAX_SECONDS}
     process.join()
-    return {"name": name, **result}
+    return {"name": name, "cpu_seconds": _children_cpu_seconds() - cpu_before, **result}
+
+
+def _children_cpu_seconds() -> float:
+    """Of the processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _send(connection: Any, sampler: Sampler, folder: Path, name: str) -> None:
