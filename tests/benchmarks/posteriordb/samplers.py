@@ -52,6 +52,8 @@ def main(sampler: Sampler, names: Iterable[str], description: str | None) -> Non
     parser.add_argument("--path", type=Path, default=os.environ.get("PYROFLOWS_POSTERIORDB"))
     parser.add_argument("--json", type=Path, help="file to which a line is added for each run")
     options = parser.parse_args()
+    if options.path is None:
+        parser.error("give --path, or set PYROFLOWS_POSTERIORDB")
     for name in selected(names, options.names):
         line = json.dumps(limited(sampler, options.path, name))
         print(line, flush=True)
