@@ -73,7 +73,7 @@ class Target:
 
     def args(self, data: dict[str, Any]) -> tuple[Any, ...]:
         """The model's arguments from the content of ``data.json``."""
-        return self.from_data({k: torch.tensor(v, dtype=self.dtype) for k, v in data.items() if v is not None})
+        return self.from_data({k: torch.tensor(v, dtype=self.dtype) for k, v in data.items()})
 
     @contextmanager
     def default_dtype(self) -> Iterator[None]:

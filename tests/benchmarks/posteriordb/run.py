@@ -26,10 +26,11 @@ NUTS for comparison: :mod:`.nuts` (``--nuts`` adds its figures to the table) and
 
 import argparse
 import json
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _arrays(draws: Mapping[str, Tensor], ref: reference.Reference) -> dict[str, 
     return {key: draws[key].numpy() for key in draws.keys() & ref.draws.keys()}
 
 
-def _joined(parts: Iterator[dict[str, np.ndarray]] | list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     parts = list(parts)
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -146,7 +147,7 @@ def row(result: Mapping[str, Any]) -> str:
     if "nuts" in result:
         found = result["nuts"]
         accurate = f"{found['mean_error']:.3f}, {found['sd_ratio']:.3f}" if "mean_error" in found else "stopped"
-        cells += [f"{found['seconds']:.0f}", accurate]
+        cells += [f"{found.get('cpu_seconds', math.nan):.0f}", found.get("error", accurate)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -162,7 +163,7 @@ def main() -> None:
     if options.path is None:
         parser.error("give --path, or set PYROFLOWS_POSTERIORDB")
     torch.set_num_threads(1)
-    columns = [*COLUMNS, "NUTS s", "NUTS"] if options.nuts else COLUMNS
+    columns = [*COLUMNS, "NUTS CPU s", "NUTS"] if options.nuts else COLUMNS
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
     results = []
     for name in selected(TARGETS, options.names):

@@ -4,11 +4,15 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
+import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-MAX_SECONDS = 600.0
+# Of a processor, so that other work on the machine does not count. Samplers run on one thread.
+MAX_SECONDS = 600
 NUM_WARMUP = 1000
 NUM_DRAWS = 1000
 
@@ -20,30 +24,36 @@ def selected(names: Iterable[str], parts: list[str]) -> list[str]:
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
+def timed(function: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a call, by the clock and of a processor."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    function()
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+
+
 def limited(sampler: Sampler, folder: Path, name: str) -> dict[str, Any]:
-    """What the sampler returns; where it had to be stopped only its seconds, and those that it had of a processor."""
-    cpu_before = _children_cpu_seconds()
+    """What the sampler returns; only ``cpu_seconds`` where it had to be stopped, and the error where it raised."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, sampler, folder, name))
     process.start()
     sender.close()
-    finished = receiver.poll(MAX_SECONDS)
-    if not finished:
-        process.kill()
-    result = receiver.recv() if finished else {"seconds": MAX_SECONDS}
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        stopped = process.exitcode == -signal.SIGXCPU
+        result = {"cpu_seconds": MAX_SECONDS} if stopped else {"error": f"exit code {process.exitcode}"}
     process.join()
-    return {"name": name, "cpu_seconds": _children_cpu_seconds() - cpu_before, **result}
-
-
-def _children_cpu_seconds() -> float:
-    """Of the processes that have ended."""
-    times = os.times()
-    return times.children_user + times.children_system
+    return {"name": name, **result}
 
 
 def _send(connection: Any, sampler: Sampler, folder: Path, name: str) -> None:
-    connection.send(sampler(folder, name))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, resource.RLIM_INFINITY))
+    try:
+        connection.send(sampler(folder, name))
+    except Exception as error:  # what a sampler cannot do is a result
+        connection.send({"error": f"{type(error).__name__}: {error}"})
 
 
 def main(sampler: Sampler, names: Iterable[str], description: str | None) -> None:
