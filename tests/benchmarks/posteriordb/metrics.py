@@ -37,12 +37,12 @@ def accuracy(
     by_quantiles: Collection[str] = (),
     weights: np.ndarray | None = None,
 ) -> Accuracy:
-    """Of draws ``(S, *shape)`` by site, with weights ``(S,)`` that sum to one, or equal ones.
+    """Of draws ``(S, *shape)`` of all the reference's parameters, with weights ``(S,)`` that sum to one, or equal ones.
 
-    Sites and parameters that only one of the two has are left out.
+    Other sites are left out.
     """
     errors, ratios = [], []
-    for name in draws.keys() & reference.keys():
+    for name in reference:
         x, ref = (a[name].reshape(len(a[name]), -1).astype(np.float64) for a in (draws, reference))
         if name in by_quantiles:
             q, q_ref = _quantiles(x, weights), _quantiles(ref)

@@ -247,7 +247,12 @@ def nuts(folder: Path, name: str) -> dict[str, Any]:
         chain_method="vectorized",
         progress_bar=False,
     )
-    seconds = timed(lambda: jax.block_until_ready((chains.run(jax.random.PRNGKey(0), data), chains.get_samples())))
+
+    def run() -> None:
+        chains.run(jax.random.PRNGKey(0), data)
+        jax.block_until_ready(chains.get_samples())
+
+    seconds = timed(run)
     draws = {key: np.asarray(value) for key, value in chains.get_samples().items()}
     quantiles = ("K_m", "V_m") if model is michaelis_menten else ()
     divergences = int(chains.get_extra_fields()["diverging"].sum())

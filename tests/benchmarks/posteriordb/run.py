@@ -115,7 +115,7 @@ def _correction(
 
 def _arrays(draws: Mapping[str, Tensor], ref: reference.Reference) -> dict[str, np.ndarray]:
     """Of the quantities that the reference has."""
-    return {key: draws[key].numpy() for key in draws.keys() & ref.draws.keys()}
+    return {key: draws[key].numpy() for key in ref.draws}
 
 
 def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
