@@ -88,6 +88,9 @@ class _Program:
         self._inputs, self._outputs = list(examples), [source(output) for output in outputs]
         self._keep = recorder  # whose tensors keep their identity only as long as they live
         self._operations = self._needed([op for op in recorder.recorded() if op.function not in _ALIASES])
+        computed = {id(tensor) for op in self._operations for tensor in op.outputs} | {id(t) for t in self._inputs}
+        used = [source(tensor) for op in self._operations for tensor in _tensors((op.args, op.kwargs))]
+        self._constants = {id(t): t.detach() for t in [*used, *self._outputs] if id(t) not in computed}
 
     def _needed(self, operations: list[_Operation]) -> list[_Operation]:
         """Those that the outputs depend on, and those that write into a tensor."""
@@ -99,14 +102,11 @@ class _Program:
                 wanted.update(id(self._source(tensor)) for tensor in _tensors((op.args, op.kwargs)))
         return kept[::-1]
 
-    def _run(self, inputs: Sequence[Any], constant: Callable[[Tensor], Any], call: Callable[..., Any]) -> Any:
-        values: dict[int, Any] = {id(tensor): value for tensor, value in zip(self._inputs, inputs, strict=True)}
+    def _run(self, inputs: Sequence[Any], constants: dict[int, Any], call: Callable[..., Any]) -> Any:
+        values = constants | {id(tensor): value for tensor, value in zip(self._inputs, inputs, strict=True)}
 
         def value(tensor: Tensor) -> Any:
-            tensor = self._source(tensor)
-            if id(tensor) not in values:
-                values[id(tensor)] = constant(tensor.detach())
-            return values[id(tensor)]
+            return values[id(self._source(tensor))]
 
         for op in self._operations:
             kwargs = {name: _mapped(value, argument) for name, argument in op.kwargs.items()}
@@ -123,7 +123,7 @@ class _Program:
         """For TorchScript's interpreter: the fastest on small tensors, though deprecated."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return self._run(inputs, lambda tensor: tensor, lambda function, args, kwargs: function(*args, **kwargs))
+            return self._run(inputs, self._constants, lambda function, args, kwargs: function(*args, **kwargs))
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -134,14 +134,12 @@ class _Program:
 
     def graph_module(self) -> fx.GraphModule:
         root, graph = torch.nn.Module(), fx.Graph()
-
-        def constant(tensor: Tensor) -> fx.Node:
-            name = f"constant_{len(list(root.buffers()))}"
-            root.register_buffer(name, tensor)
-            return graph.get_attr(name)
-
         inputs = [graph.placeholder(f"input_{i}") for i in range(len(self._inputs))]
-        graph.output(self._run(inputs, constant, graph.call_function))
+        constants = {}
+        for i, (key, tensor) in enumerate(self._constants.items()):
+            root.register_buffer(f"constant_{i}", tensor)
+            constants[key] = graph.get_attr(f"constant_{i}")
+        graph.output(self._run(inputs, constants, graph.call_function))
         return fx.GraphModule(root, graph)
 
 

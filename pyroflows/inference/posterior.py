@@ -23,7 +23,7 @@ from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.predictive import posterior_predictive
-from pyroflows.inference.start import Start
+from pyroflows.inference.start import Starts
 from pyroflows.model import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training import History
@@ -52,7 +52,7 @@ class Posterior:
         args: the model's positional arguments.
         kwargs: the model's keyword arguments.
         history: of the training; empty where none was needed.
-        start: what the starts of the fit found.
+        starts: what the starts of the fit found, where it had several.
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
 
     Example:
@@ -74,7 +74,7 @@ class Posterior:
         args: Any,
         kwargs: Any,
         history: History,
-        start: Start | None = None,
+        starts: Starts | None = None,
         num_diagnostic_samples: int = 10_000,
     ) -> None:
         if guide.structure is None or guide.flow is None:
@@ -84,7 +84,7 @@ class Posterior:
         self.model = model
         self.guide = guide
         self.history = history
-        self.start = start
+        self.starts = starts
         self.num_diagnostic_samples = num_diagnostic_samples
         self._model = in_dtype(model, guide.dtype)
         self._args, self._kwargs = args, kwargs
@@ -108,7 +108,7 @@ class Posterior:
 
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""
-        return Posterior(self.model, self.guide, args, kwargs, self.history, self.start, self.num_diagnostic_samples)
+        return Posterior(self.model, self.guide, args, kwargs, self.history, self.starts, self.num_diagnostic_samples)
 
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Draws by site, ``(num_samples, *site shape)``, in the constrained space; deterministic sites too."""
@@ -196,10 +196,10 @@ class Posterior:
     def diagnose(self) -> Diagnosis:
         """The verdict, and why."""
         found = self._diagnostics
-        start = None if self.start is None else str(self.start)
+        modes = None if self.starts is None else str(self.starts)
         num_covered = len(self._flow.components) if isinstance(self._flow, Mixture) else 1
-        others = 0 if self.start is None else len(self.start.modes) - num_covered
-        return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents, self.history, start, others)
+        others = 0 if self.starts is None else len(self.starts.modes) - num_covered
+        return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents, self.history, modes, others)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
         """Mean, sd and quantiles of every component, straight from the flow, as a pandas table.
@@ -306,7 +306,7 @@ class Posterior:
     def save(self, path: str | Path) -> None:
         """Write the flow and the history to a safetensors file; see :func:`pyroflows.load_posterior`."""
         parameters = model_parameters(self._model, self._args, self._kwargs, self._init_fn)
-        serialization.save(self.guide, parameters, self.history, path)
+        serialization.save(self.guide, parameters, self.history, self.starts, path)
 
     @torch.no_grad()
     def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:

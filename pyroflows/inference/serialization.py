@@ -1,6 +1,7 @@
 """Posteriors as safetensors files: no pickle."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +17,16 @@ from pyroflows import flows
 from pyroflows.errors import CheckpointError
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn, default_flow
+from pyroflows.inference.start import Starts
 from pyroflows.model import Model, in_dtype, model_parameters
 from pyroflows.training import History
 
 FORMAT = "pyroflows posterior 1"
 
 
-def save(guide: AutoFlow, parameters: dict[str, Tensor], history: History, path: str | Path) -> None:
+def save(
+    guide: AutoFlow, parameters: dict[str, Tensor], history: History, starts: Starts | None, path: str | Path
+) -> None:
     """Write a guide's flow, the model's own parameters and the history, with what is needed to rebuild the flow."""
     tensors = {f"flow.{name}": value for name, value in guide.state_dict().items()}
     tensors |= {f"param.{name}": value.detach() for name, value in parameters.items()}
@@ -34,6 +38,7 @@ def save(guide: AutoFlow, parameters: dict[str, Tensor], history: History, path:
         "flow": _recipe(guide.flow_fn),
         "dtype": None if guide.dtype is None else str(guide.dtype).removeprefix("torch."),
         "sites": {site.name: list(site.shape) for site in guide.structure.latents},
+        "starts": None if starts is None else asdict(starts),
     }
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     try:
@@ -42,8 +47,10 @@ def save(guide: AutoFlow, parameters: dict[str, Tensor], history: History, path:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def load(path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn | None) -> tuple[AutoFlow, History]:
-    """A built guide and the history from a file that :func:`save` wrote.
+def load(
+    path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn | None
+) -> tuple[AutoFlow, History, Starts | None]:
+    """A built guide, the history and what the starts found, from a file that :func:`save` wrote.
 
     Raises:
         CheckpointError: if the file cannot be read, belongs to another model, or needs ``flow_fn``.
@@ -70,7 +77,10 @@ def load(path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(saved[name])
-    return guide, History({name: values.tolist() for name, values in _part(tensors, "history.").items()})
+    history = History({name: values.tolist() for name, values in _part(tensors, "history.").items()})
+    found = header["starts"]
+    starts = found and Starts(tuple(found["elbos"]), tuple(found["modes"]), found["num_starts"])
+    return guide, history, starts
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -82,7 +92,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-    if header.get("format") != FORMAT or not header.keys() >= {"flow", "dtype", "sites"}:
+    if header.get("format") != FORMAT or not header.keys() >= {"flow", "dtype", "sites", "starts"}:
         raise CheckpointError(f"{path} holds no posterior of this version: its format is {header.get('format')!r}")
     return header, tensors
 

@@ -27,25 +27,26 @@ EXACT_VARIANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Start:
-    """Gaussians that the starts ended in.
+class Starts:
+    """What the starts of a fit found.
 
     Args:
-        modes: one for each separate mode of some mass, the best ELBO first.
-        elbos: of each start that found a finite log joint, the best first.
+        elbos: of the best Gaussian of each start that found a finite log joint, the best first.
+        modes: the ELBO of each separate mode of some mass, the best first.
         num_starts: how many were tried.
     """
 
-    modes: tuple[Gaussian, ...]
     elbos: tuple[float, ...]
+    modes: tuple[float, ...]
     num_starts: int
 
     def __str__(self) -> str:
         near = sum(elbo > self.elbos[0] - 1 for elbo in self.elbos)
         text = f"{near} of {self.num_starts} starts ended within 1 nat of the best Gaussian"
         if len(self.modes) > 1:
-            deficit = self.modes[0].elbo - self.modes[-1].elbo
-            text += f", in {len(self.modes)} separate modes whose ELBOs differ by up to {deficit:.1f} nats"
+            text += (
+                f", in {len(self.modes)} separate modes whose ELBOs lie {self.modes[0] - self.modes[-1]:.1f} nats apart"
+            )
         return text
 
 
@@ -73,8 +74,10 @@ def _uniform(num: int, like: Tensor) -> Tensor:
     return 2 * torch.rand(num, len(like)).to(like) - 1
 
 
-def find_start(log_joint: LogJoint, starts: Tensor, inverse_temperature: float | None = None) -> Start:
-    """Gaussians of the best ELBO from each of the starts ``(S, dim)``.
+def find_start(
+    log_joint: LogJoint, starts: Tensor, inverse_temperature: float | None = None
+) -> tuple[list[Gaussian], Starts]:
+    """A Gaussian at each separate mode of some mass, the best ELBO first, from starts ``(S, dim)``.
 
     Raises:
         ModelError: if the log joint is finite at none of them.
@@ -91,7 +94,8 @@ def find_start(log_joint: LogJoint, starts: Tensor, inverse_temperature: float |
         found = pathfinder(tempered, starts, num_rows=num_rows)
     except ValueError as error:
         raise ModelError(f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}})") from error
-    return Start(tuple(_separate(found)), tuple(g.elbo for g in found), len(starts))
+    modes = _separate(found)
+    return modes, Starts(tuple(g.elbo for g in found), tuple(g.elbo for g in modes), len(starts))
 
 
 def is_enough(gaussian: Diagnosis) -> bool:

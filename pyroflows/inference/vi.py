@@ -18,10 +18,11 @@ from pyroflows.guides.flow import FlowFn, default_flow
 from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.compilation import Compiler
 from pyroflows.inference.estimators import ESTIMATORS
+from pyroflows.inference.initialize import Gaussian
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.serialization import load
-from pyroflows.inference.start import Start, find_start, is_enough, starting_points
+from pyroflows.inference.start import find_start, is_enough, starting_points
 from pyroflows.inference.step import Step, Tempering
 from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
@@ -165,23 +166,25 @@ class FlowVI:
             guide.own_values_count = True
             return Posterior(self.model, guide, args, kwargs, history)
         points = starting_points(model, args, kwargs, structure, center, self.num_starts)
-        start = find_start(log_joint, points, self.temper)
+        modes, starts = find_start(log_joint, points, self.temper)
         is_given = self.guide is not None or self.num_steps is not None or self.temper is not None
-        if self.gate and not is_given and not own and not structure.subsampled and len(start.modes) == 1:
+        if self.gate and not is_given and not own and not structure.subsampled and len(modes) == 1:
             guide.flow_fn = partial(flows.Gaussian)
-            guide.start_at(start.modes[0].loc, start.modes[0].scale_tril)
-            posterior = Posterior(self.model, guide, args, kwargs, History(), start)
+            guide.start_at(modes[0].loc, modes[0].scale_tril)
+            posterior = Posterior(self.model, guide, args, kwargs, History(), starts)
             if is_enough(posterior.diagnose()):
                 return posterior
             guide.flow_fn = default_flow
-        history = self._train_modes(guide, start, log_joint, own)
+        history = self._train_modes(guide, modes, log_joint, own)
         guide.own_values_count = True
-        return Posterior(self.model, guide, args, kwargs, history, start)
+        return Posterior(self.model, guide, args, kwargs, history, starts)
 
-    def _train_modes(self, guide: AutoFlow, start: Start, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+    def _train_modes(
+        self, guide: AutoFlow, modes: Sequence[Gaussian], log_joint: LogJoint, own: Sequence[Tensor]
+    ) -> History:
         """A flow at each mode, mixed by their evidences; the history is that of the first."""
         trained, histories = [], []
-        for mode in start.modes:
+        for mode in modes:
             guide.start_at(mode.loc, mode.scale_tril)
             assert isinstance(guide.flow, Flow)
             histories.append(self._train(guide.flow, log_joint, own))
@@ -213,8 +216,8 @@ def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None =
     Raises:
         CheckpointError: if the file cannot be read or belongs to another model.
     """
-    guide, history = load(path, model, args, kwargs, flow_fn)
-    return Posterior(model, guide, args, kwargs, history)
+    guide, history, starts = load(path, model, args, kwargs, flow_fn)
+    return Posterior(model, guide, args, kwargs, history, starts)
 
 
 @torch.no_grad()

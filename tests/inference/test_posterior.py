@@ -281,7 +281,7 @@ def test_verdict(make, verdict):
     assert len(diagnosis.reasons) >= 4
     assert f"verdict: {verdict}" in str(diagnosis)
     assert all(reason in str(diagnosis) for reason in diagnosis.reasons)
-    advice = {"good": "can be used", "correct it": "importance_sample", "do not use": "more layers"}[verdict]
+    advice = {"good": "can be used", "correct it": "importance_sample", "do not use": "more steps"}[verdict]
     assert advice in str(diagnosis)
 
 
@@ -306,7 +306,7 @@ def test_verdict_where_the_log_joint_is_not_finite():
 
 
 def test_a_diagnosis_says_what_it_cannot_see():
-    assert "mode that the flow never visits" in str(exact().diagnose())
+    assert "mode that neither the flow nor a start visits" in str(exact().diagnose())
 
 
 # Importance sampling
