@@ -6,6 +6,7 @@ from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.posterior import Posterior
+from pyroflows.inference.proposals import importance_sample
 from pyroflows.inference.vi import FlowVI, load_posterior
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Posterior",
     "WeightedDraws",
     "Weights",
+    "importance_sample",
     "load_posterior",
     "to_arviz",
 ]

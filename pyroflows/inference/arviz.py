@@ -126,10 +126,10 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def rhat(draws: np.ndarray) -> np.ndarray:
-    r"""Rank-normalised split :math:`\hat R` (Vehtari et al. 2021, arXiv:1903.08008) of draws (chain, draw, \*shape).
+    r"""Rank-normalised split :math:`\hat R` of draws (chain, draw, ...), of each component.
 
-    Of a single chain it compares its halves. Infinite where every chain stands still, each at another value; NaN where
-    all draws are equal, or not all finite.
+    See Vehtari et al. (2021, arXiv:1903.08008). Of a single chain it compares the halves. Infinite where every chain
+    stands still, each at another value; NaN where all draws are equal, or not all finite.
 
     Examples:
         >>> draws = np.random.default_rng(0).normal(size=(4, 250, 3))
@@ -144,7 +144,7 @@ def rhat(draws: np.ndarray) -> np.ndarray:
 
 
 def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
-    """Effective sample size (Vehtari et al. 2021, arXiv:1903.08008) of draws (chain, draw, \\*shape).
+    """Effective sample size (Vehtari et al. 2021, arXiv:1903.08008) of draws (chain, draw, ...), of each component.
 
     Args:
         draws: of all chains, four at least of each.
@@ -216,7 +216,7 @@ def _smoothed_finite(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     # Where there are too few for a tail, all of them must be equal to be without one.
     num_tail = math.ceil(min(size / 5, 3 * math.sqrt(size))) if size >= MIN_WEIGHTS else size
     # The fit starts at the largest weight below the tail, hence one more.
-    if size > 1 and np.ptp(np.sort(log_weights)[-num_tail - 1 :]) <= EQUAL:
+    if size > 1 and np.ptp(_largest(log_weights, min(num_tail + 1, size))) <= EQUAL:
         return log_weights, 0.0
     if size < MIN_WEIGHTS:
         return log_weights, math.inf
@@ -227,6 +227,10 @@ def _smoothed_finite(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         return log_weights, math.inf
     # ArviZ normalises. Most weights are below the tail and untouched, so the median change is what it subtracted.
     return smoothed + np.median(log_weights - smoothed), float(khat)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    return np.partition(values, values.size - count)[-count:]
 
 
 def _check_ranks(group: str, arrays: dict[str, np.ndarray], sample_dims: list[str], names: dict[str, list]) -> None:

@@ -22,7 +22,7 @@ class Chains:
     Args:
         draws: site to tensor ``(chain, draw, *site shape)``, constrained; deterministic sites too.
         sample_stats: figures of each draw ``(chain, draw)``: ``lp``, the log joint in the unconstrained space;
-            ``acceptance_rate`` of trajectories (of "nuts" the mean of the chain); ``diverging``; and, of "independence",
+            ``acceptance_rate`` of trajectories (of "nuts" the mean of the chain); ``diverging``; of "independence" also
             ``flow_acceptance_rate``.
         method: that made them.
         model: the Pyro model.
@@ -32,10 +32,10 @@ class Chains:
     Example:
         >>> def model():
         ...     pyro.sample("x", dist.Normal(0.0, 1.0))
-        >>> posterior = pf.FlowVI(model, num_steps=100, seed=0, progress_bar=False).run()
-        >>> chains = posterior.mcmc(100, num_chains=8, seed=0, progress_bar=False)
+        >>> posterior = pf.FlowVI(model, num_steps=400, seed=0, progress_bar=False).run()
+        >>> chains = posterior.mcmc(200, num_chains=8, seed=0, progress_bar=False)
         >>> chains.draws["x"].shape
-        torch.Size([8, 100])
+        torch.Size([8, 200])
         >>> bool(chains.rhat["x"] < 1.05)
         True
     """

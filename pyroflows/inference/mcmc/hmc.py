@@ -88,7 +88,7 @@ def run_hmc(
     with tqdm(total=num_warmup + num_samples, disable=not progress_bar, unit="draw") as bar:
         for iteration in range(num_warmup + num_samples):
             jitter = 0.5 + van_der_corput(iteration)
-            proposal = trajectory(value_and_grad, state, tuner.step_size, tuner.num_steps(jitter), tuner.scale)
+            proposal = trajectory(value_and_grad, state, *tuner.steps(jitter), tuner.scale)
             before = state
             state = state.moved(torch.rand_like(proposal.accept_prob) < proposal.accept_prob, proposal.state)
             if move is not None:
@@ -170,7 +170,7 @@ class Tuner:
     Attributes:
         loc: mean of each component ``(D,)``.
         scale: standard deviation of each component ``(D,)``.
-        step_size: of leapfrog, in units of the scales.
+        step_size: the largest of leapfrog, in units of the scales.
         mean_trajectory: in the same units.
     """
 
@@ -189,9 +189,12 @@ class Tuner:
     def step_size(self) -> float:
         return self._averaging.step_size
 
-    def num_steps(self, jitter: float) -> int:
-        """Leapfrog steps of a trajectory of ``jitter`` times the mean length."""
-        return min(MAX_LEAPFROG_STEPS, max(1, math.ceil(jitter * self.mean_trajectory / self.step_size)))
+    def steps(self, jitter: float) -> tuple[float, int]:
+        """Size and number of leapfrog steps of a trajectory that has ``jitter`` times the mean length."""
+        length = jitter * self.mean_trajectory
+        num_steps = math.ceil(length / self.step_size)
+        # Steps are shortened so that the length is met, unless there would be too many of them.
+        return (length / num_steps, num_steps) if num_steps <= MAX_LEAPFROG_STEPS else (self.step_size, MAX_LEAPFROG_STEPS)
 
     def update(self, iteration: int, before: State, proposal: Proposal, jitter: float, after: State) -> None:
         """Learn from one iteration of warm-up, the last of which fixes everything."""
