@@ -14,7 +14,7 @@ from pyroflows.errors import (
 )
 from pyroflows.fitting import DensityFit, fit_density
 from pyroflows.flows import Flow
-from pyroflows.inference import FlowVI, Posterior, load_posterior, to_arviz
+from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, to_arviz
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "fitting",
     "flows",
     "guides",
+    "importance_sample",
     "inference",
     "load_posterior",
     "to_arviz",

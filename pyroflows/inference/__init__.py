@@ -1,9 +1,23 @@
 """What a Bayesian gets: a posterior from a model, its diagnosis and correction."""
 
+from pyroflows.inference.bridge import BridgeEstimate
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
+from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.posterior import Posterior
+from pyroflows.inference.proposals import importance_sample
 from pyroflows.inference.vi import FlowVI, load_posterior
 
-__all__ = ["Diagnosis", "FlowVI", "Posterior", "WeightedDraws", "Weights", "load_posterior", "to_arviz"]
+__all__ = [
+    "BridgeEstimate",
+    "Chains",
+    "Diagnosis",
+    "FlowVI",
+    "Posterior",
+    "WeightedDraws",
+    "Weights",
+    "importance_sample",
+    "load_posterior",
+    "to_arviz",
+]

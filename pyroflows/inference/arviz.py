@@ -1,4 +1,4 @@
-"""ArviZ, the only place that knows it: conversion to its data, and its Pareto-smoothed importance sampling.
+"""ArviZ, the only place that knows it: conversion to its data, Pareto-smoothed importance sampling, R-hat and ESS.
 
 Both generations are supported, and whichever ``arviz`` is installed decides: 0.x with ``InferenceData``, 1.x with
 xarray's ``DataTree``. Everything here takes NumPy arrays, and neither torch nor the rest of pyroflows is needed, so
@@ -125,6 +125,34 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     return log_weights, khat
 
 
+def rhat(draws: np.ndarray) -> np.ndarray:
+    r"""Rank-normalised split :math:`\hat R` of draws (chain, draw, ...), of each component.
+
+    See Vehtari et al. (2021, arXiv:1903.08008). Of a single chain it compares the halves. Infinite where every chain
+    stands still, each at another value; NaN where all draws are equal, or not all finite.
+
+    Examples:
+        >>> draws = np.random.default_rng(0).normal(size=(4, 250, 3))
+        >>> rhat(draws).shape, bool((rhat(draws) < 1.05).all())
+        ((3,), True)
+    """
+    # ArviZ refuses one chain, though the halves are what is compared.
+    if len(draws) == 1:
+        half = draws.shape[1] // 2
+        draws = np.concatenate([draws[:, :half], draws[:, -half:]])
+    return _by_component(_backend().rhat, draws)
+
+
+def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
+    """Effective sample size (Vehtari et al. 2021, arXiv:1903.08008) of draws (chain, draw, ...), of each component.
+
+    Args:
+        draws: of all chains, four at least of each.
+        method: "bulk" for ranks, "mean" for the values themselves.
+    """
+    return _by_component(lambda component: _backend().ess(component, method), draws)
+
+
 def plot_pairs(
     data: "InferenceData | DataTree",
     var_names: Sequence[str] | None = None,
@@ -175,12 +203,20 @@ def pareto_k_threshold(num_samples: int) -> float:
     return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
 
 
+def _by_component(function: Callable[[np.ndarray], Any], draws: np.ndarray) -> np.ndarray:
+    components = draws.reshape(*draws.shape[:2], -1)
+    # Chains that stand still divide by zero.
+    with np.errstate(all="ignore"):
+        values = [float(function(components[..., i])) for i in range(components.shape[-1])]
+    return np.array(values).reshape(draws.shape[2:])
+
+
 def _smoothed_finite(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     size = log_weights.size
     # Where there are too few for a tail, all of them must be equal to be without one.
     num_tail = math.ceil(min(size / 5, 3 * math.sqrt(size))) if size >= MIN_WEIGHTS else size
     # The fit starts at the largest weight below the tail, hence one more.
-    if size > 1 and np.ptp(np.sort(log_weights)[-num_tail - 1 :]) <= EQUAL:
+    if size > 1 and np.ptp(_largest(log_weights, min(num_tail + 1, size))) <= EQUAL:
         return log_weights, 0.0
     if size < MIN_WEIGHTS:
         return log_weights, math.inf
@@ -191,6 +227,10 @@ def _smoothed_finite(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         return log_weights, math.inf
     # ArviZ normalises. Most weights are below the tail and untouched, so the median change is what it subtracted.
     return smoothed + np.median(log_weights - smoothed), float(khat)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    return np.partition(values, values.size - count)[-count:]
 
 
 def _check_ranks(group: str, arrays: dict[str, np.ndarray], sample_dims: list[str], names: dict[str, list]) -> None:
@@ -219,6 +259,8 @@ class _Backend(NamedTuple):
     dataset: Callable[..., "Dataset"]
     container: Callable[[dict[str, "Dataset"]], Any]
     psislw: Callable[[np.ndarray], tuple[np.ndarray, Any]]
+    rhat: Callable[[np.ndarray], Any]
+    ess: Callable[[np.ndarray, str], Any]
     plot_pair: Callable[..., Any]
 
 
@@ -259,7 +301,10 @@ def _arviz_0() -> _Backend:
         figure.set_layout_engine("constrained")
         return figure
 
-    return _Backend(dataset, lambda datasets: arviz.InferenceData(**datasets), arviz.psislw, plot_pair)
+    def ess(draws: np.ndarray, method: str) -> Any:
+        return arviz.ess(draws, method=method)
+
+    return _Backend(dataset, lambda datasets: arviz.InferenceData(**datasets), arviz.psislw, arviz.rhat, ess, plot_pair)
 
 
 def _arviz_1() -> _Backend:
@@ -275,6 +320,12 @@ def _arviz_1() -> _Backend:
         # Unlike 0.x it takes negated log weights: a log likelihood, as leave-one-out has it.
         return array_stats.psislw(-log_weights)
 
+    def rhat(draws: np.ndarray) -> Any:
+        return array_stats.rhat(draws, chain_axis=0, draw_axis=1)
+
+    def ess(draws: np.ndarray, method: str) -> Any:
+        return array_stats.ess(draws, chain_axis=0, draw_axis=1, method=method)
+
     def plot_pair(data: "DataTree", **options: Any) -> Any:
         import arviz_plots
 
@@ -282,4 +333,4 @@ def _arviz_1() -> _Backend:
         # Without a backend it draws nothing, and says so only when the figure is saved.
         return arviz_plots.plot_pair(data, **{"backend": "matplotlib", **options})
 
-    return _Backend(dataset, DataTree.from_dict, psislw, plot_pair)
+    return _Backend(dataset, DataTree.from_dict, psislw, rhat, ess, plot_pair)

@@ -20,6 +20,7 @@ from pyro import distributions as dist
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyroflows.errors import ModelError
 from pyroflows.model import Model
@@ -57,6 +58,8 @@ class BatchedModel:
             draws; may be empty if ``draw``.
         draw: draw what has no value, observed sites included; otherwise a latent without a value is an error.
         subsample: row indices by subsampled plate, for the examples.
+        zero_outside_support: give log-density -inf to given values outside a univariate support, where ``log_prob``
+            without validation says anything.
 
     Attributes:
         mode: the way that was found right.
@@ -70,8 +73,10 @@ class BatchedModel:
         examples: Values,
         draw: bool = False,
         subsample: Values | None = None,
+        zero_outside_support: bool = False,
     ) -> None:
         self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
+        self._zero_outside_support = zero_outside_support
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
             first = {name: value[0] for name, value in examples.items()}
@@ -148,7 +153,7 @@ class BatchedModel:
         single: bool = False,
     ) -> "_Handler":
         # The plate stands inside, so that the handler sees distributions as the plate expands them.
-        with _Handler(values, subsample, self._draw, single) as handler, plate:
+        with _Handler(values, subsample, self._draw, single, self._zero_outside_support) as handler, plate:
             self._model(*self._args, **self._kwargs)
         return handler
 
@@ -201,8 +206,9 @@ class BatchedModel:
 class _Handler(Messenger):
     """Substitutes values at the sites of a run, and records."""
 
-    def __init__(self, values: Values, subsample: Values, draw: bool, single: bool) -> None:
+    def __init__(self, values: Values, subsample: Values, draw: bool, single: bool, zero_outside_support: bool) -> None:
         super().__init__()
+        self._zero_outside_support = zero_outside_support
         self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
         self.record = Record({}, {})
         self.event_dims: dict[str, int] = {}  # of the sites that can be given a value
@@ -240,12 +246,21 @@ class _Handler(Messenger):
             self.event_dims[name] = fn.event_dim
         if not msg["infer"].get("_deterministic"):
             log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            if self._zero_outside_support and name in self._values and _can_be_left(fn.support):
+                log_prob = torch.where(fn.support.check(msg["value"]), log_prob, -torch.inf)
             self.record.log_probs[name] = scale_and_mask(log_prob, msg["scale"], msg["mask"])
 
 
 def _is_fixed(msg: Any) -> bool:
     """Whether the site's value follows from others: factors and ``pyro.deterministic``."""
     return isinstance(msg["fn"], dist.Unit) or bool(msg["infer"].get("_deterministic"))
+
+
+def _can_be_left(support: constraints.Constraint) -> bool:
+    """Whether to check it: real is all numbers, and those of vectors are met up to rounding, which float32 passes."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support.event_dim == 0 and not isinstance(support, type(constraints.real))
 
 
 def _draws_first(tensor: Tensor, num_draws: int, shape: torch.Size) -> Tensor:

@@ -23,6 +23,7 @@ def to_arviz(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    num_chains: int = 1,
     sample_stats: Mapping[str, Tensor] | None = None,
     log_likelihood: bool = True,
     posterior_predictive: bool = True,
@@ -30,13 +31,14 @@ def to_arviz(
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """ArviZ data of one chain: InferenceData (ArviZ 0.x) or DataTree (1.x), whichever is installed.
+    """ArviZ data of draws: InferenceData (ArviZ 0.x) or DataTree (1.x), whichever is installed.
 
     Args:
         draws: site to tensor ``(S, *site shape)``.
         model: the Pyro model of the draws; without it there are no groups but the posterior.
         args: its positional arguments.
         kwargs: its keyword arguments.
+        num_chains: number of chains that the draws are, one after the other, all of one length.
         sample_stats: name to tensor ``(S,)``.
         log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
         posterior_predictive: whether to add posterior predictive draws.
@@ -51,8 +53,8 @@ def to_arviz(
         (1, 100)
     """
     groups: dict[str, Arrays] = {
-        "posterior": _one_chain(draws),
-        "sample_stats": _one_chain(_double(sample_stats or {})),
+        "posterior": _in_chains(draws, num_chains),
+        "sample_stats": _in_chains(_double(sample_stats or {}), num_chains),
     }
     named: dict[str, list[str]] = {}
     if model is not None:
@@ -66,15 +68,15 @@ def to_arviz(
             record = BatchedModel(model, args, kwargs, latents).in_chunks(latents, num_samples)
             groups["observed_data"] = {s.name: _array(record.values[s.name][0]) for s in structure.observed}
             if log_likelihood:
-                groups["log_likelihood"] = _one_chain(
-                    _double({s.name: record.log_probs[s.name] for s in structure.observed})
-                )
+                log_probs = {s.name: record.log_probs[s.name] for s in structure.observed}
+                groups["log_likelihood"] = _in_chains(_double(log_probs), num_chains)
             if posterior_predictive:
                 drawn = draw_posterior_predictive(model, args, kwargs, latents, num_samples)
-                groups["posterior_predictive"] = _one_chain({s.name: drawn[s.name] for s in structure.observed})
+                observed = {s.name: drawn[s.name] for s in structure.observed}
+                groups["posterior_predictive"] = _in_chains(observed, num_chains)
         if prior:
-            latent, observed = prior_draws(model, args, kwargs, structure, num_samples)
-            groups["prior"], groups["prior_predictive"] = _one_chain(latent), _one_chain(observed)
+            latent, predicted = prior_draws(model, args, kwargs, structure, num_samples)
+            groups["prior"], groups["prior_predictive"] = _in_chains(latent, 1), _in_chains(predicted, 1)
     attrs = {"inference_library": "pyroflows", "inference_library_version": version("pyroflows")}
     return to_arviz_data(groups, coords=coords, dims={**named, **(dims or {})}, attrs=attrs)
 
@@ -92,11 +94,11 @@ def _dims(structure: ModelStructure) -> dict[str, list[str]]:
 
 def _double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In float64: ArviZ's own sums in float32 can come out NaN."""
-    return {name: tensor.double() for name, tensor in tensors.items()}
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def _one_chain(tensors: Mapping[str, Tensor]) -> Arrays:
-    return {name: _array(tensor)[None] for name, tensor in tensors.items()}
+def _in_chains(tensors: Mapping[str, Tensor], num_chains: int) -> Arrays:
+    return {name: _array(tensor.unflatten(0, (num_chains, -1))) for name, tensor in tensors.items()}
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -1,0 +1,69 @@
+"""Chains of a model's posterior, moved in the base space of a flow."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import OptionError
+from pyroflows.flows import Flow
+from pyroflows.inference.estimators import frozen
+from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.mcmc.hmc import run_hmc
+from pyroflows.inference.mcmc.independence import run_independence
+from pyroflows.inference.mcmc.nuts import run_nuts
+from pyroflows.inference.mcmc.target import pulled_back, where_finite, with_gradient
+from pyroflows.randomness import seeded
+
+METHODS = {"hmc": run_hmc, "nuts": run_nuts, "independence": run_independence}
+NUM_CHAINS = {"hmc": 64, "nuts": 4, "independence": 64}
+MIN_SAMPLES = 4  # of which R-hat can be computed
+
+
+class LatentChains(NamedTuple):
+    """Unconstrained draws ``(C, N, D)``, the base values they came from, and figures ``(C, N)`` by name."""
+
+    latents: Tensor
+    z: Tensor
+    stats: dict[str, Tensor]
+
+
+def sample_latents(
+    flow: Flow,
+    log_joint: LogJoint,
+    method: str,
+    num_samples: int,
+    num_chains: int | None,
+    num_warmup: int,
+    seed: int | None,
+    progress_bar: bool,
+) -> LatentChains:
+    """Run the chains; see :meth:`pyroflows.Posterior.mcmc`.
+
+    Raises:
+        OptionError: for an option outside its range.
+        ModelError: if the log joint is finite at too few draws from the flow to start from.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method must be one of {list(METHODS)}, got {method!r}")
+    num_chains = NUM_CHAINS[method] if num_chains is None else num_chains
+    for name, value, least in (
+        ("num_samples", num_samples, MIN_SAMPLES),
+        ("num_chains", num_chains, 1),
+        ("num_warmup", num_warmup, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+    value_and_grad = where_finite(with_gradient(pulled_back(flow, log_joint)))
+    with seeded(seed), frozen(flow):
+        z, stats = METHODS[method](value_and_grad, flow.base(), num_samples, num_chains, num_warmup, progress_bar)
+        latents, ladj = _mapped(flow, z.flatten(0, 1), log_joint.batched.chunk_size)
+    # In the space of the unconstrained vector, as the posterior's own lp.
+    lp = stats["lp"] - ladj.reshape(stats["lp"].shape)
+    return LatentChains(latents.reshape(z.shape), z, {**stats, "lp": lp})
+
+
+@torch.no_grad()
+def _mapped(flow: Flow, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    parts = [flow.transform.forward_and_ladj(part) for part in z.split(chunk_size)]
+    return torch.cat([x for x, _ in parts]), torch.cat([ladj for _, ladj in parts])
