@@ -11,11 +11,14 @@ from torch.distributions import constraints
 from pyroflows.errors import ShapeError
 from pyroflows.flows.base import Flow
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.transforms import Permutation
 from pyroflows.transforms.base import Pair
 
 
-class Mixture(nn.Module):
-    r""":math:`q(x) = \sum_k w_k q_k(x)`, each :math:`q_k` a flow. A call makes its distribution.
+class Mixture(Flow):
+    r""":math:`q(x) = \sum_k w_k q_k(x)`, each :math:`q_k` a flow.
+
+    As a flow it is its own base, and its transform is the identity: the components have no base in common.
 
     Args:
         flows: two or more flows of one size, without a context.
@@ -30,23 +33,34 @@ class Mixture(nn.Module):
         torch.Size([5])
     """
 
-    log_weights: Tensor
-    context_dim = 0
-
     def __init__(self, flows: Sequence[Flow], log_weights: Tensor) -> None:
-        super().__init__()
         dims = {flow.dim for flow in flows}
         if len(dims) != 1 or log_weights.shape != (len(flows),) or any(flow.context_dim for flow in flows):
             raise ShapeError(
                 "a mixture needs flows of one size without a context and a weight for each, but got sizes "
                 f"{sorted(dims)} and weights of shape {tuple(log_weights.shape)}"
             )
-        self.dim = dims.pop()
+        super().__init__([Permutation(range(dims.pop()))], base=_Mixed(flows, log_weights))
+
+    @property
+    def components(self) -> Any:
+        """The flows."""
+        return self.base.components
+
+    def forward(self, context: Tensor | None = None) -> Any:
+        """The distribution, of event shape ``(dim,)``; a mixture takes no context."""
+        return self.base()
+
+
+class _Mixed(nn.Module):
+    log_weights: Tensor
+
+    def __init__(self, flows: Sequence[Flow], log_weights: Tensor) -> None:
+        super().__init__()
         self.components: Any = nn.ModuleList(flows)
         self.register_buffer("log_weights", log_weights.detach().log_softmax(0))
 
     def forward(self) -> "MixtureDistribution":
-        """The distribution, of event shape ``(dim,)``."""
         return MixtureDistribution([flow() for flow in self.components], self.log_weights)
 
 

@@ -76,7 +76,7 @@ class AutoFlow(AutoContinuous):
         self._init_scale = init_scale
         self.dtype = dtype
         self.structure: ModelStructure | None = None
-        self.flow: Flow | Mixture | None = None
+        self.flow: Flow | None = None
         # Whether the flow's values count, where Pyro's store holds others under the same names.
         self.own_values_count = False
 
@@ -170,11 +170,11 @@ class AutoFlow(AutoContinuous):
 
     def _build_for(self, state_dict: Any, prefix: str) -> None:
         """Make the flow, or mixture of flows, that a state belongs to."""
-        log_weights = state_dict.get(f"{prefix}log_weights")
+        log_weights = state_dict.get(f"{prefix}base.log_weights")
         if log_weights is None:
             self.flow = self._flow_for(state_dict, prefix)
             return
-        parts = [self._flow_for(state_dict, f"{prefix}components.{k}.") for k in range(len(log_weights))]
+        parts = [self._flow_for(state_dict, f"{prefix}base.components.{k}.") for k in range(len(log_weights))]
         self.flow = Mixture([part for part in parts if part is not None], log_weights)
 
     def _flow_for(self, state_dict: Any, prefix: str) -> Flow | None:
@@ -186,27 +186,19 @@ class AutoFlow(AutoContinuous):
         last = state_dict.get(f"{last_prefix}parameters_of.value") if scale_tril is None else scale_tril
         return self._flow_at(torch.zeros_like(last[:, 0]), scale_tril) if last is not None and last.dim() == 2 else None
 
-    def _built(self) -> Flow | Mixture:
+    def _built(self) -> Flow:
         flow = self.flow
         if flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
         return flow
 
-    def _single(self) -> Flow:
-        flow = self._built()
-        if isinstance(flow, Mixture):
-            raise ModelError(
-                "this guide is a mixture of flows, which has no base and no transform; it draws and scores"
-            )
-        return flow
-
     def get_base_dist(self) -> Distribution:
         """The base distribution z of the flow."""
-        return self._single().base()
+        return self._built().base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """The map from z to the unconstrained latent; it remembers its last pair of values."""
-        return self._single().transform.with_cache()
+        return self._built().transform.with_cache()
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
         """The law of the unconstrained latent, of event shape ``(latent_dim,)``."""

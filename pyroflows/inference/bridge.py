@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pyroflows.errors import OptionError
-from pyroflows.flows import Flow
+from pyroflows.flows import Flow, Mixture
 from pyroflows.inference import arviz
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.mcmc.sampling import sample_latents
@@ -58,7 +58,9 @@ def bridge_estimate(
     num_chains = min(MAX_CHAINS, num_samples // MIN_DRAWS)
     num_draws = math.ceil(num_samples / num_chains)
     with seeded(seed), torch.no_grad():
-        chains = sample_latents(flow, log_joint, "hmc", num_draws, num_chains, num_warmup, None, progress_bar)
+        # Trajectories alone do not go from mode to mode.
+        method = "independence" if isinstance(flow, Mixture) else "hmc"
+        chains = sample_latents(flow, log_joint, method, num_draws, num_chains, num_warmup, None, progress_bar)
         z = chains.z.flatten(0, 1)
         _, ladj = flow.transform.forward_and_ladj(z)
         log_q = (flow.base().log_prob(z) - ladj).reshape(num_chains, num_draws)

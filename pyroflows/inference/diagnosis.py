@@ -18,8 +18,8 @@ MAX_MEAN_SHIFT = 0.1
 MAX_SD_CHANGE = 0.1
 # Below this variance q is p to a KL of one percent of a nat, and k-hat, fitted to what is left, says little.
 NEARLY_EXACT = 0.02
-# Between Gaussians the weights of a proposal that is narrower by this factor have a Pareto shape of 0.7, which k-hat from
-# a few thousand draws may miss.
+# Between Gaussians the weights of a proposal that is narrower by this factor have a Pareto shape of 0.7, which k-hat
+# from a few thousand draws may miss.
 MAX_WIDENING = 0.3**-0.5
 MAX_GROWTH = 0.05  # nats, of the ELBO in the last tenth of the training
 MIN_STEPS_OF_TREND = 100

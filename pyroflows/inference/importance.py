@@ -15,11 +15,10 @@ class Weights:
     r"""Pareto-smoothed log weights :math:`\log w_i`, not normalised, and the figures that follow from them.
 
     Args:
-        log_weights: smoothed log weights ``(S,)``, float64; their offset is kept, so that their log mean is the log
-            evidence.
+        log_weights: smoothed log weights ``(S,)``, float64; their offset is kept.
         khat: Pareto shape of the raw weights' tail (Vehtari et al. 2024, JMLR 25(72)); 0 for constant weights.
         ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
-        log_evidence: :math:`\log \frac1S \sum_i w_i`.
+        log_evidence: :math:`\log \frac1S \sum_i w_i` of the raw weights.
         log_evidence_se: its standard error, by the delta method.
     """
 
@@ -36,15 +35,20 @@ class Weights:
         smoothed, khat = pareto_smoothed(values)
         log_weights = torch.from_numpy(smoothed)
         num_draws = len(log_weights)
-        log_sum = torch.logsumexp(log_weights, 0)
-        ess = math.exp(2 * log_sum - torch.logsumexp(2 * log_weights, 0))
-        variance = max(0.0, num_draws / ess - 1) / num_draws
-        return cls(log_weights, khat, ess, (log_sum - math.log(num_draws)).item(), math.sqrt(variance))
+        # The evidence is the mean of the raw weights, which is unbiased; smoothing a tail of k-hat above 1 is not.
+        raw_weights = torch.from_numpy(values)
+        variance = max(0.0, num_draws / _ess(raw_weights) - 1) / num_draws
+        log_evidence = torch.logsumexp(raw_weights, 0).item() - math.log(num_draws)
+        return cls(log_weights, khat, _ess(log_weights), log_evidence, math.sqrt(variance))
 
     @property
     def normalized(self) -> Tensor:
         """Weights that sum to one."""
         return torch.softmax(self.log_weights, 0)
+
+
+def _ess(log_weights: Tensor) -> float:
+    return math.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pyroflows.inference.batching import BatchedModel, Values
 from pyroflows.inference.compilation import Compiler
 from pyroflows.model import Model, ModelStructure
 
+# Vectors (S, D) -> log densities (S,) and gradients (S, D), both without autograd history.
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -62,7 +63,10 @@ class LogJoint:
         r"""The log joint ``(S,)`` and its gradient ``(S, dim)``, compiled for vectors of the examples' shape.
 
         Rows of subsampled plates are drawn once. With ``transform``, a map to u with its log-determinant, it is that of
-        the vectors before it, :math:`\log p(T(z), y) + \log|\det \partial T / \partial z|`.
+        the vectors before it, :math:`\log p(T(z), y) + \log|\det \partial T / \partial z|`: the base's own log density
+        up to the log evidence, where T is exact (NeuTra, Hoffman et al. 2019, arXiv:1903.03704).
+
+        Where a matrix of the model is singular the density is zero: only the vector that it belongs to notices.
         """
         subsample = self.draw_subsample()
 
@@ -75,4 +79,23 @@ class LogJoint:
             return value.detach(), gradient
 
         others = examples + 0.1 * torch.randn_like(examples)
-        return self.compiler(function, [examples], [others])
+        compiled = self.compiler(function, [examples], [others])
+
+        def guarded(vectors: Tensor) -> tuple[Tensor, Tensor]:
+            try:
+                # A program is made for one number of vectors.
+                return compiled(vectors) if vectors.shape == examples.shape else function(vectors)
+            except RuntimeError as error:
+                if not is_singular(error):
+                    raise
+            if len(vectors) == 1:
+                return vectors.new_full((1,), -torch.inf), torch.zeros_like(vectors)
+            halves = [guarded(half) for half in vectors.tensor_split(2)]
+            return torch.cat([value for value, _ in halves]), torch.cat([gradient for _, gradient in halves])
+
+        return guarded
+
+
+def is_singular(error: RuntimeError) -> bool:
+    """Whether a factorisation or a solve failed; compiled, torch's own error class is lost."""
+    return "linalg" in str(error)

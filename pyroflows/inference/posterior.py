@@ -19,6 +19,7 @@ from pyroflows.inference import diagnosis, serialization
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
+from pyroflows.inference.compilation import Compiler
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights
@@ -57,6 +58,7 @@ class Posterior:
         history: of the training; empty where none was needed.
         starts: what the starts of the fit found, where it had several.
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
+        compile: as for :class:`FlowVI`; for chains.
 
     Example:
         >>> def model(y):
@@ -79,6 +81,7 @@ class Posterior:
         history: History,
         starts: Starts | None = None,
         num_diagnostic_samples: int = 10_000,
+        compile: str = "auto",
     ) -> None:
         if guide.structure is None or guide.flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
@@ -91,6 +94,7 @@ class Posterior:
         self.num_diagnostic_samples = num_diagnostic_samples
         self._model = in_dtype(model, guide.dtype)
         self._args, self._kwargs = args, kwargs
+        self._compile = compile
         self._flow = guide.flow
         self._center = _median(self._flow)
         self._init_fn = init_to_value(values=guide.structure.constrain(self._center)[0])
@@ -107,11 +111,13 @@ class Posterior:
         """The model's log joint at these arguments, as a function of unconstrained vectors."""
         with seeded(0), torch.no_grad():
             examples = self._flow().sample((NUM_EXAMPLES,))
-        return LogJoint(self._model, self._args, self._kwargs, self.structure, examples)
+        return LogJoint(self._model, self._args, self._kwargs, self.structure, examples, Compiler(self._compile))
 
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""
-        return Posterior(self.model, self.guide, args, kwargs, self.history, self.starts, self.num_diagnostic_samples)
+        return Posterior(
+            self.model, self.guide, args, kwargs, self.history, self.starts, self.num_diagnostic_samples, self._compile
+        )
 
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Draws by site, ``(num_samples, *site shape)``, in the constrained space; deterministic sites too."""
@@ -399,6 +405,6 @@ class Posterior:
 
 
 @torch.no_grad()
-def _median(flow: Flow | Mixture) -> Tensor:
+def _median(flow: Flow) -> Tensor:
     with seeded(0):
         return flow().sample((100,)).median(0).values

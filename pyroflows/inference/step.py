@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyroflows.flows import Flow
 from pyroflows.inference.estimators import Estimator
-from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.log_joint import LogJoint, is_singular
 
 
 class Tempering(Iterator[float]):
@@ -72,7 +72,14 @@ class Step:
         self._function = log_joint.compiler(self._loss_and_gradient, [*self._trained, *examples[len(noise) :]], others)
 
     def __call__(self) -> Mapping[str, Tensor]:
-        gradients, log_weights = self._function(*self._inputs())
+        try:
+            gradients, log_weights = self._function(*self._inputs())
+        except RuntimeError as error:
+            if not is_singular(error):
+                raise
+            # A step to leave out.
+            gradients = self._views[0].new_full((sum(p.numel() for p in self._trained),), torch.nan)
+            log_weights = gradients[:0]
         start = 0
         for parameter in self.parameters:
             parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter)

@@ -164,20 +164,20 @@ class FlowVI:
             assert isinstance(guide.flow, Flow)
             history = self._train(guide.flow, log_joint, own)
             guide.own_values_count = True
-            return Posterior(self.model, guide, args, kwargs, history)
+            return Posterior(self.model, guide, args, kwargs, history, compile=self.compiler.mode)
         points = starting_points(model, args, kwargs, structure, center, self.num_starts)
         modes, starts = find_start(log_joint, points, self.temper)
         is_given = self.guide is not None or self.num_steps is not None or self.temper is not None
         if self.gate and not is_given and not own and not structure.subsampled and len(modes) == 1:
             guide.flow_fn = partial(flows.Gaussian)
             guide.start_at(modes[0].loc, modes[0].scale_tril)
-            posterior = Posterior(self.model, guide, args, kwargs, History(), starts)
+            posterior = Posterior(self.model, guide, args, kwargs, History(), starts, compile=self.compiler.mode)
             if is_enough(posterior.diagnose()):
                 return posterior
             guide.flow_fn = default_flow
         history = self._train_modes(guide, modes, log_joint, own)
         guide.own_values_count = True
-        return Posterior(self.model, guide, args, kwargs, history, starts)
+        return Posterior(self.model, guide, args, kwargs, history, starts, compile=self.compiler.mode)
 
     def _train_modes(
         self, guide: AutoFlow, modes: Sequence[Gaussian], log_joint: LogJoint, own: Sequence[Tensor]

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyroflows.errors import ModelError
-from pyroflows.inference.mcmc.target import ValueAndGrad
+from pyroflows.inference.log_joint import ValueAndGrad
 
 TARGET_ACCEPTANCE = 0.8
 # Of a trajectory in a standard normal: positions at its end are independent of those at its start.
@@ -194,7 +194,9 @@ class Tuner:
         length = jitter * self.mean_trajectory
         num_steps = math.ceil(length / self.step_size)
         # Steps are shortened so that the length is met, unless there would be too many of them.
-        return (length / num_steps, num_steps) if num_steps <= MAX_LEAPFROG_STEPS else (self.step_size, MAX_LEAPFROG_STEPS)
+        return (
+            (length / num_steps, num_steps) if num_steps <= MAX_LEAPFROG_STEPS else (self.step_size, MAX_LEAPFROG_STEPS)
+        )
 
     def update(self, iteration: int, before: State, proposal: Proposal, jitter: float, after: State) -> None:
         """Learn from one iteration of warm-up, the last of which fixes everything."""

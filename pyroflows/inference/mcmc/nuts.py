@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from pyroflows.inference.log_joint import ValueAndGrad
 from pyroflows.inference.mcmc.hmc import TARGET_ACCEPTANCE, BaseChains, start
-from pyroflows.inference.mcmc.target import ValueAndGrad
 
 
 class _LogDensity(torch.autograd.Function):
@@ -39,7 +39,7 @@ def run_nuts(
     Pyro gets the target as a potential, not the model under ``NeuTraReparam``: that runs the model's effect handlers
     once more in every leapfrog step, while this is the same function of a vector that every other method uses.
     """
-    starts = start(value_and_grad, base, num_chains).z
+    starts = [start(value_and_grad, base, 1).z[0] for _ in range(num_chains)]
 
     def potential(params: dict[str, Tensor]) -> Tensor:
         return -_LogDensity.apply(params["z"], value_and_grad)
@@ -69,5 +69,5 @@ def run_nuts(
             draws.append(mcmc.get_samples()["z"])
             rates[chain] = float(mean_acceptance)
             is_diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
-    log_density = torch.stack([value_and_grad(z)[0] for z in draws])
+    log_density = torch.stack([torch.cat([value_and_grad(row[None])[0] for row in z]) for z in draws])
     return BaseChains(torch.stack(draws), {"lp": log_density, "acceptance_rate": rates, "diverging": is_diverging})

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from pyroflows.errors import OptionError
 from pyroflows.flows import Flow
-from pyroflows.inference.estimators import frozen
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.mcmc.hmc import run_hmc
 from pyroflows.inference.mcmc.independence import run_independence
 from pyroflows.inference.mcmc.nuts import run_nuts
-from pyroflows.inference.mcmc.target import pulled_back, where_finite, with_gradient
+from pyroflows.inference.mcmc.target import where_finite
 from pyroflows.randomness import seeded
 
 METHODS = {"hmc": run_hmc, "nuts": run_nuts, "independence": run_independence}
@@ -54,8 +53,9 @@ def sample_latents(
     ):
         if not isinstance(value, int) or value < least:
             raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
-    value_and_grad = where_finite(with_gradient(pulled_back(flow, log_joint)))
-    with seeded(seed), frozen(flow):
+    with seeded(seed):
+        rows = flow.base().sample((1 if method == "nuts" else num_chains,))
+        value_and_grad = where_finite(log_joint.value_and_grad(rows, flow.transform.forward_and_ladj))
         z, stats = METHODS[method](value_and_grad, flow.base(), num_samples, num_chains, num_warmup, progress_bar)
         latents, ladj = _mapped(flow, z.flatten(0, 1), log_joint.batched.chunk_size)
     # In the space of the unconstrained vector, as the posterior's own lp.
