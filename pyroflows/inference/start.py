@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
 from pyroflows.errors import ModelError
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.initialize import Gaussian, pathfinder
-from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.log_joint import LogJoint, is_singular
 from pyroflows.model import Model, ModelStructure, trace_model
 
 NUM_ROWS = 64
@@ -60,7 +61,14 @@ def starting_points(
     """
     starts = [center, *_uniform(num_starts - 1, center)]
     for i in range(2, num_starts, 2):
-        trace = trace_model(model, args, kwargs)
+        # Far out in the prior a scale may underflow, and a matrix be singular.
+        with pyro.validation_enabled(False):
+            try:
+                trace = trace_model(model, args, kwargs)
+            except RuntimeError as error:
+                if not is_singular(error):
+                    raise
+                continue
         drawn = structure.unconstrain({site.name: trace.nodes[site.name]["value"] for site in structure.latents})
         starts[i] = drawn.to(center)
         for site in structure.latents:
