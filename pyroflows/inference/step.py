@@ -82,7 +82,7 @@ class Step:
             log_weights = gradients[:0]
         start = 0
         for parameter in self.parameters:
-            parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter)
+            parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter).to(parameter)
             start += parameter.numel()
         variance = log_weights.var() if self._num_particles > 1 else log_weights.new_tensor(torch.nan)
         return {"elbo": log_weights.mean(), "log_weight_variance": variance}
