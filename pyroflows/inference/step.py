@@ -79,7 +79,7 @@ class Step:
                 raise
             # A step to leave out.
             gradients = self._views[0].new_full((sum(p.numel() for p in self._trained),), torch.nan)
-            log_weights = gradients[:0]
+            log_weights = gradients.new_full((self._num_particles,), torch.nan)
         start = 0
         for parameter in self.parameters:
             parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter).to(parameter)
