@@ -93,6 +93,12 @@ def test_one_particle_a_step_has_no_variance(plt, history):
     plot_training(history).canvas.draw()
 
 
+def test_no_training_to_plot(plt):
+    with pytest.raises(PlotError, match="a Gaussian was enough, so that no flow was trained"):
+        plot_training(History())
+    assert not plt.get_fignums()
+
+
 def test_plot_training_of_a_posterior(plt, posterior, tmp_path):
     figure = posterior.plot_training()
     assert len(figure.axes) == 2

@@ -41,7 +41,39 @@ def reads_constants(x):
     return [x * (2.0 if TABLE.sum().item() > 1 else 3.0)]
 
 
-FUNCTIONS = [gradient_of_square, writes_into_a_buffer, chunks_and_stacks, under_vmap, integers, reads_constants]
+def gradient_of_parts(x):
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        a, b, c = leaf.unbind(-1)
+        largest, _ = leaf.max(-1)
+        return torch.autograd.grad((a.sin() * b + c * largest).sum(), leaf)
+
+
+def passes_on(x):
+    return [x, x.detach(), x.new_ones(3)]
+
+
+def gradient_of_a_density(x):
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        a, b, c = leaf.unbind(-1)
+        outer = torch.stack([a, b], -1)[..., None] * torch.stack([b, c], -1)[..., None, :]
+        factor = torch.linalg.cholesky(outer @ outer.mT + torch.eye(2))
+        value = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - leaf.max(-1).values
+        return value.detach(), *torch.autograd.grad(value.sum(), leaf)
+
+
+FUNCTIONS = [
+    gradient_of_square,
+    gradient_of_parts,
+    writes_into_a_buffer,
+    chunks_and_stacks,
+    under_vmap,
+    integers,
+    reads_constants,
+    passes_on,
+    gradient_of_a_density,
+]
 
 
 @pytest.mark.filterwarnings(
@@ -50,8 +82,8 @@ FUNCTIONS = [gradient_of_square, writes_into_a_buffer, chunks_and_stacks, under_
 @pytest.mark.parametrize("executor", ["trace", "inductor", "none"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_program_computes_what_the_function_does(function, executor):
-    if executor == "inductor" and function is not gradient_of_square:
-        pytest.skip("one compilation by inductor is enough: it takes the same graph")
+    if executor == "inductor" and function is not gradient_of_parts:
+        pytest.skip("one compilation by inductor is enough, with operations of several results")
     run = compiled(function, [torch.randn(4, 3)], executor)
     for _ in range(3):  # the interpreter optimises at the second run
         x = torch.randn(4, 3)
@@ -120,6 +152,29 @@ def test_random_numbers_follow_the_seed():
 def test_values_of_inputs_cannot_be_looked_at(function):
     with pytest.raises(UntraceableError, match="use torch.where"):
         compiled(function, [torch.randn(4)])
+
+
+def test_a_matrix_without_a_cholesky_factor_gives_nan_and_leaves_the_others_alone():
+    """The function raises; unchecked, LAPACK's unfinished factor has finite entries."""
+
+    def function(x):
+        return [torch.linalg.cholesky(x), torch.linalg.inv(x)]
+
+    good, indefinite, singular = torch.eye(2) * 4, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match="linalg"):
+        function(indefinite)
+    factor, inverse = compiled(function, [torch.eye(2).repeat(3, 1, 1)])(torch.stack([good, indefinite, singular]))
+    assert torch.equal(factor[0], torch.eye(2) * 2)
+    assert factor[1:].isnan().all()
+    assert torch.equal(inverse[0], torch.eye(2) / 4)
+    assert not inverse[2].isfinite().any()
+
+
+def test_no_executor_changes_nothing():
+    def function(x):
+        return [x if x.sum() > 0 else -x]
+
+    assert compiled(function, [torch.ones(2)], "none") is function
 
 
 def test_tensors_from_outside_cannot_be_written_to():

@@ -171,6 +171,23 @@ def test_settled_is_not_asked_when_the_number_of_steps_is_given():
     assert num_constant(history) == 150
 
 
+@pytest.mark.parametrize(("hold", "begin"), [(0, 100), (100, 150), (420, 450), (425, 450), (450, 500)])
+def test_no_decay_is_begun_while_it_is_held(hold, begin):
+    """Looks are taken every 50 steps, and count only after the hold."""
+    parameter = zeros()
+    settled = {"settled": lambda history: history.num_steps >= 100}
+    history = quiet_train(parabola(parameter), [parameter], hold=hold, optimizer=sgd(1e-6), **settled)
+    assert num_constant(history) == begin
+
+
+def test_what_is_seen_during_the_hold_is_no_best():
+    """An objective that falls while it is held, as under a rising temperature, has not stalled."""
+    parameter = zeros(1)
+    fall = [-0.1 * i for i in range(500)] + [-100.0 + 0.01 * i for i in range(1500)] + [-85.0] * 2000
+    history = quiet_train(constant_step(parameter, fall), [parameter], hold=500)
+    assert 2000 < num_constant(history) <= 2000 + 7 * WINDOW
+
+
 # Early stopping
 
 

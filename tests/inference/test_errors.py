@@ -43,6 +43,12 @@ def fit(model, *args, num_steps=3, **options):
         ({"guide": AutoNormal(good)}, "FlowVI trains flow guides, but got AutoNormal: use pyro.infer.SVI"),
         ({"guide": Planar(3)}, "FlowVI trains flow guides, but got Planar.*a function latent_dim -> flow"),
         ({"guide": AutoFlow(good), "dtype": torch.float64}, "give dtype to the guide, not to FlowVI"),
+        ({"compile": "jit"}, "compile must be one of .*'auto'.*'trace'.*'inductor'.*'none'.* got 'jit'"),
+        ({"num_starts": 0}, "num_starts must be positive, got 0"),
+        ({"temper": 0.0}, "temper must be an inverse temperature between 0 and 1, got 0.0"),
+        ({"temper": 1.0}, "temper must be an inverse temperature between 0 and 1, got 1.0"),
+        ({"temper": 3}, "temper must be an inverse temperature between 0 and 1, got 3"),
+        ({"estimator": "vargrad", "num_particles": 1}, 'estimator="vargrad" needs .* num_particles of at least 2'),
     ],
 )
 def test_options(options, message):
