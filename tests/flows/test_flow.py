@@ -31,6 +31,7 @@ RECIPES = {
     "sylvester": lambda dim, **options: flows.Sylvester(dim, num_layers=2, rank=min(dim, 2), **options),
     "iaf": lambda dim, **options: flows.IAF(dim, num_layers=2, hidden_dims=(16,), **options),
     "maf": lambda dim, **options: flows.MAF(dim, num_layers=2, hidden_dims=(16,), **options),
+    "gaussian": flows.Gaussian,
 }
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch.distributions import constraints
 
 from pyroflows import FlowVI, Posterior
 from pyroflows.guides import AutoFlow
+from pyroflows.inference.diagnosis import diagnose
+from pyroflows.inference.importance import Weights
+from pyroflows.inference.start import Starts
 from pyroflows.training import History
 from pyroflows.transforms import Elementwise
 
@@ -219,6 +223,86 @@ def test_a_mode_that_is_half_covered_is_seen():
     """Where any draw comes near the other mode, its weight tells."""
     diagnosis = by_hand(two_modes(0.7, distance=4.0), 0.0, 1.0).diagnose()
     assert diagnosis.verdict in BAD, diagnosis
+
+
+# What the training and the starts tell besides the draws
+
+
+def diagnosed(history=None, sd=1.0, **options):
+    """Of exact draws of a standard normal, or of a guide of this sd."""
+    latents = sd * torch.randn(NUM_DRAWS, 1)
+    raw = (dist.Normal(0.0, 1.0).log_prob(latents) - dist.Normal(0.0, sd).log_prob(latents))[:, 0]
+    return diagnose(raw, Weights.smoothed(raw), latents, history, **options)
+
+
+def training(last, noise=0.0, num_steps=1000):
+    """An ELBO of -5, and other by ``last`` in the last tenth of the steps."""
+    elbo = -5.0 + noise * np.random.default_rng(0).normal(size=num_steps)
+    elbo[-(num_steps // 10) :] += last
+    return History({"elbo": elbo.tolist()})
+
+
+@pytest.mark.parametrize(
+    ("history", "growth"),
+    [
+        (None, 0.0),
+        (History(), 0.0),
+        (training(0.2), 0.2),
+        (training(0.02), 0.02),
+        (training(-0.2), 0.0),
+        (training(0.2, num_steps=90), 0.0),  # too short to have a trend
+        (training(0.2, num_steps=100), 0.2),
+    ],
+)
+def test_growth_of_the_elbo(history, growth):
+    assert diagnosed(history).elbo_growth == pytest.approx(growth, abs=1e-9)
+
+
+def test_growth_within_its_noise_is_none():
+    """The difference of two means of 100 steps has a standard error of 0.14."""
+    assert diagnosed(training(0.3, noise=1.0)).elbo_growth == 0.0
+    assert diagnosed(training(1.0, noise=1.0)).elbo_growth == pytest.approx(1.0, abs=0.6)
+
+
+def test_an_elbo_that_grows_is_not_good():
+    diagnosis = diagnosed(training(0.2))
+    assert diagnosis.verdict == "correct it"
+    assert any("ELBO still grew by 0.20 nats over the last tenth" in reason for reason in diagnosis.reasons)
+    assert diagnosed(training(0.04)).verdict == "good"
+
+
+def test_steps_that_were_left_out_do_not_count():
+    history = training(0.2)
+    history._records["elbo"][-20:-10] = [math.nan] * 10
+    assert diagnosed(history).elbo_growth == pytest.approx(0.2, abs=0.03)
+
+
+def test_modes_that_are_left_out():
+    diagnosis = diagnosed(modes="3 starts, 2 modes", num_other_modes=1)
+    assert diagnosis.verdict == "do not use"
+    assert diagnosis.num_other_modes == 1
+    assert diagnosis.reasons[0] == "the fit leaves out 1 separate mode(s) that its starts found"
+    assert "3 starts, 2 modes" in diagnosis.reasons
+
+
+@pytest.mark.parametrize("num_covered", [1, 2])
+def test_starts_with_more_modes_than_the_fit(num_covered):
+    posterior = Gaussian(1).posterior
+    posterior.starts = Starts((0.0, 0.0), (0.0,) * (3 - num_covered), 2)
+    diagnosis = posterior.diagnose()
+    assert diagnosis.num_other_modes == 2 - num_covered
+    assert diagnosis.verdict == ("do not use" if num_covered == 1 else "good")
+    assert any("2 of 2 starts" in reason for reason in diagnosis.reasons)
+
+
+@pytest.mark.parametrize(("sd", "is_narrow"), [(0.5, True), (0.6, False)])
+def test_weights_that_widen_too_much(sd, is_narrow):
+    """An sd that grows 1.83 times, where weights between Gaussians have a Pareto shape of 0.7."""
+    diagnosis = diagnosed(sd=sd)
+    assert any("the flow is too narrow" in reason for reason in diagnosis.reasons) == is_narrow, diagnosis
+    assert diagnosis.sd_ratio == pytest.approx(1 / sd, rel=0.15)
+    if is_narrow:
+        assert diagnosis.verdict == "do not use"
 
 
 # Trained
