@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -60,7 +61,8 @@ def starting_points(
     """
     starts = [center, *_uniform(num_starts - 1, center)]
     for i in range(2, num_starts, 2):
-        trace = trace_model(model, args, kwargs)
+        with pyro.validation_enabled(False):  # a vague prior may draw what the rest of the model refuses
+            trace = trace_model(model, args, kwargs)
         drawn = structure.unconstrain({site.name: trace.nodes[site.name]["value"] for site in structure.latents})
         starts[i] = drawn.to(center)
         for site in structure.latents:
