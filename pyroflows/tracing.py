@@ -186,7 +186,7 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def _is_validation(self, function: Any, args: Any) -> bool:
-        """Whether this is a distribution's look at its own validation: what fails raises, what passes is not repeated."""
+        """Whether a distribution looks at its own validation: what fails raises, what passes is not repeated."""
         return function is _aten._local_scalar_dense.default and id(args[0]) in self._checks
 
     def _overwrite(self, others: list[Tensor], function: Any, args: Any, kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Variational inference: a flow guide trained by reverse KL, from a model to a posterior."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -160,47 +160,59 @@ class FlowVI:
         log_joint = LogJoint(model, args, kwargs, structure, examples, self.compiler)
         _check_start(log_joint, center)
         own = list(model_parameters(model, args, kwargs, _init_at(structure, center)).values())
-        if isinstance(self.guide, AutoFlow):
-            assert isinstance(guide.flow, Flow)
-            history = self._train(guide.flow, log_joint, own)
-            guide.own_values_count = True
-            return Posterior(self.model, guide, args, kwargs, history, compile=self.compiler.mode)
+        train_guide = partial(self._train, guide, log_joint, own)
+        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode)
+        if guide is self.guide:
+            return posterior(history=train_guide())
+
         points = starting_points(model, args, kwargs, structure, center, self.num_starts)
         modes, starts = find_start(log_joint, points, self.temper)
-        is_given = self.guide is not None or self.num_steps is not None or self.temper is not None
-        if self.gate and not is_given and not own and not structure.subsampled and len(modes) == 1:
+        posterior = partial(posterior, starts=starts)
+        chooses = self.guide is None and self.num_steps is None and self.temper is None
+        # A verdict is had where all rows are seen, and helps where the model stays what it is.
+        if not chooses or own or structure.subsampled:
+            return posterior(history=_train_at(modes, guide, log_joint, train_guide))
+        if self.gate and len(modes) == 1:
             guide.flow_fn = partial(flows.Gaussian)
             guide.start_at(modes[0].loc, modes[0].scale_tril)
-            posterior = Posterior(self.model, guide, args, kwargs, History(), starts, compile=self.compiler.mode)
-            if is_enough(posterior.diagnose()):
-                return posterior
+            gaussian = posterior(history=History())
+            if is_enough(gaussian.diagnose()):
+                return gaussian
             guide.flow_fn = default_flow
-        history = self._train_modes(guide, modes, log_joint, own)
-        guide.own_values_count = True
-        return Posterior(self.model, guide, args, kwargs, history, starts, compile=self.compiler.mode)
+        fitted = posterior(history=_train_at(modes, guide, log_joint, train_guide))
+        if fitted.diagnose().verdict != "do not use":
+            return fitted
+        light = guide.flow
+        guide.flow_fn = partial(default_flow, base="student_t")
+        heavy = posterior(history=_train_at(modes, guide, log_joint, train_guide))
+        if heavy.diagnose().log_weight_variance < fitted.diagnose().log_weight_variance:
+            return heavy
+        guide.flow, guide.flow_fn = light, default_flow
+        return fitted
 
-    def _train_modes(
-        self, guide: AutoFlow, modes: Sequence[Gaussian], log_joint: LogJoint, own: Sequence[Tensor]
-    ) -> History:
-        """A flow at each mode, mixed by their evidences; the history is that of the first."""
-        trained, histories = [], []
-        for mode in modes:
-            guide.start_at(mode.loc, mode.scale_tril)
-            assert isinstance(guide.flow, Flow)
-            histories.append(self._train(guide.flow, log_joint, own))
-            trained.append(guide.flow)
-        if len(trained) > 1:
-            guide.flow = flows.Mixture(trained, torch.stack([_log_evidence(flow, log_joint) for flow in trained]))
-        return histories[0]
-
-    def _train(self, flow: Flow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+    def _train(self, guide: AutoFlow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+        assert guide.flow is not None
         temper = None if self.temper is None else Tempering(self.temper, self.num_steps)
-        step = Step(flow, log_joint, self.estimator, self.num_particles, own, temper)
+        step = Step(guide.flow, log_joint, self.estimator, self.num_particles, own, temper)
         schedule = Plateau("elbo", self.num_steps, _is_settled, hold=temper.num_steps if temper else 0)
         try:
             return train(step, step.parameters, schedule, optimizer=self.optimizer, progress_bar=self.progress_bar)
         finally:
             step.release()
+            guide.own_values_count = True
+
+
+def _train_at(modes: Sequence[Gaussian], guide: AutoFlow, log_joint: LogJoint, train: Callable[[], History]) -> History:
+    """A flow at each mode, mixed by their evidences; the history is that of the first."""
+    trained, histories = [], []
+    for mode in modes:
+        guide.start_at(mode.loc, mode.scale_tril)
+        histories.append(train())
+        assert guide.flow is not None
+        trained.append(guide.flow)
+    if len(trained) > 1:
+        guide.flow = flows.Mixture(trained, torch.stack([_log_evidence(flow, log_joint) for flow in trained]))
+    return histories[0]
 
 
 def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None = None, **kwargs: Any) -> Posterior:
