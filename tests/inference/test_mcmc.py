@@ -84,12 +84,12 @@ def constrained():
 @pytest.mark.parametrize("method", ["hmc", "independence"])
 def test_constrained_sites_with_a_flow_that_was_hardly_trained(method):
     posterior = FlowVI(constrained, num_steps=15, **QUIET).run()
-    chains = posterior.mcmc(100, 32, method, num_warmup=100, **QUIET)
+    chains = posterior.mcmc(60, 32, method, num_warmup=80, **QUIET)
     draws = chains.draws
     assert {name: tuple(value.shape) for name, value in draws.items()} == {
-        "rate": (32, 100),
-        "share": (32, 100, 3),
-        "log_rate": (32, 100),
+        "rate": (32, 60),
+        "share": (32, 60, 3),
+        "log_rate": (32, 60),
     }
     assert torch.equal(draws["log_rate"], draws["rate"].log())
     rate, share = dist.Gamma(11.0, 5.0), dist.Dirichlet(2 + VOTES)
@@ -120,7 +120,7 @@ def half_of_it_is_nan():
 
 @pytest.mark.parametrize("method", ["hmc", "independence"])
 def test_nan_is_rejected_and_goes_nowhere(method):
-    chains = by_hand(half_of_it_is_nan, [0.3], [1.0]).mcmc(100, 32, method, **QUIET)
+    chains = by_hand(half_of_it_is_nan, [0.3], [1.0]).mcmc(80, 32, method, num_warmup=100, **QUIET)
     x = chains.draws["x"]
     assert (x > 0).all()
     assert chains.sample_stats["lp"].isfinite().all() and chains.sample_stats["acceptance_rate"].isfinite().all()
@@ -139,17 +139,17 @@ def two_modes():
 
 
 def test_rhat_shows_that_chains_are_stuck():
-    chains = by_hand(two_modes, [0.0], [6.0]).mcmc(50, 16, num_warmup=50, **QUIET)
+    chains = by_hand(two_modes, [0.0], [6.0]).mcmc(30, 16, num_warmup=30, **QUIET)
     assert chains.rhat["x"] > 1.5
     assert chains.ess["x"] < 100
     assert "not mixed" in repr(chains)
 
 
 def test_independence_moves_between_modes():
-    chains = by_hand(two_modes, [0.0], [6.0]).mcmc(150, 32, "independence", num_warmup=50, **QUIET)
+    chains = by_hand(two_modes, [0.0], [6.0]).mcmc(80, 32, "independence", num_warmup=40, **QUIET)
     upper = (chains.draws["x"] > 0).double().numpy()
     se = math.sqrt(0.21 / arviz.ess(upper, "mean"))
-    assert se < 0.03
+    assert se < 0.05
     assert abs(upper.mean() - 0.7) < MAX_Z * se
     assert chains.rhat["x"] < 1.05
     assert 0.05 < chains.sample_stats["flow_acceptance_rate"].mean() < 0.5
