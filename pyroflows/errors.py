@@ -38,4 +38,4 @@ class CheckpointError(FlowError, ValueError):
 
 
 class PlotError(FlowError, ImportError):
-    """A picture was asked for, and matplotlib is not installed."""
+    """A picture was asked for, and matplotlib is not installed, or there is nothing to draw."""

@@ -12,8 +12,13 @@ def plot_training(history: History) -> Any:
     """The ELBO and the variance of the log weights over the steps; a matplotlib figure.
 
     The ELBO's axis leaves out the climb from the start, which would flatten the rest.
+
+    Raises:
+        PlotError: if no flow was trained, since a Gaussian was enough.
     """
     plt = require_matplotlib()
+    if not history:
+        raise PlotError("there is no training to plot: a Gaussian was enough, so that no flow was trained")
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.0), layout="constrained")
     elbo = history["elbo"]
     steps = np.arange(1, len(elbo) + 1)

@@ -5,6 +5,7 @@ sees it; what does not depend on the inputs is computed once. ``make_fx`` does t
 and takes some fifteen times as long, which loops in a model make seconds of.
 """
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,15 @@ EXECUTORS = ("trace", "inductor", "none")
 _aten = torch.ops.aten
 # They give their input another name.
 _ALIASES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
+
+
+def _cholesky_or_nan(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    factor, info = _aten.linalg_cholesky_ex.default(*args, **kwargs)
+    return factor.masked_fill((info != 0)[..., None, None], torch.nan), info
+
+
+# A program has no checks of factorisations, which are operations without a result. This one leaves finite numbers.
+_SUBSTITUTES = {_aten.linalg_cholesky_ex.default: _cholesky_or_nan}
 
 
 class UntraceableError(FlowError, RuntimeError):
@@ -52,6 +62,8 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
         examples: inputs.
         executor: "trace", the interpreter of TorchScript, costs little more than a few runs; "inductor" generates
             machine code, tens of seconds, for runs by the ten thousands; "none" is the function itself.
+
+    Where a matrix has no Cholesky factor the program gives NaN instead of an error: the rows beside it go on.
 
     Raises:
         UntraceableError: if the function needs the value of a tensor that depends on its inputs.
@@ -110,13 +122,14 @@ class _Program:
 
         for op in self._operations:
             kwargs = {name: _mapped(value, argument) for name, argument in op.kwargs.items()}
-            result = call(op.function, _mapped(value, op.args), kwargs)
+            function = _SUBSTITUTES.get(op.function, op.function)
+            result = call(function, _mapped(value, op.args), kwargs)
             if isinstance(op.output, Tensor):
                 values[id(op.output)] = result
             else:
                 for i, out in enumerate(op.output):
                     if isinstance(out, Tensor):
-                        values[id(out)] = result[i]
+                        values[id(out)] = call(operator.getitem, (result, i), {})
         return tuple(value(output) for output in self._outputs)
 
     def traced(self) -> Function:

@@ -49,6 +49,8 @@ class Mixture(Flow):
 
     def forward(self, context: Tensor | None = None) -> Any:
         """The distribution, of event shape ``(dim,)``; a mixture takes no context."""
+        if context is not None:
+            raise ShapeError(f"a mixture takes no context, but got shape {tuple(context.shape)}")
         return self.base()
 
 

@@ -54,8 +54,12 @@ class LogJoint:
 
     @torch.no_grad()
     def in_chunks(self, vectors: Tensor) -> Tensor:
-        """As a call, without gradients, for any number of vectors."""
-        return torch.cat([self(part) for part in vectors.split(self.batched.chunk_size)])
+        """As a call, without gradients, for any number of vectors; -inf where a matrix of the model is singular."""
+
+        def function(part: Tensor) -> tuple[Tensor]:
+            return (self(part),)
+
+        return torch.cat([_row_by_row(function, part)[0] for part in vectors.split(self.batched.chunk_size)])
 
     def value_and_grad(
         self, examples: Tensor, transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
@@ -66,7 +70,7 @@ class LogJoint:
         the vectors before it, :math:`\log p(T(z), y) + \log|\det \partial T / \partial z|`: the base's own log density
         up to the log evidence, where T is exact (NeuTra, Hoffman et al. 2019, arXiv:1903.03704).
 
-        Where a matrix of the model is singular the density is zero: only the vector that it belongs to notices.
+        Where a matrix of the model is singular the log joint is not finite; only the vector that it belongs to notices.
         """
         subsample = self.draw_subsample()
 
@@ -81,19 +85,24 @@ class LogJoint:
         others = examples + 0.1 * torch.randn_like(examples)
         compiled = self.compiler(function, [examples], [others])
 
-        def guarded(vectors: Tensor) -> tuple[Tensor, Tensor]:
-            try:
-                # A program is made for one number of vectors.
-                return compiled(vectors) if vectors.shape == examples.shape else function(vectors)
-            except RuntimeError as error:
-                if not is_singular(error):
-                    raise
-            if len(vectors) == 1:
-                return vectors.new_full((1,), -torch.inf), torch.zeros_like(vectors)
-            halves = [guarded(half) for half in vectors.tensor_split(2)]
-            return torch.cat([value for value, _ in halves]), torch.cat([gradient for _, gradient in halves])
+        def run(vectors: Tensor) -> tuple[Tensor, Tensor]:
+            # A program is made for one number of vectors.
+            return compiled(vectors) if vectors.shape == examples.shape else function(vectors)
 
-        return guarded
+        return lambda vectors: _row_by_row(run, vectors, torch.zeros_like(vectors[:1]))
+
+
+def _row_by_row(function: Callable[[Tensor], Any], vectors: Tensor, *rest: Tensor) -> Any:
+    """A function's values, with -inf and the rest for a vector at which a matrix is singular."""
+    try:
+        return function(vectors)
+    except RuntimeError as error:
+        if not is_singular(error):
+            raise
+    if len(vectors) == 1:
+        return vectors.new_full((1,), -torch.inf), *rest
+    halves = [_row_by_row(function, half, *rest) for half in vectors.tensor_split(2)]
+    return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
 
 
 def is_singular(error: RuntimeError) -> bool:

@@ -104,7 +104,8 @@ class Posterior:
     @property
     def is_gaussian(self) -> bool:
         """Whether a Gaussian was enough, so that no flow was trained."""
-        return isinstance(self.guide.flow_fn, partial) and self.guide.flow_fn.func is Gaussian
+        flow_fn = self.guide.flow_fn
+        return not self.history and isinstance(flow_fn, partial) and flow_fn.func is Gaussian
 
     @cached_property
     def log_joint(self) -> LogJoint:
@@ -165,8 +166,8 @@ class Posterior:
     ) -> Chains:
         """Draws from the exact posterior by Markov chains in the flow's base space, where it is close to the base.
 
-        A flow that is off makes the chains slower, not wrong; ``rhat`` and ``ess`` of the result tell. The base space of
-        a mixture of flows is the unconstrained space itself.
+        A flow that is off makes the chains slower, not wrong; ``rhat`` and ``ess`` of the result tell. The base space
+        of a mixture of flows is the unconstrained space itself.
 
         Args:
             num_samples: kept draws of each chain, four at least.
@@ -293,8 +294,9 @@ class Posterior:
         if self.structure.subsampled:
             names = ", ".join(p.name for p in self.structure.subsampled)
             return f"{table}\n\nno verdict: plate {names} is subsampled, see Posterior.with_data"
+        trained = "a Gaussian was enough, so that no flow was trained\n" if self.is_gaussian else ""
         return (
-            f"{table}\n\n"
+            f"{table}\n\n{trained}"
             f"ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}, "
             f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}\n"
             f"{self.diagnose()}"

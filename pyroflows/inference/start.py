@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroflows.errors import ModelError
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.initialize import Gaussian, pathfinder
-from pyroflows.inference.log_joint import LogJoint, ValueAndGrad
+from pyroflows.inference.log_joint import LogJoint, ValueAndGrad, is_singular
 from pyroflows.model import Model, ModelStructure, trace_model
 
 NUM_ROWS = 64
@@ -63,8 +63,14 @@ def starting_points(
     """
     starts = [center, *_uniform(num_starts - 1, center)]
     for i in range(2, num_starts, 2):
-        with pyro.validation_enabled(False):  # a vague prior may draw what the rest of the model refuses
-            trace = trace_model(model, args, kwargs)
+        # Far out in a vague prior a scale may underflow, and a matrix be singular.
+        with pyro.validation_enabled(False):
+            try:
+                trace = trace_model(model, args, kwargs)
+            except RuntimeError as error:
+                if not is_singular(error):
+                    raise
+                continue
         drawn = structure.unconstrain({site.name: trace.nodes[site.name]["value"] for site in structure.latents})
         starts[i] = drawn.to(center)
         for site in structure.latents:

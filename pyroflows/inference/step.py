@@ -79,10 +79,10 @@ class Step:
                 raise
             # A step to leave out.
             gradients = self._views[0].new_full((sum(p.numel() for p in self._trained),), torch.nan)
-            log_weights = gradients[:0]
+            log_weights = gradients.new_full((self._num_particles,), torch.nan)
         start = 0
         for parameter in self.parameters:
-            parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter)
+            parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter).to(parameter)
             start += parameter.numel()
         variance = log_weights.var() if self._num_particles > 1 else log_weights.new_tensor(torch.nan)
         return {"elbo": log_weights.mean(), "log_weight_variance": variance}

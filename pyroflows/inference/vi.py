@@ -19,7 +19,7 @@ from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.compilation import Compiler
 from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.inference.initialize import Gaussian
-from pyroflows.inference.log_joint import LogJoint
+from pyroflows.inference.log_joint import LogJoint, is_singular
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.serialization import load
 from pyroflows.inference.start import find_start, is_enough, starting_points
@@ -149,6 +149,7 @@ class FlowVI:
             ModelError: if the model cannot be fitted; names the site.
             DataError: if observed values are NaN.
             DivergedError: if the fit diverges; the guide keeps its last good state.
+            OptionError: if the guide holds a mixture of flows, the result of a fit with several modes.
         """
         with seeded(self.seed):
             return self._run(args, kwargs)
@@ -170,6 +171,8 @@ class FlowVI:
         train_guide = partial(self._train, guide, log_joint, own)
         posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode)
         if guide is self.guide:
+            if isinstance(guide.flow, flows.Mixture):
+                raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
             return posterior(history=train_guide())
 
         points = starting_points(model, args, kwargs, structure, center, self.num_starts)
@@ -261,8 +264,11 @@ def _check_static_around(center: Tensor, model: Model, args: Any, kwargs: Any, g
     with pyro.validation_enabled(False):
         for _ in range(NUM_LOOKS):
             init_fn = _init_at(guide.structure, center + torch.randn_like(center))
-            other = inspect_model(model, args, kwargs, init_fn)
-            check_static(guide.structure, other)
+            try:
+                check_static(guide.structure, inspect_model(model, args, kwargs, init_fn))
+            except RuntimeError as error:
+                if not is_singular(error):
+                    raise
             if time.perf_counter() > end:
                 break
 

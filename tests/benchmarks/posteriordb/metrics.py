@@ -18,8 +18,8 @@ class Accuracy:
 
     Args:
         mean_error: of ``abs(mean - reference mean) / reference sd``; for components compared by quantiles, of the
-            distances of the logarithms' 5, 50 and 95 % quantiles, in units of the reference's 5-95 % width / 3.29, which is the sd
-            of a normal distribution.
+            distances of the logarithms' 5, 50 and 95 % quantiles, in units of the reference's 5-95 % width / 3.29,
+            which is the sd of a normal distribution.
         sd_ratio: sd / reference sd, the one farthest from 1; for components compared by quantiles, of 5-95 % widths.
     """
 

@@ -19,8 +19,8 @@ Accuracy is two figures. The first is the largest distance of a mean from that o
 components, in the reference's standard deviations; the second is the sd over that of the reference, of the component
 where it is farthest from 1. Close means at most 0.1 and within 10 %. Components whose moments are set by a few extreme
 draws (K_m and V_m of one_comp_mm_elim_abs) are compared by their logarithms' 5, 50 and 95 % quantiles, of which the
-worst counts, in units of the reference's 5-95 % width / 3.29, and by that width in place of the sd. The reference's own standard
-error is about 0.01 in both figures.
+worst counts, in units of the reference's 5-95 % width / 3.29, and by that width in place of the sd. The reference's
+own standard error is about 0.01 in both figures.
 
 NUTS for comparison: :mod:`.nuts` (``--nuts`` adds its figures to the table) and :mod:`.numpyro_nuts`.
 """
