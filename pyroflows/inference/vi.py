@@ -170,7 +170,7 @@ class FlowVI:
         own = list(model_parameters(model, args, kwargs, _init_at(structure, center)).values())
         train_guide = partial(self._train, guide, log_joint, own)
         posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode)
-        if guide is self.guide:
+        if isinstance(self.guide, AutoFlow):
             if isinstance(guide.flow, flows.Mixture):
                 raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
             return posterior(history=train_guide())

@@ -1,8 +1,8 @@
 """What it costs to record a long loop of a model, and from how many steps of training on it pays.
 
-A time series whose state moves in a Python loop, as an ODE or a filter does, for 64 draws at once: seconds to record and
-compile the log joint with its gradient, milliseconds of a call with and without, and seconds that ``make_fx`` takes for
-the recording alone.
+A time series whose state moves in a Python loop, as an ODE or a filter does, for 64 draws at once: seconds to record
+and compile the log joint with its gradient, milliseconds of a call with and without, and seconds that ``make_fx`` takes
+for the recording alone.
 
     python tests/benchmarks/tracing_cost.py --lengths 100 1000 3000
 """
