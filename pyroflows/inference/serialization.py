@@ -27,7 +27,7 @@ FORMAT = "pyroflows posterior 1"
 def save(
     guide: AutoFlow, parameters: dict[str, Tensor], history: History, starts: Starts | None, path: str | Path
 ) -> None:
-    """Write a guide's flow, the model's own parameters and the history, with what is needed to rebuild the flow."""
+    """Write a guide's flow, the model's own parameters, the history and the starts, with what rebuilds the flow."""
     tensors = {f"flow.{name}": value for name, value in guide.state_dict().items()}
     tensors |= {f"param.{name}": value.detach() for name, value in parameters.items()}
     tensors |= {f"history.{name}": torch.from_numpy(values) for name, values in history.items()}

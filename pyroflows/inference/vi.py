@@ -1,4 +1,4 @@
-"""Variational inference: a flow guide trained by reverse KL, from a model to a posterior."""
+"""Variational inference by reverse KL, from a model to a posterior: a Gaussian where it is enough, else a flow."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +44,11 @@ class FlowVI:
     r"""Fit a flow as the posterior of a Pyro model, by reverse KL.
 
     Maximises :math:`\mathrm{ELBO} = E_q[\log p(x, y) - \log q(x)]` over the flow q in the unconstrained space, with
-    several draws a step and the model run once for all of them.
+    several draws a step and the model run once for all of them. Before, a Gaussian is sought from several starts, see
+    :func:`pyroflows.inference.initialize.pathfinder`: it is the posterior where it is certainly enough, and otherwise
+    what the flow starts at. Where starts end in separate modes, a flow is trained at each, and the posterior is their
+    mixture, weighted by their evidences. Where nothing is prescribed and the verdict is "do not use", the fit is
+    repeated with a Student-t base, and the one of the smaller variance of log weights is kept.
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
@@ -58,12 +62,14 @@ class FlowVI:
             machine code by "inductor", tens of seconds, for tens of thousands of steps; "none"; or "auto", which
             traces, and goes on without, with a warning, where the model's code depends on the latents' values.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        num_starts: points from which Gaussians are sought: the initial values, and others at random. The best is what
-            the flow starts at. A guide of yours starts where it stands.
+        num_starts: points from which Gaussians are sought: the initial values, and others at random. A guide made of
+            the model starts where it stands.
         gate: whether to leave out the flow where such a Gaussian is certainly good enough. It never is left out where
-            a guide, ``num_steps`` or ``temper`` are given.
-        temper: an inverse temperature between 0 and 1 by which the log joint is multiplied at first; it rises to 1
-            over the first part of the training. It helps to find several modes, or the way out of a poor one.
+            a guide, ``num_steps`` or ``temper`` are given, where rows are subsampled, or where the model has parameters
+            of its own.
+        temper: an inverse temperature between 0 and 1 by which the log joint is multiplied in the search for Gaussians
+            and at first in training; it rises to 1 over a third of ``num_steps``, or over 500 steps. It helps to find
+            several modes, or the way out of a poor one.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
         seed: makes the run reproducible and leaves the global generator as it was; None to draw from the global one.
         progress_bar: whether to show the ELBO while training.
@@ -139,6 +145,7 @@ class FlowVI:
         """Fit to the model's arguments.
 
         Raises:
+            UntraceableError: if ``compile`` is "trace" or "inductor", and the model cannot be compiled.
             ModelError: if the model cannot be fitted; names the site.
             DataError: if observed values are NaN.
             DivergedError: if the fit diverges; the guide keeps its last good state.
