@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyroflows.errors import FlowError
+from pyroflows.errors import UntraceableError
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -33,10 +33,6 @@ def _cholesky_or_nan(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 # A program has no checks of factorisations, which are operations without a result. This one leaves finite numbers.
 _SUBSTITUTES = {_aten.linalg_cholesky_ex.default: _cholesky_or_nan}
-
-
-class UntraceableError(FlowError, RuntimeError):
-    """A function's operations depend on the values of its inputs, so that one recording cannot stand for all."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyroflows.tracing import UntraceableError, compiled
+from pyroflows.errors import UntraceableError
+from pyroflows.tracing import compiled
 
 TABLE = torch.linspace(0.0, 1.0, 12).reshape(4, 3)
 

@@ -1,6 +1,7 @@
 """Variational inference by reverse KL, from a model to a posterior: a Gaussian where it is enough, else a flow."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import flows
-from pyroflows.errors import ModelError, OptionError
+from pyroflows.errors import DivergedError, ModelError, OptionError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn, default_flow
@@ -194,9 +195,12 @@ class FlowVI:
             return fitted
         light = guide.flow
         guide.flow_fn = partial(default_flow, base="student_t")
-        heavy = posterior(history=_train_at(modes, guide, log_joint, train_guide))
-        if heavy.diagnose().log_weight_variance < fitted.diagnose().log_weight_variance:
-            return heavy
+        try:
+            heavy = posterior(history=_train_at(modes, guide, log_joint, train_guide))
+            if heavy.diagnose().log_weight_variance < fitted.diagnose().log_weight_variance:
+                return heavy
+        except DivergedError as error:
+            warnings.warn(f"heavier tails were tried, and left out: {error}", stacklevel=3)
         guide.flow, guide.flow_fn = light, default_flow
         return fitted
 
