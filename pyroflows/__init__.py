@@ -11,6 +11,7 @@ from pyroflows.errors import (
     OptionError,
     PlotError,
     ShapeError,
+    UntraceableError,
 )
 from pyroflows.fitting import DensityFit, fit_density
 from pyroflows.flows import Flow
@@ -32,6 +33,7 @@ __all__ = [
     "PlotError",
     "Posterior",
     "ShapeError",
+    "UntraceableError",
     "errors",
     "fit_density",
     "fitting",

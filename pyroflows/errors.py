@@ -33,6 +33,10 @@ class DivergedError(FlowError, RuntimeError):
     """A fit met non-finite losses too many times in a row; the last good state was restored."""
 
 
+class UntraceableError(FlowError, RuntimeError):
+    """A model's code depends on the values of its latents, so that one recording cannot stand for all of its runs."""
+
+
 class CheckpointError(FlowError, ValueError):
     """A file cannot be read, or does not belong to this model or guide."""
 

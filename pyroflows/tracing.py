@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyroflows.errors import FlowError
+from pyroflows.errors import UntraceableError
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -33,10 +33,6 @@ def _cholesky_or_nan(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 # A program has no checks of factorisations, which are operations without a result. This one leaves finite numbers.
 _SUBSTITUTES = {_aten.linalg_cholesky_ex.default: _cholesky_or_nan}
-
-
-class UntraceableError(FlowError, RuntimeError):
-    """A function's operations depend on the values of its inputs, so that one recording cannot stand for all."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +165,8 @@ class _Recorder(TorchDispatchMode):
         self.operations: list[_Operation] = []
         self._dependent = {_memory(tensor) for tensor in inputs}
         self._created: set[int] = set()
+        # Outcomes of validation.
+        self._checks: set[int] = set()
         # Memory made without the inputs and then written to with them.
         self._overwritten: set[int] = set()
 
@@ -176,7 +174,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         depends = any(_memory(tensor) in self._dependent for tensor in tensors)
-        if depends and _looks_at_values(function, args):
+        if depends and _looks_at_values(function, args) and not self._is_validation(function, args):
             raise UntraceableError(
                 f"{function} needs the value of a tensor that depends on the inputs: an if, a float(), an .item() or a "
                 "boolean mask; use torch.where instead"
@@ -191,8 +189,14 @@ class _Recorder(TorchDispatchMode):
             if function._schema.is_mutable:
                 self._overwrite([t for t in tensors if _memory(t) not in self._dependent], function, args, kwargs)
             self._dependent |= after
+        if function is _aten._is_all_true.default:
+            self._checks.add(id(output))
         self.operations.append(_Operation(function, args, kwargs, output, depends))
         return output
+
+    def _is_validation(self, function: Any, args: Any) -> bool:
+        """Whether a distribution looks at its own validation: what fails raises, what passes is not repeated."""
+        return function is _aten._local_scalar_dense.default and id(args[0]) in self._checks
 
     def _overwrite(self, others: list[Tensor], function: Any, args: Any, kwargs: Any) -> None:
         written = [

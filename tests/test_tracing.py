@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyroflows.tracing import UntraceableError, compiled
+from pyroflows.errors import UntraceableError
+from pyroflows.tracing import compiled
 
 TABLE = torch.linspace(0.0, 1.0, 12).reshape(4, 3)
 
@@ -194,3 +195,12 @@ def test_long_loops_are_recorded_quickly():
     run = compiled(loop, [torch.ones(3)])
     x = torch.randn(3)
     torch.testing.assert_close(run(x)[0], loop(x)[0])
+
+
+def test_validation_is_not_repeated():
+    """A distribution made outside of the function checks its values, whatever the function switches off."""
+    law = torch.distributions.Gamma(2.0, 1.0, validate_args=True)
+    run = compiled(lambda x: [law.log_prob(x)], [torch.ones(3)])
+    torch.testing.assert_close(run(torch.tensor([0.5, 1.0, 2.0]))[0], law.log_prob(torch.tensor([0.5, 1.0, 2.0])))
+    with pytest.raises(ValueError, match="support"):
+        compiled(lambda x: [law.log_prob(x)], [-torch.ones(3)])

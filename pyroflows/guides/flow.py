@@ -14,14 +14,16 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
-from pyroflows.flows import IAF, Flow, Mixture, Planar
-from pyroflows.flows.base import as_flow
+from pyroflows.flows import IAF, Flow, Mixture, Planar, RealNVP
+from pyroflows.flows.base import Base, as_flow
 from pyroflows.model import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
 FlowFn = Callable[[int], Any]
 
+# Above, the score of an autoregressive layer, which goes dimension by dimension, costs more than its strength is worth.
+MAX_AUTOREGRESSIVE_DIM = 64
 NUM_QUANTILE_SAMPLES = 10_000
 
 # The parameters of living guides, by id: tensors cannot be members of a set.
@@ -42,7 +44,8 @@ class AutoFlow(AutoContinuous):
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
         flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
-            of these, or a Zuko flow; None for an affine IAF of four layers, or planar layers for one latent.
+            of these, or a Zuko flow; None for an affine IAF of four layers, or couplings above 64 latents, or planar
+            layers for a single one.
         init_loc_fn: initial values by site, one of Pyro's ``init_to_...`` functions.
         init_scale: initial standard deviation in the unconstrained space, positive.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
@@ -233,8 +236,15 @@ class AutoFlow(AutoContinuous):
         return copied
 
 
-def default_flow(latent_dim: int) -> Flow:
-    """The flow of a guide that was given none."""
+def default_flow(latent_dim: int, base: Base = None) -> Flow:
+    """The flow of a guide that was given none.
+
+    Args:
+        latent_dim: the number of dimensions.
+        base: as for :class:`pyroflows.Flow`.
+    """
     if latent_dim == 1:  # where an affine flow is a Gaussian
-        return Planar(latent_dim, num_layers=16)
-    return IAF(latent_dim, num_layers=4, hidden_dims=(32, 32))
+        return Planar(latent_dim, num_layers=16, base=base)
+    if latent_dim <= MAX_AUTOREGRESSIVE_DIM:
+        return IAF(latent_dim, num_layers=4, hidden_dims=(32, 32), base=base)
+    return RealNVP(latent_dim, num_layers=6, hidden_dims=(64, 64), base=base)

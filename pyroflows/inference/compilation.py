@@ -8,8 +8,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyroflows.errors import OptionError
-from pyroflows.tracing import UntraceableError, compiled
+from pyroflows.errors import OptionError, UntraceableError
+from pyroflows.tracing import compiled
 
 # "auto" traces, and goes on without where that fails.
 MODES = ("auto", "trace", "inductor", "none")

@@ -21,6 +21,8 @@ NEARLY_EXACT = 0.02
 # Between Gaussians the weights of a proposal that is narrower by this factor have a Pareto shape of 0.7, which k-hat
 # from a few thousand draws may miss.
 MAX_WIDENING = 0.3**-0.5
+# In sds: what means may move for the weights to be trusted with it.
+MAX_CORRECTION = 1.0
 MAX_GROWTH = 0.05  # nats, of the ELBO in the last tenth of the training
 MIN_STEPS_OF_TREND = 100
 
@@ -105,6 +107,9 @@ def diagnose(
         reasons.append(modes)
     if khat_is_high and variance > NEARLY_EXACT:
         verdict = "do not use"
+    if shift > MAX_CORRECTION:
+        verdict = "do not use"
+        reasons.append(f"the weights move a mean by {shift:.1f} sd, to where the flow has few draws")
     if widening > MAX_WIDENING:
         verdict = "do not use"
         reasons.append(

@@ -6,7 +6,8 @@ gradients, whose mean is the ELBO. Parameters of the model have the gradient of 
 their bound.
 
 Below :math:`s = \nabla_x \log q_\phi(x)` is the score, see :meth:`FlowDistribution.transport_and_score`; what it costs
-beside "total" depends on the layers: for coupling and autoregressive ones about a pass back through the conditioner.
+beside "total" depends on the layers: for couplings about a pass back through the conditioner, for autoregressive ones
+the same arithmetic dimension by dimension.
 """
 
 import math
@@ -88,8 +89,9 @@ def log_variance_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor)
     .. math:: -\frac1{S-1} \sum_i (\log w_i - \overline{\log w}) \, \nabla_\phi \log q_\phi(x) \big|_{x = x_i}.
 
     Its mean is the gradient of :math:`-\mathrm{ELBO}`, and it vanishes where q = p. It needs no derivative of the log
-    joint: for one that is expensive or has none. It costs the score, but no pass back through the model, and in high
-    dimension has more variance than "path". At least two draws. The loss is half the variance.
+    joint: for one that is expensive or has none (which the starts of :class:`pyroflows.FlowVI` need, if its guide is
+    not made of the model). It costs the score, but no pass back through the model, and in high dimension has more
+    variance than "path". At least two draws. The loss is half the variance.
     """
     x, log_q, score = q.transport_and_score(z)
     log_p = log_joint(x.detach())

@@ -58,7 +58,7 @@ class Posterior:
         history: of the training; empty where none was needed.
         starts: what the starts of the fit found, where it had several.
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
-        compile: as for :class:`FlowVI`; for chains.
+        compile: as for :class:`FlowVI`; of the log joint on which chains move.
 
     Example:
         >>> def model(y):
@@ -166,7 +166,8 @@ class Posterior:
     ) -> Chains:
         """Draws from the exact posterior by Markov chains in the flow's base space, where it is close to the base.
 
-        A flow that is off makes the chains slower, not wrong; ``rhat`` and ``ess`` of the result tell.
+        A flow that is off makes the chains slower, not wrong; ``rhat`` and ``ess`` of the result tell. The base space
+        of a mixture of flows is the unconstrained space itself.
 
         Args:
             num_samples: kept draws of each chain, four at least.
@@ -198,7 +199,8 @@ class Posterior:
         Where the flow is off, or too narrow, its error is far smaller than that of ``log_evidence``, and known.
 
         Args:
-            num_samples: draws from the posterior, by :meth:`mcmc` with "hmc", and as many from the flow.
+            num_samples: draws from the posterior, by :meth:`mcmc` with "hmc", or "independence" for a mixture of flows;
+                and as many from the flow. At least 1000.
             num_warmup: iterations of the chains before, from which nothing is kept.
             seed: makes the estimate reproducible and leaves the global generator as it was; None to draw from it.
             progress_bar: whether to show one.
@@ -370,7 +372,10 @@ class Posterior:
         return plot_pairs(data, var_names, coords, **kwargs)
 
     def save(self, path: str | Path) -> None:
-        """Write the flow and the history to a safetensors file; see :func:`pyroflows.load_posterior`."""
+        """Write the flow, the model's own parameters, the history and what the starts found to a safetensors file.
+
+        :func:`pyroflows.load_posterior` reads it.
+        """
         parameters = model_parameters(self._model, self._args, self._kwargs, self._init_fn)
         serialization.save(self.guide, parameters, self.history, self.starts, path)
 

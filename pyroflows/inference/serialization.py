@@ -27,7 +27,7 @@ FORMAT = "pyroflows posterior 1"
 def save(
     guide: AutoFlow, parameters: dict[str, Tensor], history: History, starts: Starts | None, path: str | Path
 ) -> None:
-    """Write a guide's flow, the model's own parameters and the history, with what is needed to rebuild the flow."""
+    """Write a guide's flow, the model's own parameters, the history and the starts, with what rebuilds the flow."""
     tensors = {f"flow.{name}": value for name, value in guide.state_dict().items()}
     tensors |= {f"param.{name}": value.detach() for name, value in parameters.items()}
     tensors |= {f"history.{name}": torch.from_numpy(values) for name, values in history.items()}
@@ -112,7 +112,9 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _recipe(flow_fn: FlowFn | None) -> dict[str, Any] | None:
     """A flow function as JSON, if it is the default or one of our recipes with options."""
     if flow_fn is default_flow:
-        return {"name": "default"}
+        return {"name": "default", "options": {}}
+    if isinstance(flow_fn, partial) and flow_fn.func is default_flow:
+        return {"name": "default", "options": flow_fn.keywords}
     if not isinstance(flow_fn, partial) or flow_fn.args:
         return None
     name = getattr(flow_fn.func, "__name__", "")
@@ -134,5 +136,5 @@ def _flow_fn(recipe: dict[str, Any] | None, path: str | Path) -> FlowFn:
             f"{path} was fitted with a flow function of the user's: give load_posterior the same flow_fn"
         )
     if recipe["name"] == "default":
-        return default_flow
+        return partial(default_flow, **recipe["options"]) if recipe["options"] else default_flow
     return partial(getattr(flows, recipe["name"]), **recipe["options"])

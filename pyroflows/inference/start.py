@@ -11,12 +11,14 @@ from torch import Tensor
 from pyroflows.errors import ModelError
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.initialize import Gaussian, pathfinder
-from pyroflows.inference.log_joint import LogJoint, is_singular
+from pyroflows.inference.log_joint import LogJoint, ValueAndGrad, is_singular
 from pyroflows.model import Model, ModelStructure, trace_model
 
 NUM_ROWS = 64
 # In standard deviations of either Gaussian: nearer ones are two views of one mode.
 SEPARATION = 4.0
+# In nats, of the log joint between two modes: what falls less is one mode with a bend, or a funnel.
+MIN_DIP = 3.0
 # In nats below the best: a mode of less than a hundredth of its mass, if the Gaussians are good.
 MAX_DEFICIT = math.log(100.0)
 # Of the Gaussian's log weights, k-hat, moves of means in sds and relative changes of sds under the weights.
@@ -61,7 +63,7 @@ def starting_points(
     """
     starts = [center, *_uniform(num_starts - 1, center)]
     for i in range(2, num_starts, 2):
-        # Far out in the prior a scale may underflow, and a matrix be singular.
+        # Far out in a vague prior a scale may underflow, and a matrix be singular.
         with pyro.validation_enabled(False):
             try:
                 trace = trace_model(model, args, kwargs)
@@ -102,7 +104,7 @@ def find_start(
         found = pathfinder(tempered, starts, num_rows=num_rows)
     except ValueError as error:
         raise ModelError(f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}})") from error
-    modes = _separate(found)
+    modes = _separate(found, tempered, num_rows)
     return modes, Starts(tuple(g.elbo for g in found), tuple(g.elbo for g in modes), len(starts))
 
 
@@ -116,11 +118,14 @@ def is_enough(gaussian: Diagnosis) -> bool:
     )
 
 
-def _separate(gaussians: list[Gaussian]) -> list[Gaussian]:
+def _separate(gaussians: list[Gaussian], value_and_grad: ValueAndGrad, num_rows: int) -> list[Gaussian]:
     modes: list[Gaussian] = []
     for gaussian in gaussians:
         has_mass = gaussian.elbo > gaussians[0].elbo - MAX_DEFICIT
-        if has_mass and all(_distance(gaussian, mode) > SEPARATION for mode in modes):
+        if has_mass and all(
+            _distance(gaussian, mode) > SEPARATION and _dip(gaussian, mode, value_and_grad, num_rows) > MIN_DIP
+            for mode in modes
+        ):
             modes.append(gaussian)
     return modes
 
@@ -130,3 +135,10 @@ def _distance(a: Gaussian, b: Gaussian) -> float:
     gap = (a.loc - b.loc)[:, None]
     solved = [torch.linalg.solve_triangular(g.scale_tril, gap, upper=False) for g in (a, b)]
     return min(s.norm().item() for s in solved)
+
+
+def _dip(a: Gaussian, b: Gaussian, value_and_grad: ValueAndGrad, num_rows: int) -> float:
+    """How far the log joint falls between the means, below the lower of the two; inf where it is not finite."""
+    weight = torch.linspace(0, 1, num_rows).to(a.loc)[:, None]
+    values, _ = value_and_grad(a.loc + weight * (b.loc - a.loc))
+    return (torch.minimum(values[0], values[-1]) - values.nan_to_num(nan=-torch.inf).min()).item()

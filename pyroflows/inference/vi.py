@@ -1,7 +1,8 @@
-"""Variational inference: a flow guide trained by reverse KL, from a model to a posterior."""
+"""Variational inference by reverse KL, from a model to a posterior: a Gaussian where it is enough, else a flow."""
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import flows
-from pyroflows.errors import ModelError, OptionError
+from pyroflows.errors import DivergedError, ModelError, OptionError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn, default_flow
@@ -44,7 +45,11 @@ class FlowVI:
     r"""Fit a flow as the posterior of a Pyro model, by reverse KL.
 
     Maximises :math:`\mathrm{ELBO} = E_q[\log p(x, y) - \log q(x)]` over the flow q in the unconstrained space, with
-    several draws a step and the model run once for all of them.
+    several draws a step and the model run once for all of them. Before, a Gaussian is sought from several starts, see
+    :func:`pyroflows.inference.initialize.pathfinder`: it is the posterior where it is certainly enough, and otherwise
+    what the flow starts at. Where starts end in separate modes, a flow is trained at each, and the posterior is their
+    mixture, weighted by their evidences. Where nothing is prescribed and the verdict is "do not use", the fit is
+    repeated with a Student-t base, and the one of the smaller variance of log weights is kept.
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
@@ -58,12 +63,14 @@ class FlowVI:
             machine code by "inductor", tens of seconds, for tens of thousands of steps; "none"; or "auto", which
             traces, and goes on without, with a warning, where the model's code depends on the latents' values.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        num_starts: points from which Gaussians are sought: the initial values, and others at random. The best is what
-            the flow starts at. A guide of yours starts where it stands.
+        num_starts: points from which Gaussians are sought: the initial values, and others at random. A guide made of
+            the model starts where it stands.
         gate: whether to leave out the flow where such a Gaussian is certainly good enough. It never is left out where
-            a guide, ``num_steps`` or ``temper`` are given.
-        temper: an inverse temperature between 0 and 1 by which the log joint is multiplied at first; it rises to 1
-            over the first part of the training. It helps to find several modes, or the way out of a poor one.
+            a guide, ``num_steps`` or ``temper`` are given, where rows are subsampled, or where the model has parameters
+            of its own.
+        temper: an inverse temperature between 0 and 1 by which the log joint is multiplied in the search for Gaussians
+            and at first in training; it rises to 1 over a third of ``num_steps``, or over 500 steps. It helps to find
+            several modes, or the way out of a poor one.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
         seed: makes the run reproducible and leaves the global generator as it was; None to draw from the global one.
         progress_bar: whether to show the ELBO while training.
@@ -139,6 +146,7 @@ class FlowVI:
         """Fit to the model's arguments.
 
         Raises:
+            UntraceableError: if ``compile`` is "trace" or "inductor", and the model cannot be compiled.
             ModelError: if the model cannot be fitted; names the site.
             DataError: if observed values are NaN.
             DivergedError: if the fit diverges; the guide keeps its last good state.
@@ -161,49 +169,64 @@ class FlowVI:
         log_joint = LogJoint(model, args, kwargs, structure, examples, self.compiler)
         _check_start(log_joint, center)
         own = list(model_parameters(model, args, kwargs, _init_at(structure, center)).values())
+        train_guide = partial(self._train, guide, log_joint, own)
+        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode)
         if isinstance(self.guide, AutoFlow):
-            assert isinstance(guide.flow, Flow)
             if isinstance(guide.flow, flows.Mixture):
                 raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
-            history = self._train(guide.flow, log_joint, own)
-            guide.own_values_count = True
-            return Posterior(self.model, guide, args, kwargs, history, compile=self.compiler.mode)
+            return posterior(history=train_guide())
+
         points = starting_points(model, args, kwargs, structure, center, self.num_starts)
         modes, starts = find_start(log_joint, points, self.temper)
-        is_given = self.guide is not None or self.num_steps is not None or self.temper is not None
-        if self.gate and not is_given and not own and not structure.subsampled and len(modes) == 1:
+        posterior = partial(posterior, starts=starts)
+        chooses = self.guide is None and self.num_steps is None and self.temper is None
+        # A verdict is had where all rows are seen, and helps where the model stays what it is.
+        if not chooses or own or structure.subsampled:
+            return posterior(history=_train_at(modes, guide, log_joint, train_guide))
+        if self.gate and len(modes) == 1:
             guide.flow_fn = partial(flows.Gaussian)
             guide.start_at(modes[0].loc, modes[0].scale_tril)
-            posterior = Posterior(self.model, guide, args, kwargs, History(), starts, compile=self.compiler.mode)
-            if is_enough(posterior.diagnose()):
-                return posterior
+            gaussian = posterior(history=History())
+            if is_enough(gaussian.diagnose()):
+                return gaussian
             guide.flow_fn = default_flow
-        history = self._train_modes(guide, modes, log_joint, own)
-        guide.own_values_count = True
-        return Posterior(self.model, guide, args, kwargs, history, starts, compile=self.compiler.mode)
+        fitted = posterior(history=_train_at(modes, guide, log_joint, train_guide))
+        if fitted.diagnose().verdict != "do not use":
+            return fitted
+        light = guide.flow
+        guide.flow_fn = partial(default_flow, base="student_t")
+        try:
+            heavy = posterior(history=_train_at(modes, guide, log_joint, train_guide))
+            if heavy.diagnose().log_weight_variance < fitted.diagnose().log_weight_variance:
+                return heavy
+        except DivergedError as error:
+            warnings.warn(f"heavier tails were tried, and left out: {error}", stacklevel=3)
+        guide.flow, guide.flow_fn = light, default_flow
+        return fitted
 
-    def _train_modes(
-        self, guide: AutoFlow, modes: Sequence[Gaussian], log_joint: LogJoint, own: Sequence[Tensor]
-    ) -> History:
-        """A flow at each mode, mixed by their evidences; the history is that of the first."""
-        trained, histories = [], []
-        for mode in modes:
-            guide.start_at(mode.loc, mode.scale_tril)
-            assert isinstance(guide.flow, Flow)
-            histories.append(self._train(guide.flow, log_joint, own))
-            trained.append(guide.flow)
-        if len(trained) > 1:
-            guide.flow = flows.Mixture(trained, torch.stack([_log_evidence(flow, log_joint) for flow in trained]))
-        return histories[0]
-
-    def _train(self, flow: Flow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+    def _train(self, guide: AutoFlow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+        assert guide.flow is not None
         temper = None if self.temper is None else Tempering(self.temper, self.num_steps)
-        step = Step(flow, log_joint, self.estimator, self.num_particles, own, temper)
+        step = Step(guide.flow, log_joint, self.estimator, self.num_particles, own, temper)
         schedule = Plateau("elbo", self.num_steps, _is_settled, hold=temper.num_steps if temper else 0)
         try:
             return train(step, step.parameters, schedule, optimizer=self.optimizer, progress_bar=self.progress_bar)
         finally:
             step.release()
+            guide.own_values_count = True
+
+
+def _train_at(modes: Sequence[Gaussian], guide: AutoFlow, log_joint: LogJoint, train: Callable[[], History]) -> History:
+    """A flow at each mode, mixed by their evidences; the history is that of the first."""
+    trained, histories = [], []
+    for mode in modes:
+        guide.start_at(mode.loc, mode.scale_tril)
+        histories.append(train())
+        assert guide.flow is not None
+        trained.append(guide.flow)
+    if len(trained) > 1:
+        guide.flow = flows.Mixture(trained, torch.stack([_log_evidence(flow, log_joint) for flow in trained]))
+    return histories[0]
 
 
 def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None = None, **kwargs: Any) -> Posterior:

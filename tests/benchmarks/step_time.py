@@ -9,7 +9,6 @@ on its own.
 """
 
 import argparse
-import inspect
 import logging
 import platform
 import statistics
@@ -31,9 +30,7 @@ SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 NUM_PARTICLES = 64
 HIDDEN_DIMS = (64, 64)
 PYRO = "Pyro SVI, AutoIAFNormal"
-# What FlowVI can be asked for, until it has compile=.
-HAS_COMPILE = "compile" in inspect.signature(pf.FlowVI).parameters
-MODES = ["auto", "trace", "inductor", "none"] if HAS_COMPILE else ["none"]
+MODES = ["auto", "trace", "inductor", "none"]
 
 
 def model(sigma: torch.Tensor, y: torch.Tensor) -> None:
@@ -68,7 +65,7 @@ def flow_vi(num_steps: int, mode: str, estimator: str) -> tuple[float, float]:
         optimizer=lambda parameters: ClockedAdam(parameters, times),
         seed=0,
         progress_bar=False,
-        **({"compile": mode} if HAS_COMPILE else {}),
+        compile=mode,
     )
     start = time.perf_counter()
     vi.run(SIGMA, Y)
@@ -117,9 +114,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--compile", nargs="+", choices=MODES, default=[m for m in ("auto", "none") if m in MODES], help="of FlowVI"
-    )
+    parser.add_argument("--compile", nargs="+", choices=MODES, default=["auto", "none"], help="of FlowVI")
     parser.add_argument("--estimators", nargs="+", default=["total", "path"], help="of FlowVI")
     warnings.filterwarnings("ignore", category=UserWarning, module="pyro")
     main(parser.parse_args())

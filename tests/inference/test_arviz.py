@@ -433,3 +433,39 @@ assert "torch" not in sys.modules and "pyroflows" not in sys.modules
     command = [sys.executable, "-W", "error::FutureWarning", "-c", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+# Chains
+
+
+def autoregressive(rng, coefficient, num_chains=8, num_draws=1000):
+    x = np.empty((num_chains, num_draws))
+    x[:, 0] = rng.normal(size=num_chains)
+    for i in range(1, num_draws):
+        x[:, i] = coefficient * x[:, i - 1] + math.sqrt(1 - coefficient**2) * rng.normal(size=num_chains)
+    return x
+
+
+def test_ess_and_rhat_by_component(module):
+    """The effective sample size of an autoregressive chain is N (1 - rho) / (1 + rho)."""
+    rng = np.random.default_rng(0)
+    draws = np.stack([autoregressive(rng, 0.0), autoregressive(rng, 0.7)], -1)[..., None]
+    assert module.rhat(draws).shape == module.ess(draws).shape == (2, 1)
+    assert (module.rhat(draws) < 1.02).all()
+    expected = np.array([[8000.0], [8000 * 0.3 / 1.7]])
+    for method in ("bulk", "mean"):
+        assert np.allclose(module.ess(draws, method), expected, rtol=0.15)
+
+
+def test_rhat_of_chains_that_stand_still(module):
+    apart = np.repeat(np.arange(4.0)[:, None], 50, 1)
+    assert module.rhat(apart) == math.inf
+    assert math.isnan(module.rhat(np.zeros((4, 50))))
+    assert module.rhat(apart + 0.2 * np.random.default_rng(0).normal(size=(4, 50))) > 2
+
+
+def test_rhat_of_one_chain(module):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(1, 400))
+    assert module.rhat(noise) < 1.02
+    assert module.rhat(noise + np.linspace(0, 5, 400)) > 1.5

@@ -330,8 +330,9 @@ def test_weighted_draws(posterior):
     assert torch.equal(weighted.draws["twice"], 2 * weighted.draws["effect"])
     assert weighted.log_weights.shape == (400,)
     assert weighted.log_weights.dtype == torch.float64
-    # The offset is kept: the mean weight is the evidence.
-    assert weighted.log_evidence == pytest.approx(weighted.log_weights.logsumexp(0).item() - math.log(400))
+    # The offset is kept: the mean weight is the evidence, up to what smoothing does to the tail.
+    mean = weighted.log_weights.logsumexp(0).item() - math.log(400)
+    assert abs(weighted.log_evidence - mean) < 3 * weighted.log_evidence_se
     assert weighted.log_evidence == pytest.approx(
         posterior.log_evidence, abs=MAX_Z * (weighted.log_evidence_se + posterior.log_evidence_se)
     )

