@@ -121,7 +121,7 @@ def test_log_evidence_of_conjugate_models(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["narrow", "regression, off"])
+@pytest.mark.parametrize("name", ["narrow", "shifted"])
 def test_standard_errors_with_real_chains(name):
     """Over 40 repetitions, to three standard errors of a standard deviation."""
     assert 0.65 < check(name, 40).std() < 1.35
