@@ -107,11 +107,11 @@ CASES = {
 
 def check(name, repetitions):
     posterior, truth = CASES[name]()
-    found = [posterior.bridge_sample(2000, 100, seed=i, progress_bar=False) for i in range(repetitions)]
+    found = [posterior.bridge_sample(1000, 60, seed=i, progress_bar=False) for i in range(repetitions)]
     errors = np.array([f.log_evidence - truth for f in found])
     standard_errors = np.maximum([f.log_evidence_se for f in found], 1e-4)
     assert (abs(errors) <= 3 * standard_errors).mean() >= 0.95
-    assert max(standard_errors) < 0.15
+    assert max(standard_errors) < 0.2
     return errors / standard_errors
 
 
@@ -121,11 +121,10 @@ def test_log_evidence_of_conjugate_models(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["narrow", "shifted"])
 def test_standard_errors_with_real_chains(name):
-    z = check(name, 40)
-    if name != "exact":
-        assert 0.65 < z.std() < 1.35
+    """Over 40 repetitions, to three standard errors of a standard deviation."""
+    assert 0.65 < check(name, 40).std() < 1.35
 
 
 def test_reproducible_and_printed():
