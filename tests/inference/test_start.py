@@ -145,8 +145,32 @@ def gaussian(loc, sd=1.0, elbo=0.0):
 )
 def test_which_gaussians_are_separate(other, is_separate):
     first = gaussian(0.0)
-    modes = _separate([first, other])
+    modes = _separate([first, other], between(first, other, dip=50.0), 64)
     assert modes[0] is first and len(modes) == 1 + is_separate
+
+
+def between(a, b, dip, at_b=0.0):
+    """A log density that falls by ``dip`` half way, and is ``at_b`` at b."""
+
+    def value_and_grad(x):
+        weight = (x - a.loc)[:, 0] / (b.loc - a.loc)[0]
+        fall = (dip * (1 - (2 * weight - 1).abs())).nan_to_num(nan=0.0, posinf=math.inf)
+        return at_b * weight - fall, torch.zeros_like(x)
+
+    return value_and_grad
+
+
+@pytest.mark.parametrize(("dip", "is_separate"), [(0.0, False), (2.8, False), (3.2, True), (math.inf, True)])
+def test_modes_have_a_dip_between_them(dip, is_separate):
+    """Else they are one with a bend."""
+    a, b = gaussian(0.0), gaussian(20.0)
+    assert len(_separate([a, b], between(a, b, dip), 65)) == 1 + is_separate
+
+
+def test_the_dip_is_below_the_lower_of_the_two():
+    a, b = gaussian(0.0), gaussian(20.0)
+    assert len(_separate([a, b], between(a, b, 4.2, at_b=-2.0), 65)) == 2  # -5.2 between 0 and -2
+    assert len(_separate([a, b], between(a, b, 3.8, at_b=-2.0), 65)) == 1
 
 
 def test_a_temperature_widens():

@@ -9,10 +9,12 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyroflows import FlowVI, OptionError, PlotError, load_posterior
+from pyroflows import DivergedError, FlowVI, OptionError, PlotError, load_posterior
 from pyroflows.flows import MAF, Gaussian, Mixture, Planar
 from pyroflows.guides import AutoIAF
+from pyroflows.guides.flow import default_flow
 from pyroflows.tracing import UntraceableError
+from pyroflows.training import History
 
 NUM_DRAWS = 20_000
 
@@ -126,16 +128,51 @@ def in_parts(y=Y):
 @pytest.mark.parametrize("model", [heavy, learned_mean, in_parts], ids=lambda model: model.__name__)
 def test_what_is_no_gaussian_or_not_known_to_be_is_trained(model, monkeypatch):
     """Tails that are too heavy, parameters to learn, no full data to judge by."""
-    steps = []
 
-    def stop(vi, flow, *rest):
-        steps.append(flow)
-        raise KeyboardInterrupt
+    class TrainedError(Exception):
+        pass
+
+    def stop(*args):
+        raise TrainedError
 
     monkeypatch.setattr(FlowVI, "_train", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainedError):
         fit(model)
-    assert [isinstance(flow, Gaussian) for flow in steps] == [False]
+
+
+# Heavier tails
+
+
+def very_heavy():
+    pyro.sample("x", dist.StudentT(1.5, torch.zeros(2), 1.0).to_event(1))
+
+
+@pytest.mark.slow
+def test_a_student_base_is_tried_where_the_verdict_is_bad(tmp_path):
+    posterior = fit(very_heavy)
+    assert posterior.guide.flow_fn.keywords == {"base": "student_t"}
+    assert posterior.diagnose().log_weight_variance < 0.1
+    posterior.save(tmp_path / "heavy.safetensors")
+    loaded = load_posterior(tmp_path / "heavy.safetensors", very_heavy)
+    draws = posterior.sample(10)
+    assert torch.equal(loaded.log_prob(draws), posterior.log_prob(draws))
+
+
+def test_a_student_base_that_diverges_is_left_out(monkeypatch):
+    flows = []
+
+    def briefly(vi, guide, *rest):
+        flows.append(guide.flow)
+        if len(flows) == 2:
+            raise DivergedError("25 steps in a row")
+        return History({"elbo": [-1.0]})
+
+    monkeypatch.setattr(FlowVI, "_train", briefly)
+    with pytest.warns(UserWarning, match="heavier tails were tried, and left out: 25 steps in a row"):
+        posterior = fit(very_heavy)
+    assert posterior.guide.flow is flows[0] and posterior.guide.flow_fn is default_flow
+    assert [hasattr(flow.base, "raw_df") for flow in flows] == [False, True]
+    assert posterior.sample(3)["x"].shape == (3, 2)
 
 
 # Compiled
