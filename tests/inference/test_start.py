@@ -179,6 +179,8 @@ def test_a_temperature_widens():
     expected = 4 * torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     torch.testing.assert_close(found.loc, torch.tensor([1.0, 2.0]), atol=0.05, rtol=0.0)
     torch.testing.assert_close(found.scale_tril @ found.scale_tril.mT, expected, rtol=0.02, atol=0.02)
+    # Of p^beta, p of determinant 5.
+    assert found.elbo == pytest.approx(0.75 * math.log(2 * math.pi) + 0.375 * math.log(5) + math.log(4), abs=0.01)
 
 
 def test_a_log_joint_that_is_finite_nowhere():
