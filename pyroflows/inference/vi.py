@@ -183,6 +183,17 @@ class FlowVI:
         # A verdict is had where all rows are seen, and helps where the model stays what it is.
         if not chooses or own or structure.subsampled:
             return posterior(history=_train_at(modes, guide, log_joint, train_guide))
+        return self._chosen(modes, guide, log_joint, train_guide, posterior)
+
+    def _chosen(
+        self,
+        modes: Sequence[Gaussian],
+        guide: AutoFlow,
+        log_joint: LogJoint,
+        train_guide: Callable[[], History],
+        posterior: Callable[..., Posterior],
+    ) -> Posterior:
+        """The simplest that is good enough: a Gaussian, a flow, a flow with heavier tails."""
         if self.gate and len(modes) == 1:
             guide.flow_fn = partial(flows.Gaussian)
             guide.start_at(modes[0].loc, modes[0].scale_tril)
