@@ -159,7 +159,7 @@ def test_rhat_shows_that_chains_are_stuck():
 
 
 def test_independence_moves_between_modes():
-    chains = by_hand(two_modes, [0.0], [6.0]).mcmc(80, 32, "independence", num_warmup=40, **QUIET)
+    chains = by_hand(two_modes, [0.0], [6.0]).mcmc(200, 32, "independence", num_warmup=40, **QUIET)
     upper = (chains.draws["x"] > 0).double().numpy()
     se = math.sqrt(0.21 / arviz.ess(upper, "mean"))
     assert se < 0.05
