@@ -21,7 +21,12 @@ Function = Callable[..., Sequence[Tensor]]
 
 EXECUTORS = ("trace", "inductor", "none")
 
+# TorchScript's optimiser gains a fifth on small programs, and takes seconds, more than in proportion, on long ones.
+MAX_OPTIMIZED = 3000
+
 _aten = torch.ops.aten
+# The shape of their outputs depends on the values of a mask, which may be a constant.
+_SELECTIONS = {_aten.index.Tensor, _aten.masked_select.default}
 # They give their input another name.
 _ALIASES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 
@@ -139,7 +144,8 @@ class _Program:
             # A TracerWarning, whose class torch.jit does not export: sizes in the graph are those of the examples.
             warnings.simplefilter("ignore", UserWarning)
             inputs = tuple(tensor.detach() for tensor in self._inputs)
-            return torch.jit.trace(run, inputs, check_trace=False)
+            program = torch.jit.trace(run, inputs, check_trace=False)
+        return program if len(self._operations) <= MAX_OPTIMIZED else _as_it_is(program)
 
     def graph_module(self) -> fx.GraphModule:
         root, graph = torch.nn.Module(), fx.Graph()
@@ -174,7 +180,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         depends = any(_memory(tensor) in self._dependent for tensor in tensors)
-        if depends and _looks_at_values(function, args) and not self._is_validation(function, args):
+        if depends and self._looks_at_values(function, args) and not self._is_validation(function, args):
             raise UntraceableError(
                 f"{function} needs the value of a tensor that depends on the inputs: an if, a float(), an .item() or a "
                 "boolean mask; use torch.where instead"
@@ -193,6 +199,12 @@ class _Recorder(TorchDispatchMode):
             self._checks.add(id(output))
         self.operations.append(_Operation(function, args, kwargs, output, depends))
         return output
+
+    def _looks_at_values(self, function: Any, args: Any) -> bool:
+        if function in _SELECTIONS:
+            masks = [index for index in _tensors(args[1]) if index.dtype in (torch.bool, torch.uint8)]
+            return any(_memory(mask) in self._dependent for mask in masks)
+        return torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
 
     def _is_validation(self, function: Any, args: Any) -> bool:
         """Whether a distribution looks at its own validation: what fails raises, what passes is not repeated."""
@@ -227,6 +239,14 @@ def _named(function: Any, kwargs: Any) -> list[tuple[Any, Any]]:
 # Arguments of operations are tensors, and lists of them; torch's general trees would take most of the time.
 
 
+def _as_it_is(program: Function) -> Function:
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return program(*inputs)
+
+    return run
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
@@ -243,9 +263,3 @@ def _mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _looks_at_values(function: Any, args: Any) -> bool:
-    if function is _aten.index.Tensor:
-        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags

@@ -204,3 +204,10 @@ def test_validation_is_not_repeated():
     torch.testing.assert_close(run(torch.tensor([0.5, 1.0, 2.0]))[0], law.log_prob(torch.tensor([0.5, 1.0, 2.0])))
     with pytest.raises(ValueError, match="support"):
         compiled(lambda x: [law.log_prob(x)], [-torch.ones(3)])
+
+
+def test_a_constant_mask_selects():
+    mask = torch.tensor([True, False, True])
+    run = compiled(lambda x: [x[..., mask], x.masked_select(mask)], [torch.ones(3)])
+    for found in run(torch.tensor([1.0, 2.0, 3.0])):
+        assert found.tolist() == [1.0, 3.0]

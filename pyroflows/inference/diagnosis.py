@@ -16,8 +16,9 @@ Verdict = Literal["good", "correct it", "do not use"]
 MAX_LOG_WEIGHT_VARIANCE = 0.1
 MAX_MEAN_SHIFT = 0.1
 MAX_SD_CHANGE = 0.1
-# Below this variance q is p to a KL of one percent of a nat, and k-hat, fitted to what is left, says little.
-NEARLY_EXACT = 0.02
+# Up to this variance q is p to a KL of a fortieth of a nat, and k-hat, fitted to what is left, says little: unless a
+# few weights are so large that they lower the effective sample size all the same.
+NEARLY_EXACT, MIN_RELATIVE_ESS = 0.05, 0.95
 # Between Gaussians the weights of a proposal that is narrower by this factor have a Pareto shape of 0.7, which k-hat
 # from a few thousand draws may miss.
 MAX_WIDENING = 0.3**-0.5
@@ -105,7 +106,9 @@ def diagnose(
         reasons.append(f"the ELBO still grew by {growth:.2f} nats over the last tenth of the training: give more steps")
     if modes is not None:
         reasons.append(modes)
-    if khat_is_high and variance > NEARLY_EXACT:
+    if khat_is_high and variance <= NEARLY_EXACT and weights.ess >= MIN_RELATIVE_ESS * num_samples:
+        reasons.append("the flow is nearly exact, and its k-hat is fitted to next to nothing: it does not count")
+    elif khat_is_high:
         verdict = "do not use"
     if shift > MAX_CORRECTION:
         verdict = "do not use"

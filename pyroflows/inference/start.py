@@ -119,8 +119,8 @@ def is_enough(gaussian: Diagnosis) -> bool:
 
 
 def _separate(gaussians: list[Gaussian], value_and_grad: ValueAndGrad, num_rows: int) -> list[Gaussian]:
-    modes: list[Gaussian] = []
-    for gaussian in gaussians:
+    modes = gaussians[:1]
+    for gaussian in gaussians[1:]:
         has_mass = gaussian.elbo > gaussians[0].elbo - MAX_DEFICIT
         if has_mass and all(
             _distance(gaussian, mode) > SEPARATION and _dip(gaussian, mode, value_and_grad, num_rows) > MIN_DIP

@@ -105,12 +105,18 @@ class FlowVI:
         seed: int | None = None,
         progress_bar: bool = True,
     ) -> None:
-        if num_particles is not None and num_particles < 1:
-            raise OptionError(f"num_particles must be positive, got {num_particles}")
-        if num_steps is not None and num_steps < 1:
-            raise OptionError(f"num_steps must be positive, got {num_steps}")
+        for name, value in (("num_particles", num_particles), ("num_steps", num_steps), ("num_starts", num_starts)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} must be positive and an integer, got {value!r}")
+        if not isinstance(gate, bool):
+            raise OptionError(f"gate must be True or False, got {gate!r}")
         if estimator != "auto" and estimator not in ESTIMATORS:
             raise OptionError(f"estimator must be one of {['auto', *ESTIMATORS]}, got {estimator!r}")
+        if isinstance(guide, Flow):
+            raise OptionError(
+                f"guide must be made of the model, or a function latent_dim -> flow, got a {type(guide).__name__} flow: "
+                "give a function such as lambda dim: pf.flows.IAF(dim)"
+            )
         if isinstance(guide, torch.nn.Module) and not isinstance(guide, AutoFlow):
             raise OptionError(
                 f"FlowVI trains flow guides, but got {type(guide).__name__}: use pyro.infer.SVI for it, or give "
@@ -118,10 +124,8 @@ class FlowVI:
             )
         if guide is not None and (not callable(guide) or isinstance(guide, type)):
             raise OptionError(
-                f"guide must be a flow guide, made of the model, or a function latent_dim -> flow, got {guide}"
+                f"guide must be a flow guide, made of the model, or a function latent_dim -> flow, got {guide!r}"
             )
-        if num_starts < 1:
-            raise OptionError(f"num_starts must be positive, got {num_starts}")
         if temper is not None and not 0 < temper < 1:
             raise OptionError(f"temper must be an inverse temperature between 0 and 1, got {temper}")
         if estimator == "vargrad" and num_particles == 1:
