@@ -35,6 +35,8 @@ NUM_PARTICLES = 128
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
 NUM_STARTS = 8
+# Above so many latents the search from a start takes seconds.
+MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
 NUM_EVIDENCE_DRAWS = 4000
 # Runs of the model at other values, to see whether its sites are the same.
 NUM_LOOKS = 16
@@ -63,8 +65,8 @@ class FlowVI:
             machine code by "inductor", tens of seconds, for tens of thousands of steps; "none"; or "auto", which
             traces, and goes on without, with a warning, where the model's code depends on the latents' values.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        num_starts: points from which Gaussians are sought: the initial values, and others at random. A guide made of
-            the model starts where it stands.
+        num_starts: points from which Gaussians are sought: the initial values, and others at random; None for 8, or 2
+            above 200 latents. A guide made of the model starts where it stands.
         gate: whether to leave out the flow where such a Gaussian is certainly good enough. It never is left out where
             a guide, ``num_steps`` or ``temper`` are given, where rows are subsampled, or where the model has parameters
             of its own.
@@ -98,7 +100,7 @@ class FlowVI:
         estimator: str = "auto",
         optimizer: OptimizerLike | None = None,
         compile: str = "auto",
-        num_starts: int = NUM_STARTS,
+        num_starts: int | None = None,
         gate: bool = True,
         temper: float | None = None,
         dtype: torch.dtype | None = None,
@@ -114,7 +116,7 @@ class FlowVI:
             raise OptionError(f"estimator must be one of {['auto', *ESTIMATORS]}, got {estimator!r}")
         if isinstance(guide, Flow):
             raise OptionError(
-                f"guide must be made of the model, or a function latent_dim -> flow, got a {type(guide).__name__} flow: "
+                "guide must be made of the model, or a function latent_dim -> flow, got a flow: "
                 "give a function such as lambda dim: pf.flows.IAF(dim)"
             )
         if isinstance(guide, torch.nn.Module) and not isinstance(guide, AutoFlow):
@@ -180,7 +182,8 @@ class FlowVI:
                 raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
             return posterior(history=train_guide())
 
-        points = starting_points(model, args, kwargs, structure, center, self.num_starts)
+        num_starts = self.num_starts or (NUM_STARTS if structure.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
+        points = starting_points(model, args, kwargs, structure, center, num_starts)
         modes, starts = find_start(log_joint, points, self.temper)
         posterior = partial(posterior, starts=starts)
         chooses = self.guide is None and self.num_steps is None and self.temper is None
