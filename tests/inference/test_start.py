@@ -236,3 +236,10 @@ def test_enough(change, enough):
 
 def test_starts_near_the_best():
     assert str(Starts((-1.0, -1.5, -2.5), (-1.0,), 8)).startswith("2 of 8 starts")
+
+
+@pytest.mark.parametrize("elbo", [-math.inf, math.nan])
+def test_there_is_always_a_mode(elbo):
+    """Where the log joint is not finite at some draws of every Gaussian, the first of them is the start."""
+    gaussian = Gaussian(torch.zeros(1), torch.eye(1), elbo)
+    assert _separate([gaussian, gaussian], lambda u: (u[:, 0], u), 4) == [gaussian]

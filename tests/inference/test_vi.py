@@ -459,3 +459,10 @@ def test_a_matrix_that_is_singular_at_some_latents(mode):
     exact = (log_p.softmax(0) * grid).sum().item()
     assert draws_of(posterior, "r").mean() == pytest.approx(exact, abs=0.05)
     assert posterior.diagnose().num_samples == 10_000
+
+
+@pytest.mark.parametrize("options", [{"gate": "no"}, {"num_steps": 1.5}, {"num_starts": 2.0}], ids=str)
+def test_options_of_the_wrong_type(options):
+    (name,) = options
+    with pytest.raises(OptionError, match=name):
+        FlowVI(lambda: None, **options)
