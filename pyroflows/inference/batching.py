@@ -28,8 +28,9 @@ from pyroflows.model import Model
 Mode = Literal["plate", "vmap", "loop"]
 Values = Mapping[str, Tensor]
 
-# A batch is cut into chunks so that its sites hold no more numbers than this at once.
-MAX_NUMBERS = 2**25
+# A batch is cut into chunks so that its sites hold about so many numbers at once: what stays in a processor's cache is
+# up to four times as fast as what does not.
+MAX_NUMBERS = 2**19
 NUM_EXAMPLES = 5
 LONG = 5.0  # seconds of drawing one by one before a word is said
 
