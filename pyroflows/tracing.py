@@ -19,8 +19,6 @@ from pyroflows.errors import UntraceableError
 
 Function = Callable[..., Sequence[Tensor]]
 
-EXECUTORS = ("trace", "inductor", "none")
-
 # TorchScript's optimiser gains a fifth on small programs, and takes seconds, more than in proportion, on long ones.
 MAX_OPTIMIZED = 3000
 
@@ -145,7 +143,10 @@ class _Program:
             warnings.simplefilter("ignore", UserWarning)
             inputs = tuple(tensor.detach() for tensor in self._inputs)
             program = torch.jit.trace(run, inputs, check_trace=False)
-        return program if len(self._operations) <= MAX_OPTIMIZED else _as_it_is(program)
+        is_long = len(self._operations) > MAX_OPTIMIZED
+        # What was traced keeps this object, which keeps every tensor of the recorded run.
+        vars(self).clear()
+        return _as_it_is(program) if is_long else program
 
     def graph_module(self) -> fx.GraphModule:
         root, graph = torch.nn.Module(), fx.Graph()

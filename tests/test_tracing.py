@@ -1,5 +1,8 @@
 """Recorded programs compute what the function computes, gradients included, or say why they cannot."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -211,3 +214,17 @@ def test_a_constant_mask_selects():
     run = compiled(lambda x: [x[..., mask], x.masked_select(mask)], [torch.ones(3)])
     for found in run(torch.tensor([1.0, 2.0, 3.0])):
         assert found.tolist() == [1.0, 3.0]
+
+
+def test_a_program_does_not_keep_what_was_recorded():
+    seen = []
+
+    def function(x):
+        between = x.exp()
+        seen.append(weakref.ref(between))
+        return [between.sin()]
+
+    run = compiled(function, [torch.ones(3)])
+    gc.collect()
+    assert seen[0]() is None
+    torch.testing.assert_close(run(torch.zeros(3))[0], torch.ones(3).sin())
