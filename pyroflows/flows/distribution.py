@@ -59,10 +59,6 @@ class FlowDistribution(TorchDistribution):
         """Draws ``(*sample_shape, *batch_shape, dim)`` and their log-densities, in one pass through the flow."""
         return self.transport(self._expanded_base().rsample(torch.Size(sample_shape)))
 
-    def rsample_and_score(self, sample_shape: Any = torch.Size()) -> Triple:  # noqa: B008
-        """Draws, their log-densities, and their scores, see :meth:`transport_and_score`."""
-        return self.transport_and_score(self._expanded_base().rsample(torch.Size(sample_shape)))
-
     def transport(self, z: Tensor) -> Pair:
         r"""``x = t(z)`` and :math:`\log q(x)`, for draws z of the base, ``(..., dim)``.
 
