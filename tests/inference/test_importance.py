@@ -20,6 +20,7 @@ import pyroflows as pf
 from pyroflows import FlowVI, ModelError, OptionError, ShapeError, importance_sample
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoIAF
+from pyroflows.inference.importance import Weights
 from pyroflows.transforms import Elementwise
 from tests.guides.models import fit
 
@@ -232,3 +233,14 @@ def test_a_subsampled_plate():
 
     with pytest.raises(ModelError, match="plate 'rows' is subsampled \\(2 of 4 rows\\)"):
         importance_sample(subsampled, by_hand, COUNTS)
+
+
+def test_the_evidence_is_that_of_raw_weights():
+    """Smoothing replaces the largest weights, and with them moves their mean and its standard error."""
+    raw = 2 * torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 100
+    weights = Weights.smoothed(raw)
+    assert not torch.allclose(weights.log_weights, raw)
+    w = (raw + 100).exp()
+    assert weights.log_evidence == pytest.approx(w.mean().log().item() - 100, abs=1e-9)
+    se = (w.std(correction=0) / w.mean()).item() / math.sqrt(len(w))
+    assert weights.log_evidence_se == pytest.approx(se, rel=1e-6)

@@ -345,3 +345,12 @@ def test_a_trained_funnel_is_not_called_good():
     """Ten dimensions, centred; training stops long before the neck."""
     posterior = trained(funnel, num_steps=400)
     assert posterior.diagnose().verdict in BAD, posterior.diagnose()
+
+
+def test_weights_that_move_a_mean_far_are_not_trusted():
+    """Bounded weights, whose k-hat is fine, on one tenth of the draws."""
+    x = 2 * torch.rand(10_000, 1, generator=torch.Generator().manual_seed(0)) - 1
+    raw = torch.where(x[:, 0] > 0.8, 0.0, -5.0)
+    diagnosis = diagnose(raw, Weights.smoothed(raw), x)
+    assert diagnosis.khat < diagnosis.khat_threshold and diagnosis.mean_shift > 1
+    assert diagnosis.verdict == "do not use", diagnosis
