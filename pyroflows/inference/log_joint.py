@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroflows.compilation import Compiler, is_singular
 from pyroflows.inference.batching import BatchedModel, Values
-from pyroflows.inference.compilation import Compiler
 from pyroflows.model import Model, ModelStructure
 
 # Vectors (S, D) -> log densities (S,) and gradients (S, D), both without autograd history.
@@ -103,8 +103,3 @@ def _row_by_row(function: Callable[[Tensor], Any], vectors: Tensor, *rest: Tenso
         return vectors.new_full((1,), -torch.inf), *rest
     halves = [_row_by_row(function, half, *rest) for half in vectors.tensor_split(2)]
     return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
-
-
-def is_singular(error: RuntimeError) -> bool:
-    """Whether a factorisation or a solve failed; compiled, torch's own error class is lost."""
-    return "linalg" in str(error)

@@ -12,6 +12,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import plots
+from pyroflows.compilation import Compiler
 from pyroflows.errors import DataError, ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow, Gaussian, Mixture
 from pyroflows.guides import AutoFlow
@@ -19,7 +20,6 @@ from pyroflows.inference import diagnosis, serialization
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
-from pyroflows.inference.compilation import Compiler
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import WeightedDraws, Weights

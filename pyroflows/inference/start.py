@@ -8,10 +8,11 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyroflows.compilation import is_singular
 from pyroflows.errors import ModelError
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.initialize import Gaussian, pathfinder
-from pyroflows.inference.log_joint import LogJoint, ValueAndGrad, is_singular
+from pyroflows.inference.log_joint import LogJoint, ValueAndGrad
 from pyroflows.model import Model, ModelStructure, trace_model
 
 NUM_ROWS = 64

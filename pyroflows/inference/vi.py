@@ -12,19 +12,19 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import flows
+from pyroflows.compilation import Compiler, is_singular
 from pyroflows.errors import DivergedError, ModelError, OptionError
+from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn, default_flow
 from pyroflows.inference.batching import NUM_EXAMPLES
-from pyroflows.inference.compilation import Compiler
-from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.inference.initialize import Gaussian
-from pyroflows.inference.log_joint import LogJoint, is_singular
+from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.serialization import load
 from pyroflows.inference.start import find_start, is_enough, starting_points
-from pyroflows.inference.step import Step, Tempering
+from pyroflows.inference.step import Tempering, elbo_step
 from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.schedules import Plateau
@@ -59,7 +59,7 @@ class FlowVI:
             default.
         num_steps: number of training steps; None for as many as it takes.
         num_particles: draws a step; None for 128.
-        estimator: of the gradient, a name of :mod:`pyroflows.inference.estimators`: "total", "path", "iwae", "dreg",
+        estimator: of the gradient, a name of :mod:`pyroflows.fitting.estimators`: "total", "path", "iwae", "dreg",
             "vargrad"; or "auto", which is "path".
         compile: whether a step becomes one program without Python in between: "trace" it, a second or less; generate
             machine code by "inductor", tens of seconds, for tens of thousands of steps; "none"; or "auto", which
@@ -225,7 +225,7 @@ class FlowVI:
     def _train(self, guide: AutoFlow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
         assert guide.flow is not None
         temper = None if self.temper is None else Tempering(self.temper, self.num_steps)
-        step = Step(guide.flow, log_joint, self.estimator, self.num_particles, own, temper)
+        step = elbo_step(guide.flow, log_joint, self.estimator, self.num_particles, own, temper)
         schedule = Plateau("elbo", self.num_steps, _is_settled, hold=temper.num_steps if temper else 0)
         try:
             return train(step, step.parameters, schedule, optimizer=self.optimizer, progress_bar=self.progress_bar)

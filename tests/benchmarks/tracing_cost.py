@@ -19,7 +19,7 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroflows.inference.compilation import Compiler
+from pyroflows.compilation import Compiler
 from pyroflows.inference.log_joint import LogJoint
 from pyroflows.model import inspect_model
 

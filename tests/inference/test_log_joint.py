@@ -5,9 +5,9 @@ import pytest
 import torch
 from pyro import distributions as dist
 
+from pyroflows.compilation import Compiler, is_singular
 from pyroflows.flows import IAF
-from pyroflows.inference.compilation import Compiler
-from pyroflows.inference.log_joint import LogJoint, is_singular
+from pyroflows.inference.log_joint import LogJoint
 from pyroflows.model import inspect_model
 from tests.inference.test_step import Y, correlation, hierarchy, subsampled
 

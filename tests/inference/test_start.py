@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from torch.distributions import constraints
 
 from pyroflows import ModelError
-from pyroflows.inference.compilation import Compiler
+from pyroflows.compilation import Compiler
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.initialize import Gaussian
 from pyroflows.inference.log_joint import LogJoint

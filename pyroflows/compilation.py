@@ -51,11 +51,11 @@ class Compiler:
                 _check(function, fast, examples, others)
         except Exception as error:  # whatever tracing says of operations it does not know
             if self.mode != "auto":
-                raise UntraceableError(f"the model cannot be compiled: {error}") from error
+                raise UntraceableError(f"compilation failed: {error}") from error
             self.failure = str(error) or type(error).__name__
             warnings.warn(
-                f"the model runs without compilation, several times slower: {self.failure}. Give compile='none' to run "
-                "it so without this warning",
+                f"this fit runs without compilation, several times slower: {self.failure}. Give compile='none' to run it "
+                "so without this warning",
                 stacklevel=2,
             )
             return function
@@ -90,3 +90,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = torch.finfo(b.dtype).eps ** 0.5
     size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * (1 + size), equal_nan=True)
+
+
+def is_singular(error: RuntimeError) -> bool:
+    """Whether a factorisation or a solve failed; compiled, torch's own error class is lost."""
+    return "linalg" in str(error)

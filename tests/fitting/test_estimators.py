@@ -10,8 +10,8 @@ import torch
 from torch.distributions import Independent, Laplace, MultivariateNormal
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import IAF, MAF, Flow, Planar, Radial, RealNVP, Sylvester
-from pyroflows.inference.estimators import ESTIMATORS
 from pyroflows.transforms import Elementwise
 from pyroflows.transforms.univariate import Affine
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyroflows import OptionError
-from pyroflows.inference.compilation import MODES, Compiler
+from pyroflows.compilation import MODES, Compiler
 from pyroflows.tracing import UntraceableError
 
 HERE, THERE = torch.tensor([1.0, 2.0]), torch.tensor([1.5, -2.0])
@@ -90,7 +90,7 @@ def test_none_is_the_function_itself():
 
 @all_untraceable
 def test_trace_raises(make, message):
-    with pytest.raises(UntraceableError, match=f"the model cannot be compiled: .*{message}"):
+    with pytest.raises(UntraceableError, match=f"compilation failed: .*{message}"):
         Compiler("trace")(make(), [HERE], [THERE])
 
 
