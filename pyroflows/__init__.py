@@ -13,7 +13,7 @@ from pyroflows.errors import (
     ShapeError,
     UntraceableError,
 )
-from pyroflows.fitting import DensityFit, fit_density
+from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
 from pyroflows.flows import Flow
 from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, to_arviz
 
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "DensityFit",
+    "Distillation",
     "DivergedError",
     "Flow",
     "FlowError",
@@ -34,6 +35,7 @@ __all__ = [
     "Posterior",
     "ShapeError",
     "UntraceableError",
+    "distill",
     "errors",
     "fit_density",
     "fitting",

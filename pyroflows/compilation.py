@@ -54,8 +54,8 @@ class Compiler:
                 raise UntraceableError(f"compilation failed: {error}") from error
             self.failure = str(error) or type(error).__name__
             warnings.warn(
-                f"this fit runs without compilation, several times slower: {self.failure}. Give compile='none' to run it "
-                "so without this warning",
+                f"this fit runs without compilation, several times slower: {self.failure}. Give compile='none' to "
+                "run it so without this warning",
                 stacklevel=2,
             )
             return function

@@ -63,6 +63,22 @@ def plot_density_fit(history: History, best_epoch: int) -> Any:
     return figure
 
 
+def plot_distillation(history: History, kl: float) -> Any:
+    """The KL divergence over the steps, on a logarithmic axis, and its value after training; a matplotlib figure."""
+    plt = require_matplotlib()
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    values = history["kl"]
+    steps = np.arange(1, len(values) + 1)
+    axis.semilogy(steps, values, color="C0", alpha=0.25, linewidth=0.8, label="draws of a step")
+    axis.semilogy(steps, _smooth(values), color="C0", label="running median")
+    axis.axhline(kl, color="black", linestyle=":", linewidth=1.0, label=f"after training: {kl:.3g} nats")
+    axis.set_xlabel("step")
+    axis.set_ylabel("KL(student || teacher) (nats)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    axis.grid(alpha=0.3)
+    return figure
+
+
 def require_matplotlib() -> Any:
     """The module ``matplotlib.pyplot``, or an error that says how to get it."""
     try:

@@ -25,6 +25,7 @@ class Plateau:
         num_steps: number of steps; None for as many as it takes.
         settled: whether the history shows that the fit is good enough for the final decay.
         hold: steps before which the decay cannot begin.
+        falls: whether the recorded number should fall instead of grow.
 
     Raises:
         OptionError: if ``num_steps`` is not positive.
@@ -36,6 +37,7 @@ class Plateau:
         num_steps: int | None = None,
         settled: Callable[[History], bool] = lambda history: False,
         hold: int = 0,
+        falls: bool = False,
     ) -> None:
         if num_steps is not None and num_steps < 1:
             raise OptionError(f"num_steps must be positive, got {num_steps}")
@@ -43,6 +45,7 @@ class Plateau:
         self.num_steps = num_steps
         self._settled = settled
         self._hold = hold
+        self._sign = -1 if falls else 1
         self._begin = None if num_steps is None else num_steps // 2
         self._end = num_steps
         self._best = -math.inf
@@ -57,7 +60,7 @@ class Plateau:
         """Once a window: whether the decay should begin."""
         if self._end is not None or history.num_steps % WINDOW or history.num_steps <= self._hold:
             return
-        window = history.recent(self.monitor, WINDOW)
+        window = self._sign * history.recent(self.monitor, WINDOW)
         if not len(window):
             return
         noise = window.std() / math.sqrt(len(window))

@@ -80,7 +80,7 @@ class Schedule(Protocol):
 
     @property
     def monitor(self) -> str:
-        """The recorded number that should grow."""
+        """The recorded number that a fit is about."""
 
     @property
     def num_steps(self) -> int | None:

@@ -1,5 +1,6 @@
-"""Fits of flows to data, one objective a file."""
+"""Fits of flows, one objective a file: to data, and to other flows."""
 
 from pyroflows.fitting.density import DensityFit, fit_density
+from pyroflows.fitting.distillation import Distillation, distill
 
-__all__ = ["DensityFit", "fit_density"]
+__all__ = ["DensityFit", "Distillation", "distill", "fit_density"]
