@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
+from pyroflows.shapes import as_given, described, places
 
 ArrayLike: TypeAlias = Tensor | np.ndarray
 DataLike: TypeAlias = Tensor | np.ndarray | Dataset
@@ -19,7 +20,7 @@ DataLike: TypeAlias = Tensor | np.ndarray | Dataset
 
 @dataclass(frozen=True)
 class Rows:
-    """Values ``(n, dim)``, contexts ``(n, context_dim)`` or None, weights ``(n,)``."""
+    """Values ``(n, *event_shape)``, contexts ``(n, *context_shape)`` or None, weights ``(n,)``."""
 
     x: Tensor
     context: Tensor | None
@@ -58,8 +59,8 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
 
     Args:
         flow: the flow to be fitted.
-        x: rows ``(n, dim)``, or a Dataset whose items are ``x`` or ``(x, context)``.
-        context: rows ``(n, context_dim)``, where ``x`` is no Dataset.
+        x: rows ``(n, *event_shape)``, or a Dataset whose items are ``x`` or ``(x, context)``.
+        context: rows ``(n, *context_shape)``, where ``x`` is no Dataset.
         weights: ``(n,)``; None for equal weights.
 
     Raises:
@@ -72,7 +73,7 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
         if context is not None:
             raise OptionError("the context of a Dataset comes with its items, (x, context), not as an argument")
         x, context = _read_all(x)
-    values = _matrix("x", x, flow.dim, flow)
+    values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
         raise DataError(f"x has {len(values)} row: a density needs more to be fitted to")
     _refuse_outside(flow.transform.codomain, values)
@@ -96,7 +97,7 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
         )
     training, held_out = _shuffled(used).split([num_training, num_validation])
     x = rows.x[training]
-    constant = (x == x[0]).all(0).nonzero().flatten().tolist()
+    constant = places((x == x[0]).all(0))
     if constant:
         raise DataError(
             f"columns {constant} of x are constant in all {num_training} training rows, in {x.dtype}, so that the "
@@ -138,13 +139,15 @@ def _x_and_context(batch: Any) -> tuple[Any, Any]:
     return parts[0], parts[1] if len(parts) == 2 else None
 
 
-def _matrix(name: str, values: Any, num_columns: int, flow: Flow) -> Tensor:
+def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
+    """Values ``(n, *shape)``; the elements of a row, whatever its shape, are columns."""
     values = _tensor(name, values, flow)
-    if values.dim() != 2:
-        hint = f": give {name}[:, None]" if values.dim() == num_columns == 1 else ""
-        raise ShapeError(f"{name} must have shape (rows, {num_columns}), got {tuple(values.shape)}{hint}")
-    if values.shape[1] != num_columns:
-        raise ShapeError(f"{name} has {values.shape[1]} columns, but the flow has {num_columns} of {name}")
+    if values.dim() == 2 and len(shape) == 1 and values.shape[1:] != shape:
+        raise ShapeError(f"{name} has {values.shape[1]} columns, but the flow has {shape[0]} of {name}")
+    if values.dim() == 0 or values.shape[1:] != shape:
+        hint = f": give {name}[:, None]" if values.dim() == 1 and shape == (1,) else ""
+        expected = ", ".join(map(str, shape))
+        raise ShapeError(f"{name} must have shape (rows, {expected}), got {tuple(values.shape)}{hint}")
     _refuse(~values.isfinite(), values, name, "NaN or infinite values")
     return values
 
@@ -153,10 +156,10 @@ def _contexts(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
     if context is None and not flow.context_dim:
         return None
     if context is None:
-        raise ShapeError(f"this flow needs a context of size {flow.context_dim} for each row, but got none")
+        raise ShapeError(f"this flow needs a context of {described(flow.context_shape)} for each row, but got none")
     if not flow.context_dim:
         raise ShapeError("this flow takes no context, but got one: make it with context_dim")
-    values = _matrix("context", context, flow.context_dim, flow)
+    values = _rows("context", context, flow.context_shape, flow)
     if len(values) != num_rows:
         raise ShapeError(f"x has {num_rows} rows, but context has {len(values)}")
     return values
@@ -185,18 +188,19 @@ def _tensor(name: str, values: Any, flow: Flow) -> Tensor:
 
 def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
     """Raise where a value is not strictly inside a support, which is where the bijection onto it is finite."""
-    for constraint, columns in _parts(support, slice(0, x.shape[1])):
-        values = x[:, columns]
-        is_inside = constraint.check(values).reshape(len(x), -1)
+    for constraint, columns in _parts(support, slice(0, x.shape[-1])):
+        values = x[..., columns]
+        is_inside = constraint.check(values)
+        is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
         for bound in ("lower_bound", "upper_bound"):
             is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
         is_bad = torch.zeros_like(x, dtype=torch.bool)
-        is_bad[:, columns] = ~is_inside
+        is_bad[..., columns] = ~is_inside
         _refuse(is_bad, x, "x", f"values outside the support {constraint} or on its boundary")
 
 
 def _parts(support: constraints.Constraint, columns: slice) -> Iterator[tuple[constraints.Constraint, slice]]:
-    """Constraints of scalars, and the columns that each is about."""
+    """Constraints of scalars, and the columns, of the last axis, that each is about."""
     if isinstance(support, constraints.independent):
         yield from _parts(support.base_constraint, columns)
     elif isinstance(support, constraints.cat):
@@ -214,7 +218,7 @@ def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str) -> None:
         return
     row, *column = is_bad.nonzero()[0].tolist()
     count = int(is_bad.reshape(len(values), -1).any(-1).sum())
-    place = ", ".join([f"row {row}", *(f"column {j}" for j in column)])
+    place = f"row {row}" + (f", column {as_given(torch.Size(column))}" if column else "")
     raise DataError(
         f"{name} has {what} in {count} of {len(values)} rows, the first is {values[row, *column].item():.6g} in {place}"
     )

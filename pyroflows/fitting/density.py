@@ -81,10 +81,10 @@ def fit_density(
 
     Args:
         flow: what is trained.
-        x: rows ``(n, dim)``: a tensor, a NumPy array, or a Dataset whose items are ``x`` or ``(x, context)``. Items of
-            a Dataset are read anew for each training batch, so that an augmentation such as dequantisation is drawn
-            afresh; all of them are held in memory once.
-        context: rows ``(n, context_dim)``, if the flow takes a context.
+        x: rows ``(n, *event_shape)``: a tensor, a NumPy array, or a Dataset whose items are ``x`` or ``(x, context)``.
+            Items of a Dataset are read anew for each training batch, so that an augmentation such as dequantisation is
+            drawn afresh; all of them are held in memory once.
+        context: rows ``(n, *context_shape)``, if the flow takes a context.
         weights: of the rows, ``(n,)``, not negative; only their ratios count.
         validation: fraction of rows that is set aside.
         batch_size: rows a step.

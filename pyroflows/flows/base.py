@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from pyroflows.errors import DataError, FlowError, OptionError, ShapeError
 from pyroflows.flows.distribution import DistributionModule, FlowDistribution, checked_event
+from pyroflows.shapes import as_given, described, places, shape_of
 from pyroflows.transforms.base import Compose, FlowTransform, drop_param_store_references
-from pyroflows.transforms.foreign import Foreign, Zuko
+from pyroflows.transforms.foreign import Foreign, Zuko, on_events
 from pyroflows.transforms.normalization import Standardize
 
 Base = Distribution | nn.Module | str | None
@@ -26,13 +27,18 @@ class Flow(nn.Module):
     Args:
         transforms: layers from base to data, the first next to the base: layers of this library, or any torch or Pyro
             transforms.
-        base: a torch or Pyro distribution of event shape ``(dim,)``, whose tensors become buffers; None for a standard
+        base: a torch or Pyro distribution of the layers' event shape, whose tensors become buffers; None for a standard
             normal; "student_t" for independent Student-t variables with learned degrees of freedom; or a module
             whose call returns a distribution.
         support: where the data lie, a torch constraint such as ``constraints.positive``; Pyro's ``biject_to`` of it
             follows the transforms. For one constraint a column, ``constraints.cat([...], dim=-1)``.
 
-    Shapes: ``flow()`` has event shape ``(dim,)``; ``flow(context)`` the context's batch shape as well.
+    Shapes: ``flow()`` has the event shape of its layers, ``(dim,)`` for vectors; ``flow(context)`` the context's batch
+    shape as well, which is its shape without the axes of ``context_shape``.
+
+    Attributes:
+        event_shape: that of all layers.
+        dim: the number of elements of an event.
 
     Raises:
         ShapeError: if sizes of layers, base or context do not agree.
@@ -53,17 +59,18 @@ class Flow(nn.Module):
     ) -> None:
         super().__init__()
         parts = list(_flattened([transforms] if isinstance(transforms, Transform) else transforms))
-        dims = [part.dim for part in parts if isinstance(part, FlowTransform)]
-        if isinstance(base, Distribution):
-            dims += list(base.event_shape[-1:])
-        if not dims:
+        shapes = [part.event_shape for part in parts if isinstance(part, FlowTransform)]
+        if isinstance(base, Distribution) and base.event_shape:
+            shapes.append(base.event_shape)
+        if not shapes:
             raise ShapeError("the event size of a flow is unknown: none of its transforms has one, so give it a base")
-        self.dim = dims[0]
-        layers = [part if isinstance(part, FlowTransform) else Foreign(part, self.dim) for part in parts]
+        self.event_shape = shapes[0]
+        self.dim = self.event_shape.numel()
+        layers = [part if isinstance(part, FlowTransform) else Foreign(part, self.event_shape) for part in parts]
         if support is not None and not _is_unbounded(support):
-            layers.append(_layer_onto(support, layers, self.dim))
+            layers.append(_layer_onto(support, layers, self.event_shape))
         self.transform = Compose(layers)
-        self.base = _base_module(base, self.dim)
+        self.base = _base_module(base, self.event_shape)
 
     def __getstate__(self) -> dict[str, Any]:
         drop_param_store_references(self)
@@ -71,15 +78,20 @@ class Flow(nn.Module):
 
     @property
     def context_dim(self) -> int:
-        """Size of the context, 0 for none."""
+        """Number of elements of the context, 0 for none."""
         return self.transform.context_dim
 
+    @property
+    def context_shape(self) -> torch.Size:
+        """Shape of the context, ``(context_dim,)`` for vectors; empty for none."""
+        return self.transform.context_shape
+
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
-        """The distribution, at a context ``(..., context_dim)`` if the flow takes one."""
-        expected = (self.context_dim,) if self.context_dim else None
-        if (None if context is None else context.shape[-1:]) != expected:
+        """The distribution, at a context ``(..., *context_shape)`` if the flow takes one."""
+        shape = self.context_shape
+        if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
-            raise ShapeError(f"this flow has context size {self.context_dim}, but got {got}")
+            raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
         if isinstance(self, PyroModule):
             _state_parameters(self)
         return FlowDistribution(self.base(), self.transform, context)
@@ -99,22 +111,23 @@ class Flow(nn.Module):
         same arguments loads it. A second call replaces the layer of the first.
 
         Args:
-            x: rows of data ``(n, dim)``.
+            x: rows of data ``(n, *event_shape)``; each element of an event has its own location and scale.
             weights: of the rows, ``(n,)``.
 
         Raises:
-            DataError: if a column does not vary, or holds values on the boundary of the support or outside it.
+            DataError: if a column, an element of the event, does not vary, or holds values on the boundary of the
+                support or outside it.
         """
         u = self.unconstrain(x).cpu().double()
         weights = u.new_ones(len(u)) if weights is None else weights.cpu().double()
-        weights = (weights / weights.sum())[:, None]
+        weights = (weights / weights.sum()).reshape(-1, *[1] * len(self.event_shape))
         mean = (weights * u).sum(0)
         deviation = (weights * (u - mean) ** 2).sum(0).sqrt()
         loc, scale = mean.to(self._like()), deviation.to(self._like())
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():
             raise DataError(
-                f"columns {is_bad.nonzero().flatten().tolist()} of x have no positive finite standard deviation: leave "
+                f"columns {places(is_bad)} of x have no positive finite standard deviation: leave "
                 "out what is constant, and use units in which the numbers are of ordinary size"
             )
         self._standardize_by(Standardize(loc, scale))
@@ -142,7 +155,7 @@ class Flow(nn.Module):
         place = len(self._layers()[0]) - self.is_standardized
         is_in_state = f"{prefix}transform.layers.{place}.loc" in state_dict
         if is_in_state != self.is_standardized:
-            layer = Standardize(torch.zeros(self.dim), torch.ones(self.dim)).to(self._like())
+            layer = Standardize(torch.zeros(self.event_shape), torch.ones(self.event_shape)).to(self._like())
             self._standardize_by(layer if is_in_state else None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -170,16 +183,16 @@ class StudentT(nn.Module):
     r"""Independent standard Student-t variables with learned degrees of freedom :math:`\nu = 1 + \mathrm{softplus}`.
 
     Args:
-        dim: the event size D.
+        dim: the event size D, or the event shape.
         df: initial degrees of freedom, above 1.
     """
 
-    def __init__(self, dim: int, df: float = 10.0) -> None:
+    def __init__(self, dim: int | Sequence[int], df: float = 10.0) -> None:
         super().__init__()
-        self.raw_df = nn.Parameter(torch.full((dim,), df - 1.0).expm1().log())
+        self.raw_df = nn.Parameter(torch.full(shape_of(dim), df - 1.0).expm1().log())
 
     def forward(self) -> Distribution:
-        return dist.StudentT(1 + F.softplus(self.raw_df)).to_event(1)
+        return dist.StudentT(1 + F.softplus(self.raw_df)).to_event(self.raw_df.dim())
 
 
 def as_flow(flow: Any, dim: int) -> Flow:
@@ -194,11 +207,11 @@ def as_flow(flow: Any, dim: int) -> Flow:
         flow = _from_zuko(flow)
     elif not isinstance(flow, Flow):
         parts = list(_flattened([flow] if isinstance(flow, Transform) else flow))
-        flow = Flow(parts, base=_standard_normal(dim))
-    if flow.dim != dim or flow.context_dim:
+        flow = Flow(parts, base=_standard_normal(torch.Size([dim])))
+    if flow.event_shape != (dim,) or flow.context_dim:
         raise ShapeError(
-            f"a flow of {dim} dimensions without a context is needed, but this one has {flow.dim} dimensions and "
-            f"context size {flow.context_dim}"
+            f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
+            f"dimensions and context {described(flow.context_shape)}"
         )
     # Transforms of other libraries do not tell their sizes.
     try:
@@ -221,23 +234,23 @@ def _is_unbounded(constraint: constraints.Constraint) -> bool:
     return isinstance(constraint, type(constraints.real))
 
 
-def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], dim: int) -> FlowTransform:
-    """The bijection of R^D onto a support."""
+def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], shape: torch.Size) -> FlowTransform:
+    """The bijection of events of that shape onto a support."""
     if not all(_is_unbounded(layer.codomain) for layer in layers):
         raise OptionError("a flow whose transforms are bounded themselves cannot have a support besides")
     try:
-        layer = Foreign(biject_to(support), dim)
+        layer = Foreign(biject_to(support), shape)
         # More rows than columns, so that parts along the wrong axis do not fit.
-        layer.forward_and_ladj(torch.zeros(dim + 1, dim))
+        layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
     except NotImplementedError:
         raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {support}") from None
     except (FlowError, AssertionError, RuntimeError):
         raise ShapeError(
-            f"there is no bijection of R^{dim} onto the support {support}: give one constraint for all columns, or "
-            "constraints.cat([...], dim=-1) with one for each"
+            f"there is no bijection of R^{as_given(shape)} onto the support {support}: give one constraint for all "
+            "columns, or constraints.cat([...], dim=-1) with one for each"
         ) from None
     # The bijection's own codomain is that of its last part.
-    layer.codomain = support if support.event_dim else constraints.independent(support, 1)
+    layer.codomain = on_events(support, len(shape))
     return layer
 
 
@@ -253,18 +266,18 @@ def _flattened(transforms: Any) -> Iterable[Transform]:
             raise OptionError(f"a flow is made of transforms, but got {type(transform).__name__}")
 
 
-def _standard_normal(dim: int) -> Distribution:
-    return dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
+def _standard_normal(shape: torch.Size) -> Distribution:
+    return dist.Normal(torch.zeros(shape), torch.ones(shape)).to_event(len(shape))
 
 
-def _base_module(base: Base, dim: int) -> nn.Module:
+def _base_module(base: Base, shape: torch.Size) -> nn.Module:
     if base is None:
-        base = _standard_normal(dim)
+        base = _standard_normal(shape)
     if isinstance(base, Distribution):
-        return DistributionModule(checked_event(base, dim))
+        return DistributionModule(checked_event(base, shape))
     if isinstance(base, nn.Module):
-        checked_event(base(), dim)
+        checked_event(base(), shape)
         return base
     if base == "student_t":
-        return StudentT(dim)
+        return StudentT(shape)
     raise OptionError(f'base must be a distribution, a module that returns one, "student_t" or None, got {base!r}')

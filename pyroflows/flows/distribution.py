@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import OptionError, ShapeError
+from pyroflows.shapes import as_given
 from pyroflows.transforms.base import FlowTransform, Pair, Triple, pull_back, state_of
 
 
@@ -20,9 +21,9 @@ class FlowDistribution(TorchDistribution):
     dropped by deepcopy and pickle, and does not count once a parameter or the sample has changed.
 
     Args:
-        base: the distribution of z, of event shape ``(dim,)``.
+        base: the distribution of z, of the transform's event shape.
         transform: the map from base to data.
-        context: ``(..., context_dim)``, if the transform takes one.
+        context: ``(..., *context_shape)``, if the transform takes one; what stands before belongs to the batch shape.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -32,7 +33,8 @@ class FlowDistribution(TorchDistribution):
     ) -> None:
         batch_shape = base.batch_shape
         if context is not None:
-            batch_shape = torch.broadcast_shapes(batch_shape, context.shape[:-1])
+            context_batch = context.shape[: context.dim() - len(transform.context_shape)]
+            batch_shape = torch.broadcast_shapes(batch_shape, context_batch)
         self.base = base
         self.transform = transform
         self.context = context
@@ -56,11 +58,11 @@ class FlowDistribution(TorchDistribution):
         return {**self.__dict__, "_last": None}
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
-        """Draws ``(*sample_shape, *batch_shape, dim)`` and their log-densities, in one pass through the flow."""
+        """Draws ``(*sample_shape, *batch_shape, *event_shape)`` and their log-densities, in one pass."""
         return self.transport(self._expanded_base().rsample(torch.Size(sample_shape)))
 
     def transport(self, z: Tensor) -> Pair:
-        r"""``x = t(z)`` and :math:`\log q(x)`, for draws z of the base, ``(..., dim)``.
+        r"""``x = t(z)`` and :math:`\log q(x)`, for draws z of the base, ``(..., *event_shape)``.
 
         Example:
             >>> q = pf.flows.IAF(3)()
@@ -154,11 +156,12 @@ class DistributionModule(nn.Module):
         return distribution
 
 
-def checked_event(base: Distribution, dim: int) -> Distribution:
-    """The base, if it is one of vectors of ``dim`` components."""
-    if base.event_shape != (dim,):
+def checked_event(base: Distribution, event_shape: torch.Size) -> Distribution:
+    """The base, if it is one of events of that shape."""
+    if base.event_shape != event_shape:
         raise ShapeError(
-            f"the base of a flow of {dim} dimensions must have event shape ({dim},), but has batch shape "
-            f"{tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}: use .expand([{dim}]).to_event(1)"
+            f"the base of a flow of {as_given(event_shape)} dimensions must have event shape {tuple(event_shape)}, but "
+            f"has batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}: use "
+            f".expand({list(event_shape)}).to_event({len(event_shape)})"
         )
     return base

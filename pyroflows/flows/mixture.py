@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyroflows.errors import ShapeError
 from pyroflows.flows.base import Flow
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.shapes import as_given
 from pyroflows.transforms import Permutation
 from pyroflows.transforms.base import Pair
 
@@ -34,13 +35,14 @@ class Mixture(Flow):
     """
 
     def __init__(self, flows: Sequence[Flow], log_weights: Tensor) -> None:
-        dims = {flow.dim for flow in flows}
-        if len(dims) != 1 or log_weights.shape != (len(flows),) or any(flow.context_dim for flow in flows):
+        dims = [as_given(shape) for shape in sorted({flow.event_shape for flow in flows})]
+        are_vectors = len(dims) == 1 and isinstance(dims[0], int)
+        if not are_vectors or log_weights.shape != (len(flows),) or any(flow.context_dim for flow in flows):
             raise ShapeError(
                 "a mixture needs flows of one size without a context and a weight for each, but got sizes "
-                f"{sorted(dims)} and weights of shape {tuple(log_weights.shape)}"
+                f"{dims} and weights of shape {tuple(log_weights.shape)}"
             )
-        super().__init__([Permutation(range(dims.pop()))], base=_Mixed(flows, log_weights))
+        super().__init__([Permutation(range(flows[0].dim))], base=_Mixed(flows, log_weights))
 
     @property
     def components(self) -> Any:

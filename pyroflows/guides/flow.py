@@ -123,7 +123,7 @@ class AutoFlow(AutoContinuous):
         flow = self._modules.get("flow")
         if flow is None:
             self._build(loc.to(self.dtype or structure.dtype))
-        elif flow.dim != structure.dim:
+        elif flow.event_shape != (structure.dim,):
             self.prototype_trace = None
             raise CheckpointError(
                 f"this guide holds a flow of {flow.dim} dimensions, but the model has {structure.dim} "

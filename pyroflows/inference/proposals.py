@@ -113,7 +113,7 @@ def _proposal(proposal: Any, structure: ModelStructure, args: Any, kwargs: Any) 
 
 
 def _of_flow(flow: Flow, structure: ModelStructure) -> Proposal:
-    if flow.dim != structure.dim or flow.context_dim:
+    if flow.event_shape != (structure.dim,) or flow.context_dim:
         raise ShapeError(
             f"the model has {structure.dim} unconstrained latents, but the flow has {flow.dim} dimensions and context "
             f"size {flow.context_dim}"

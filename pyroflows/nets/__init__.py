@@ -3,8 +3,19 @@
 Every conditioner starts with a zero output layer, so that what it conditions starts at its neutral parameters.
 """
 
+from pyroflows.nets.causal_conv import CausalConv
 from pyroflows.nets.incremental import Incremental, IncrementalGradient
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE
 from pyroflows.nets.mlp import MLP, Parameters, ResidualMLP
 
-__all__ = ["MADE", "MLP", "Incremental", "IncrementalGradient", "MaskedLinear", "Parameters", "ResMADE", "ResidualMLP"]
+__all__ = [
+    "MADE",
+    "MLP",
+    "CausalConv",
+    "Incremental",
+    "IncrementalGradient",
+    "MaskedLinear",
+    "Parameters",
+    "ResMADE",
+    "ResidualMLP",
+]

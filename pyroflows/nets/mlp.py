@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 
-L = TypeVar("L", bound=nn.Linear)
+L = TypeVar("L", bound=nn.Module)
 
 
 class MLP(nn.Sequential):
@@ -94,8 +94,8 @@ class Parameters(nn.Module):
 
 def zero_initialized(layer: L) -> L:
     """The layer, with weight and bias set to zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 

@@ -10,6 +10,7 @@ from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
+from pyroflows.transforms.triangular import TriangularTransform
 
 __all__ = [
     "LU",
@@ -27,6 +28,7 @@ __all__ = [
     "Standardize",
     "Sylvester",
     "Triangular",
+    "TriangularTransform",
     "masks",
     "univariate",
 ]

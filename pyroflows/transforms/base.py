@@ -2,7 +2,8 @@
 
 A transform maps base to data, ``x = t(z)``. A subclass writes ``_forward_and_ladj`` and ``_inverse_and_ladj``, and
 ``_forward_and_score`` where it has a cheaper one; shape and context checks, ``t.inv``, ``t.condition``,
-``log_abs_det_jacobian`` and caching are written here, once.
+``log_abs_det_jacobian`` and caching are written here, once. Layers with a triangular Jacobian are those of
+:mod:`pyroflows.transforms.triangular`.
 """
 
 from collections.abc import Sequence
@@ -15,44 +16,78 @@ from torch.distributions import constraints
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyroflows.errors import OptionError, ShapeError
+from pyroflows.shapes import as_given, described, shape_of
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class FlowTransform(TransformModule):
-    r"""A bijection of :math:`\mathbb{R}^D` with parameters, optionally dependent on a context.
+    r"""A bijection of vectors, or of arrays with more axes, with parameters, optionally dependent on a context.
 
     Layers are stateless: nothing is remembered between calls, so that copies, pickles and log-densities are never
     stale. See :meth:`with_cache` for a view that remembers.
 
     Args:
-        dim: the event size D.
-        context_dim: size of the context that the parameters depend on, 0 for none.
+        dim: the event size D, or the event shape, such as ``(channels, length)``.
+        context_dim: size or shape of the context that the parameters depend on, 0 for none.
 
-    Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``; batch shapes broadcast; a
+    Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., *context_shape)``; batch shapes broadcast; a
     log-determinant has the batch shape.
 
+    Attributes:
+        event_shape: ``(D,)`` for vectors.
+        dim: the number of elements of an event.
+        context_shape: empty for none.
+        context_dim: the number of elements of a context, 0 for none.
+
     Raises:
-        ShapeError: at a call, if the event size or the context does not fit.
+        OptionError: if a size is not positive.
+        ShapeError: at a call, if the event shape or the context does not fit.
     """
 
     bijective = True
     domain: constraints.Constraint = constraints.real_vector
     codomain: constraints.Constraint = constraints.real_vector
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    def __init__(self, dim: int | Sequence[int], context_dim: int | Sequence[int] = 0) -> None:
         super().__init__()
-        if dim < 1 or context_dim < 0:
+        self.event_shape = shape_of(dim)
+        self.context_shape = shape_of(context_dim) if context_dim else torch.Size()
+        if not self.event_shape or min(self.event_shape + self.context_shape) < 1:
             raise OptionError(f"{type(self).__name__} needs dim >= 1 and context_dim >= 0, got {dim}, {context_dim}")
-        self.dim = dim
-        self.context_dim = context_dim
+        self.dim = self.event_shape.numel()
+        self.context_dim = self.context_shape.numel() if self.context_shape else 0
+        if len(self.event_shape) > 1:
+            self.domain = self.codomain = constraints.independent(constraints.real, len(self.event_shape))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         raise NotImplementedError
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         raise NotImplementedError
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        """x and ``log |dx_j/dz_j|``, of the event's shape, where :attr:`triangular_order` is not None."""
+        raise NotImplementedError
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        """z and ``log |dz_j/dx_j|``, of the event's shape, where :attr:`triangular_order` is not None."""
+        raise NotImplementedError
+
+    @property
+    def triangular_order(self) -> tuple[int, ...] | None:
+        r"""The order of the event's last axis in which the Jacobian is triangular, None if there is none known.
+
+        :math:`x_j` depends on :math:`z_j` and on what stands at places before j in this order; empty where it depends
+        on :math:`z_j` alone, which fits any order.
+        """
+        return None
+
+    @property
+    def is_affine(self) -> bool:
+        r"""Whether :math:`x_j` is affine in :math:`z_j`, the other elements and the context held fixed."""
+        return False
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         """As :meth:`forward_and_score`; z requires gradients."""
@@ -81,9 +116,9 @@ class FlowTransform(TransformModule):
         ``torch.func``.
 
         Args:
-            z: ``(..., dim)``.
+            z: ``(..., *event_shape)``.
             score: :math:`\nabla_z \log p(z)`, of the shape of z.
-            context: ``(..., context_dim)``, if the layer takes one.
+            context: ``(..., *context_shape)``, if the layer takes one.
 
         Example:
             >>> t = Planar(3)
@@ -110,7 +145,7 @@ class FlowTransform(TransformModule):
         return Inverse(self)
 
     def condition(self, context: Tensor) -> "FlowTransform":
-        """The plain transform at one context ``(..., context_dim)``."""
+        """The plain transform at one context ``(..., *context_shape)``."""
         return Conditioned(self, context)
 
     def with_cache(self, cache_size: int = 1) -> "FlowTransform":
@@ -130,27 +165,33 @@ class FlowTransform(TransformModule):
     def _checked(self, value: Tensor, context: Tensor | None) -> Tensor:
         """The value expanded to the batch shape it has together with the context."""
         name = type(self).__name__
-        if value.shape[-1:] != (self.dim,):
-            raise ShapeError(f"{name} has event size {self.dim}, but got a tensor of shape {tuple(value.shape)}")
+        num_axes = len(self.event_shape)
+        if value.shape[-num_axes:] != self.event_shape:
+            event = described(self.event_shape)
+            raise ShapeError(f"{name} has event {event}, but got a tensor of shape {tuple(value.shape)}")
         if not self.context_dim:
             if context is not None:
                 raise ShapeError(f"{name} takes no context, got one of shape {tuple(context.shape)}: set context_dim")
             return value
         if context is None:
-            raise ShapeError(f"{name} needs a context of size {self.context_dim}: use t.condition(context)")
-        if context.shape[-1:] != (self.context_dim,):
-            raise ShapeError(f"{name} has context size {self.context_dim}, but got shape {tuple(context.shape)}")
+            raise ShapeError(f"{name} needs a context of {described(self.context_shape)}: use t.condition(context)")
+        num_context_axes = len(self.context_shape)
+        if context.shape[-num_context_axes:] != self.context_shape:
+            expected = described(self.context_shape)
+            raise ShapeError(f"{name} has context {expected}, but got shape {tuple(context.shape)}")
+        value_batch, context_batch = value.shape[:-num_axes], context.shape[:-num_context_axes]
         try:
-            batch_shape = torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
+            batch_shape = torch.broadcast_shapes(value_batch, context_batch)
         except RuntimeError:
             raise ShapeError(
-                f"{name}: batch shapes of the value, {tuple(value.shape[:-1])}, and of the context, "
-                f"{tuple(context.shape[:-1])}, do not broadcast"
+                f"{name}: batch shapes of the value, {tuple(value_batch)}, and of the context, "
+                f"{tuple(context_batch)}, do not broadcast"
             ) from None
-        return value.expand((*batch_shape, self.dim))
+        return value.expand(batch_shape + self.event_shape)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}" + (f", context_dim={self.context_dim}" if self.context_dim else "")
+        context = f", context_dim={as_given(self.context_shape)}" if self.context_dim else ""
+        return f"dim={as_given(self.event_shape)}{context}"
 
     __repr__ = nn.Module.__repr__
 
@@ -159,7 +200,7 @@ class Inverse(FlowTransform):
     """The inverse of a layer; its parameters are the layer's."""
 
     def __init__(self, layer: FlowTransform) -> None:
-        super().__init__(layer.dim, layer.context_dim)
+        super().__init__(layer.event_shape, layer.context_shape)
         self.layer = layer
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
@@ -167,6 +208,20 @@ class Inverse(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._forward_and_ladj(x, context)
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._inverse_and_log_slopes(z, context)
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._forward_and_log_slopes(x, context)
+
+    @property
+    def triangular_order(self) -> tuple[int, ...] | None:
+        return self.layer.triangular_order
+
+    @property
+    def is_affine(self) -> bool:
+        return self.layer.is_affine
 
     # Through the layer's own calls, so that one that remembers does so in both directions.
     def _call(self, z: Tensor) -> Tensor:
@@ -188,7 +243,7 @@ class Conditioned(FlowTransform):
     """A layer at one context. Gradients flow into the context."""
 
     def __init__(self, layer: FlowTransform, context: Tensor) -> None:
-        super().__init__(layer.dim)
+        super().__init__(layer.event_shape)
         self.layer = layer
         self.context = context
 
@@ -197,6 +252,20 @@ class Conditioned(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer.inverse_and_ladj(x, self.context)
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._forward_and_log_slopes(self.layer._checked(z, self.context), self.context)
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._inverse_and_log_slopes(self.layer._checked(x, self.context), self.context)
+
+    @property
+    def triangular_order(self) -> tuple[int, ...] | None:
+        return self.layer.triangular_order
+
+    @property
+    def is_affine(self) -> bool:
+        return self.layer.is_affine
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return self.layer.forward_and_score(z, score, self.context)
@@ -208,11 +277,12 @@ class Compose(FlowTransform):
     def __init__(self, layers: Sequence[FlowTransform]) -> None:
         if not layers:
             raise OptionError("a composition needs at least one layer")
-        dims = sorted({layer.dim for layer in layers})
-        context_dims = sorted({layer.context_dim for layer in layers} - {0})
-        if len(dims) > 1 or len(context_dims) > 1:
+        shapes = sorted({layer.event_shape for layer in layers})
+        context_shapes = sorted({layer.context_shape for layer in layers} - {torch.Size()})
+        if len(shapes) > 1 or len(context_shapes) > 1:
+            dims, context_dims = [[as_given(shape) for shape in each] for each in (shapes, context_shapes)]
             raise ShapeError(f"layers of one flow must agree, but have dims {dims} and context sizes {context_dims}")
-        super().__init__(dims[0], context_dims[0] if context_dims else 0)
+        super().__init__(shapes[0], context_shapes[0] if context_shapes else 0)
         self.codomain = layers[-1].codomain
         self.layers: Any = nn.ModuleList(layers)
 
@@ -230,6 +300,31 @@ class Compose(FlowTransform):
             total = total + ladj
         return x, total
 
+    # The diagonal of a product of matrices that are triangular in one order is the product of the diagonals.
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        total: Any = 0.0
+        for layer in self.layers:
+            z, log_slopes = layer._forward_and_log_slopes(z, context if layer.context_dim else None)
+            total = total + log_slopes
+        return z, total
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        total: Any = 0.0
+        for layer in reversed(self.layers):
+            x, log_slopes = layer._inverse_and_log_slopes(x, context if layer.context_dim else None)
+            total = total + log_slopes
+        return x, total
+
+    @property
+    def triangular_order(self) -> tuple[int, ...] | None:
+        orders = {layer.triangular_order for layer in self.layers} - {()}
+        return () if not orders else orders.pop() if len(orders) == 1 else None
+
+    @property
+    def is_affine(self) -> bool:
+        return all(layer.is_affine for layer in self.layers)
+
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         total: Any = 0.0
         for layer in self.layers:
@@ -245,7 +340,7 @@ class Cached(FlowTransform):
     """
 
     def __init__(self, layer: FlowTransform) -> None:
-        super().__init__(layer.dim, layer.context_dim)
+        super().__init__(layer.event_shape, layer.context_shape)
         self.layer = layer
         self.codomain = layer.codomain
         self._last: tuple[Tensor, Tensor, Tensor, Any] | None = None

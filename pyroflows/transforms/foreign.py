@@ -1,12 +1,15 @@
 """Transforms of other libraries as layers: any torch or Pyro transform, and the transform of a Zuko flow."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyroflows.errors import InversionError, OptionError, ShapeError
+from pyroflows.shapes import as_given
 from pyroflows.transforms.base import FlowTransform, Pair
 
 
@@ -18,25 +21,26 @@ class Foreign(FlowTransform):
 
     Args:
         transform: a bijection of vectors, or of scalars, which then acts on each dimension.
-        dim: the event size D.
+        dim: the event size D, or the event shape.
 
     Raises:
-        OptionError: if the transform is not a bijection between vectors.
-        ShapeError: if it does not map vectors of ``dim`` components to such vectors.
+        OptionError: if the transform is not a bijection between vectors, or between events of fewer axes.
+        ShapeError: if it does not map vectors of ``dim`` components, or events of that shape, to such.
         InversionError: at a call of the inverse, where the transform has none.
     """
 
-    def __init__(self, transform: Transform, dim: int) -> None:
+    def __init__(self, transform: Transform, dim: int | Sequence[int]) -> None:
         super().__init__(dim)
-        if not transform.bijective or max(transform.domain.event_dim, transform.codomain.event_dim) > 1:
+        num_axes = max(transform.domain.event_dim, transform.codomain.event_dim)
+        if not transform.bijective or num_axes > len(self.event_shape):
             raise OptionError(f"a flow needs bijections of vectors, but {transform} is none")
-        if not _keeps_size(transform, dim):
-            raise ShapeError(f"a flow of dim={dim} needs bijections of vectors of that size, but {transform} is none")
+        if not _keeps_shape(transform, self.event_shape):
+            size = as_given(self.event_shape)
+            raise ShapeError(f"a flow of dim={size} needs bijections of vectors of that size, but {transform} is none")
         self.transform = transform
         if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
             self.inverse_transform = transform.inv
-        codomain = transform.codomain
-        self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
+        self.codomain = on_events(transform.codomain, len(self.event_shape))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         x = self.transform(z)
@@ -53,7 +57,7 @@ class Foreign(FlowTransform):
     def _ladj(self, z: Tensor, x: Tensor) -> Tensor:
         ladj = self.transform.log_abs_det_jacobian(z, x)
         _forget(self.transform)
-        return sum_rightmost(ladj, ladj.dim() - (z.dim() - 1))
+        return sum_rightmost(ladj, ladj.dim() - (z.dim() - len(self.event_shape)))
 
 
 class Zuko(FlowTransform):
@@ -70,9 +74,15 @@ class Zuko(FlowTransform):
         return self.transform().call_and_ladj(x)
 
 
-def _keeps_size(transform: Transform, dim: int) -> bool:
+def on_events(constraint: constraints.Constraint, num_axes: int) -> constraints.Constraint:
+    """The constraint as one of events with that many axes."""
+    rest = num_axes - constraint.event_dim
+    return constraints.independent(constraint, rest) if rest else constraint
+
+
+def _keeps_shape(transform: Transform, shape: torch.Size) -> bool:
     try:
-        return transform.forward_shape((dim,)) == (dim,)
+        return transform.forward_shape(shape) == shape
     except (RuntimeError, ValueError):  # the sizes of its own tensors do not fit
         return False
 

@@ -99,6 +99,8 @@ LAYERS: dict[str, Factory] = {
     "autoregressive-reversed": _factory(_autoregressive, order=lambda dim: range(dim)[::-1]),
     "autoregressive-narrow": _factory(Autoregressive, hidden_dims=(3, 2)),
     "autoregressive-residual": _factory(_autoregressive, conditioner="residual"),
+    "autoregressive-causal-conv": _factory(_autoregressive, conditioner="causal_conv"),
+    "autoregressive-causal-conv-shuffled": _factory(_autoregressive, conditioner="causal_conv", order=_shuffled),
     "autoregressive-inverse": lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv,
     "lu": _factory(LU),
     "lu-permuted": _factory(LU, order=_shuffled),
@@ -137,7 +139,7 @@ def perturb(module: nn.Module, scale: float = 1.0) -> nn.Module:
     """Add noise to all parameters: unit normal to vectors, and such that outputs stay of order one to matrices."""
     with torch.no_grad():
         for parameter in module.parameters():
-            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.add_(scale / math.sqrt(fan_in) * torch.randn_like(parameter))
     return module
 
