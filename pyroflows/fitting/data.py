@@ -152,6 +152,16 @@ def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
     return values
 
 
+def context_rows(context: Any, flow: Flow) -> Tensor:
+    """Contexts ``(n, *context_shape)`` for a flow, each row checked.
+
+    Raises:
+        ShapeError: if their shape does not fit.
+        DataError: if values cannot be used; names the row and the column.
+    """
+    return _rows("context", context, flow.context_shape, flow)
+
+
 def _contexts(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
     if context is None and not flow.context_dim:
         return None
@@ -159,7 +169,7 @@ def _contexts(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
         raise ShapeError(f"this flow needs a context of {described(flow.context_shape)} for each row, but got none")
     if not flow.context_dim:
         raise ShapeError("this flow takes no context, but got one: make it with context_dim")
-    values = _rows("context", context, flow.context_shape, flow)
+    values = context_rows(context, flow)
     if len(values) != num_rows:
         raise ShapeError(f"x has {num_rows} rows, but context has {len(values)}")
     return values

@@ -32,6 +32,8 @@ NUM_FINAL_BATCHES = 40
 NUM_PARTS = 4
 
 Laws: TypeAlias = tuple[FlowDistribution, Any]
+# The laws of student and teacher, and base draws z -> draws x, a loss, and log weights without gradients.
+Loss: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor]]
 # Draws (B, *event shape) of the student, and the rows (B,) of the contexts at which they were drawn, or None -> a
 # scalar that is added to the loss.
 Penalty: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
@@ -137,7 +139,8 @@ def distill(
     with seeded(seed), pyro.validation_enabled(False):
         _check_student(student)
         pair = _Pair(student, teacher, _contexts(student, teacher, context))
-        loss_of = _loss(pair, estimator, regularization)
+        name = _chosen(pair, estimator, regularization)
+        loss_of = partial(gaussian_kl, regularization=regularization) if name == "closed_form" else _by_draws(name)
         _check_teacher(pair, batch_size)
         fit = partial(
             _fit, student, batch_size=batch_size, compiler=Compiler(compile), optimizer=optimizer, bar=progress_bar
@@ -150,7 +153,9 @@ def distill(
             return loss if penalty is None else loss + penalty(x, *(rows or (None,))), log_weights
 
         history = fit(objective, _record, partial(pair.draw_rows, batch_size), num_steps=num_steps)
-        log_weights = torch.cat([pair.log_weights(batch_size) for _ in range(NUM_FINAL_BATCHES)]).double()
+        # Not along the path: the score would cost more than the rest, and the value is the same.
+        score_free = _by_draws("total") if name == "path" else loss_of
+        log_weights = torch.cat([pair.log_weights(score_free, batch_size) for _ in range(NUM_FINAL_BATCHES)]).double()
     kl_se = log_weights.std().item() / math.sqrt(len(log_weights))
     return Distillation(student, history, -log_weights.mean().item(), kl_se)
 
@@ -174,15 +179,13 @@ class _Pair:
         return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
 
     @torch.no_grad()
-    def log_weights(self, count: int) -> Tensor:
+    def log_weights(self, loss_of: Loss, count: int) -> Tensor:
         """Of fresh draws of the student, ``(count,)``."""
-        q, p = self.at(*self.draw_rows(count))
-        x, log_q = q.transport(self.student.base().sample((count,)))
-        return p.log_prob(x) - log_q
+        return loss_of(*self.at(*self.draw_rows(count)), self.student.base().sample((count,)))[2]
 
 
-def _loss(pair: _Pair, estimator: str, regularization: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """A function of two laws and base draws z, that gives draws x, a loss and log weights."""
+def _chosen(pair: _Pair, estimator: str, regularization: float) -> str:
+    """The name of the estimator, if it and the regularization can be had."""
     can_close = has_closed_form(pair.student, pair.teacher)
     name = ("closed_form" if can_close else "path") if estimator == "auto" else estimator
     if name not in ("total", "path", "closed_form"):
@@ -197,8 +200,11 @@ def _loss(pair: _Pair, estimator: str, regularization: float) -> Callable[..., t
             f"regularization must be zero or positive, and positive only with the closed form, got {regularization} "
             f"with estimator {name!r}"
         )
-    if name == "closed_form":
-        return partial(gaussian_kl, regularization=regularization)
+    return name
+
+
+def _by_draws(name: str) -> Loss:
+    """An estimator that knows nothing of student and teacher but their densities."""
 
     def loss(q: FlowDistribution, p: Distribution, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         drawn = []
@@ -335,7 +341,7 @@ def _check_teacher(pair: _Pair, count: int) -> None:
         if all(kinds) and kinds[0] != kinds[1]:
             raise OptionError(f"student and teacher must have one dtype and device, but have {kinds[0]} and {kinds[1]}")
     try:
-        log_weights = pair.log_weights(count)
+        log_weights = pair.log_weights(_by_draws("total"), count)
     except (NotImplementedError, KeyError, InversionError) as error:
         raise OptionError(
             f"the teacher cannot score the student's draws ({type(error).__name__}: {error}): give one whose log_prob "
