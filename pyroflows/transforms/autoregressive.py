@@ -142,7 +142,8 @@ class Autoregressive(TriangularTransform):
             rows = x.reshape(-1, *self.event_shape)
             steps = incremental(self.conditioner, len(rows), self._context_rows(x, context))
             z, log_slopes = self._solve_by_steps(rows, steps)
-        return z.clone().reshape(x.shape), log_slopes.clone().reshape(x.shape)
+        z, log_slopes = (t.clone(memory_format=torch.contiguous_format) for t in (z, log_slopes))
+        return z.reshape(x.shape), log_slopes.reshape(x.shape)
 
     def _context_rows(self, x: Tensor, context: Tensor | None) -> Tensor | None:
         """``(N, *context_shape)``, or ``(1, *context_shape)`` where all have the same."""
