@@ -156,9 +156,10 @@ class Autoregressive(TriangularTransform):
         # Row i of what follows stands for place i.
         index_of_place = torch.as_tensor(self.order, device=x.device)
         values = x.transpose(0, -1)[index_of_place]
+        parameters_last = (*range(1, x.dim()), 0)
         log_slopes = []
         for i, (value, z) in enumerate(zip(values.unbind(), steps.inputs.unbind(), strict=True)):
-            root, log_slope = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).movedim(0, -1))
+            root, log_slope = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).permute(parameters_last))
             z.copy_(root)
             log_slopes.append(log_slope)
         place = index_of_place.argsort()
