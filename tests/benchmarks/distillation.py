@@ -1,9 +1,9 @@
 """How near a student comes to its teacher, and how much faster it is at drawing.
 
 The teacher is a MAF fitted to data, the student an IAF of the same sizes. Quality: KL(student || teacher) and the
-sliced Wasserstein distance of 5,000 draws of each, beside that of two sets of draws of the teacher. Speed: the student's
-one pass, the teacher's inverse, which computes each hidden unit once, and D passes of the teacher's network, in turn in
-one process.
+sliced Wasserstein distance of 5,000 draws of each, beside that of two sets of draws of the teacher. Speed: one pass of
+the student, the teacher's inverse, which computes each hidden unit once, and D passes of the teacher's network, in turn
+in one process.
 
     python tests/benchmarks/distillation.py quality --data simulated-16 simulated-32 simulated-64 digits-64
     python tests/benchmarks/distillation.py speed --dim 64

@@ -1,0 +1,122 @@
+"""A student and its teacher: whether they fit each other, and their laws at the same contexts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyroflows.errors import DataError, InversionError, OptionError, ShapeError
+from pyroflows.fitting.data import context_rows
+from pyroflows.flows import Flow, FlowDistribution
+from pyroflows.shapes import described
+
+
+class Pair:
+    """A student and a teacher, compared at rows of contexts.
+
+    Args:
+        student: what is trained.
+        teacher: what it should become.
+        context: rows ``(n, *context_shape)``, if both take a context.
+
+    Attributes:
+        contexts: the rows, in the student's dtype, or None.
+        num_rows: 1 where there are contexts, else 0.
+
+    Raises:
+        OptionError: if the student cannot be trained through its draws, or the teacher is none.
+        ShapeError: if event or context shapes differ, or the context does not fit.
+        DataError: if the context holds values that cannot be used.
+    """
+
+    def __init__(self, student: Flow, teacher: Flow | Distribution, context: Tensor | None) -> None:
+        _check_student(student)
+        self.student = student
+        self.teacher = teacher
+        self.contexts = _contexts(student, teacher, context)
+        self.num_rows = 0 if self.contexts is None else 1
+
+    def draw_rows(self, count: int) -> list[Tensor]:
+        """Random rows of the contexts, ``(count,)``, if there are any."""
+        contexts = self.contexts
+        return [] if contexts is None else [torch.randint(len(contexts), (count,), device=contexts.device)]
+
+    def at(self, *rows: Tensor) -> tuple[FlowDistribution, Any]:
+        """The laws of student and teacher."""
+        context = [] if self.contexts is None else [self.contexts[rows[0]]]
+        return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
+
+    @torch.no_grad()
+    def log_weights(self, count: int) -> Tensor:
+        """Of fresh draws of the student, ``(count,)``."""
+        q, p = self.at(*self.draw_rows(count))
+        x, log_q = q.transport(self.student.base().sample((count,)))
+        return p.log_prob(x) - log_q
+
+    @torch.no_grad()
+    def check_scores(self, count: int) -> None:
+        """Raise if the teacher does not score draws of the student."""
+        if isinstance(self.teacher, Flow):
+            kinds = [{(t.dtype, t.device) for t in flow.parameters()} for flow in (self.student, self.teacher)]
+            if all(kinds) and kinds[0] != kinds[1]:
+                raise OptionError(
+                    f"student and teacher must have one dtype and device, but have {kinds[0]} and {kinds[1]}"
+                )
+        try:
+            log_weights = self.log_weights(count)
+        except (NotImplementedError, KeyError, InversionError) as error:
+            raise OptionError(
+                f"the teacher cannot score the student's draws ({type(error).__name__}: {error}): give one whose "
+                "log_prob takes any value"
+            ) from error
+        if not log_weights.isfinite().all():
+            support = self.at(*self.draw_rows(count))[1].support
+            raise DataError(
+                f"the teacher has no finite density at {int((~log_weights.isfinite()).sum())} of {count} draws of the "
+                f"student: give the student the teacher's support, {support}, or a start nearer to it"
+            )
+
+
+def _check_student(student: Flow) -> None:
+    if not isinstance(student, Flow):
+        raise OptionError(f"the student must be a pyroflows.Flow, got {type(student).__name__}")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise OptionError("this student has no parameters to train")
+    if not student.base().has_rsample:
+        raise OptionError(
+            "draws of this student carry no gradients, so that it cannot be trained by them: give it a base that has "
+            "rsample, such as a normal; a mixture of flows has none"
+        )
+
+
+def _contexts(student: Flow, teacher: Flow | Distribution, context: Tensor | None) -> Tensor | None:
+    """The contexts, if they and the two fit each other."""
+    if not isinstance(teacher, Flow | Distribution):
+        raise OptionError(f"the teacher must be a flow or a distribution, got {type(teacher).__name__}")
+    if student.event_shape != teacher.event_shape:
+        raise ShapeError(
+            f"student and teacher must have one event shape, but have {tuple(student.event_shape)} and "
+            f"{tuple(teacher.event_shape)}"
+        )
+    if isinstance(teacher, Distribution) and teacher.batch_shape:
+        raise ShapeError(
+            f"the teacher must be a single distribution, but has batch shape {tuple(teacher.batch_shape)}: give a flow "
+            "with its contexts, or use .to_event()"
+        )
+    taken = student.context_shape, teacher.context_shape if isinstance(teacher, Flow) else torch.Size()
+    if taken[0] != taken[1]:
+        raise ShapeError(
+            f"student and teacher must take one context, but the student has context {described(taken[0])} and the "
+            f"teacher context {described(taken[1])}: a teacher at one context is teacher(context)"
+        )
+    if context is None and not taken[0]:
+        return None
+    if context is None:
+        raise ShapeError(
+            f"student and teacher take a context of {described(taken[0])}: give rows of it, as context, at which they "
+            "are to agree"
+        )
+    if not taken[0]:
+        raise ShapeError("student and teacher take no context, but got one")
+    return context_rows(context, student)

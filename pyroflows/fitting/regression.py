@@ -1,0 +1,99 @@
+"""Regression of a student on a teacher: of a base draw z the student is to make what the teacher makes of it."""
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyroflows.flows import Flow
+from pyroflows.randomness import seeded
+from pyroflows.transforms import FlowTransform
+
+# In which the draws are made, since layers that go dimension by dimension remember what they have computed.
+NUM_PARTS = 4
+
+
+class Regression:
+    r"""Errors of a student that follows the draws of a teacher.
+
+    The error of an event is :math:`\sum_j h(x^p_j - x^q_j)`, :math:`h(e) = 2 (\sqrt{1 + e^2 / \mathrm{var}(x^p_j)} - 1)`:
+    quadratic up to a standard deviation, and linear far out, where a few draws would rule the sum.
+
+    Args:
+        student: the flow that follows.
+        teacher: a flow with the student's base, see :func:`same_law`.
+        stages: of the teacher's draws, see :func:`draw_stages`.
+        contexts: rows ``(n, *context_shape)`` at which they were made, or None.
+
+    Attributes:
+        num_draws: n.
+    """
+
+    def __init__(self, student: Flow, teacher: Flow, stages: list[Tensor], contexts: Tensor | None) -> None:
+        self.num_draws = len(stages[0])
+        self._student = student
+        self._stages = stages
+        self._scales = [stage.std(0) for stage in stages]
+        self._contexts = contexts
+        self._matched = _matched(student, teacher)
+
+    def draw_index(self, count: int) -> list[Tensor]:
+        """A random index ``(count,)`` of the teacher's draws."""
+        return [torch.randint(self.num_draws, (count,), device=self._stages[0].device)]
+
+    def end_to_end(self, index: Tensor) -> Tensor:
+        """Of draws x of an index ``(B,)``, ``(B,)``."""
+        return self._errors(self._student.transform, 0, len(self._stages) - 1, index)
+
+    def layer_by_layer(self, index: Tensor) -> Tensor:
+        """The same for each layer, given what the teacher's layer at its place was given, summed over layers.
+
+        End to end where the layers of the two do not match.
+        """
+        if not self._matched:
+            return self.end_to_end(index)
+        return torch.stack([self._errors(layer, i, i + 1, index) for i, layer in self._matched]).sum(0)
+
+    def _errors(self, layer: FlowTransform, before: int, after: int, index: Tensor) -> Tensor:
+        context = self._contexts[index] if layer.context_dim and self._contexts is not None else None
+        found, _ = layer.forward_and_ladj(self._stages[before][index], context)
+        errors = (found - self._stages[after][index]) / self._scales[after]
+        return 2 * (torch.sqrt(1 + errors**2) - 1).flatten(1).sum(-1)
+
+
+@torch.no_grad()
+def draw_stages(teacher: Flow, num_draws: int, contexts: Tensor | None) -> list[Tensor]:
+    """Base draws ``(n, *event_shape)`` of a flow, and what each of its layers makes of them, the last being draws x."""
+    z = teacher.base().sample((num_draws,))
+    parts = z.tensor_split(NUM_PARTS)
+    given = [None] * NUM_PARTS if contexts is None else contexts.tensor_split(NUM_PARTS)
+    drawn = [_stages(teacher, part, context) for part, context in zip(parts, given, strict=True)]
+    return [torch.cat(stage) for stage in zip(*drawn, strict=True)]
+
+
+def same_law(a: Distribution, b: Distribution) -> bool:
+    """Whether two laws are one, as far as draws of the same seed tell."""
+    draws = []
+    for law in (a, b):
+        with seeded(0):
+            draws.append(law.sample((3,)))
+    return torch.equal(*draws)
+
+
+def _stages(teacher: Flow, z: Tensor, context: Tensor | None) -> list[Tensor]:
+    stages = [z]
+    for layer in teacher.transform.layers:
+        stages.append(layer.forward_and_ladj(stages[-1], context if layer.context_dim else None)[0])
+    return stages
+
+
+def _matched(student: Flow, teacher: Flow) -> list[tuple[int, FlowTransform]]:
+    """The student's trained layers, if each can become the teacher's layer at its place.
+
+    A map that is triangular in some order is so in both directions, and one of its kind can represent its inverse.
+    """
+    layers = student.transform.layers
+    if [layer.triangular_order for layer in layers] != [layer.triangular_order for layer in teacher.transform.layers]:
+        return []
+    if any(layer.triangular_order is None for layer in layers):
+        return []
+    return [(i, layer) for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
