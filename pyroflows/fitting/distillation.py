@@ -93,9 +93,10 @@ def distill(
     scale of the teacher's draws and follows them layer by layer, if its layers see the dimensions in the orders of
     the teacher's, and otherwise end to end; then the loss is
 
-    .. math:: E_q[\log q(x) - \log p(x)] + w\, E_z \sum_j h(x^p_j(z) - x^q_j(z)),
+    .. math:: E_q[\log q(x) - \log p(x)] + w\, E_z \sum_j h\Big(\frac{x^p_j(z) - x^q_j(z)}{\mathrm{sd}(x^p_j)}\Big),
 
-    both parts of which vanish where q = p, with h of :class:`pyroflows.fitting.regression.Regression`. It needs :math:`64 \times` ``batch_size`` draws of the teacher, once.
+    both parts of which vanish where q = p, with h of :class:`pyroflows.fitting.regression.Regression`. It needs
+    :math:`64 \times` ``batch_size`` draws of the teacher, once.
 
     Args:
         student: what is trained; quick in its forward direction, as :class:`pyroflows.flows.IAF` or couplings are.

@@ -15,8 +15,9 @@ NUM_PARTS = 4
 class Regression:
     r"""Errors of a student that follows the draws of a teacher.
 
-    The error of an event is :math:`\sum_j h(x^p_j - x^q_j)`, :math:`h(e) = 2 (\sqrt{1 + e^2 / \mathrm{var}(x^p_j)} - 1)`:
-    quadratic up to a standard deviation, and linear far out, where a few draws would rule the sum.
+    The error of an event is :math:`\sum_j h(e_j)` with :math:`h(e) = 2 (\sqrt{1 + e^2} - 1)` and :math:`e_j = (x^p_j -
+    x^q_j) / \mathrm{sd}(x^p_j)`: quadratic up to a standard deviation, and linear far out, where a few draws would rule
+    the sum.
 
     Args:
         student: the flow that follows.
