@@ -14,11 +14,13 @@ def plot_training(history: History) -> Any:
     The ELBO's axis leaves out the climb from the start, which would flatten the rest.
 
     Raises:
-        PlotError: if no flow was trained, since a Gaussian was enough.
+        PlotError: if no flow was trained on the model.
     """
     plt = require_matplotlib()
     if not history:
-        raise PlotError("there is no training to plot: a Gaussian was enough, so that no flow was trained")
+        raise PlotError(
+            "there is no training on the model to plot: a Gaussian was enough, or the guide was fitted to another"
+        )
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.0), layout="constrained")
     elbo = history["elbo"]
     steps = np.arange(1, len(elbo) + 1)

@@ -181,10 +181,12 @@ class AutoFlow(AutoContinuous):
         self.flow = Mixture([part for part in parts if part is not None], log_weights)
 
     def _flow_for(self, state_dict: Any, prefix: str) -> Flow | None:
-        # The last layer tells the size, and whether its scale is triangular.
+        # The last layer, but for one that holds location and scale of data, tells the size, and whether its scale is
+        # triangular.
         prefix = f"{prefix}transform.layers."
         indices = [int(key[len(prefix) :].split(".")[0]) for key in state_dict if key.startswith(prefix)]
-        last_prefix = f"{prefix}{max(indices, default=0)}."
+        index = max(indices, default=0)
+        last_prefix = f"{prefix}{index - (f'{prefix}{index}.scale' in state_dict)}."
         scale_tril = state_dict.get(f"{last_prefix}scale_tril")
         last = state_dict.get(f"{last_prefix}parameters_of.value") if scale_tril is None else scale_tril
         return self._flow_at(torch.zeros_like(last[:, 0]), scale_tril) if last is not None and last.dim() == 2 else None

@@ -16,7 +16,8 @@ from pyroflows.compilation import Compiler
 from pyroflows.errors import DataError, ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow, Gaussian, Mixture
 from pyroflows.guides import AutoFlow
-from pyroflows.inference import diagnosis, serialization
+from pyroflows.guides.flow import FlowFn
+from pyroflows.inference import diagnosis, refit, serialization
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
@@ -154,6 +155,65 @@ class Posterior:
         latents, log_q = self._latents(num_samples)
         weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
         return WeightedDraws(self._sites(latents), weights)
+
+    def distill(self, flow_fn: FlowFn | None = None, **options: Any) -> "Posterior":
+        """A posterior whose guide is distilled from this one's: for a flow that is slow to sample, one that is quick.
+
+        It judges itself against the model, as any posterior does.
+
+        Args:
+            flow_fn: ``latent_dim -> flow``, as for :class:`pyroflows.guides.AutoFlow`; None for the default recipe.
+            options: of :func:`pyroflows.distill`.
+
+        Raises:
+            OptionError: for an option outside its range, or a student that cannot be trained through its draws.
+            DivergedError: if the loss stays non-finite.
+
+        Example:
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            ...     pyro.sample("y", dist.Normal(mu.prod(-1), 0.5), obs=y)
+            >>> slow = pf.FlowVI(model, pf.flows.MAF, num_steps=100, seed=0, progress_bar=False).run(torch.tensor(1.0))
+            >>> fast = slow.distill(pf.flows.IAF, num_steps=100, warm_start=100, seed=0, progress_bar=False)
+            >>> fast.sample(5)["mu"].shape
+            torch.Size([5, 2])
+        """
+        guide = refit.distilled_guide(self.model, self.guide, flow_fn, self._args, self._kwargs, **options)
+        return self._with_guide(guide, self.starts)
+
+    def fit_proposal(
+        self, num_samples: int = 20_000, flow_fn: FlowFn | None = None, seed: int | None = None, **options: Any
+    ) -> "Posterior":
+        r"""A posterior whose guide is fitted by maximum likelihood to this one's importance-weighted draws.
+
+        It maximises :math:`\sum_i w_i \log q(x_i)`, which for good weights is the forward KL divergence from the exact
+        posterior: where the fit by reverse KL is too narrow, such a guide covers what the weights show, and is the
+        better proposal for importance sampling and independence chains. It cannot find what no draw has visited.
+
+        Args:
+            num_samples: number of weighted draws.
+            flow_fn: ``latent_dim -> flow``, quick to score; None for coupling splines.
+            seed: makes draws and fit reproducible and leaves the global generator as it was; None to draw from it.
+            options: of :func:`pyroflows.fit_density`; ``patience`` is 5.
+
+        Raises:
+            OptionError: for an option outside its range.
+            ModelError: if a plate is subsampled.
+        """
+        self._require_full_plates()
+        with seeded(seed):
+            latents, log_q = self._latents(num_samples)
+            weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
+            guide = refit.weighted_guide(
+                self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, **options
+            )
+        # What the draws have shown of the modes that starts found, it covers.
+        return self._with_guide(guide, starts=None)
+
+    def _with_guide(self, guide: AutoFlow, starts: Starts | None) -> "Posterior":
+        return Posterior(
+            self.model, guide, self._args, self._kwargs, History(), starts, self.num_diagnostic_samples, self._compile
+        )
 
     def mcmc(
         self,

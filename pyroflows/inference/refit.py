@@ -1,0 +1,62 @@
+"""Guides fitted to a posterior that is there already: one that is quicker to sample, one that covers more."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.fitting import distill, fit_density
+from pyroflows.flows import NSF, Flow
+from pyroflows.guides import AutoFlow
+from pyroflows.guides.flow import FlowFn
+from pyroflows.inference.importance import Weights
+from pyroflows.model import Model
+
+NUM_CORRELATION_DRAWS = 4000
+PATIENCE = 5
+
+
+def distilled_guide(
+    model: Model, teacher: AutoFlow, flow_fn: FlowFn | None, args: Any, kwargs: Any, **options: Any
+) -> AutoFlow:
+    """A guide of the model whose flow is distilled from another's; options are those of :func:`pyroflows.distill`."""
+    flow: Any = teacher.flow
+    with torch.no_grad():
+        draws = flow().sample((NUM_CORRELATION_DRAWS,))
+    guide = AutoFlow(model, flow_fn, dtype=teacher.dtype)
+    distill(_start_near(guide, draws, torch.ones_like(draws[:, 0]), args, kwargs), flow, **options)
+    return guide
+
+
+def weighted_guide(
+    model: Model,
+    proposal: AutoFlow,
+    flow_fn: FlowFn | None,
+    latents: Tensor,
+    weights: Weights,
+    args: Any,
+    kwargs: Any,
+    **options: Any,
+) -> AutoFlow:
+    """A guide of the model fitted to weighted draws; options are those of :func:`pyroflows.fit_density`."""
+    normalized = weights.normalized.to(latents)
+    guide = AutoFlow(model, flow_fn or partial(NSF), dtype=proposal.dtype)
+    flow = _start_near(guide, latents, normalized, args, kwargs)
+    fit_density(flow, latents, weights=normalized, **{"patience": PATIENCE, **options})
+    return guide
+
+
+def _start_near(guide: AutoFlow, latents: Tensor, weights: Tensor, args: Any, kwargs: Any) -> Flow:
+    """The flow of a guide, built with the correlations of latents ``(n, dim)``; fits see to locations and scales."""
+    dim = latents.shape[1]
+    covariance = torch.cov(latents.T.double(), aweights=weights.double()).reshape(dim, dim)
+    sd = covariance.diagonal().sqrt()
+    num_effective = weights.sum() ** 2 / (weights**2).sum()
+    # Fewer draws than dimensions have no invertible covariance.
+    shrinkage = dim / (dim + num_effective.double())
+    correlation = torch.lerp(covariance / sd / sd[:, None], torch.eye(dim).to(covariance), shrinkage)
+    guide.start_at(torch.zeros_like(sd), torch.linalg.cholesky(correlation), *args, **kwargs)
+    guide.own_values_count = True
+    assert guide.flow is not None
+    return guide.flow
