@@ -94,15 +94,15 @@ def _contexts(student: Flow, teacher: Flow | Distribution, context: Tensor | Non
     """The contexts, if they and the two fit each other."""
     if not isinstance(teacher, Flow | Distribution):
         raise OptionError(f"the teacher must be a flow or a distribution, got {type(teacher).__name__}")
-    if student.event_shape != teacher.event_shape:
-        raise ShapeError(
-            f"student and teacher must have one event shape, but have {tuple(student.event_shape)} and "
-            f"{tuple(teacher.event_shape)}"
-        )
     if isinstance(teacher, Distribution) and teacher.batch_shape:
         raise ShapeError(
             f"the teacher must be a single distribution, but has batch shape {tuple(teacher.batch_shape)}: give a flow "
             "with its contexts, or use .to_event()"
+        )
+    if student.event_shape != teacher.event_shape:
+        raise ShapeError(
+            f"student and teacher must have one event shape, but have {tuple(student.event_shape)} and "
+            f"{tuple(teacher.event_shape)}"
         )
     taken = student.context_shape, teacher.context_shape if isinstance(teacher, Flow) else torch.Size()
     if taken[0] != taken[1]:

@@ -8,7 +8,7 @@ import pyro
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints, kl_divergence
 
 import pyroflows as pf
 from pyroflows.errors import DataError, DivergedError, OptionError, ShapeError
@@ -212,8 +212,6 @@ def test_any_distribution_can_be_the_teacher():
 
 
 def test_support_of_teacher_and_student():
-    from torch.distributions import constraints
-
     teacher = disturbed(MAF(2, support=constraints.positive, **small), 0.3)
     fit = pf.distill(IAF(2, support=constraints.positive, **small), teacher, seed=0, num_steps=300, progress_bar=False)
     assert fit.kl < 0.05
@@ -252,7 +250,7 @@ def test_penalty_sees_draws_and_their_rows():
     assert set(seen) == {((64, 2), (64,), True)} and len(seen) == 300
     means = student(contexts).sample((1000,))[..., 0].mean(0)
     assert means[0] < -2 and means[1] > 2
-    assert fit.history["loss"][-1] > fit.history["kl"][-1] + 1
+    assert (fit.history["loss"] > fit.history["kl"]).all()
 
 
 def test_penalty_without_context_gets_no_rows():
@@ -317,7 +315,7 @@ class Unscored(Distribution):
     """Draws and cannot score."""
 
     event_shape, batch_shape = torch.Size([2]), torch.Size()
-    support = torch.distributions.constraints.real_vector
+    support = constraints.real_vector
     arg_constraints = {}  # noqa: RUF012
 
     def __init__(self):

@@ -1,0 +1,149 @@
+"""Guides fitted to a posterior: distilled from its flow, or fitted to its weighted draws."""
+
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+import pyroflows as pf
+from pyroflows.errors import ModelError, OptionError, PlotError
+from pyroflows.flows import IAF, MAF, RealNVP
+
+Y = torch.tensor([1.0, 2.0])
+
+
+def model(y=Y):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
+    pyro.sample("y", dist.Normal(mu[0] * mu[1], 0.3 + tau).expand([2]).to_event(1), obs=y)
+
+
+def fitted(flow_fn, num_steps=300, model=model, **options):
+    return pf.FlowVI(model, flow_fn, num_steps=num_steps, seed=0, progress_bar=False, **options).run(Y)
+
+
+@pytest.fixture(scope="module")
+def slow():
+    return fitted(partial(MAF, num_layers=3, hidden_dims=(16, 16)))
+
+
+@pytest.fixture(scope="module")
+def fast(slow):
+    options = {"num_steps": 500, "warm_start": 500, "seed": 0, "progress_bar": False}
+    return slow.distill(partial(IAF, num_layers=3, hidden_dims=(32, 32)), **options)
+
+
+def test_distilled_posterior_is_that_of_the_teacher(slow, fast):
+    teacher, student = slow.guide.flow(), fast.guide.flow()
+    with torch.no_grad():
+        x, log_q = student.rsample_and_log_prob((20_000,))
+        log_weights = teacher.log_prob(x) - log_q
+    assert -log_weights.mean() < 0.05
+    # The ELBOs differ by E_q[log p - log q], and the student's cannot be far below.
+    assert fast.elbo > slow.elbo - 0.1
+    assert fast.sample(7)["mu"].shape == (7, 2) and (fast.sample(7)["tau"] > 0).all()
+
+
+def test_distilled_posterior_judges_itself_against_the_model(slow, fast):
+    assert fast.log_evidence == pytest.approx(slow.log_evidence, abs=4 * (slow.log_evidence_se + fast.log_evidence_se))
+    assert "starts ended" in str(fast.diagnose())
+    with pytest.raises(PlotError, match="fitted to another"):
+        fast.plot_training()
+
+
+def test_distilled_posterior_is_saved_and_loaded(fast, tmp_path):
+    fast.save(tmp_path / "fast")
+    again = pf.load_posterior(tmp_path / "fast", model, Y)
+    draws = fast.sample(10)
+    torch.testing.assert_close(again.log_prob(draws), fast.log_prob(draws))
+
+
+def test_a_student_of_the_default_recipe(slow):
+    fast = slow.distill(num_steps=50, warm_start=50, seed=0, progress_bar=False)
+    assert isinstance(fast.guide.flow, pf.Flow)
+    assert fast.diagnose().verdict in ("good", "correct it", "do not use")
+
+
+def test_options_of_distill_are_checked(slow):
+    with pytest.raises(TypeError, match="temperature"):
+        slow.distill(temperature=1.0)
+    with pytest.raises(OptionError, match="batch_size"):
+        slow.distill(batch_size=1)
+
+
+def two_modes(y=Y):
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.5).to_event(1))
+    pyro.sample("y", dist.Normal(x[0] ** 2, 0.3).expand([2]).to_event(1), obs=y)
+
+
+def test_a_distilled_mixture_is_not_trusted_with_its_other_modes():
+    mixture = fitted(partial(RealNVP, num_layers=4, hidden_dims=(16,)), model=two_modes)
+    assert isinstance(mixture.guide.flow, pf.flows.Mixture)
+    single = mixture.distill(
+        partial(IAF, num_layers=3, hidden_dims=(16, 16)), num_steps=100, seed=0, progress_bar=False
+    )
+    assert "leaves out 1 separate mode(s)" in str(single.diagnose())
+
+
+@pytest.mark.slow
+def test_a_proposal_covers_what_reverse_kl_leaves_out():
+    """A Gaussian is narrower than the posterior of a funnel; its weights tell."""
+
+    def funnel(y=Y):
+        scale = pyro.sample("scale", dist.Normal(0.0, 1.5))
+        pyro.sample("x", dist.Normal(torch.zeros(2), torch.exp(scale / 2)).to_event(1))
+        pyro.sample("y", dist.Normal(scale, 3.0).expand([2]).to_event(1), obs=y)
+
+    narrow = fitted(partial(pf.flows.Gaussian), model=funnel)
+    wide = narrow.fit_proposal(20_000, seed=0, max_epochs=30, progress_bar=False)
+    assert wide.ess > 1.5 * narrow.ess
+    grid = torch.linspace(-8, 8, 4001)  # the law of scale given y, by quadrature
+    log_joint = dist.Normal(0.0, 1.5).log_prob(grid) + sum(dist.Normal(grid, 3.0).log_prob(y) for y in Y)
+    weights = torch.softmax(log_joint, 0)
+    mean = (weights * grid).sum()
+    sd = (weights * (grid - mean) ** 2).sum().sqrt()
+    draws = {name: p.sample(20_000)["scale"] for name, p in (("narrow", narrow), ("wide", wide))}
+    gaps = {name: abs(draw.std() / sd - 1).item() for name, draw in draws.items()}
+    assert gaps["wide"] < gaps["narrow"] / 2
+
+
+def test_a_proposal_is_saved_and_loaded(slow, tmp_path):
+    proposal = slow.fit_proposal(2000, max_epochs=2, seed=0, progress_bar=False)
+    proposal.save(tmp_path / "proposal")
+    again = pf.load_posterior(tmp_path / "proposal", model, Y)
+    draws = proposal.sample(10)
+    torch.testing.assert_close(again.log_prob(draws), proposal.log_prob(draws))
+    weighted = pf.importance_sample(model, proposal, Y, num_samples=2000, progress_bar=False)
+    assert weighted.log_evidence == pytest.approx(slow.log_evidence, abs=0.5)
+
+
+def test_a_proposal_is_reproducible_and_knows_its_seed(slow):
+    state = torch.get_rng_state()
+    found = [slow.fit_proposal(1000, max_epochs=1, seed=3, progress_bar=False).elbo for _ in range(2)]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_proposal_needs_all_rows():
+    def subsampled(y=Y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("N", 2, subsample_size=1) as rows:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y[rows])
+
+    posterior = fitted(partial(IAF, num_layers=2, hidden_dims=(8,)), num_steps=20, model=subsampled)
+    with pytest.raises(ModelError, match="'N' is subsampled"):
+        posterior.fit_proposal(1000)
+
+
+def test_one_latent():
+    def single(y=Y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0).expand([2]).to_event(1), obs=y)
+
+    posterior = fitted(None, num_steps=20, model=single)
+    proposal = posterior.fit_proposal(5000, max_epochs=20, seed=0, progress_bar=False)
+    assert proposal.sample(20_000)["x"].mean().item() == pytest.approx(1.0, abs=0.05)
+    fast = posterior.distill(num_steps=20, warm_start=20, seed=0, progress_bar=False)
+    assert fast.sample(5)["x"].shape == (5,)
