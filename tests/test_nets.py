@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MADE, MLP, Parameters
+from pyroflows.nets import MADE, MLP, CausalConv, Parameters
 from pyroflows.transforms import Autoregressive, Elementwise
 from pyroflows.transforms.univariate import Affine
 from tests.transforms.registry import perturb
@@ -124,6 +124,103 @@ def test_shapes_of_parameters(batch_shape):
     parameters = Parameters(torch.zeros(4, 2), 3)
     assert parameters(torch.randn(*batch_shape, 3)).shape == (*batch_shape, 4, 2)
     assert Parameters(torch.zeros(4, 2))().shape == (4, 2)
+
+
+# Causal convolutions
+
+
+def causal_conv(order, **options):
+    return perturb(CausalConv(order, 3, **{"hidden_dims": (8, 6, 7), **options}).double())
+
+
+def dependence_of_places(net, length, channels=1, context=None):
+    """``(L, L)``: how much the parameters of place i depend on the inputs of place j."""
+    shape = (channels, length) if net.channels else (length,)
+    z = torch.randn(shape, dtype=torch.float64)
+    rows = torch.autograd.functional.jacobian(lambda z: net(z, context), z).abs()
+    rows = rows.reshape(channels, length, net.num_params, channels, length).sum((0, 2, 3))
+    return rows[net.order][:, net.order]
+
+
+@all_orders
+@pytest.mark.parametrize("channels", [None, 1, 2])
+@pytest.mark.parametrize("context_dim", ["none", "vector", "sequence"])
+def test_causal_conv_is_strictly_triangular_in_its_order(order, channels, context_dim):
+    shape = {"none": 0, "vector": 3, "sequence": (2, len(order))}[context_dim]
+    net = causal_conv(order, channels=channels, context_dim=shape)
+    context = None if shape == 0 else torch.randn(shape, dtype=torch.float64)
+    assert (dependence_of_places(net, len(order), channels or 1, context).triu() == 0).all()
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3])
+@pytest.mark.parametrize(("num_blocks", "dilation_cycle"), [(1, 8), (3, 8), (4, 2)])
+def test_causal_conv_sees_its_receptive_field(kernel_size, num_blocks, dilation_cycle):
+    options = {"hidden_dims": (8,) * num_blocks, "kernel_size": kernel_size, "dilation_cycle": dilation_cycle}
+    net = causal_conv(range(30), **options)
+    distance = torch.arange(30)[:, None] - torch.arange(30)
+    sees = dependence_of_places(net, 30) > 0
+    assert torch.equal(sees, (distance >= 1) & (distance <= net.receptive_field))
+
+
+def test_causal_conv_has_the_dilations_of_its_cycle():
+    assert causal_conv(range(3), hidden_dims=(4,) * 5, dilation_cycle=3).dilations == [1, 2, 4, 1, 2]
+
+
+@all_orders
+def test_conditioning_sequence_acts_at_its_own_time_and_later(order):
+    net = causal_conv(order, context_dim=(2, len(order)))
+    z, context = torch.randn(len(order), dtype=torch.float64), torch.randn(2, len(order), dtype=torch.float64)
+    rows = torch.autograd.functional.jacobian(lambda c: net(z, c), context).abs().sum((1, 2))[order][:, order]
+    assert (rows.triu(1) == 0).all() and (rows.diagonal() > 0).all()
+
+
+@all_orders
+def test_order_of_causal_conv_is_one_of_times(order):
+    """In any order the network is the one of the ascending order, applied to the sequence by place."""
+    net = causal_conv(order, channels=2, context_dim=(1, len(order)))
+    ascending = causal_conv(range(len(order)), channels=2, context_dim=(1, len(order)))
+    ascending.load_state_dict(net.state_dict())
+    z = torch.randn(4, 2, len(order), dtype=torch.float64)
+    context = torch.randn(4, 1, len(order), dtype=torch.float64)
+    expected = ascending(z[..., order], context[..., order])
+    torch.testing.assert_close(net(z, context)[..., order, :], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_weights_of_one_length_load_into_another(context_dim):
+    short = causal_conv(range(20), context_dim=context_dim)
+    long = CausalConv(range(50), 3, (8, 6, 7), context_dim).double()
+    long.load_state_dict(short.state_dict())
+    z, context = torch.randn(50, dtype=torch.float64), torch.randn(context_dim, dtype=torch.float64)
+    torch.testing.assert_close(long(z, context)[:20], short(z[:20], context))
+
+
+@pytest.mark.parametrize("batch_shape", [(), (7,), (3, 2), (0,)], ids=str)
+def test_shapes_of_causal_conv(batch_shape):
+    z, context = torch.randn(*batch_shape, 9), torch.randn(*batch_shape, 2)
+    assert CausalConv(range(9), 4, (5,))(z).shape == (*batch_shape, 9, 4)
+    assert CausalConv(range(9), 4, (5,), 2)(z, context).shape == (*batch_shape, 9, 4)
+    z = torch.randn(*batch_shape, 3, 9)
+    assert CausalConv(range(9), 4, (5,), (2, 9), 3)(z, torch.randn(2, 9)).shape == (*batch_shape, 3, 9, 4)
+
+
+def test_causal_conv_starts_at_zero_and_learns():
+    net = CausalConv(range(9), 2)
+    theta = net(torch.randn(7, 9))
+    assert (theta == 0).all()
+    theta.sum().backward()
+    assert (net.output.weight.grad != 0).any()
+
+
+def test_parameters_of_causal_conv_are_contiguous_blocks():
+    theta = CausalConv(range(9), 2, (5,), channels=3)(torch.randn(7, 3, 9))
+    assert theta[0, ..., 0].is_contiguous()
+
+
+@pytest.mark.parametrize("options", [{"hidden_dims": ()}, {"kernel_size": 1}, {"dilation_cycle": 0}], ids=str)
+def test_causal_conv_of_wrong_sizes_raises(options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        CausalConv(range(9), 2, **options)
 
 
 # The affine map

@@ -5,6 +5,7 @@ Every conditioner starts with a zero output layer, so that what it conditions st
 
 from pyroflows.nets.causal_conv import CausalConv
 from pyroflows.nets.incremental import Incremental, IncrementalGradient
+from pyroflows.nets.incremental_conv import IncrementalConv
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE
 from pyroflows.nets.mlp import MLP, Parameters, ResidualMLP
 
@@ -13,6 +14,7 @@ __all__ = [
     "MLP",
     "CausalConv",
     "Incremental",
+    "IncrementalConv",
     "IncrementalGradient",
     "MaskedLinear",
     "Parameters",

@@ -1,6 +1,7 @@
 """Causal dilated convolutions: the parameters of every time of a sequence from the times before it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +83,12 @@ class CausalConv(nn.Module):
         self._is_ascending = self.order == sorted(self.order)
 
         self.input = nn.Conv1d(channels or 1, stream, kernel_size)
-        self.gates = nn.ModuleList(
+        self.gates: Any = nn.ModuleList(
             nn.Conv1d(stream, 2 * width, kernel_size, dilation=dilation)
             for width, dilation in zip(hidden_dims, self.dilations, strict=True)
         )
         # After the last block the stream is not read. A bias of the stream would be one of the gates.
-        self.residuals = nn.ModuleList(nn.Conv1d(width, stream, 1, bias=False) for width in hidden_dims[:-1])
+        self.residuals: Any = nn.ModuleList(nn.Conv1d(width, stream, 1, bias=False) for width in hidden_dims[:-1])
         # The sum of all S_k g_k, and all V_k c, in one product each.
         self.skip = nn.Conv1d(total, stream, 1)
         context_channels = shape_of(context_dim)[0] if context_dim else 0

@@ -23,7 +23,7 @@ class Incremental:
     Args:
         net: the network.
         num_rows: N.
-        context: ``(N, context_dim)``, if the network takes one.
+        context: ``(N, context_dim)`` or ``(1, context_dim)``, if the network takes one.
 
     Attributes:
         inputs: ``(D, N)``, by place.
@@ -36,7 +36,7 @@ class Incremental:
         ones = weights[0].new_ones(1, num_rows)
         if net.context is not None and context is not None:
             weights[0] = torch.cat([net.context.weight, weights[0]], 1)
-            given = torch.cat([ones, context.T])
+            given = torch.cat([ones, context.T.expand(-1, num_rows)])
         else:
             given = ones
         biases = [layer.bias for layer in (net.input, *net.hidden)]

@@ -1,22 +1,27 @@
 """Autoregressive structure: the parameters of each dimension depend on those before it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyroflows.errors import FlowError, OptionError
-from pyroflows.nets import MADE, CausalConv, Incremental, IncrementalGradient, ResMADE
+from pyroflows.errors import OptionError
+from pyroflows.nets import MADE, CausalConv, Incremental, IncrementalConv, ResMADE
 from pyroflows.nets.checks import checked_conditioner
 from pyroflows.shapes import as_given
 from pyroflows.transforms.base import Pair, Triple, pull_back
 from pyroflows.transforms.root import runs_in_python
 from pyroflows.transforms.triangular import TriangularTransform
+from pyroflows.transforms.triangular_solve import attached, parameters_and_solver
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
 
 Conditioner = Callable[..., nn.Module]
 _CONDITIONERS: dict[str, Conditioner] = {"made": MADE, "residual": ResMADE, "causal_conv": CausalConv}
+# What computes a network place by place.
+_STEPS: dict[type[nn.Module], Callable[..., Incremental | IncrementalConv]] = {
+    MADE: Incremental,
+    CausalConv: IncrementalConv,
+}
 
 
 class Autoregressive(TriangularTransform):
@@ -98,36 +103,28 @@ class Autoregressive(TriangularTransform):
         return self.univariate.forward_and_ladj(z, self.conditioner(z, context))
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        net = self.conditioner
-        if not isinstance(net, MADE):
-            return super()._forward_and_score(z, score, context)
-        hidden = net.pre_activations(z, context)
-        theta = net.parameters_from(hidden)
+        theta, solve = parameters_and_solver(self.conditioner, z, context)
         direct = z.view_as(z)  # what T sees, apart from what the network sees
-        x, ladj = self.univariate.forward_and_ladj(direct, theta)
+        x, log_slopes = self.univariate.forward_and_ladj(direct, theta)
         with torch.no_grad():
             ones = torch.ones_like(x)
             (x_by_theta,) = pull_back((x,), (ones,), (theta,))
-            ladj_by_z, ladj_by_theta = pull_back((ladj,), (ones,), (direct, theta))
-            slope = torch.exp(ladj)
-            score = self._solve_transposed(net, hidden, score - ladj_by_z, slope, x_by_theta, ladj_by_theta)
-        return x, self._summed(ladj), score
+            by_z, by_theta = pull_back((log_slopes,), (ones,), (direct, theta))
+            score = solve(score - by_z, torch.exp(log_slopes), x_by_theta, by_theta)
+        return x, self._summed(log_slopes), score
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        if not (isinstance(self.conditioner, MADE) and runs_in_python()):
+        if not runs_in_python():
             return self._inverse_by_passes(x, context)
-        rows = None if context is None else context.expand(*x.shape[:-1], -1).reshape(-1, self.context_dim)
-        with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
-            z, log_slopes = self._solve(self.conditioner, x.reshape(-1, self.dim), rows)
-        z, log_slopes = z.clone().reshape(x.shape), log_slopes.clone().reshape(x.shape)
+        z, log_slopes = self._solve(x, context)
         if torch.is_grad_enabled():
-            z = self._attached(self.conditioner, z, x, context)
+            z = self._attached(z, x, context)
             log_slopes = -self._forward_and_log_slopes(z, context)[1]
         return z, log_slopes
 
     def _inverse_by_passes(self, x: Tensor, context: Tensor | None) -> Pair:
-        """One pass of the network a dimension: for any conditioner, and for tracing."""
-        # theta_j needs z_<j only, so the zeros that stand for later dimensions do not matter.
+        """One pass of the network a place: for any conditioner, and for tracing."""
+        # theta_j needs z_<j only, so the zeros that stand for later places do not matter.
         columns = [torch.zeros_like(x[..., 0])] * len(self.order)
         log_slopes = columns.copy()
         for j in self.order:
@@ -135,87 +132,46 @@ class Autoregressive(TriangularTransform):
             columns[j], log_slopes[j] = self.univariate.inverse_and_ladj(x[..., j], theta[..., j, :])
         return torch.stack(columns, -1), torch.stack(log_slopes, -1)
 
-    def _solve(self, net: MADE, x: Tensor, context: Tensor | None) -> Pair:
-        """The inverse of rows ``(N, D)``, each hidden unit computed once, without gradients."""
+    def _solve(self, x: Tensor, context: Tensor | None) -> Pair:
+        """The inverse without gradients, by steps of the network if it has them."""
+        incremental = next((steps for kind, steps in _STEPS.items() if isinstance(self.conditioner, kind)), None)
+        if incremental is None:
+            with torch.no_grad():
+                return self._inverse_by_passes(x, context)
+        with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
+            rows = x.reshape(-1, *self.event_shape)
+            steps = incremental(self.conditioner, len(rows), self._context_rows(x, context))
+            z, log_slopes = self._solve_by_steps(rows, steps)
+        return z.clone().reshape(x.shape), log_slopes.clone().reshape(x.shape)
+
+    def _context_rows(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """``(N, *context_shape)``, or ``(1, *context_shape)`` where all have the same."""
+        if context is not None and context.numel() != self.context_dim:
+            context = context.expand(*x.shape[: -len(self.event_shape)], *self.context_shape)
+        return None if context is None else context.reshape(-1, *self.context_shape)
+
+    def _solve_by_steps(self, x: Tensor, steps: Incremental | IncrementalConv) -> Pair:
+        """The inverse of rows ``(N, *event_shape)``."""
         # Row i of what follows stands for place i.
-        values = x.T[net.index_of_place]
+        index_of_place = torch.as_tensor(self.order, device=x.device)
+        values = x.transpose(0, -1)[index_of_place]
         log_slopes = []
-        steps = Incremental(net, len(x), context)
         for i, (value, z) in enumerate(zip(values.unbind(), steps.inputs.unbind(), strict=True)):
-            root, log_slope = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).T)
+            root, log_slope = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).movedim(0, -1))
             z.copy_(root)
             log_slopes.append(log_slope)
-        place = net.index_of_place.argsort()
-        return steps.inputs[place].T, torch.stack(log_slopes)[place].T
+        place = index_of_place.argsort()
+        return steps.inputs[place].transpose(0, -1), torch.stack(log_slopes)[place].transpose(0, -1)
 
-    def _attached(self, net: MADE, z: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        r"""z with the gradients of the implicit function :math:`F(z; c, \mathrm{weights}) = x`.
-
-        As in :func:`increasing_root`, by a Newton step :math:`z - J^{-1} (F(z) - x)`, which changes no value.
-        """
-        hidden = net.pre_activations(z, context)
-        theta = net.parameters_from(hidden)
+    def _attached(self, z: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """z with the gradients of the inverse."""
+        theta, solve = parameters_and_solver(self.conditioner, z, context)
         residual = self.univariate.forward_and_ladj(z, theta)[0] - x
 
         def solve_transposed(gradient: Tensor) -> Tensor:
             inputs = z.detach(), theta.detach()
             derivatives = torch.func.vjp(lambda *args: self.univariate.forward_and_ladj(*args)[0], *inputs)[1]
             slope, x_by_theta = derivatives(torch.ones_like(z))
-            nothing = gradient.new_zeros(theta.shape)
-            return self._solve_transposed(net, hidden, gradient, slope, x_by_theta, nothing)
+            return solve(gradient, slope, x_by_theta, gradient.new_zeros(theta.shape))
 
-        return _NewtonStep.apply(residual, z, solve_transposed)
-
-    def _solve_transposed(
-        self, net: MADE, hidden: list[Tensor], gradient: Tensor, slope: Tensor, x_by_theta: Tensor, by_theta: Tensor
-    ) -> Tensor:
-        r"""The v with :math:`J^\top v + (\partial\theta/\partial z)^\top c = g`, J being the Jacobian at z.
-
-        Component j reads :math:`T_j' v_j + \sum_{k>j} \partial_{z_j} \theta_k \cdot (c_k + v_k\, \partial_\theta T_k) =
-        g_j`: backward substitution, where the sum is what the network's backward pass brings to input j once all later
-        :math:`v_k` are known.
-
-        Args:
-            net: the network.
-            hidden: its pre-activations at z.
-            gradient: g.
-            slope: T'.
-            x_by_theta: :math:`\partial_\theta T`.
-            by_theta: c.
-        """
-
-        def by_dimension(t: Tensor) -> tuple[Tensor, ...]:
-            """D blocks ``(num_params, N)`` of memory of their own."""
-            return t.reshape(-1, self.dim, net.num_params).permute(1, 2, 0).contiguous().unbind()
-
-        # What is left of g, (D, N): from the last place on each v_k, known by then, takes its share from those before.
-        rest = gradient.reshape(-1, self.dim).T.clone(memory_format=torch.contiguous_format)
-        rests, factors, cotangents = (
-            rest.unbind(),
-            by_dimension(-x_by_theta / slope[..., None]),
-            by_dimension(-by_theta),
-        )
-        steps = IncrementalGradient(net, [h.detach().reshape(-1, h.shape[-1]) for h in hidden], rest)
-        for place in reversed(range(1, self.dim)):
-            j = self.order[place]
-            steps.parameter_gradient(place, cotangents[j].addcmul_(rests[j], factors[j]))
-        return rest.T.reshape(gradient.shape) / slope
-
-
-class _NewtonStep(torch.autograd.Function):
-    """``z - J^{-1} residual`` where the residual is zero but has gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, z: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.solve_transposed = solve_transposed
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # once_differentiable would not do: torch.autograd.functional.hessian then returns zeros.
-        if torch.is_grad_enabled():
-            raise FlowError(
-                "create_graph=True has no second derivatives of this direction of Autoregressive: use torch.func, or a "
-                "flow that goes here in one pass, which is MAF for a density and IAF for a sample"
-            )
-        return -ctx.solve_transposed(gradient), None, None
+        return attached(z, residual, solve_transposed)

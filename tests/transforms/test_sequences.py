@@ -1,0 +1,320 @@
+"""Layers whose events are sequences ``(channels, length)``, or whose context is a conditioning sequence."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import pyroflows as pf
+from pyroflows.errors import DataError, OptionError, ShapeError
+from pyroflows.nets import CausalConv
+from pyroflows.transforms import Autoregressive, Compose, Elementwise, Planar, Standardize
+from pyroflows.transforms.foreign import Foreign
+from tests.transforms.registry import perturb
+
+CHANNELS, LENGTH = 2, 9
+SHAPE = (CHANNELS, LENGTH)
+SHUFFLED = [4, 0, 8, 2, 6, 1, 7, 3, 5]
+HIDDEN_DIMS = (8, 6, 7)
+CONTEXTS = {"none": 0, "vector": 3, "sequence": (2, LENGTH)}
+LAYERS = {
+    "affine": lambda c: wavenet(context_dim=c),
+    "spline": lambda c: wavenet(univariate="spline", context_dim=c),
+    "shuffled": lambda c: wavenet(order=SHUFFLED, context_dim=c),
+    "inverse": lambda c: wavenet(context_dim=c).inv,
+    "vector": lambda c: wavenet(LENGTH, context_dim=c),
+    "own": lambda c: wavenet(conditioner=Running, context_dim=c),
+    "compose": lambda c: Compose([wavenet(context_dim=c), Elementwise(SHAPE), wavenet(order=SHUFFLED).inv]),
+    "elementwise": lambda c: Elementwise(SHAPE, "spline", context_dim=c),
+}
+CASES = [
+    (name, context)
+    for name in LAYERS
+    for context in CONTEXTS
+    if (name, context) not in [("own", "vector"), ("own", "sequence"), ("elementwise", "sequence")]
+]
+
+all_cases = pytest.mark.parametrize(("name", "context_dim"), [(n, CONTEXTS[c]) for n, c in CASES], ids=map(str, CASES))
+both_directions = pytest.mark.parametrize("direction", ["forward", "inverse"])
+
+
+class Running(nn.Module):
+    """A conditioner of one's own: parameters are linear in the sums of earlier inputs."""
+
+    def __init__(self, order, num_params, hidden_dims, context_dim, channels):
+        super().__init__()
+        assert order == list(range(len(order)))
+        self.weight = nn.Parameter(torch.zeros(channels, channels * num_params))
+        self.num_params = num_params
+
+    def forward(self, z, context=None):
+        earlier = torch.tanh(z.cumsum(-1) - z)
+        return (earlier.mT @ self.weight).mT.unflatten(-2, (-1, self.num_params)).movedim(-2, -1)
+
+
+def wavenet(dim=SHAPE, univariate="affine", **options):
+    return Autoregressive(dim, univariate, **{"conditioner": "causal_conv", "hidden_dims": HIDDEN_DIMS, **options})
+
+
+def layer(name, context_dim, dtype=torch.float64, scale=1.0):
+    return perturb(LAYERS[name](context_dim).to(dtype), scale)
+
+
+def inputs(t, batch_shape=(3,), dtype=torch.float64):
+    context = torch.randn(*batch_shape, *t.context_shape, dtype=dtype) if t.context_dim else None
+    return 2 * torch.randn(*batch_shape, *t.event_shape, dtype=dtype), context
+
+
+def pair_of(t, direction):
+    return t.forward_and_ladj if direction == "forward" else t.inverse_and_ladj
+
+
+# The laws of the battery
+
+
+@all_cases
+@pytest.mark.parametrize("batch_shape", [(), (2, 3)], ids=str)
+@both_directions
+def test_log_determinant_is_that_of_the_jacobian(name, context_dim, batch_shape, direction):
+    t = layer(name, context_dim)
+    value, context = inputs(t, batch_shape)
+    result, ladj = pair_of(t, direction)(value, context)
+    assert (result.shape, ladj.shape) == (value.shape, batch_shape)
+    flat = torch.func.jacrev(lambda v: pair_of(t, direction)(v, context)[0])(value)
+    matrices = flat.reshape(ladj.numel(), t.dim, ladj.numel(), t.dim).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    torch.testing.assert_close(ladj.flatten(), torch.linalg.slogdet(matrices).logabsdet)
+
+
+@all_cases
+@pytest.mark.parametrize("batch_shape", [(), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_inverse_undoes_forward(name, context_dim, batch_shape, dtype):
+    t = layer(name, context_dim, dtype, scale=1.0 if dtype == torch.float64 else 0.3)
+    z, context = inputs(t, batch_shape, dtype)
+    with torch.no_grad():
+        x, ladj = t.forward_and_ladj(z, context)
+        z_again, ladj_again = t.inverse_and_ladj(x, context)
+    assert x.dtype == ladj.dtype == dtype
+    tolerance = {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(z_again, z, **tolerance)
+    torch.testing.assert_close(ladj_again, -ladj, **tolerance)
+
+
+@all_cases
+@both_directions
+def test_identity_at_start(name, context_dim, direction):
+    t = LAYERS[name](context_dim)
+    value, context = inputs(t, dtype=torch.float32)
+    result, ladj = pair_of(t, direction)(value, context)
+    torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ladj, torch.zeros(3), rtol=0, atol=1e-5)
+
+
+@all_cases
+@both_directions
+def test_gradients(name, context_dim, direction):
+    """With respect to the value, the context and all parameters."""
+    t = layer(name, context_dim)
+    names = [n for n, _ in t.named_parameters()]
+    parameters = [p.detach().clone().requires_grad_() for p in t.parameters()]
+    value, context = inputs(t, (2,))
+    leaves = [value.requires_grad_(), *([] if context is None else [context.requires_grad_()]), *parameters]
+    num_inputs = len(leaves) - len(parameters)
+
+    class Directed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t = t
+
+        def forward(self, *args):
+            return pair_of(self.t, direction)(*args)
+
+    def results(*leaves):
+        named = {f"t.{n}": p for n, p in zip(names, leaves[num_inputs:], strict=True)}
+        return torch.func.functional_call(Directed(), named, leaves[:num_inputs])
+
+    assert torch.autograd.gradcheck(results, leaves, fast_mode=True)
+
+
+@all_cases
+def test_score_is_the_gradient_of_the_log_density(name, context_dim):
+    t = layer(name, context_dim)
+    z, context = inputs(t)
+    x, ladj, score = t.forward_and_score(z, -z, context)
+    torch.testing.assert_close((x, ladj), t.forward_and_ladj(z, context))
+    at = x.detach().requires_grad_()
+    z_again, ladj = t.inverse_and_ladj(at, context)
+    (expected,) = torch.autograd.grad((ladj - z_again.square().sum((-1,) if z.dim() == 2 else (-2, -1)) / 2).sum(), at)
+    torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-6)
+
+
+@all_cases
+@both_directions
+def test_vmap_equals_a_batch(name, context_dim, direction):
+    t = layer(name, context_dim)
+    value, context = inputs(t)
+    arguments = (value,) if context is None else (value, context)
+    expected = pair_of(t, direction)(*arguments)
+    torch.testing.assert_close(torch.func.vmap(pair_of(t, direction))(*arguments), expected)
+
+
+@all_cases
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_copies_agree(name, context_dim, copied):
+    t = layer(name, context_dim)
+    value, context = inputs(t)
+    t.inverse_and_ladj(value, context)
+    for direction in ("forward", "inverse"):
+        expected = pair_of(t, direction)(value, context)
+        torch.testing.assert_close(pair_of(copied(t), direction)(value, context), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("context_dim", [3, (2, LENGTH)], ids=str)
+@pytest.mark.parametrize(("batch", "context_batch"), [((), (4,)), ((4,), ()), ((3, 1), (4,)), ((0,), ())], ids=str)
+@both_directions
+def test_context_broadcasts(context_dim, batch, context_batch, direction):
+    t = layer("affine", context_dim)
+    value = torch.randn(*batch, *SHAPE, dtype=torch.float64)
+    context = torch.randn(*context_batch, *t.context_shape, dtype=torch.float64)
+    together = torch.broadcast_shapes(batch, context_batch)
+    result, ladj = pair_of(t.condition(context), direction)(value)
+    expanded = value.expand(*together, *SHAPE), context.expand(*together, *t.context_shape)
+    assert result.shape == (*together, *SHAPE) and ladj.shape == together
+    torch.testing.assert_close((result, ladj), pair_of(t, direction)(*expanded))
+
+
+# Shapes
+
+
+def test_shapes_of_layers():
+    t = wavenet(context_dim=(3, LENGTH))
+    assert (t.event_shape, t.dim, t.context_shape, t.context_dim) == (SHAPE, 18, (3, LENGTH), 27)
+    assert t.domain.event_dim == t.codomain.event_dim == t.inv.codomain.event_dim == 2
+    assert t.condition(torch.zeros(3, LENGTH)).event_shape == SHAPE
+    assert "dim=(2, 9), context_dim=(3, 9)" in repr(t)
+    assert (Planar(3).event_shape, Planar(3).context_shape, Planar(3, 2).context_shape) == ((3,), (), (2,))
+
+
+@pytest.mark.parametrize("dim", [(), (2, 0), (0,), (-1, 3)], ids=str)
+def test_empty_events_raise(dim):
+    with pytest.raises(OptionError, match="dim >= 1"):
+        Elementwise(dim)
+
+
+def test_wrong_shapes_raise():
+    t = wavenet(context_dim=(3, LENGTH))
+    with pytest.raises(ShapeError, match=r"event shape \(2, 9\), but got a tensor of shape \(18,\)"):
+        t.forward_and_ladj(torch.zeros(18), torch.zeros(3, LENGTH))
+    with pytest.raises(ShapeError, match=r"context shape \(3, 9\), but got shape \(9,\)"):
+        t.forward_and_ladj(torch.zeros(SHAPE), torch.zeros(LENGTH))
+    with pytest.raises(ShapeError, match=r"needs a context of shape \(3, 9\)"):
+        t.forward_and_ladj(torch.zeros(SHAPE))
+    with pytest.raises(ShapeError, match=r"\(4,\).*\(3,\).*do not broadcast"):
+        t.forward_and_ladj(torch.zeros(4, *SHAPE), torch.zeros(3, 3, LENGTH))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [[wavenet(), Elementwise(18)], [wavenet(context_dim=18), wavenet(context_dim=(2, LENGTH))]],
+    ids=["event", "context"],
+)
+def test_composition_of_layers_that_do_not_fit_raises(layers):
+    with pytest.raises(ShapeError, match=r"must agree.*\(2, 9\)"):
+        Compose(layers)
+
+
+@pytest.mark.parametrize("conditioner", ["made", "residual"])
+@pytest.mark.parametrize("options", [{"dim": SHAPE}, {"dim": LENGTH, "context_dim": (2, LENGTH)}], ids=str)
+def test_networks_for_vectors_refuse_sequences(conditioner, options):
+    with pytest.raises(OptionError, match='takes vectors.*"causal_conv"'):
+        Autoregressive(**options, conditioner=conditioner)
+
+
+def test_events_with_three_axes_raise():
+    with pytest.raises(OptionError, match=r"\(channels, length\), but got \(3, 4, 5\)"):
+        wavenet((3, 4, 5))
+
+
+def test_factory_is_told_the_channels():
+    calls = []
+
+    def factory(*args, **options):
+        calls.append((args, options))
+        return CausalConv(*args, **options)
+
+    Autoregressive((2, 3), conditioner=factory, hidden_dims=(8,), context_dim=(1, 3))
+    assert calls == [(([0, 1, 2], 2, (8,), (1, 3)), {"channels": 2})]
+
+
+# Flows
+
+
+@pytest.mark.parametrize("base", [None, "student_t"])
+def test_flow_of_sequences(base):
+    flow = pf.Flow([wavenet(context_dim=(3, LENGTH)).inv], base=base)
+    context = torch.randn(4, 3, LENGTH)
+    q = flow(context)
+    assert (q.batch_shape, q.event_shape, q.support.event_dim) == ((4,), SHAPE, 2)
+    x, log_q = q.rsample_and_log_prob((5,))
+    assert (x.shape, log_q.shape) == ((5, 4, *SHAPE), (5, 4))
+    torch.testing.assert_close(q.log_prob(x.detach()), log_q, rtol=1e-4, atol=1e-4)
+    assert flow(context[0]).batch_shape == ()
+    with pytest.raises(ShapeError, match=r"context shape \(3, 9\), but got shape \(4, 3, 8\)"):
+        flow(context[..., 1:])
+
+
+def test_wrong_base_raises():
+    normal = torch.distributions.Normal(torch.zeros(SHAPE), torch.ones(SHAPE))
+    with pytest.raises(ShapeError, match=r"must have event shape \(2, 9\).*to_event\(2\)"):
+        pf.Flow([wavenet()], base=torch.distributions.Independent(normal, 1))
+
+
+def test_support_of_sequences():
+    flow = pf.Flow([perturb(wavenet())], support=torch.distributions.constraints.positive)
+    x, log_q = flow().rsample_and_log_prob((5,))
+    assert isinstance(flow.transform.layers[-1], Foreign) and (x > 0).all() and flow().support.event_dim == 2
+    torch.testing.assert_close(flow().log_prob(x.detach()), log_q, rtol=1e-4, atol=1e-4)
+
+
+def test_standardize_of_sequences():
+    x = 3 + 5 * torch.arange(1, 19.0).reshape(SHAPE) * torch.randn(200, *SHAPE)
+    flow = pf.Flow([wavenet()])
+    flow.standardize(x)
+    last = flow.transform.layers[-1]
+    assert isinstance(last, Standardize)
+    torch.testing.assert_close(last.loc, x.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last.scale, x.std(0, correction=0), rtol=1e-4, atol=1e-4)
+    fresh = pf.Flow([wavenet()])
+    fresh.load_state_dict(flow.state_dict())
+    torch.testing.assert_close(fresh().log_prob(x), flow().log_prob(x))
+    x[:, 1, 2] = 0.0
+    with pytest.raises(DataError, match=r"columns \[\(1, 2\)\]"):
+        flow.standardize(x)
+
+
+def test_fit_of_sequences_with_a_conditioning_sequence():
+    """x follows its own past and the context of its time: x_t = 0.8 x_{t-1} + c_t + noise, in both channels alike."""
+    torch.manual_seed(0)
+    context = torch.randn(2000, 1, LENGTH)
+    x = torch.zeros(2000, *SHAPE)
+    noise = 0.5 * torch.randn(2000, *SHAPE)
+    for t in range(LENGTH):
+        x[..., t] = (0.8 * x[..., t - 1] if t else 0) + context[..., t] + noise[..., t]
+    flow = pf.Flow([wavenet(hidden_dims=(8, 8), context_dim=(1, LENGTH)).inv])
+    adam = partial(torch.optim.Adam, lr=0.02)
+    fit = pf.fit_density(flow, x, context, max_epochs=40, optimizer=adam, seed=0, progress_bar=False)
+    # The entropy of the noise is what no density can exceed; a tenth of a nat an element is lost to the short fit.
+    best = -18 * (0.5 * torch.log(2 * torch.pi * torch.tensor(0.25 * torch.e)))
+    assert best - 1.8 < fit.best_log_prob < best + 0.3
+    with pytest.raises(ShapeError, match=r"x must have shape \(rows, 2, 9\), got \(2000, 18\)"):
+        pf.fit_density(flow, x.flatten(1), context)
+    with pytest.raises(ShapeError, match=r"context must have shape \(rows, 1, 9\)"):
+        pf.fit_density(flow, x, context[..., 1:])
+    with pytest.raises(ShapeError, match=r"needs a context of shape \(1, 9\) for each row"):
+        pf.fit_density(flow, x)
+    x[3, 1, 4] = torch.nan
+    with pytest.raises(DataError, match=r"in row 3, column \(1, 4\)"):
+        pf.fit_density(flow, x, context)
