@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from pyroflows.errors import DataError, FlowError, OptionError, ShapeError
 from pyroflows.flows.distribution import DistributionModule, FlowDistribution, checked_event
 from pyroflows.shapes import as_given, described, places, shape_of
-from pyroflows.transforms.base import Compose, FlowTransform, drop_param_store_references
+from pyroflows.transforms.base import FlowTransform, drop_param_store_references
+from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.foreign import Foreign, Zuko, on_events
 from pyroflows.transforms.normalization import Standardize
 

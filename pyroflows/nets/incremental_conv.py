@@ -29,6 +29,17 @@ class IncrementalConv:
 
     Attributes:
         inputs: ``(length, N)`` or ``(length, channels, N)``, by place.
+
+    Example:
+        >>> net = CausalConv(range(3), 2, [8, 8])
+        >>> steps = IncrementalConv(net, num_rows=5)
+        >>> z = torch.randn(5, 3)
+        >>> with torch.no_grad():
+        ...     for i in range(3):
+        ...         theta = steps.parameters_at(i)
+        ...         steps.inputs[i] = z[:, i]
+        >>> torch.allclose(theta.T, net(z)[:, 2], atol=1e-6)
+        True
     """
 
     def __init__(self, net: CausalConv, num_rows: int, context: Tensor | None = None) -> None:
@@ -45,14 +56,14 @@ class IncrementalConv:
 
         terms = net.context_terms(torch.Size([1 if context is None else len(context)]), context)
         self._blocks = [_Block(net, k, from_context, num_rows) for k, from_context in enumerate(terms)]
-        self._residuals = [layer.weight[..., 0] / 2 for layer in net.residuals]
+        self._residuals = [-layer.weight[..., 0] for layer in net.residuals]
         # The outputs of all blocks stand below each other, and below ones, whose weights are the biases.
         widths = [block.width for block in self._blocks]
         self._sources = [weight.new_ones(1 + width, num_rows) for width in (sum(widths), len(weight), len(weight))]
         self._block_outputs = self._sources[0][1:].split(widths)
         self._perceptron = [
-            torch.cat([_bias(layer), layer.weight[..., 0] * factor], 1)
-            for layer, factor in ((net.skip, 0.5), (net.head, 1.0), (net.output, 1.0))
+            torch.cat([_bias(layer), layer.weight[..., 0] * sign], 1)
+            for layer, sign in ((net.skip, -1), (net.head, 1), (net.output, 1))
         ]
         self._hidden = [source[1:] for source in self._sources[1:]]
         self._num_params = net.num_params
@@ -75,30 +86,29 @@ class IncrementalConv:
 class _Block:
     r"""One gated convolution.
 
-    Since :math:`\sigma(b) = (1 + \tanh(b/2)) / 2`, one call of tanh makes both factors of the gate, and its output is
-    kept as twice what it is.
+    Since :math:`\tanh(a) = 2\, \sigma(2a) - 1`, one call of the sigmoid, which is several times as fast as tanh, makes
+    both factors of the gate; the block's output is kept with the sign changed.
     """
 
     def __init__(self, net: CausalConv, k: int, from_context: Tensor | None, num_rows: int) -> None:
         gate = net.gates[k]
-        self.width = gate.out_channels // 2
-        halves = gate.bias.new_ones(2 * self.width, 1)
-        halves[self.width :] = 0.5
-        # Oldest tap first.
+        self.width, stream = gate.out_channels // 2, gate.in_channels
+        factors = gate.bias.new_ones(2 * self.width, 1)
+        factors[: self.width] = 2.0
+        # Oldest tap first. Products with weights that are not contiguous copy them each time.
         self._past: list[Tensor]
-        *self._past, self._present = (gate.weight * halves[..., None]).unbind(-1)
-        # (1 or length, 2 width, 1 or N)
-        terms = (_bias(gate) * halves)[None]
+        *self._past, self._present = (gate.weight * factors[..., None]).movedim(-1, 0).contiguous().unbind()
+        # (2 width, 1 or length, 1 or N)
+        self._terms = (_bias(gate) * factors)[..., None]
         if from_context is not None:
-            terms = torch.addcmul(terms, from_context.permute(2, 1, 0).contiguous(), halves)
+            self._terms = self._terms + (from_context * factors).permute(1, 2, 0)
         # A longer dilation than the sequence reaches nothing.
         self.period = min(net.dilations[k], len(net.order))
-        self._terms = terms
         # The stream of the present period and of those that the taps reach, a ring.
-        self._stream = gate.bias.new_zeros(net.kernel_size, self.period, gate.in_channels, num_rows)
-        self._slots = [period.unbind() for period in self._stream.unbind()]
-        self._before_gate = gate.bias.new_empty(self.period, 2 * self.width, num_rows)
-        self._now = [(a, *a.split(self.width)) for a in self._before_gate.unbind()]
+        self._stream = gate.bias.new_zeros(net.kernel_size, stream, self.period * num_rows).unbind()
+        self._slots = [period.unflatten(1, (self.period, num_rows)).unbind(1) for period in self._stream]
+        self._before_gate = gate.bias.new_empty(2 * self.width, self.period, num_rows)
+        self._now = [(a, *a.split(self.width)) for a in self._before_gate.unbind(1)]
 
     def slot(self, i: int) -> Tensor:
         """Where the stream at time i belongs."""
@@ -106,24 +116,24 @@ class _Block:
         return self._slots[period % len(self._slots)][step]
 
     def step(self, i: int, h: Tensor, out: Tensor) -> None:
-        """Twice the gate's output at time i, where the stream is h."""
+        """Minus the gate's output at time i, where the stream is h."""
         period, step = divmod(i, self.period)
         if step == 0:
             self._start(period)
         a, value, openness = self._now[step]
-        a.addmm_(self._present, h).tanh_()
-        torch.addcmul(value, value, openness, out=out)
+        a.addmm_(self._present, h).sigmoid_()
+        torch.addcmul(openness, value, openness, value=-2, out=out)
 
     def _start(self, period: int) -> None:
         """What the gates of a whole period get from the context and from the taps in the past."""
         first = period * self.period
-        terms = self._terms if len(self._terms) == 1 else self._terms[first : first + self.period]
-        a = self._before_gate[: len(terms)] if len(terms) > 1 else self._before_gate
-        a.copy_(terms)
+        terms = self._terms if self._terms.shape[1] == 1 else self._terms[:, first : first + self.period]
+        a = self._before_gate
+        # Of the last period there may be less.
+        (a if terms.shape[1] == 1 else a[:, : terms.shape[1]]).copy_(terms)
         if period > 0:
             for ago, weight in enumerate(reversed(self._past), start=1):
-                past = self._stream[(period - ago) % len(self._slots), : len(a)]
-                a.baddbmm_(weight.expand(len(a), -1, -1), past)
+                a.flatten(1).addmm_(weight, self._stream[(period - ago) % len(self._stream)])
 
 
 def _bias(layer: Any) -> Tensor:

@@ -2,7 +2,8 @@
 
 from pyroflows.transforms import masks, univariate
 from pyroflows.transforms.autoregressive import Autoregressive
-from pyroflows.transforms.base import Cached, Compose, Conditioned, FlowTransform, Inverse
+from pyroflows.transforms.base import Cached, Conditioned, FlowTransform, Inverse
+from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise
 from pyroflows.transforms.linear import LU, Permutation, Triangular

@@ -2,8 +2,7 @@
 
 A transform maps base to data, ``x = t(z)``. A subclass writes ``_forward_and_ladj`` and ``_inverse_and_ladj``, and
 ``_forward_and_score`` where it has a cheaper one; shape and context checks, ``t.inv``, ``t.condition``,
-``log_abs_det_jacobian`` and caching are written here, once. Layers with a triangular Jacobian are those of
-:mod:`pyroflows.transforms.triangular`.
+``log_abs_det_jacobian`` and caching are written here, once.
 """
 
 from collections.abc import Sequence
@@ -196,12 +195,27 @@ class FlowTransform(TransformModule):
     __repr__ = nn.Module.__repr__
 
 
-class Inverse(FlowTransform):
+class _View(FlowTransform):
+    """A layer seen in another way; its parameters are the layer's."""
+
+    def __init__(self, layer: FlowTransform, context_dim: Sequence[int]) -> None:
+        super().__init__(layer.event_shape, context_dim)
+        self.layer = layer
+
+    @property
+    def triangular_order(self) -> tuple[int, ...] | None:
+        return self.layer.triangular_order
+
+    @property
+    def is_affine(self) -> bool:
+        return self.layer.is_affine
+
+
+class Inverse(_View):
     """The inverse of a layer; its parameters are the layer's."""
 
     def __init__(self, layer: FlowTransform) -> None:
-        super().__init__(layer.event_shape, layer.context_shape)
-        self.layer = layer
+        super().__init__(layer, layer.context_shape)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_and_ladj(z, context)
@@ -214,14 +228,6 @@ class Inverse(FlowTransform):
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._forward_and_log_slopes(x, context)
-
-    @property
-    def triangular_order(self) -> tuple[int, ...] | None:
-        return self.layer.triangular_order
-
-    @property
-    def is_affine(self) -> bool:
-        return self.layer.is_affine
 
     # Through the layer's own calls, so that one that remembers does so in both directions.
     def _call(self, z: Tensor) -> Tensor:
@@ -239,12 +245,11 @@ class Inverse(FlowTransform):
         return self.layer
 
 
-class Conditioned(FlowTransform):
+class Conditioned(_View):
     """A layer at one context. Gradients flow into the context."""
 
     def __init__(self, layer: FlowTransform, context: Tensor) -> None:
-        super().__init__(layer.event_shape)
-        self.layer = layer
+        super().__init__(layer, ())
         self.context = context
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
@@ -259,89 +264,18 @@ class Conditioned(FlowTransform):
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_and_log_slopes(self.layer._checked(x, self.context), self.context)
 
-    @property
-    def triangular_order(self) -> tuple[int, ...] | None:
-        return self.layer.triangular_order
-
-    @property
-    def is_affine(self) -> bool:
-        return self.layer.is_affine
-
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return self.layer.forward_and_score(z, score, self.context)
 
 
-class Compose(FlowTransform):
-    """Layers applied one after the other, the first next to the base."""
-
-    def __init__(self, layers: Sequence[FlowTransform]) -> None:
-        if not layers:
-            raise OptionError("a composition needs at least one layer")
-        shapes = sorted({layer.event_shape for layer in layers})
-        context_shapes = sorted({layer.context_shape for layer in layers} - {torch.Size()})
-        if len(shapes) > 1 or len(context_shapes) > 1:
-            dims, context_dims = [[as_given(shape) for shape in each] for each in (shapes, context_shapes)]
-            raise ShapeError(f"layers of one flow must agree, but have dims {dims} and context sizes {context_dims}")
-        super().__init__(shapes[0], context_shapes[0] if context_shapes else 0)
-        self.codomain = layers[-1].codomain
-        self.layers: Any = nn.ModuleList(layers)
-
-    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        total: Any = 0.0
-        for layer in self.layers:
-            z, ladj = layer._forward_and_ladj(z, context if layer.context_dim else None)
-            total = total + ladj
-        return z, total
-
-    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        total: Any = 0.0
-        for layer in reversed(self.layers):
-            x, ladj = layer._inverse_and_ladj(x, context if layer.context_dim else None)
-            total = total + ladj
-        return x, total
-
-    # The diagonal of a product of matrices that are triangular in one order is the product of the diagonals.
-
-    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        total: Any = 0.0
-        for layer in self.layers:
-            z, log_slopes = layer._forward_and_log_slopes(z, context if layer.context_dim else None)
-            total = total + log_slopes
-        return z, total
-
-    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        total: Any = 0.0
-        for layer in reversed(self.layers):
-            x, log_slopes = layer._inverse_and_log_slopes(x, context if layer.context_dim else None)
-            total = total + log_slopes
-        return x, total
-
-    @property
-    def triangular_order(self) -> tuple[int, ...] | None:
-        orders = {layer.triangular_order for layer in self.layers} - {()}
-        return () if not orders else orders.pop() if len(orders) == 1 else None
-
-    @property
-    def is_affine(self) -> bool:
-        return all(layer.is_affine for layer in self.layers)
-
-    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        total: Any = 0.0
-        for layer in self.layers:
-            z, ladj, score = layer._forward_and_score(z, score, context if layer.context_dim else None)
-            total = total + ladj
-        return z, total, score
-
-
-class Cached(FlowTransform):
+class Cached(_View):
     """A view of a layer that remembers its last (z, x, log |det dx/dz|), as ``NeuTraReparam`` wants it.
 
     The memory is dropped by deepcopy and pickle, and does not count once a value or a parameter has changed.
     """
 
     def __init__(self, layer: FlowTransform) -> None:
-        super().__init__(layer.event_shape, layer.context_shape)
-        self.layer = layer
+        super().__init__(layer, layer.context_shape)
         self.codomain = layer.codomain
         self._last: tuple[Tensor, Tensor, Tensor, Any] | None = None
 
@@ -386,6 +320,12 @@ class Cached(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_and_ladj(x, context)
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._forward_and_log_slopes(z, context)
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._inverse_and_log_slopes(x, context)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return self.layer._forward_and_score(z, score, context)

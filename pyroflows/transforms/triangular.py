@@ -10,6 +10,11 @@ class TriangularTransform(FlowTransform):
 
     A subclass writes ``_forward_and_log_slopes`` and ``_inverse_and_log_slopes``, which give the logarithms of the
     diagonal; their sums are the log-determinants.
+
+    Example:
+        >>> t = Autoregressive(3, order=[2, 0, 1])
+        >>> isinstance(t, TriangularTransform), t.triangular_order, t.is_affine
+        (True, (2, 0, 1), True)
     """
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import pyroflows as pf
-from pyroflows.errors import DataError, OptionError, ShapeError
-from pyroflows.nets import CausalConv
-from pyroflows.transforms import Autoregressive, Compose, Elementwise, Planar, Standardize
+from pyroflows.errors import DataError, FlowError, OptionError, ShapeError
+from pyroflows.nets import CausalConv, IncrementalConv
+from pyroflows.transforms import Autoregressive, Compose, Elementwise, Planar, Standardize, triangular_solve
 from pyroflows.transforms.foreign import Foreign
 from tests.transforms.registry import perturb
 
@@ -66,6 +66,9 @@ def layer(name, context_dim, dtype=torch.float64, scale=1.0):
 def inputs(t, batch_shape=(3,), dtype=torch.float64):
     context = torch.randn(*batch_shape, *t.context_shape, dtype=dtype) if t.context_dim else None
     return 2 * torch.randn(*batch_shape, *t.event_shape, dtype=dtype), context
+
+
+real = triangular_solve.pull_back
 
 
 def pair_of(t, direction):
@@ -184,6 +187,147 @@ def test_context_broadcasts(context_dim, batch, context_batch, direction):
     expanded = value.expand(*together, *SHAPE), context.expand(*together, *t.context_shape)
     assert result.shape == (*together, *SHAPE) and ladj.shape == together
     torch.testing.assert_close((result, ladj), pair_of(t, direction)(*expanded))
+
+
+# The inverse
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3])
+@pytest.mark.parametrize(("length", "dilation_cycle"), [(1, 8), (5, 8), (21, 2), (21, 8)])
+@pytest.mark.parametrize("channels", [None, 2])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("num_contexts", [1, 4])
+def test_incremental_network_equals_one_pass(kernel_size, length, dilation_cycle, channels, context, num_contexts):
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(1)).tolist()
+    shape = {"none": 0, "vector": (3,), "sequence": (2, length)}[context]
+    options = {"kernel_size": kernel_size, "dilation_cycle": dilation_cycle}
+    net = perturb(CausalConv(order, 3, (8, 6, 7, 5), shape, channels, **options).double())
+    z = torch.randn(4, *([channels] if channels else []), length, dtype=torch.float64)
+    rows = torch.randn(num_contexts, *shape, dtype=torch.float64) if shape else None
+    expected = net(z, rows)
+    steps = IncrementalConv(net, 4, rows)
+    steps.inputs.fill_(torch.nan)  # what is not known yet must not be read
+    with torch.no_grad():
+        for i, j in enumerate(order):
+            torch.testing.assert_close(steps.parameters_at(i).movedim(-1, 0).movedim(1, -1), expected[..., j, :])
+            steps.inputs[i] = z[..., j].movedim(0, -1)
+
+
+@all_cases
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+def test_inverse_without_gradients_equals_that_by_passes(name, context_dim, dtype, tolerance):
+    t = layer(name, context_dim, dtype, scale=0.3)
+    if not isinstance(t, Autoregressive):
+        pytest.skip("has no solve of its own")
+    x, context = inputs(t, (4,), dtype)
+    with torch.no_grad():
+        results, expected = t._inverse_and_log_slopes(x, context), t._inverse_by_passes(x, context)
+    torch.testing.assert_close(results, expected, rtol=tolerance, atol=tolerance)
+
+
+@all_cases
+def test_inverse_has_the_gradients_of_that_by_passes(name, context_dim):
+    t = layer(name, context_dim)
+    if not isinstance(t, Autoregressive):
+        pytest.skip("has no solve of its own")
+    x, context = inputs(t)
+    leaves = [x.requires_grad_(), *([] if context is None else [context.requires_grad_()]), *t.parameters()]
+    weight = torch.randn_like(x)
+    gradients = []
+    for z, log_slopes in (t._inverse_and_log_slopes(x, context), t._inverse_by_passes(x, context)):
+        loss = (weight * z.sin()).sum() + (weight * log_slopes.square()).sum()
+        gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("scale", "most"), [(0.0, 1), (0.1, 15), (3.0, 29)])
+def test_iteration_solves_a_triangular_system(scale, most, monkeypatch):
+    """As many backward passes as the dependence on earlier times needs, and D - 1 of them suffice."""
+    length, passes = 30, []
+    monkeypatch.setattr(triangular_solve, "pull_back", lambda *args: passes.append(1) or real(*args))
+    strictly_lower = scale * torch.randn(length, length, dtype=torch.float64).tril(-1) / length**0.5
+    slope, gradient = 0.5 + torch.rand(length, dtype=torch.float64), torch.randn(length, dtype=torch.float64)
+
+    class Linear(nn.Module):
+        def forward(self, z, context):
+            return (strictly_lower @ z)[:, None]
+
+    _, solve = triangular_solve.parameters_and_solver(Linear(), torch.randn(length, dtype=torch.float64), None)
+    by_theta = torch.randn(length, 1, dtype=torch.float64)
+    v = solve(gradient, slope, torch.ones(length, 1, dtype=torch.float64), by_theta)
+    matrix = (torch.diag(slope) + strictly_lower).mT
+    expected = torch.linalg.solve(matrix, gradient - strictly_lower.mT @ by_theta[:, 0])
+    torch.testing.assert_close(v, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+    assert len(passes) <= most
+
+
+def test_second_derivatives_raise():
+    t = layer("affine", 0)
+    x, _ = inputs(t, ())
+    with pytest.raises(FlowError, match=r"use torch\.func"):
+        torch.autograd.functional.hessian(lambda x: t.inverse_and_ladj(x)[0].square().sum(), x)
+
+
+def test_results_of_the_inverse_can_be_trained_on():
+    t = layer("affine", 0)
+    with torch.no_grad():
+        z, ladj = t.inverse_and_ladj(inputs(t)[0])
+    (t.forward_and_ladj(z)[0].sum() + ladj.sum()).backward()
+
+
+# Slopes of the elements
+
+
+@all_cases
+@both_directions
+def test_log_slopes_are_the_diagonal_of_the_jacobian(name, context_dim, direction):
+    t = layer(name, context_dim)
+    value, context = inputs(t, ())
+    if t.triangular_order is None:
+        with pytest.raises(NotImplementedError):
+            t._forward_and_log_slopes(value, context)
+        return
+    of = {"forward": t._forward_and_log_slopes, "inverse": t._inverse_and_log_slopes}[direction]
+    matrix = torch.func.jacrev(lambda v: of(v, context)[0])(value).reshape(t.dim, t.dim)
+    result, log_slopes = of(value, context)
+    assert log_slopes.shape == t.event_shape
+    torch.testing.assert_close(log_slopes.flatten(), matrix.diagonal().abs().log())
+    torch.testing.assert_close((result, log_slopes.sum()), pair_of(t, direction)(value, context))
+
+
+def test_triangular_order():
+    ascending, shuffled = wavenet(), wavenet(order=SHUFFLED, context_dim=3)
+    elementwise, standardize = Elementwise(SHAPE), Standardize(torch.zeros(SHAPE), torch.ones(SHAPE))
+    at_context = shuffled.condition(torch.zeros(3))
+    assert ascending.triangular_order == ascending.inv.triangular_order == tuple(range(LENGTH))
+    assert at_context.triangular_order == shuffled.with_cache().triangular_order == tuple(SHUFFLED)
+    assert elementwise.triangular_order == standardize.triangular_order == ()
+    assert Compose([elementwise, standardize]).triangular_order == ()
+    assert Compose([elementwise, shuffled, shuffled.inv]).triangular_order == tuple(SHUFFLED)
+    assert Compose([ascending, shuffled]).triangular_order is None
+    assert Planar(3).triangular_order is Compose([Planar(3), Elementwise(3)]).triangular_order is None
+    with pytest.raises(NotImplementedError, match="one order"):
+        Compose([ascending, shuffled])._forward_and_log_slopes(torch.zeros(SHAPE), torch.zeros(3))
+
+
+def test_log_slopes_at_a_context_broadcast():
+    t = layer("affine", 3)
+    conditioned = t.condition(torch.randn(4, 3, dtype=torch.float64))
+    z = torch.randn(5, 1, *SHAPE, dtype=torch.float64)
+    for of in (conditioned._forward_and_log_slopes, conditioned.inv._inverse_and_log_slopes):
+        x, log_slopes = of(z, None)
+        assert x.shape == log_slopes.shape == (5, 4, *SHAPE)
+        torch.testing.assert_close(log_slopes.sum((-2, -1)), conditioned.forward_and_ladj(z)[1])
+
+
+def test_affine_layers():
+    affine, additive, spline = (wavenet(univariate=name) for name in ("affine", "additive", "spline"))
+    standardize = Standardize(torch.zeros(SHAPE), torch.ones(SHAPE))
+    assert affine.is_affine and additive.inv.is_affine and standardize.is_affine and Elementwise(SHAPE).is_affine
+    assert wavenet(context_dim=3).condition(torch.zeros(3)).is_affine and affine.with_cache().is_affine
+    assert Compose([affine, standardize]).is_affine
+    assert not (spline.is_affine or Compose([affine, spline]).is_affine or Planar(3).is_affine)
+    assert not Elementwise(SHAPE, "spline").is_affine
 
 
 # Shapes
