@@ -6,9 +6,11 @@ and takes some fifteen times as long, which loops in a model make seconds of.
 """
 
 import operator
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +38,27 @@ def _cholesky_or_nan(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 # A program has no checks of factorisations, which are operations without a result. This one leaves finite numbers.
 _SUBSTITUTES = {_aten.linalg_cholesky_ex.default: _cholesky_or_nan}
+
+
+@cache
+def _convolution_backward() -> Any:
+    """A function of TorchScript, whose tracer knows no arrays of booleans and no results that are not there."""
+    source = """
+    def convolution_backward(
+        gradient: Tensor, x: Tensor, weight: Tensor, bias: Optional[List[int]], stride: List[int], padding: List[int],
+        dilation: List[int], transposed: bool, output_padding: List[int], groups: int, wanted: List[bool]
+    ):
+        a, b, c = torch.ops.aten.convolution_backward(
+            gradient, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted
+        )
+        none = torch.empty([0])
+        return a if wanted[0] else none, b if wanted[1] else none, c if wanted[2] else none
+    """
+    return torch.jit.CompilationUnit(textwrap.dedent(source)).convolution_backward
+
+
+def _traceable(function: Any) -> Any:
+    return _convolution_backward() if function is _aten.convolution_backward.default else function
 
 
 @dataclass(frozen=True)
@@ -135,7 +158,7 @@ class _Program:
         """For TorchScript's interpreter: the fastest on small tensors, though deprecated."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return self._run(inputs, self._constants, lambda function, args, kwargs: function(*args, **kwargs))
+            return self._run(inputs, self._constants, lambda f, args, kwargs: _traceable(f)(*args, **kwargs))
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
