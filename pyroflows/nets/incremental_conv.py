@@ -43,7 +43,6 @@ class IncrementalConv:
     """
 
     def __init__(self, net: CausalConv, num_rows: int, context: Tensor | None = None) -> None:
-        length, channels, taps = len(net.order), net.channels or 1, net.kernel_size
         weight, taps = net.input.weight, net.kernel_size
         length, channels = len(net.order), net.channels or 1
         sources = weight.new_zeros(taps + length, channels, num_rows)

@@ -142,7 +142,8 @@ class Autoregressive(TriangularTransform):
             rows = x.reshape(-1, *self.event_shape)
             steps = incremental(self.conditioner, len(rows), self._context_rows(x, context))
             z, log_slopes = self._solve_by_steps(rows, steps)
-        return z.clone().reshape(x.shape), log_slopes.clone().reshape(x.shape)
+        z, log_slopes = (t.clone(memory_format=torch.contiguous_format) for t in (z, log_slopes))
+        return z.reshape(x.shape), log_slopes.reshape(x.shape)
 
     def _context_rows(self, x: Tensor, context: Tensor | None) -> Tensor | None:
         """``(N, *context_shape)``, or ``(1, *context_shape)`` where all have the same."""
@@ -155,9 +156,10 @@ class Autoregressive(TriangularTransform):
         # Row i of what follows stands for place i.
         index_of_place = torch.as_tensor(self.order, device=x.device)
         values = x.transpose(0, -1)[index_of_place]
+        parameters_last = (*range(1, x.dim()), 0)
         log_slopes = []
         for i, (value, z) in enumerate(zip(values.unbind(), steps.inputs.unbind(), strict=True)):
-            root, log_slope = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).movedim(0, -1))
+            root, log_slope = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).permute(parameters_last))
             z.copy_(root)
             log_slopes.append(log_slope)
         place = index_of_place.argsort()
