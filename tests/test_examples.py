@@ -38,7 +38,7 @@ def write_pcm(path, x, rate, num_channels=1, num_bytes=2):
 
 
 def tiny(wavenet, folder, *more):
-    sizes = ["--length", "512", "--width", "4", "--blocks", "3", "--max-epochs", "1"]
+    sizes = ["--length", "512", "--width", "4", "--student-width", "4", "--blocks", "3", "--max-epochs", "1"]
     steps = ["--warm-start", "2", "--num-steps", "2", "--num-sounds", "40"]
     return wavenet.parsed([*sizes, *steps, "--no-progress-bar", "--output", str(folder), *more])
 
