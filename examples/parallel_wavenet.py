@@ -244,8 +244,8 @@ def compare(
     within, between, own = (
         log_spectral_distance(a, b, rate) for a, b in ((slow, again), (fast, slow), (fast, fast_again))
     )
-    print(f"log-spectral distance of student and teacher {between:.2f} dB, {between / within:.2f} times that of two")
-    print(f"draws of the teacher, {within:.2f} dB; of two draws of the student {own:.2f} dB")
+    print(f"log-spectral distance of student and teacher: {between:.2f} dB, {between / within:.2f} times that of two")
+    print(f"    draws of the teacher, {within:.2f} dB; of two draws of the student: {own:.2f} dB")
     z = teacher.base().sample(context.shape[:1])
     x, _ = teacher(context).transport(z)
     error = (teacher(context).latent(x) - z).abs().max().item()
