@@ -1,0 +1,148 @@
+"""The parts of the examples that could be wrong without being seen, and that the longest of them runs."""
+
+import importlib.util
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+RATE = 4000
+SILENCE, NOISE = np.zeros(1024), np.random.default_rng(0).standard_normal(1024)
+
+
+@pytest.fixture(scope="module")
+def wavenet():
+    path = Path(__file__).parents[1] / "examples" / "parallel_wavenet.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tone(pitch, seconds, rate=RATE):
+    """Ten harmonics below 1800 Hz."""
+    k = np.arange(1, 11)[:, None]
+    phase = 2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate
+    return 0.1 * (np.cos(k * phase) * (k * pitch < 1800) / np.sqrt(k)).sum(0)
+
+
+def write_pcm(path, x, rate, num_channels=1, num_bytes=2):
+    with wave.open(str(path), "wb") as file:
+        file.setparams((num_channels, num_bytes, rate, 0, "NONE", ""))
+        file.writeframes((x * (2 ** (8 * num_bytes - 1) - 1)).round().astype(f"<i{num_bytes}").tobytes())
+
+
+def tiny(wavenet, folder, *more):
+    sizes = ["--length", "512", "--width", "4", "--student-width", "4", "--blocks", "3", "--max-epochs", "1"]
+    steps = ["--warm-start", "2", "--num-steps", "2", "--num-sounds", "40"]
+    return wavenet.parsed([*sizes, *steps, "--no-progress-bar", "--output", str(folder), *more])
+
+
+@pytest.mark.parametrize("pitch", [80.0, 99.7, 141.0, 205.2, 287.3, 397.5])
+def test_pitch_of_tones(wavenet, pitch):
+    noise = 0.01 * np.random.default_rng(0).standard_normal(1024)
+    found, voicing = wavenet.estimate_pitch(tone(pitch, 0.256) + noise, RATE)
+    assert found == pytest.approx(pitch, rel=0.001)
+    assert voicing > 0.8
+
+
+def test_pitch_of_the_sounds_made(wavenet):
+    sounds = wavenet.harmonic_sounds(100, 1024, RATE, np.random.default_rng(0))
+    found = [wavenet.estimate_pitch(x, RATE)[0] for x in sounds.x]
+    np.testing.assert_allclose(found, sounds.pitch, rtol=0.01)
+
+
+@pytest.mark.parametrize("x", [SILENCE, NOISE], ids=["silence", "noise"])
+def test_what_has_no_pitch(wavenet, x):
+    assert wavenet.estimate_pitch(x, RATE)[1] < wavenet.MIN_VOICING
+
+
+def test_wav_files_are_read_as_written(wavenet, tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 1, 1000)
+    wavenet.write_wav(tmp_path / "x.wav", x, 8000)
+    found, rate = wavenet.read_wav(tmp_path / "x.wav")
+    assert rate == 8000
+    np.testing.assert_allclose(found, x, atol=2 / 2**15)
+
+
+def test_channels_are_averaged(wavenet, tmp_path):
+    x = tone(200.0, 0.1)
+    write_pcm(tmp_path / "x.wav", np.stack([x, np.zeros_like(x)], -1), RATE, num_channels=2)
+    np.testing.assert_allclose(wavenet.read_wav(tmp_path / "x.wav")[0], x / 2, atol=2 / 2**15)
+
+
+@pytest.mark.parametrize("rate", [11025, 44100, 3000])
+def test_resampling_keeps_tones(wavenet, rate):
+    x = wavenet.resampled(tone(140.0, 0.48, rate), rate, RATE)
+    expected = tone(140.0, 0.48)
+    assert len(x) == len(expected)
+    inside = slice(200, -200)  # a transform takes the end and the start of a sound for neighbours
+    assert np.abs(x - expected)[inside].max() < 0.02 * np.abs(expected).max()
+
+
+def test_folder_of_wav_files(wavenet, tmp_path, capsys):
+    long = tone(150.0, 2.0, 11025)
+    write_pcm(tmp_path / "a.wav", np.stack([long, long], -1), 11025, num_channels=2)
+    write_pcm(tmp_path / "b.WAV", tone(250.0, 1.0, 8000), 8000)
+    write_pcm(tmp_path / "silent.wav", np.zeros(RATE), RATE)
+    write_pcm(tmp_path / "noise.wav", np.random.default_rng(0).uniform(-0.3, 0.3, RATE), RATE)
+    write_pcm(tmp_path / "wide.wav", tone(250.0, 1.0), RATE, num_bytes=4)
+    (tmp_path / "text.wav").write_text("no sound")
+    sounds = wavenet.sounds_of_folder(tmp_path, 512, RATE)
+    # 8000 and 4000 samples, in steps of 256.
+    assert sounds.x.shape == (30 + 14, 512)
+    np.testing.assert_allclose(sounds.pitch, [150.0] * 30 + [250.0] * 14, rtol=0.005)
+    printed = capsys.readouterr().out
+    assert "wide.wav is left out: 32 bits" in printed
+    assert "text.wav is left out" in printed
+    assert "44 clips; 14 silent and 14 without a pitch" in printed
+    # The conditioning is in phase with the fundamental.
+    context = wavenet.conditioning(sounds.pitch, sounds.offset, 512, RATE).numpy()
+    assert ((context[:, 0] * sounds.x).mean(-1) > 0.2).all()
+    assert np.abs((context[:, 1] * sounds.x).mean(-1)).max() < 0.02
+
+
+def test_folder_without_usable_sounds(wavenet, tmp_path):
+    write_pcm(tmp_path / "short.wav", tone(200.0, 0.5), RATE)
+    with pytest.raises(SystemExit, match="has 6 usable clips, and 20 are needed"):
+        wavenet.sounds_of_folder(tmp_path, 512, RATE)
+
+
+def test_teacher_draws_what_full_passes_draw(wavenet, tmp_path):
+    args = tiny(wavenet, tmp_path, "--length", "100", "--blocks", "6")
+    torch.manual_seed(0)
+    teacher, _ = wavenet.make_flows(args)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    context = wavenet.conditioning(np.array([90.0, 210.0]), np.array([1.0, 2.0]), 100, RATE)
+    layer = teacher.transform.layers[0].inv
+    z = torch.randn(2, 100)
+    with torch.no_grad():
+        x, _ = teacher(context).transport(z)
+        expected = torch.zeros(2, 100)
+        for t in range(100):  # the parameters at t depend on what stands before t only
+            theta = layer.conditioner(expected, context)
+            expected[:, t] = layer.univariate.inverse_and_ladj(z[:, t], theta[:, t])[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_example_runs(wavenet, tmp_path, capsys, from_folder):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    if from_folder:
+        write_pcm(sources / "a.wav", tone(150.0, 2.0), RATE)
+    wavenet.main(tiny(wavenet, tmp_path, *(["--wav-folder", str(sources)] if from_folder else [])))
+    for name in ("teacher", "student"):
+        x, rate = wavenet.read_wav(tmp_path / f"parallel_wavenet_{name}.wav")
+        assert (len(x), rate) == (10 * 512, RATE)
+        assert 0.02 < x.std() < 0.8
+    assert matplotlib.image.imread(tmp_path / "parallel_wavenet_spectrograms.png").shape[2] == 4
+    printed = capsys.readouterr().out
+    assert "pitch of the student" in printed and "times as fast" in printed
