@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.utils._pytree import tree_map
 
-from pyroflows.errors import DataError, ModelError
+from pyroflows.errors import DataError, ModelError, ShapeError
 
 Model = Callable[..., Any]
 InitFn = Callable[..., Any]
@@ -106,6 +106,38 @@ class ModelStructure:
             batch_shape = value.shape[: value.dim() - len(site.shape)]
             parts.append(biject_to(site.support).inv(value).reshape((*batch_shape, -1)))
         return torch.cat(parts, -1)
+
+    def check_draws(self, draws: Mapping[str, Tensor]) -> None:
+        """Raise if draws ``(S, *site.shape)`` are not those of all latent sites.
+
+        Raises:
+            ShapeError: if a latent site is missing or has another shape.
+            DataError: if a value is outside of its site's support.
+        """
+        num_draws = None
+        for site in self.latents:
+            value = draws.get(site.name)
+            got = None if value is None else tuple(value.shape)
+            num_draws = got[0] if num_draws is None and got else num_draws
+            if value is None or got != (num_draws, *site.shape):
+                expected = "".join(f", {size}" for size in site.shape) or ","
+                raise ShapeError(
+                    f"draws of site '{site.name}' must have shape (S{expected}), got {got}, with S={num_draws}"
+                )
+            if not site.support.check(value).all():
+                raise DataError(f"draws of site '{site.name}' are not all in its support, {site.support}")
+
+    def require_full_plates(self, advice: str) -> None:
+        """Raise if a plate is subsampled: importance weights, k-hat and evidence need all rows.
+
+        Raises:
+            ModelError: names the plate.
+        """
+        for plate in self.subsampled:
+            raise ModelError(
+                f"plate '{plate.name}' is subsampled ({plate.subsample_size} of {plate.size} rows), and weights, k-hat "
+                f"and evidence mean nothing on a part of the data: {advice}"
+            )
 
 
 def inspect_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> ModelStructure:

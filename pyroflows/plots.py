@@ -1,5 +1,6 @@
 """Pictures of a fit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def plot_distillation(history: History, kl: float) -> Any:
     values = history["kl"]
     steps = np.arange(1, len(values) + 1)
     axis.semilogy(steps, values, color="C0", alpha=0.25, linewidth=0.8, label="draws of a step")
-    axis.semilogy(steps, _smooth(values), color="C0", label="running median")
+    axis.semilogy(steps, _smooth(values, np.nanmean), color="C0", label="running mean")
     axis.axhline(kl, color="black", linestyle=":", linewidth=1.0, label=f"after training: {kl:.3g} nats")
     axis.set_xlabel("step")
     axis.set_ylabel("KL(student || teacher) (nats)")
@@ -90,10 +91,10 @@ def require_matplotlib() -> Any:
     return plt
 
 
-def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
-    """Running median, with a shorter window at the ends."""
+def _smooth(values: np.ndarray, statistic: Callable[[np.ndarray], Any] = np.nanmedian, window: int = 25) -> np.ndarray:
+    """Running median, or another statistic, with a shorter window at the ends."""
     half = window // 2
-    return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+    return np.array([statistic(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _robust_range(values: np.ndarray) -> tuple[float, float]:

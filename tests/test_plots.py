@@ -94,7 +94,7 @@ def test_one_particle_a_step_has_no_variance(plt, history):
 
 
 def test_no_training_to_plot(plt):
-    with pytest.raises(PlotError, match="a Gaussian was enough, so that no flow was trained"):
+    with pytest.raises(PlotError, match="no training on the model to plot: a Gaussian was enough"):
         plot_training(History())
     assert not plt.get_fignums()
 

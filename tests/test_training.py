@@ -165,6 +165,13 @@ def test_no_decay_while_the_objective_grows():
     assert 2000 + 5 * WINDOW <= num_constant(history) <= 2000 + 7 * WINDOW
 
 
+def test_no_decay_while_a_number_that_should_fall_does():
+    parameter = zeros(1)
+    fall = [-0.01 * i for i in range(2000)] + [-20.0] * 8000
+    history = quiet_train(constant_step(parameter, fall), [parameter], falls=True)
+    assert 2000 + 5 * WINDOW <= num_constant(history) <= 2000 + 7 * WINDOW
+
+
 def test_settled_is_not_asked_when_the_number_of_steps_is_given():
     parameter = zeros()
     history = quiet_train(parabola(parameter), [parameter], num_steps=300, settled=lambda history: True)

@@ -6,14 +6,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import plots
 from pyroflows.compilation import Compiler
-from pyroflows.errors import DataError, ModelError, OptionError, ShapeError
+from pyroflows.errors import ModelError, OptionError
 from pyroflows.flows import Flow, Gaussian, Mixture
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn
@@ -29,14 +28,13 @@ from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.inference.start import Starts
+from pyroflows.inference.summary import summary_table
 from pyroflows.model import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training import History
 
 if TYPE_CHECKING:
     import pandas as pd
-
-QUANTILES = (0.05, 0.5, 0.95)
 
 
 @dataclass(frozen=True)
@@ -132,18 +130,7 @@ class Posterior:
             ShapeError: if a latent site is missing or has another shape.
             DataError: if a value is outside of its site's support.
         """
-        num_draws = None
-        for site in self.structure.latents:
-            value = draws.get(site.name)
-            got = None if value is None else tuple(value.shape)
-            num_draws = got[0] if num_draws is None and got else num_draws
-            if value is None or got != (num_draws, *site.shape):
-                expected = "".join(f", {size}" for size in site.shape) or ","
-                raise ShapeError(
-                    f"draws of site '{site.name}' must have shape (S{expected}), got {got}, with S={num_draws}"
-                )
-            if not site.support.check(value).all():
-                raise DataError(f"draws of site '{site.name}' are not all in its support, {site.support}")
+        self.structure.check_draws(draws)
         vectors = self.structure.unconstrain(draws).to(self._center)
         _, ladj = self.structure.constrain(vectors)
         with torch.no_grad():
@@ -335,19 +322,9 @@ class Posterior:
             var_names: sites to show; by default all but deterministic sites with a value for each observation, that is
                 in plates without latents.
         """
-        import pandas as pd
-
-        rows = {}
-        names = self._summary_names() if var_names is None else var_names
         with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
-        for name in names:
-            value = draws[name]
-            for index in np.ndindex(*value.shape[1:]):
-                component = value[(slice(None), *index)].double().cpu().numpy()
-                label = f"{name}[{', '.join(map(str, index))}]" if index else name
-                rows[label] = [component.mean(), component.std(ddof=1), *np.quantile(component, QUANTILES)]
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "sd", *(f"{q:.0%}" for q in QUANTILES)])
+        return summary_table(draws, self._summary_names() if var_names is None else var_names)
 
     def __repr__(self) -> str:
         table = self.summary().round(3).to_string(max_rows=60)
@@ -463,12 +440,9 @@ class Posterior:
         return [*(site.name for site in structure.latents), *deterministic]
 
     def _require_full_plates(self) -> None:
-        for plate in self.structure.subsampled:
-            raise ModelError(
-                f"plate '{plate.name}' is subsampled ({plate.subsample_size} of {plate.size} rows), and weights, k-hat "
-                "and evidence mean nothing on a part of the data: use posterior.with_data(...) with arguments for "
-                "which the model runs on all rows"
-            )
+        self.structure.require_full_plates(
+            "use posterior.with_data(...) with arguments for which the model runs on all rows"
+        )
 
 
 @torch.no_grad()

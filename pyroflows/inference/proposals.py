@@ -72,7 +72,7 @@ def importance_sample(
         proposal = proposal.guide
     model = in_dtype(model, proposal.dtype if isinstance(proposal, AutoFlow) else None)
     structure = inspect_model(model, args, kwargs)
-    _require_full_plates(structure)
+    structure.require_full_plates("give arguments for which the model runs on all rows")
     draw = _proposal(proposal, structure, args, kwargs)
     examples, _ = draw(NUM_EXAMPLES)
     batched = BatchedModel(model, args, kwargs, examples, zero_outside_support=True)
@@ -189,11 +189,3 @@ def _require_density(structure: ModelStructure, draws: Values, num_samples: int)
                 f"the proposal is a point mass at site '{site.name}', such as AutoDelta is, and has no density there: "
                 "its weights would mean nothing"
             )
-
-
-def _require_full_plates(structure: ModelStructure) -> None:
-    for plate in structure.subsampled:
-        raise ModelError(
-            f"plate '{plate.name}' is subsampled ({plate.subsample_size} of {plate.size} rows), and weights mean "
-            "nothing on a part of the data: give arguments for which the model runs on all rows"
-        )

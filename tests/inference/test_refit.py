@@ -10,6 +10,7 @@ from pyro import distributions as dist
 import pyroflows as pf
 from pyroflows.errors import ModelError, OptionError, PlotError
 from pyroflows.flows import IAF, MAF, RealNVP
+from pyroflows.inference.refit import _start_near
 
 Y = torch.tensor([1.0, 2.0])
 
@@ -124,6 +125,19 @@ def test_a_proposal_is_reproducible_and_knows_its_seed(slow):
     found = [slow.fit_proposal(1000, max_epochs=1, seed=3, progress_bar=False).elbo for _ in range(2)]
     assert found[0] == pytest.approx(found[1], abs=1e-3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fits_start_with_the_correlations_of_the_draws():
+    torch.manual_seed(0)
+    factor = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
+    scale = torch.tensor([100.0, 1.0, 0.01])
+    latents = scale * (torch.randn(5000, 3) @ factor.T) + 7
+    guide = pf.guides.AutoFlow(model, partial(IAF, num_layers=2, hidden_dims=(8,)))
+    flow = _start_near(guide, latents, torch.ones(5000), (Y,), {})
+    started = flow().sample((50_000,))
+    torch.testing.assert_close(torch.cov(started.T), factor @ factor.T, rtol=0, atol=0.04)
+    few = _start_near(guide, latents[:2], torch.ones(2), (Y,), {})
+    assert few().sample((10,)).isfinite().all()
 
 
 def test_a_proposal_needs_all_rows():

@@ -1,0 +1,26 @@
+"""Draws as a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+def summary_table(draws: Mapping[str, Tensor], names: Sequence[str]) -> "pd.DataFrame":
+    """Mean, sd and quantiles of every component of draws ``(S, *shape)``."""
+    import pandas as pd
+
+    rows = {}
+    for name in names:
+        value = draws[name]
+        for index in np.ndindex(*value.shape[1:]):
+            component = value[(slice(None), *index)].double().cpu().numpy()
+            label = f"{name}[{', '.join(map(str, index))}]" if index else name
+            rows[label] = [component.mean(), component.std(ddof=1), *np.quantile(component, QUANTILES)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "sd", *(f"{q:.0%}" for q in QUANTILES)])
