@@ -100,9 +100,7 @@ def print_speeds(teacher: pf.Flow, student: pf.Flow) -> None:
     for batch in BATCHES:
         ms = [1e3 * seconds(partial(flow().sample, (batch,))) for flow in (teacher, student)]
         print(f"{batch:18}{ms[0]:10.2f}{ms[1]:10.2f}{ms[0] / ms[1]:16.1f}")
-    print(
-        "The teacher computes each hidden unit once, so that what the student saves is overhead, most in small batches."
-    )
+    print("The teacher computes each hidden unit once: what the student saves is overhead, most in small batches.")
 
 
 def plot_pairs(draws: dict[str, Tensor], data: Tensor, names: list[str]) -> plt.Figure:
