@@ -90,10 +90,10 @@ def distill(
     Reverse KL alone leaves out variance and modes of the teacher, and is slow from far away. So, where the teacher is a
     flow with the student's base, the student also follows its draws: the regression of x on z, what the teacher makes
     of a base draw being what the student is to make of it. First, in the warm start, the student takes location and
-    scale of the teacher's draws and follows them layer by layer, if its layers see the dimensions in the orders of
-    the teacher's, and otherwise end to end; then the loss is
+    scale of the teacher, or of its draws, and follows these layer by layer, if its layers see the dimensions in the
+    orders of the teacher's, and otherwise end to end; then the loss is
 
-    .. math:: E_q[\log q(x) - \log p(x)] + w\, E_z \sum_j h\Big(\frac{x^p_j(z) - x^q_j(z)}{\mathrm{sd}(x^p_j)}\Big),
+    .. math:: E_q[\log q(x) - \log p(x)] + w\, E_z \sum_j h\Big(\frac{x^p_j(z) - x^q_j(z)}{s_j}\Big),
 
     both parts of which vanish where q = p, with h of :class:`pyroflows.fitting.regression.Regression`. It needs
     :math:`64 \times` ``batch_size`` draws of the teacher, once.
@@ -246,7 +246,11 @@ def _followed(pair: Pair, count: int, standardizes: bool) -> Regression | None:
     contexts = None if pair.contexts is None else pair.contexts[pair.draw_rows(count)[0]]
     stages = draw_stages(teacher, count, contexts) if isinstance(teacher, Flow) else [_draws(teacher, count)]
     if standardizes and not student.is_standardized:
-        student.standardize(stages[-1])
+        if isinstance(teacher, Flow) and teacher.is_standardized:
+            # Its draws can be thrown far out, one in a thousand, where a flow was fitted to few rows.
+            student.standardize_like(teacher)
+        else:
+            student.standardize(stages[-1])
     if isinstance(teacher, Flow) and same_law(student.base(), teacher.base()):
         return Regression(student, teacher, stages, contexts)
     return None

@@ -133,6 +133,11 @@ class Flow(nn.Module):
             )
         self._standardize_by(Standardize(loc, scale))
 
+    def standardize_like(self, other: "Flow") -> None:
+        """Take location and scale from another flow of the same events that is standardised."""
+        layer = other._layers()[0][-1]
+        self._standardize_by(Standardize(layer.loc, layer.scale))
+
     def unconstrain(self, x: Tensor) -> Tensor:
         """Data before the map onto a bounded support."""
         for layer in reversed(self._layers()[1]):

@@ -130,7 +130,8 @@ def test_regression_counts_errors_in_standard_deviations():
     torch.manual_seed(0)
     stages = draw_stages(teacher, 1000, None)
     errors = Regression(student, teacher, stages, None).end_to_end(torch.arange(5))
-    scaled = 3.0 / stages[-1].std(0)[0]
+    low, high = stages[-1][:, 0].sort().values[[int(0.16 * 999), int(0.84 * 999)]]
+    scaled = 3.0 / ((high - low) / 2)
     torch.testing.assert_close(errors, (2 * (torch.sqrt(1 + scaled**2) - 1)).expand(5))
 
 
@@ -152,8 +153,21 @@ def test_layers_are_followed_one_by_one_where_their_orders_agree():
 
 
 def _error(found, expected):
-    scaled = (found - expected) / expected.std(0)
+    low, high = expected.sort(0).values[[int(0.16 * 49), int(0.84 * 49)]]
+    scaled = (found - expected) / ((high - low) / 2)
     return 2 * (torch.sqrt(1 + scaled**2) - 1).sum(-1)
+
+
+def test_student_takes_location_and_scale_of_a_teacher_that_has_them():
+    teacher, student = MAF(2, **small), IAF(2, **small)
+    teacher.standardize(torch.tensor([[1.0, 10.0], [3.0, 50.0]]))
+    pf.distill(student, teacher, **quick)
+    for name in ("loc", "scale"):
+        assert torch.equal(*(getattr(flow.transform.layers[-1], name) for flow in (student, teacher)))
+    again = IAF(2, **small)
+    again.load_state_dict(student.state_dict())
+    x = student().sample((5,))
+    torch.testing.assert_close(again().log_prob(x), student().log_prob(x))
 
 
 def test_laws_are_one_if_draws_are():
