@@ -72,7 +72,8 @@ def plot_distillation(history: History, kl: float) -> Any:
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     values = history["kl"]
     steps = np.arange(1, len(values) + 1)
-    axis.semilogy(steps, values, color="C0", alpha=0.25, linewidth=0.8, label="draws of a step")
+    # Close to zero the estimate of a step can be negative.
+    axis.semilogy(steps, np.where(values > 0, values, np.nan), color="C0", alpha=0.25, lw=0.8, label="draws of a step")
     axis.semilogy(steps, _smooth(values, np.nanmean), color="C0", label="running mean")
     axis.axhline(kl, color="black", linestyle=":", linewidth=1.0, label=f"after training: {kl:.3g} nats")
     axis.set_xlabel("step")

@@ -160,8 +160,9 @@ class Posterior:
             >>> def model(y):
             ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             ...     pyro.sample("y", dist.Normal(mu.prod(-1), 0.5), obs=y)
-            >>> slow = pf.FlowVI(model, pf.flows.MAF, num_steps=100, seed=0, progress_bar=False).run(torch.tensor(1.0))
-            >>> fast = slow.distill(pf.flows.IAF, num_steps=100, warm_start=100, seed=0, progress_bar=False)
+            >>> options = {"num_steps": 100, "seed": 0, "progress_bar": False}
+            >>> slow = pf.FlowVI(model, lambda dim: pf.flows.MAF(dim), **options).run(torch.tensor(1.0))
+            >>> fast = slow.distill(warm_start=100, **options)
             >>> fast.sample(5)["mu"].shape
             torch.Size([5, 2])
         """
@@ -179,7 +180,8 @@ class Posterior:
 
         Args:
             num_samples: number of weighted draws.
-            flow_fn: ``latent_dim -> flow``, quick to score; None for coupling splines.
+            flow_fn: ``latent_dim -> flow``, quick to score; None for :class:`pyroflows.flows.MAF`, or a spline for a
+                single latent.
             seed: makes draws and fit reproducible and leaves the global generator as it was; None to draw from it.
             options: of :func:`pyroflows.fit_density`; ``patience`` is 5.
 

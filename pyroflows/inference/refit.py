@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.fitting import distill, fit_density
-from pyroflows.flows import NSF, Flow
+from pyroflows.flows import MAF, NSF, Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn
 from pyroflows.inference.importance import Weights
@@ -41,7 +41,9 @@ def weighted_guide(
 ) -> AutoFlow:
     """A guide of the model fitted to weighted draws; options are those of :func:`pyroflows.fit_density`."""
     normalized = weights.normalized.to(latents)
-    guide = AutoFlow(model, flow_fn or partial(NSF), dtype=proposal.dtype)
+    # Affine maps go on growing where a spline ends, and so cover tails that the draws hardly show.
+    default = partial(MAF) if latents.shape[1] > 1 else partial(NSF)
+    guide = AutoFlow(model, flow_fn or default, dtype=proposal.dtype)
     flow = _start_near(guide, latents, normalized, args, kwargs)
     fit_density(flow, latents, weights=normalized, **{"patience": PATIENCE, **options})
     return guide
