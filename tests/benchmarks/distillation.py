@@ -57,7 +57,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
     return gaps.square().mean().sqrt().item()
 
 
-def quality(data: str, seed: int) -> None:
+def quality(data: str, seed: int, **options: float) -> None:
     kind, dim = data.split("-")
     x = DATA[kind](int(dim))
     torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def quality(data: str, seed: int) -> None:
     fit = pf.fit_density(teacher, x, max_epochs=100, seed=seed, progress_bar=False)
     student = pf.flows.IAF(x.shape[1], NUM_LAYERS, HIDDEN_DIMS)
     start = time.process_time()
-    distilled = pf.distill(student, teacher, seed=seed, progress_bar=False)
+    distilled = pf.distill(student, teacher, seed=seed, progress_bar=False, **options)
     seconds = time.process_time() - start
     torch.manual_seed(seed + 1)
     unit = teacher().sample((NUM_DRAWS,)).std(0)
@@ -73,10 +73,12 @@ def quality(data: str, seed: int) -> None:
     others = [teacher().sample((NUM_DRAWS,)) / unit for _ in range(NUM_PAIRS)]
     same = [sliced_wasserstein(*pair) for pair in zip(draws[teacher], others, strict=True)]
     apart = [sliced_wasserstein(*pair) for pair in zip(draws[student], others, strict=True)]
+    ratio = statistics.median(apart) / statistics.median(same)
+    sds = [torch.cat(draws[flow]).quantile(torch.tensor([0.16, 0.84]), 0).diff(dim=0) for flow in (student, teacher)]
     print(
         f"{data:13} seed {seed}: teacher {fit.best_log_prob:.2f} nats a held-out row; {distilled}; {seconds:.0f} s; "
         f"sliced Wasserstein {statistics.median(apart):.4f} ({min(apart):.4f} to {max(apart):.4f}), teacher to itself "
-        f"{statistics.median(same):.4f}: ratio {statistics.median(apart) / statistics.median(same):.2f}",
+        f"{statistics.median(same):.4f}: ratio {ratio:.2f}; student's sd to teacher's {(sds[0] / sds[1]).median():.3f}",
         flush=True,
     )
 
@@ -116,6 +118,8 @@ def main() -> None:
     parser.add_argument("part", choices=["quality", "speed"])
     parser.add_argument("--data", nargs="+", default=["simulated-16", "simulated-32", "simulated-64", "digits-64"])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--regression", type=float, default=2.0)
+    parser.add_argument("--warm-start", type=int, default=2000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
@@ -129,7 +133,7 @@ def main() -> None:
         return
     for data in args.data:
         for seed in range(args.seeds):
-            quality(data, seed)
+            quality(data, seed, regression=args.regression, warm_start=args.warm_start)
 
 
 if __name__ == "__main__":
