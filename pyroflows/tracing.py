@@ -169,7 +169,7 @@ class _Program:
         is_long = len(self._operations) > MAX_OPTIMIZED
         # What was traced keeps this object, which keeps every tensor of the recorded run.
         vars(self).clear()
-        return _as_it_is(program) if is_long else program
+        return _as_it_is(program) if is_long or not _is_optimized_rightly(program, inputs) else program
 
     def graph_module(self) -> fx.GraphModule:
         root, graph = torch.nn.Module(), fx.Graph()
@@ -261,6 +261,16 @@ def _named(function: Any, kwargs: Any) -> list[tuple[Any, Any]]:
 
 
 # Arguments of operations are tensors, and lists of them; torch's general trees would take most of the time.
+
+
+def _is_optimized_rightly(program: Function, inputs: Sequence[Tensor]) -> bool:
+    """Whether TorchScript's optimiser leaves a program that runs: batching products of matrices, it can break one."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            program(*inputs)
+        except RuntimeError:
+            return False
+    return True
 
 
 def _as_it_is(program: Function) -> Function:

@@ -113,8 +113,9 @@ def distill(
             teacher whose conditionals are so narrow that the plain KL explodes; needs the closed form. They use 4.
         warm_start: steps of regression before; 0 for none, from where the student stands.
         regression: the weight w; 0 for the KL divergence alone.
-        penalty: a function of draws ``(batch_size, *event_shape)`` and their rows of ``context``,
-            None without; its scalar is added to the loss.
+        penalty: a function of draws ``(batch_size, *event_shape)`` and their rows of ``context``, None without; its
+            scalar is added to the loss. It is traced with the step: Python in it that should run at each step, such as
+            a counter, needs ``compile="none"``.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.005.
         compile: as for :class:`pyroflows.FlowVI`.
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
@@ -143,6 +144,8 @@ def distill(
         name = _chosen(pair, estimator, regularization)
         loss_of = partial(gaussian_kl, regularization=regularization) if name == "closed_form" else _by_draws(name)
         pair.check_scores(batch_size)
+        if penalty is not None:
+            _check_penalty(penalty, pair, batch_size)
         fit = partial(
             _fit, student, batch_size=batch_size, compiler=Compiler(compile), optimizer=optimizer, bar=progress_bar
         )
@@ -245,6 +248,7 @@ def _followed(pair: Pair, count: int, standardizes: bool) -> Regression | None:
     student, teacher = pair.student, pair.teacher
     contexts = None if pair.contexts is None else pair.contexts[pair.draw_rows(count)[0]]
     stages = draw_stages(teacher, count, contexts) if isinstance(teacher, Flow) else [_draws(teacher, count)]
+    pair.check_draws(stages[-1])
     if standardizes and not student.is_standardized:
         if isinstance(teacher, Flow) and teacher.is_standardized:
             # Its draws can be thrown far out, one in a thousand, where a flow was fitted to few rows.
@@ -272,6 +276,19 @@ def _mean_error(followed: Regression) -> Objective:
         return errors.mean(), -errors.detach()
 
     return objective
+
+
+@torch.no_grad()
+def _check_penalty(penalty: Penalty, pair: Pair, count: int) -> None:
+    rows = pair.draw_rows(count)
+    x, _ = pair.at(*rows)[0].transport(pair.student.base().sample((count,)))
+    value = penalty(x, *(rows or (None,)))
+    if not isinstance(value, Tensor) or value.shape or not value.isfinite():
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.shape else repr(value)
+        raise OptionError(
+            f"penalty must map draws {tuple(x.shape)} and their rows of the context to a finite scalar tensor, got "
+            f"{what}"
+        )
 
 
 def _check_options(num_steps: int | None, batch_size: int, warm_start: int, regression: float) -> None:

@@ -1,5 +1,6 @@
 """A student and its teacher: whether they fit each other, and their laws at the same contexts."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from pyroflows.errors import DataError, InversionError, OptionError, ShapeError
 from pyroflows.fitting.data import context_rows
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.shapes import described
+from pyroflows.transforms import Autoregressive, Inverse
 
 
 class Pair:
@@ -32,6 +34,7 @@ class Pair:
 
     def __init__(self, student: Flow, teacher: Flow | Distribution, context: Tensor | None) -> None:
         _check_student(student)
+        _warn_if_slow(student)
         self.student = student
         self.teacher = teacher
         self.contexts = _contexts(student, teacher, context)
@@ -54,28 +57,60 @@ class Pair:
         x, log_q = q.transport(self.student.base().sample((count,)))
         return p.log_prob(x) - log_q
 
-    @torch.no_grad()
     def check_scores(self, count: int) -> None:
-        """Raise if the teacher does not score draws of the student."""
+        """Raise if the teacher does not score draws of the student, or tells nothing of how to move them.
+
+        Raises:
+            OptionError: if the teacher cannot score, its density carries no gradient, or its dtype is another.
+            DataError: if draws are outside the teacher's support.
+        """
         if isinstance(self.teacher, Flow):
             kinds = [{(t.dtype, t.device) for t in flow.parameters()} for flow in (self.student, self.teacher)]
             if all(kinds) and kinds[0] != kinds[1]:
                 raise OptionError(
                     f"student and teacher must have one dtype and device, but have {kinds[0]} and {kinds[1]}"
                 )
+        q, p = self.at(*self.draw_rows(count))
+        with torch.no_grad():
+            x = q.transport(self.student.base().sample((count,)))[0]
+        x.requires_grad_()
         try:
-            log_weights = self.log_weights(count)
+            log_p = p.log_prob(x)
         except (NotImplementedError, KeyError, InversionError) as error:
             raise OptionError(
                 f"the teacher cannot score the student's draws ({type(error).__name__}: {error}): give one whose "
                 "log_prob takes any value"
             ) from error
-        if not log_weights.isfinite().all():
-            support = self.at(*self.draw_rows(count))[1].support
+        num_outside = count - int((_is_inside(p, x.detach()) & log_p.isfinite()).sum())
+        if num_outside:
             raise DataError(
-                f"the teacher has no finite density at {int((~log_weights.isfinite()).sum())} of {count} draws of the "
-                f"student: give the student the teacher's support, {support}, or a start nearer to it"
+                f"{num_outside} of {count} draws of the student are outside the support of the teacher, {p.support}, "
+                "or have no finite density there: give the student that support, or a start nearer to the teacher"
             )
+        if log_p.dtype != x.dtype:
+            raise OptionError(f"student and teacher must have one dtype, but have {x.dtype} and {log_p.dtype}")
+        # A uniform law has none, and needs none.
+        if not log_p.requires_grad and log_p.std() > 0:
+            raise OptionError("the teacher's log_prob carries no gradient to the values that it scores")
+
+    def check_draws(self, x: Tensor) -> None:
+        """Raise if draws of the teacher are outside the student's support, which then could never reach them."""
+        num_outside = len(x) - int(_is_inside(self.student, x).sum())
+        if num_outside:
+            raise DataError(
+                f"{num_outside} of {len(x)} draws of the teacher are outside the support of the student, "
+                f"{self.student.transform.codomain}: give the student the teacher's support"
+            )
+
+
+def _is_inside(law: Any, x: Tensor) -> Tensor:
+    try:
+        support = law.transform.codomain if isinstance(law, Flow) else law.support
+    except NotImplementedError:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    is_inside: Tensor = support.check(x)
+    # One answer an event, also where the constraint gives one an element.
+    return is_inside.reshape(len(x), -1).all(-1)
 
 
 def _check_student(student: Flow) -> None:
@@ -87,6 +122,15 @@ def _check_student(student: Flow) -> None:
         raise OptionError(
             "draws of this student carry no gradients, so that it cannot be trained by them: give it a base that has "
             "rsample, such as a normal; a mixture of flows has none"
+        )
+
+
+def _warn_if_slow(student: Flow) -> None:
+    if any(isinstance(layer, Inverse) and isinstance(layer.inv, Autoregressive) for layer in student.transform.layers):
+        warnings.warn(
+            "this student draws dimension by dimension, so that nothing is gained: are student and teacher swapped? An "
+            "IAF or couplings draw in one pass",
+            stacklevel=4,
         )
 
 
@@ -119,4 +163,7 @@ def _contexts(student: Flow, teacher: Flow | Distribution, context: Tensor | Non
         )
     if not taken[0]:
         raise ShapeError("student and teacher take no context, but got one")
-    return context_rows(context, student)
+    rows = context_rows(context, student)
+    if not len(rows):
+        raise DataError("the context has no rows: give those at which student and teacher are to agree")
+    return rows

@@ -52,7 +52,7 @@ class AutoFlow(AutoContinuous):
 
     Raises:
         ModelError: at the first call, if the model cannot have a flow guide; names the site.
-        OptionError: if ``init_scale`` is not positive.
+        OptionError: if ``flow_fn`` is no function or ``init_scale`` is not positive.
 
     Example:
         >>> def model(y):
@@ -72,6 +72,11 @@ class AutoFlow(AutoContinuous):
         init_scale: float = 0.1,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if flow_fn is not None and (isinstance(flow_fn, Flow) or not callable(flow_fn)):
+            raise OptionError(
+                "flow_fn must be a function latent_dim -> flow, such as lambda dim: pf.flows.IAF(dim), got "
+                f"{type(flow_fn).__name__}"
+            )
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
         super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyroflows import plots
 from pyroflows.compilation import Compiler
 from pyroflows.errors import ModelError, OptionError
+from pyroflows.fitting import DensityFit, Distillation
 from pyroflows.flows import Flow, Gaussian, Mixture
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn
@@ -59,6 +60,10 @@ class Posterior:
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
         compile: as for :class:`FlowVI`; of the log joint on which chains move.
 
+    Attributes:
+        refitted: what fitted the guide, where :meth:`distill` or :meth:`fit_proposal` did: with its KL divergence or
+            log-density, and ``plot()``.
+
     Example:
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -91,6 +96,7 @@ class Posterior:
         self.history = history
         self.starts = starts
         self.num_diagnostic_samples = num_diagnostic_samples
+        self.refitted: Distillation | DensityFit | None = None
         self._model = in_dtype(model, guide.dtype)
         self._args, self._kwargs = args, kwargs
         self._compile = compile
@@ -166,11 +172,11 @@ class Posterior:
             >>> fast.sample(5)["mu"].shape
             torch.Size([5, 2])
         """
-        guide = refit.distilled_guide(self.model, self.guide, flow_fn, self._args, self._kwargs, **options)
-        return self._with_guide(guide, self.starts)
+        guide, found = refit.distilled_guide(self.model, self.guide, flow_fn, self._args, self._kwargs, options)
+        return self._with_guide(guide, self.starts, found)
 
     def fit_proposal(
-        self, num_samples: int = 20_000, flow_fn: FlowFn | None = None, seed: int | None = None, **options: Any
+        self, flow_fn: FlowFn | None = None, num_samples: int = 20_000, seed: int | None = None, **options: Any
     ) -> "Posterior":
         r"""A posterior whose guide is fitted by maximum likelihood to this one's importance-weighted draws.
 
@@ -179,9 +185,9 @@ class Posterior:
         better proposal for importance sampling and independence chains. It cannot find what no draw has visited.
 
         Args:
-            num_samples: number of weighted draws.
             flow_fn: ``latent_dim -> flow``, quick to score; None for :class:`pyroflows.flows.MAF`, or a spline for a
                 single latent.
+            num_samples: number of weighted draws.
             seed: makes draws and fit reproducible and leaves the global generator as it was; None to draw from it.
             options: of :func:`pyroflows.fit_density`; ``patience`` is 5.
 
@@ -193,16 +199,18 @@ class Posterior:
         with seeded(seed):
             latents, log_q = self._latents(num_samples)
             weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
-            guide = refit.weighted_guide(
-                self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, **options
+            guide, found = refit.weighted_guide(
+                self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, options
             )
         # What the draws have shown of the modes that starts found, it covers.
-        return self._with_guide(guide, starts=None)
+        return self._with_guide(guide, None, found)
 
-    def _with_guide(self, guide: AutoFlow, starts: Starts | None) -> "Posterior":
-        return Posterior(
+    def _with_guide(self, guide: AutoFlow, starts: Starts | None, found: Distillation | DensityFit) -> "Posterior":
+        made = Posterior(
             self.model, guide, self._args, self._kwargs, History(), starts, self.num_diagnostic_samples, self._compile
         )
+        made.refitted = found
+        return made
 
     def mcmc(
         self,

@@ -1,12 +1,13 @@
 """Guides fitted to a posterior that is there already: one that is quicker to sample, one that covers more."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroflows.fitting import distill, fit_density
+from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
 from pyroflows.flows import MAF, NSF, Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow import FlowFn
@@ -18,15 +19,14 @@ PATIENCE = 5
 
 
 def distilled_guide(
-    model: Model, teacher: AutoFlow, flow_fn: FlowFn | None, args: Any, kwargs: Any, **options: Any
-) -> AutoFlow:
+    model: Model, teacher: AutoFlow, flow_fn: FlowFn | None, args: Any, kwargs: Any, options: Mapping[str, Any]
+) -> tuple[AutoFlow, Distillation]:
     """A guide of the model whose flow is distilled from another's; options are those of :func:`pyroflows.distill`."""
     flow: Any = teacher.flow
     with torch.no_grad():
         draws = flow().sample((NUM_CORRELATION_DRAWS,))
     guide = AutoFlow(model, flow_fn, dtype=teacher.dtype)
-    distill(_start_near(guide, draws, torch.ones_like(draws[:, 0]), args, kwargs), flow, **options)
-    return guide
+    return guide, distill(_start_near(guide, draws, torch.ones_like(draws[:, 0]), args, kwargs), flow, **options)
 
 
 def weighted_guide(
@@ -37,16 +37,15 @@ def weighted_guide(
     weights: Weights,
     args: Any,
     kwargs: Any,
-    **options: Any,
-) -> AutoFlow:
+    options: Mapping[str, Any],
+) -> tuple[AutoFlow, DensityFit]:
     """A guide of the model fitted to weighted draws; options are those of :func:`pyroflows.fit_density`."""
     normalized = weights.normalized.to(latents)
     # Affine maps go on growing where a spline ends, and so cover tails that the draws hardly show.
     default = partial(MAF) if latents.shape[1] > 1 else partial(NSF)
     guide = AutoFlow(model, flow_fn or default, dtype=proposal.dtype)
     flow = _start_near(guide, latents, normalized, args, kwargs)
-    fit_density(flow, latents, weights=normalized, **{"patience": PATIENCE, **options})
-    return guide
+    return guide, fit_density(flow, latents, weights=normalized, **{"patience": PATIENCE, **options})
 
 
 def _start_near(guide: AutoFlow, latents: Tensor, weights: Tensor, args: Any, kwargs: Any) -> Flow:

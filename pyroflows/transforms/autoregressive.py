@@ -79,6 +79,10 @@ class Autoregressive(TriangularTransform):
             raise OptionError(f"conditioner must be one of {sorted(_CONDITIONERS)} or a factory, got {conditioner!r}")
         if len(channels) > 1:
             raise OptionError(f"Autoregressive takes vectors or (channels, length), but got {tuple(self.event_shape)}")
+        if len(self.context_shape) == 2 and self.context_shape[-1] != length:
+            raise OptionError(
+                f"a conditioning sequence of {length} times has shape (channels, {length}), got {context_dim}"
+            )
         if conditioner in ("made", "residual") and (channels or len(self.context_shape) > 1):
             raise OptionError(
                 f"conditioner={conditioner!r} takes vectors, but got dim={dim} and context_dim={context_dim}: use "

@@ -231,7 +231,7 @@ def test_support_of_teacher_and_student():
     teacher = disturbed(MAF(2, support=constraints.positive, **small), 0.3)
     fit = pf.distill(IAF(2, support=constraints.positive, **small), teacher, seed=0, num_steps=300, progress_bar=False)
     assert fit.kl < 0.05
-    with pytest.raises(DataError, match=r"no finite density at \d+ of 64 draws.*support.*GreaterThan"):
+    with pytest.raises(DataError, match=r"\d+ of 64 draws of the student are outside.*GreaterThan"):
         pf.distill(IAF(2, **small), teacher, **quick)
 
 
@@ -263,7 +263,7 @@ def test_penalty_sees_draws_and_their_rows():
     student = IAF(2, context_dim=1, **small)
     options = {**quick, "num_steps": 300, "regression": 0.0, "compile": "none"}
     fit = pf.distill(student, teacher, contexts, penalty=penalty, **options)
-    assert set(seen) == {((64, 2), (64,), True)} and len(seen) == 300
+    assert set(seen) == {((64, 2), (64,), True)} and len(seen) == 301  # once to see what it returns
     means = student(contexts).sample((1000,))[..., 0].mean(0)
     assert means[0] < -2 and means[1] > 2
     assert (fit.history["loss"] > fit.history["kl"]).all()
@@ -354,6 +354,11 @@ class Undrawn(Normal):
         raise NotImplementedError
 
 
+class Detached(MultivariateNormal):
+    def log_prob(self, x):
+        return super().log_prob(x).detach()
+
+
 def student_of_two():
     return IAF(2, **small)
 
@@ -402,6 +407,31 @@ REFUSED = {
         "context has NaN.*row 1",
         lambda: (IAF(2, context_dim=1), conditional(), torch.tensor([[0.0], [torch.nan]])),
     ),
+    "empty context": (
+        DataError,
+        "the context has no rows",
+        lambda: (IAF(2, context_dim=1), conditional(), torch.zeros(0, 1)),
+    ),
+    "support of teacher": (
+        DataError,
+        r"of 64 draws of the student are outside the support of the teacher.*GreaterThan",
+        lambda: (student_of_two(), pyro.distributions.Exponential(torch.ones(2)).to_event(1)),
+    ),
+    "support of student": (
+        DataError,
+        r"draws of the teacher are outside the support of the student",
+        lambda: (IAF(2, support=constraints.unit_interval), pyro.distributions.Exponential(torch.ones(2)).to_event(1)),
+    ),
+    "no gradient of teacher": (
+        OptionError,
+        "log_prob carries no gradient",
+        lambda: (student_of_two(), Detached(torch.zeros(2), torch.eye(2))),
+    ),
+    "dtype of a distribution": (
+        OptionError,
+        "one dtype",
+        lambda: (student_of_two(), MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())),
+    ),
     "dtypes": (OptionError, "one dtype and device", lambda: (IAF(2), MAF(2).double())),
 }
 
@@ -443,6 +473,30 @@ def test_a_fit_that_diverges_leaves_the_last_good_state():
     with pytest.raises(DivergedError, match="last good state"):
         pf.distill(student, teacher, penalty=penalty, compile="none", **{**quick, "num_steps": 200})
     assert student().sample((10,)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "got"),
+    [
+        (lambda x, rows: x.sum(-1), r"a tensor of shape \(64,\)"),
+        (lambda x, rows: None, "None"),
+        (lambda x, rows: x.sum() * torch.nan, "nan"),
+    ],
+)
+def test_a_penalty_must_be_a_finite_scalar(penalty, got):
+    with pytest.raises(OptionError, match=f"penalty must map draws .*finite scalar tensor, got .*{got}"):
+        pf.distill(IAF(2, **small), MAF(2, **small), penalty=penalty, **quick)
+
+
+def test_a_slow_student_is_told():
+    with pytest.warns(UserWarning, match="draws dimension by dimension.*swapped"):
+        pf.distill(MAF(2, **small), disturbed(IAF(2, **small)), **{**quick, "num_steps": 1, "warm_start": 1})
+
+
+def test_a_student_of_conditional_couplings_is_compiled():
+    """TorchScript's optimiser breaks this program, which then runs as it is; a warning would fail here."""
+    teacher, student = MAF(3, context_dim=2), RealNVP(3, num_layers=2, hidden_dims=(8,), context_dim=2)
+    pf.distill(student, teacher, torch.randn(99, 2), **{**quick, "num_steps": 2, "warm_start": 2})
 
 
 def test_unknown_options_raise():

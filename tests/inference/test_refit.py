@@ -67,6 +67,19 @@ def test_a_student_of_the_default_recipe(slow):
     assert fast.diagnose().verdict in ("good", "correct it", "do not use")
 
 
+def test_what_fitted_the_guide_is_kept(slow, fast):
+    assert slow.refitted is None
+    assert fast.refitted.kl < 0.05 and fast.refitted.history.num_steps == 500
+    proposal = slow.fit_proposal(num_samples=1000, max_epochs=1, seed=0, progress_bar=False)
+    assert proposal.refitted.best_epoch <= 1
+
+
+def test_a_flow_is_no_function_that_makes_one(slow):
+    for method in (slow.distill, slow.fit_proposal):
+        with pytest.raises(OptionError, match="flow_fn must be a function latent_dim -> flow.*got IAF"):
+            method(IAF(3))
+
+
 def test_options_of_distill_are_checked(slow):
     with pytest.raises(TypeError, match="temperature"):
         slow.distill(temperature=1.0)
@@ -98,7 +111,7 @@ def test_a_proposal_covers_what_reverse_kl_leaves_out():
         pyro.sample("y", dist.Normal(scale, 3.0).expand([2]).to_event(1), obs=y)
 
     narrow = fitted(partial(pf.flows.Gaussian), model=funnel)
-    wide = narrow.fit_proposal(20_000, seed=0, max_epochs=30, progress_bar=False)
+    wide = narrow.fit_proposal(num_samples=20_000, seed=0, max_epochs=30, progress_bar=False)
     assert wide.ess > 1.5 * narrow.ess
     grid = torch.linspace(-8, 8, 4001)  # the law of scale given y, by quadrature
     log_joint = dist.Normal(0.0, 1.5).log_prob(grid) + sum(dist.Normal(grid, 3.0).log_prob(y) for y in Y)
@@ -111,7 +124,7 @@ def test_a_proposal_covers_what_reverse_kl_leaves_out():
 
 
 def test_a_proposal_is_saved_and_loaded(slow, tmp_path):
-    proposal = slow.fit_proposal(2000, max_epochs=2, seed=0, progress_bar=False)
+    proposal = slow.fit_proposal(num_samples=2000, max_epochs=2, seed=0, progress_bar=False)
     proposal.save(tmp_path / "proposal")
     again = pf.load_posterior(tmp_path / "proposal", model, Y)
     draws = proposal.sample(10)
@@ -122,7 +135,7 @@ def test_a_proposal_is_saved_and_loaded(slow, tmp_path):
 
 def test_a_proposal_is_reproducible_and_knows_its_seed(slow):
     state = torch.get_rng_state()
-    found = [slow.fit_proposal(1000, max_epochs=1, seed=3, progress_bar=False).elbo for _ in range(2)]
+    found = [slow.fit_proposal(num_samples=1000, max_epochs=1, seed=3, progress_bar=False).elbo for _ in range(2)]
     assert found[0] == pytest.approx(found[1], abs=1e-3)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -148,7 +161,7 @@ def test_a_proposal_needs_all_rows():
 
     posterior = fitted(partial(IAF, num_layers=2, hidden_dims=(8,)), num_steps=20, model=subsampled)
     with pytest.raises(ModelError, match="'N' is subsampled"):
-        posterior.fit_proposal(1000)
+        posterior.fit_proposal(num_samples=1000)
 
 
 def test_one_latent():
@@ -157,7 +170,7 @@ def test_one_latent():
         pyro.sample("y", dist.Normal(x, 1.0).expand([2]).to_event(1), obs=y)
 
     posterior = fitted(None, num_steps=20, model=single)
-    proposal = posterior.fit_proposal(5000, max_epochs=20, seed=0, progress_bar=False)
+    proposal = posterior.fit_proposal(num_samples=5000, max_epochs=20, seed=0, progress_bar=False)
     assert proposal.sample(20_000)["x"].mean().item() == pytest.approx(1.0, abs=0.05)
     fast = posterior.distill(num_steps=20, warm_start=20, seed=0, progress_bar=False)
     assert fast.sample(5)["x"].shape == (5,)
