@@ -113,9 +113,9 @@ def distill(
             teacher whose conditionals are so narrow that the plain KL explodes; needs the closed form. They use 4.
         warm_start: steps of regression before; 0 for none, from where the student stands.
         regression: the weight w; 0 for the KL divergence alone.
-        penalty: a function of draws ``(batch_size, *event_shape)`` and their rows of ``context``, None without; its
-            scalar is added to the loss. It is traced with the step: Python in it that should run at each step, such as
-            a counter, needs ``compile="none"``.
+        penalty: a function of draws ``(batch_size, *event_shape)`` and the indices of their rows in ``context``, None
+            without; its scalar is added to the loss. It is traced with the step: Python in it that should run at each
+            step, such as a counter, needs ``compile="none"``.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.005.
         compile: as for :class:`pyroflows.FlowVI`.
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
@@ -286,8 +286,8 @@ def _check_penalty(penalty: Penalty, pair: Pair, count: int) -> None:
     if not isinstance(value, Tensor) or value.shape or not value.isfinite():
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.shape else repr(value)
         raise OptionError(
-            f"penalty must map draws {tuple(x.shape)} and their rows of the context to a finite scalar tensor, got "
-            f"{what}"
+            f"penalty must map draws {tuple(x.shape)} and indices of rows of the context to a finite scalar tensor, "
+            f"got {what}"
         )
 
 

@@ -381,6 +381,11 @@ def test_networks_for_vectors_refuse_sequences(conditioner, options):
         Autoregressive(**options, conditioner=conditioner)
 
 
+def test_a_conditioning_sequence_of_another_length_raises():
+    with pytest.raises(OptionError, match=r"of 16 times has shape \(channels, 16\), got \(2, 17\)"):
+        Autoregressive((16,), conditioner="causal_conv", context_dim=(2, 17))
+
+
 def test_events_with_three_axes_raise():
     with pytest.raises(OptionError, match=r"\(channels, length\), but got \(3, 4, 5\)"):
         wavenet((3, 4, 5))
