@@ -1,5 +1,6 @@
-"""The parts of the examples that could be wrong without being seen, and that the longest of them runs."""
+"""The parts of the examples that could be wrong without being seen, and that those of distillation run."""
 
+import argparse
 import importlib.util
 import wave
 from pathlib import Path
@@ -15,13 +16,17 @@ RATE = 4000
 SILENCE, NOISE = np.zeros(1024), np.random.default_rng(0).standard_normal(1024)
 
 
-@pytest.fixture(scope="module")
-def wavenet():
-    path = Path(__file__).parents[1] / "examples" / "parallel_wavenet.py"
+def example(name):
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def wavenet():
+    return example("parallel_wavenet")
 
 
 def tone(pitch, seconds, rate=RATE):
@@ -146,3 +151,12 @@ def test_example_runs(wavenet, tmp_path, capsys, from_folder):
     assert matplotlib.image.imread(tmp_path / "parallel_wavenet_spectrograms.png").shape[2] == 4
     printed = capsys.readouterr().out
     assert "pitch of the student" in printed and "times as fast" in printed
+
+
+def test_distillation_runs(tmp_path, capsys):
+    sizes = {"layers": 2, "width": 8, "max_epochs": 2, "num_steps": 20}
+    example("distillation").main(argparse.Namespace(**sizes, seed=0, output=tmp_path, no_progress_bar=True))
+    printed = capsys.readouterr().out
+    assert "KL(student || teacher)" in printed and "held-out tumours" in printed and "times as fast" in printed
+    for name in ("pairs", "training"):
+        assert matplotlib.image.imread(tmp_path / f"distillation_{name}.png").shape[2] == 4
