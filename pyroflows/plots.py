@@ -74,8 +74,11 @@ def plot_distillation(history: History, kl: float) -> Any:
     steps = np.arange(1, len(values) + 1)
     # Close to zero the estimate of a step can be negative.
     axis.semilogy(steps, np.where(values > 0, values, np.nan), color="C0", alpha=0.25, lw=0.8, label="draws of a step")
-    axis.semilogy(steps, _smooth(values, np.nanmean), color="C0", label="running mean")
+    mean = _smooth(values, np.nanmean)
+    axis.semilogy(steps, mean, color="C0", label="running mean")
     axis.axhline(kl, color="black", linestyle=":", linewidth=1.0, label=f"after training: {kl:.3g} nats")
+    # Small estimates by chance would take up most of the axis.
+    axis.set_ylim(bottom=max(kl, 1e-4 * values.max()) / 10)
     axis.set_xlabel("step")
     axis.set_ylabel("KL(student || teacher) (nats)")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
