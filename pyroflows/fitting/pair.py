@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError
 from pyroflows.fitting.data import context_rows
@@ -84,7 +84,7 @@ class Pair:
         num_outside = count - int((_is_inside(p, x.detach()) & log_p.isfinite()).sum())
         if num_outside:
             raise DataError(
-                f"{num_outside} of {count} draws of the student are outside the support of the teacher, {p.support}, "
+                f"{num_outside} of {count} draws of the student are outside the support of the teacher, {_support(p)}, "
                 "or have no finite density there: give the student that support, or a start nearer to the teacher"
             )
         if log_p.dtype != x.dtype:
@@ -103,14 +103,16 @@ class Pair:
             )
 
 
-def _is_inside(law: Any, x: Tensor) -> Tensor:
+def _support(law: Any) -> constraints.Constraint:
     try:
-        support = law.transform.codomain if isinstance(law, Flow) else law.support
-    except NotImplementedError:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    is_inside: Tensor = support.check(x)
+        return law.transform.codomain if isinstance(law, Flow) else law.support
+    except NotImplementedError:  # a law that does not say
+        return constraints.real_vector
+
+
+def _is_inside(law: Any, x: Tensor) -> Tensor:
     # One answer an event, also where the constraint gives one an element.
-    return is_inside.reshape(len(x), -1).all(-1)
+    return _support(law).check(x).reshape(len(x), -1).all(-1)
 
 
 def _check_student(student: Flow) -> None:

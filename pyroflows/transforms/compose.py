@@ -1,6 +1,6 @@
 """Layers one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,36 +27,28 @@ class Compose(FlowTransform):
         self.layers: Any = nn.ModuleList(layers)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        total: Any = 0.0
-        for layer in self.layers:
-            z, ladj = layer._forward_and_ladj(z, context if layer.context_dim else None)
-            total = total + ladj
-        return z, total
+        return self._through("_forward_and_ladj", self.layers, z, context)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        total: Any = 0.0
-        for layer in reversed(self.layers):
-            x, ladj = layer._inverse_and_ladj(x, context if layer.context_dim else None)
-            total = total + ladj
-        return x, total
+        return self._through("_inverse_and_ladj", reversed(self.layers), x, context)
 
     # The diagonal of a product of matrices that are triangular in one order is the product of the diagonals.
 
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
         self._check_order()
-        total: Any = 0.0
-        for layer in self.layers:
-            z, log_slopes = layer._forward_and_log_slopes(z, context if layer.context_dim else None)
-            total = total + log_slopes
-        return z, total
+        return self._through("_forward_and_log_slopes", self.layers, z, context)
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
         self._check_order()
+        return self._through("_inverse_and_log_slopes", reversed(self.layers), x, context)
+
+    def _through(self, method: str, layers: Iterable[FlowTransform], value: Tensor, context: Tensor | None) -> Pair:
+        """The value that a method of one layer after the other gives, and the sum of what each gives besides."""
         total: Any = 0.0
-        for layer in reversed(self.layers):
-            x, log_slopes = layer._inverse_and_log_slopes(x, context if layer.context_dim else None)
-            total = total + log_slopes
-        return x, total
+        for layer in layers:
+            value, logarithm = getattr(layer, method)(value, context if layer.context_dim else None)
+            total = total + logarithm
+        return value, total
 
     def _check_order(self) -> None:
         if self.triangular_order is None:
