@@ -359,6 +359,11 @@ class Detached(MultivariateNormal):
         return super().log_prob(x).detach()
 
 
+class Cut(MultivariateNormal):
+    def log_prob(self, x):
+        return torch.where(x[..., 0] > 0, super().log_prob(x), -torch.inf)
+
+
 def student_of_two():
     return IAF(2, **small)
 
@@ -421,6 +426,11 @@ REFUSED = {
         DataError,
         r"draws of the teacher are outside the support of the student",
         lambda: (IAF(2, support=constraints.unit_interval), pyro.distributions.Exponential(torch.ones(2)).to_event(1)),
+    ),
+    "no density at draws": (
+        DataError,
+        "of 64 draws of the student.*or have no finite density there",
+        lambda: (student_of_two(), Cut(torch.zeros(2), torch.eye(2))),
     ),
     "no gradient of teacher": (
         OptionError,
