@@ -4,8 +4,8 @@ The teacher is a WaveNet (van den Oord et al. 2016, arXiv:1609.03499): each samp
 before it, so that it scores a sound in one pass and must draw it sample by sample. The student is a stack of four
 inverse autoregressive flows, which draw in one pass. It is distilled from the teacher (van den Oord et al. 2018,
 arXiv:1711.10433), with the KL divergence of Gaussians in closed form (ClariNet, Ping et al. 2019, arXiv:1807.07281).
-KL(student || teacher) alone ends in whispering, since quiet sounds are easy to predict; as in those papers a loss on
-the spectrum, here averaged over time, keeps the power where it belongs.
+KL(student || teacher) alone ends in whispering, since quiet sounds are easy to predict. As in those papers a loss on
+the spectrum, here averaged over time, is against that, and so is the regression on the teacher's draws in ``distill``.
 
 The sounds are made here: harmonics of a random pitch through two random resonances, with attack, decay and breath. The
 pitch enters as cosine and sine of the phase of the fundamental at each sample, as in neural source-filter models (Wang
