@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(RUN) -m mypy
 
 benchmark: $(INSTALLED)
-	$(RUN) tests/benchmarks/step_time.py
+	$(RUN) benchmarks/step_time.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info output

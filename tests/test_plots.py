@@ -11,7 +11,7 @@ from pyro import distributions as dist
 
 from pyroflows import FlowError, FlowVI, PlotError
 from pyroflows.plots import plot_density_fit, plot_training
-from pyroflows.training import History
+from pyroflows.training.loop import History
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import DivergedError, OptionError
-from pyroflows.fitting.data import ArrayLike, DataLike, Rows, load, shuffled_batches, split
 from pyroflows.flows import Flow
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
-from pyroflows.schedules import EarlyStopping
-from pyroflows.training import History, OptimizerLike, train
+from pyroflows.training.data import ArrayLike, DataLike, Rows, load, shuffled_batches, split
+from pyroflows.training.loop import History, OptimizerLike, train
+from pyroflows.training.schedules import EarlyStopping
 
 LEARNING_RATE = 2e-3
 # Rows that are scored at once, where no gradient is needed.

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflows.compilation import Compiler
+from pyroflows.compiling.check import Compiler
 from pyroflows.errors import OptionError
 from pyroflows.fitting.closed_form import gaussian_kl, has_closed_form
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.fitting.pair import Pair
 from pyroflows.fitting.regression import Regression, draw_stages, same_law
-from pyroflows.fitting.step import Objective, Record, Step
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.plots import plot_distillation
 from pyroflows.randomness import seeded
-from pyroflows.schedules import Plateau
-from pyroflows.training import History, OptimizerLike, train
+from pyroflows.training.loop import History, OptimizerLike, train
+from pyroflows.training.schedules import Plateau
+from pyroflows.training.step import Objective, Record, Step
 
 LEARNING_RATE = 5e-3
 # Batches of the teacher's draws that are followed, and of fresh draws behind the KL divergence at the end.

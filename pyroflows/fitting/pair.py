@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError
-from pyroflows.fitting.data import context_rows
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.shapes import described
+from pyroflows.training.data import context_rows
 from pyroflows.transforms import Autoregressive, Inverse
 
 

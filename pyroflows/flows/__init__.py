@@ -1,9 +1,9 @@
 """Flows: transforms stacked on a base distribution, and the recipes of the literature."""
 
 from pyroflows.flows.autoregressive import IAF, MAF, NAF, SOS
-from pyroflows.flows.base import Flow
 from pyroflows.flows.coupling import NICE, RealNVP
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.flow import Flow
 from pyroflows.flows.gaussian import Gaussian
 from pyroflows.flows.mixture import Mixture
 from pyroflows.flows.planar import Planar

@@ -1,6 +1,6 @@
 """The Gaussian of full covariance, as a flow."""
 
-from pyroflows.flows.base import Base, Flow
+from pyroflows.flows.flow import Base, Flow
 from pyroflows.transforms import Triangular
 
 

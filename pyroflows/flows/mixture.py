@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.errors import ShapeError
-from pyroflows.flows.base import Flow
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.flow import Flow
 from pyroflows.shapes import as_given
 from pyroflows.transforms import Permutation
 from pyroflows.transforms.base import Pair

@@ -1,6 +1,6 @@
 """Planar flow."""
 
-from pyroflows.flows.base import Base, Flow
+from pyroflows.flows.flow import Base, Flow
 from pyroflows.transforms import planar
 
 

@@ -1,6 +1,6 @@
 """Pyro autoguides whose distribution is a flow."""
 
-from pyroflows.guides.flow import AutoFlow
+from pyroflows.guides.packed import AutoFlow
 from pyroflows.guides.recipes import AutoIAF, AutoPlanar, AutoRadial, AutoRealNVP, AutoSpline, AutoSylvester
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoPlanar", "AutoRadial", "AutoRealNVP", "AutoSpline", "AutoSylvester"]

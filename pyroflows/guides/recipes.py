@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from pyroflows import flows
-from pyroflows.guides.flow import AutoFlow
-from pyroflows.model import Model
+from pyroflows.guides.packed import AutoFlow
+from pyroflows.models.structure import Model
 
 
 class AutoPlanar(AutoFlow):

@@ -3,11 +3,11 @@
 from pyroflows.inference.bridge import BridgeEstimate
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import to_arviz
-from pyroflows.inference.importance import WeightedDraws, Weights
+from pyroflows.inference.importance import importance_sample
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.proposals import importance_sample
 from pyroflows.inference.vi import FlowVI, load_posterior
+from pyroflows.inference.weights import WeightedDraws, Weights
 
 __all__ = [
     "BridgeEstimate",

@@ -10,8 +10,8 @@ import torch
 from pyroflows.errors import OptionError
 from pyroflows.flows import Flow, Mixture
 from pyroflows.inference import arviz
-from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.mcmc.sampling import sample_latents
+from pyroflows.models.log_joint import LogJoint
 from pyroflows.randomness import seeded
 
 MIN_SAMPLES = 1000

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyroflows.inference.arviz import pareto_k_threshold
-from pyroflows.inference.importance import Weights
-from pyroflows.training import History
+from pyroflows.inference.weights import Weights
+from pyroflows.training.loop import History
 
 Verdict = Literal["good", "correct it", "do not use"]
 

@@ -9,10 +9,10 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows.inference.arviz import to_arviz_data
-from pyroflows.inference.batching import BatchedModel
 from pyroflows.inference.predictive import posterior_predictive as draw_posterior_predictive
 from pyroflows.inference.predictive import prior_draws
-from pyroflows.model import Model, ModelStructure, Site, inspect_model
+from pyroflows.models.batching import BatchedModel
+from pyroflows.models.structure import Model, ModelStructure, Site, inspect_model
 
 Arrays = dict[str, np.ndarray]
 

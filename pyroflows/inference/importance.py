@@ -1,100 +1,191 @@
-"""Importance sampling: Pareto-smoothed weights and what they tell."""
+"""Importance sampling of a model with any proposal: a Pyro guide, a flow, a posterior."""
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from pyroflows.inference.arviz import pareto_smoothed
+from pyroflows.errors import ModelError, OptionError, ShapeError
+from pyroflows.flows import Flow
+from pyroflows.guides import AutoFlow
+from pyroflows.inference.posterior import Posterior
+from pyroflows.inference.weights import WeightedDraws, Weights
+from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel, Values
+from pyroflows.models.structure import Model, ModelStructure, in_dtype, inspect_model
 
+# Draws at once, fewer where sites are large: tensors of a small model then stay in the processor's cache.
+BATCH_SIZE = 16_384
 
-@dataclass(frozen=True)
-class Weights:
-    r"""Pareto-smoothed log weights :math:`\log w_i`, not normalised, and the figures that follow from them.
-
-    Args:
-        log_weights: smoothed log weights ``(S,)``, float64; their offset is kept.
-        khat: Pareto shape of the raw weights' tail (Vehtari et al. 2024, JMLR 25(72)); 0 for constant weights.
-        ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
-        log_evidence: :math:`\log \frac1S \sum_i w_i` of the raw weights.
-        log_evidence_se: its standard error, by the delta method.
-    """
-
-    log_weights: Tensor
-    khat: float
-    ess: float
-    log_evidence: float
-    log_evidence_se: float
-
-    @classmethod
-    def smoothed(cls, raw: Tensor) -> "Weights":
-        """From raw log weights ``(S,)``; one that is NaN counts as zero weight."""
-        values = np.nan_to_num(raw.detach().cpu().double().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-        smoothed, khat = pareto_smoothed(values)
-        log_weights = torch.from_numpy(smoothed)
-        num_draws = len(log_weights)
-        # The evidence is the mean of the raw weights, which is unbiased; smoothing a tail of k-hat above 1 is not.
-        raw_weights = torch.from_numpy(values)
-        variance = max(0.0, num_draws / _ess(raw_weights) - 1) / num_draws
-        log_evidence = torch.logsumexp(raw_weights, 0).item() - math.log(num_draws)
-        return cls(log_weights, khat, _ess(log_weights), log_evidence, math.sqrt(variance))
-
-    @property
-    def normalized(self) -> Tensor:
-        """Weights that sum to one."""
-        return torch.softmax(self.log_weights, 0)
+# A number of draws -> values by latent site (S, *site shape), and log q (S,), a density on the constrained space.
+Proposal = Callable[[int], tuple[Values, Tensor]]
 
 
-def _ess(log_weights: Tensor) -> float:
-    return math.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
+@torch.no_grad()
+def importance_sample(
+    model: Model,
+    proposal: Callable[..., Any] | Flow | Posterior,
+    *args: Any,
+    num_samples: int = 10_000,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> WeightedDraws:
+    r"""Draws from a proposal q with Pareto-smoothed importance weights :math:`p(x, y) / q(x)`.
 
-
-@dataclass(frozen=True)
-class WeightedDraws:
-    """Draws from a proposal with their Pareto-smoothed importance weights.
+    Model and guide run for many draws at once, with the meaning that they have for one.
 
     Args:
-        draws: site to tensor ``(S, *site shape)``.
-        weights: the weights and their figures.
+        model: a Pyro model whose latents are continuous and the same in every run.
+        proposal: any Pyro guide of the model, trained or not, an autoguide or a function with ``pyro.sample``
+            statements for the same sites; or a :class:`pyroflows.Flow` over the latents, made unconstrained, flattened
+            and joined in the order of the model; or a :class:`pyroflows.Posterior`.
+        args: arguments of model and guide.
+        num_samples: number of draws.
+        progress_bar: whether to show one.
+        kwargs: keyword arguments of model and guide.
+
+    Raises:
+        ModelError: if the sites of proposal and model differ, if the proposal is a point mass at a site, or if a plate
+            is subsampled; names the site or plate.
+        ShapeError: if a flow has another dimension than the model.
+        OptionError: if ``num_samples`` is not a positive integer.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def guide(y):
+        ...     pyro.sample("mu", dist.Normal(y / 2, 1.0))
+        >>> y = torch.tensor(1.0)
+        >>> weighted = importance_sample(model, guide, y, num_samples=20_000, progress_bar=False)
+        >>> error = weighted.log_evidence - dist.Normal(0.0, 2**0.5).log_prob(y).item()
+        >>> abs(error) < 4 * weighted.log_evidence_se
+        True
     """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
+    if isinstance(proposal, Posterior):
+        proposal = proposal.guide
+    model = in_dtype(model, proposal.dtype if isinstance(proposal, AutoFlow) else None)
+    structure = inspect_model(model, args, kwargs)
+    structure.require_full_plates("give arguments for which the model runs on all rows")
+    draw = _proposal(proposal, structure, args, kwargs)
+    examples, _ = draw(NUM_EXAMPLES)
+    batched = BatchedModel(model, args, kwargs, examples, zero_outside_support=True)
+    kept = [site.name for site in (*structure.latents, *structure.deterministic)]
+    size = min(BATCH_SIZE, batched.chunk_size)
+    parts: dict[str, list[Tensor]] = {name: [] for name in kept}
+    log_weights = []
+    with tqdm(total=num_samples, disable=not progress_bar, unit="draw") as bar:
+        for start in range(0, num_samples, size):
+            num_draws = min(size, num_samples - start)
+            values, log_q = draw(num_draws)
+            record = batched(values, num_draws)
+            log_weights.append(_total(record.log_probs, num_draws) - log_q)
+            for name in kept:
+                parts[name].append(record.values[name])
+            bar.update(num_draws)
+    draws = {name: torch.cat(values) for name, values in parts.items()}
+    _require_density(structure, draws, num_samples)
+    return WeightedDraws(draws, Weights.smoothed(torch.cat(log_weights)))
 
-    draws: dict[str, Tensor]
-    weights: Weights
 
-    @property
-    def log_weights(self) -> Tensor:
-        """Smoothed log weights ``(S,)``, not normalised."""
-        return self.weights.log_weights
+def _proposal(proposal: Any, structure: ModelStructure, args: Any, kwargs: Any) -> Proposal:
+    if isinstance(proposal, AutoFlow):
+        if proposal.flow is None:
+            proposal._setup_prototype(*args, **kwargs)
+        assert proposal.flow is not None
+        return _of_flow(proposal.flow, structure)
+    if isinstance(proposal, Flow):
+        return _of_flow(proposal, structure)
+    if isinstance(proposal, torch.nn.Module | Callable):
+        # A guide is set up at its first call.
+        trace = prune_subsample_sites(poutine.block(poutine.trace(proposal).get_trace)(*args, **kwargs))
+        _check_sites(dict(trace.iter_stochastic_nodes()), structure)
+        if isinstance(proposal, AutoContinuous):
+            return _of_packed(proposal, structure, args, kwargs)
+        return _of_program(proposal, structure, args, kwargs)
+    raise OptionError(f"proposal must be a guide, a flow or a posterior, got {type(proposal).__name__}")
 
-    @property
-    def khat(self) -> float:
-        """Pareto k-hat."""
-        return self.weights.khat
 
-    @property
-    def ess(self) -> float:
-        """Effective sample size of the weights."""
-        return self.weights.ess
-
-    @property
-    def log_evidence(self) -> float:
-        """Log evidence."""
-        return self.weights.log_evidence
-
-    @property
-    def log_evidence_se(self) -> float:
-        """Standard error of the log evidence."""
-        return self.weights.log_evidence_se
-
-    def resample(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws with equal weights, site to tensor ``(num_samples, *site shape)``, drawn with replacement."""
-        indices = torch.multinomial(self.weights.normalized, num_samples, replacement=True)
-        return {name: value[indices.to(value.device)] for name, value in self.draws.items()}
-
-    def __repr__(self) -> str:
-        return (
-            f"WeightedDraws({len(self.log_weights)} draws, ess={self.ess:.0f}, khat={self.khat:.2f}, "
-            f"log_evidence={self.log_evidence:.3f} +- {self.log_evidence_se:.3f})"
+def _of_flow(flow: Flow, structure: ModelStructure) -> Proposal:
+    if flow.event_shape != (structure.dim,) or flow.context_dim:
+        raise ShapeError(
+            f"the model has {structure.dim} unconstrained latents, but the flow has {flow.dim} dimensions and context "
+            f"size {flow.context_dim}"
         )
+
+    def draw(num_draws: int) -> tuple[Values, Tensor]:
+        vectors, log_q = flow().rsample_and_log_prob((num_draws,))
+        values, ladj = structure.constrain(vectors)
+        return values, log_q - ladj
+
+    return draw
+
+
+def _of_packed(guide: AutoContinuous, structure: ModelStructure, args: Any, kwargs: Any) -> Proposal:
+    """Of Pyro's guides over one vector, which may not know how to score a value that they did not just draw."""
+    sizes = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
+
+    def draw(num_draws: int) -> tuple[Values, Tensor]:
+        law = guide.get_posterior(*args, **kwargs)
+        vectors = law.rsample((num_draws,))
+        log_q = law.log_prob(vectors)
+        # In the order of the guide's model, which need not be that of this one.
+        by_name = dict(zip(sizes, vectors.split(list(sizes.values()), -1), strict=True))
+        values, ladj = structure.constrain(torch.cat([by_name[site.name] for site in structure.latents], -1))
+        return values, log_q - ladj
+
+    return draw
+
+
+def _of_program(guide: Callable[..., Any], structure: ModelStructure, args: Any, kwargs: Any) -> Proposal:
+    # A guide is a model without data: auxiliary sites, and the densities of Delta sites that go with them, count too.
+    batched = BatchedModel(guide, args, kwargs, {}, draw=True)
+
+    def draw(num_draws: int) -> tuple[Values, Tensor]:
+        record = batched.in_chunks({}, num_draws)
+        values = {site.name: record.values[site.name] for site in structure.latents}
+        return values, _total(record.log_probs, num_draws)
+
+    return draw
+
+
+def _total(log_probs: Values, num_draws: int) -> Tensor:
+    return torch.stack([log_prob.reshape(num_draws, -1).sum(-1) for log_prob in log_probs.values()]).sum(0)
+
+
+def _check_sites(nodes: dict[str, Any], structure: ModelStructure) -> None:
+    latents = {site.name: site for site in structure.latents}
+    for name, site in latents.items():
+        if name not in nodes:
+            raise ModelError(
+                f"latent site '{name}' of the model is no site of the proposal, which has {sorted(nodes)}: a proposal "
+                "must draw every latent"
+            )
+        shape = nodes[name]["value"].shape
+        if shape != site.shape:
+            raise ModelError(
+                f"site '{name}' has shape {tuple(shape)} in the proposal and {tuple(site.shape)} in the model"
+            )
+    for name, node in nodes.items():
+        is_auxiliary = node["infer"].get("is_auxiliary") or node["infer"].get("_deterministic")
+        if name not in latents and not is_auxiliary:
+            raise ModelError(
+                f"site '{name}' of the proposal is no latent of the model, which has {sorted(latents)}: its density "
+                "would be wrong in the weights; mark it infer={'is_auxiliary': True} if a latent follows from it"
+            )
+
+
+def _require_density(structure: ModelStructure, draws: Values, num_samples: int) -> None:
+    for site in structure.latents:
+        value = draws[site.name]
+        if num_samples > 1 and (value == value[0]).all():
+            raise ModelError(
+                f"the proposal is a point mass at site '{site.name}', such as AutoDelta is, and has no density there: "
+                "its weights would mean nothing"
+            )

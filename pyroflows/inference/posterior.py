@@ -11,28 +11,28 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import plots
-from pyroflows.compilation import Compiler
+from pyroflows.compiling.check import Compiler
 from pyroflows.errors import ModelError, OptionError
 from pyroflows.fitting import DensityFit, Distillation
 from pyroflows.flows import Flow, Gaussian, Mixture
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.flow import FlowFn
-from pyroflows.inference import diagnosis, refit, serialization
+from pyroflows.guides.packed import FlowFn
+from pyroflows.inference import diagnosis, files, refit
 from pyroflows.inference.arviz import plot_pairs
-from pyroflows.inference.batching import NUM_EXAMPLES
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import to_arviz
-from pyroflows.inference.importance import WeightedDraws, Weights
-from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.inference.predictive import posterior_predictive
-from pyroflows.inference.start import Starts
+from pyroflows.inference.starts import Starts
 from pyroflows.inference.summary import summary_table
-from pyroflows.model import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
+from pyroflows.inference.weights import WeightedDraws, Weights
+from pyroflows.models.batching import NUM_EXAMPLES
+from pyroflows.models.log_joint import LogJoint
+from pyroflows.models.structure import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
-from pyroflows.training import History
+from pyroflows.training.loop import History
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -424,7 +424,7 @@ class Posterior:
         :func:`pyroflows.load_posterior` reads it.
         """
         parameters = model_parameters(self._model, self._args, self._kwargs, self._init_fn)
-        serialization.save(self.guide, parameters, self.history, self.starts, path)
+        files.save(self.guide, parameters, self.history, self.starts, path)
 
     @torch.no_grad()
     def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:

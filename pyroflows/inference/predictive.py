@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyroflows.inference.batching import BatchedModel, Values
-from pyroflows.model import Model, ModelStructure
+from pyroflows.models.batching import BatchedModel, Values
+from pyroflows.models.structure import Model, ModelStructure
 
 
 def posterior_predictive(model: Model, args: Any, kwargs: Any, latents: Values, num_samples: int) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
 from pyroflows.flows import MAF, NSF, Flow
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.flow import FlowFn
-from pyroflows.inference.importance import Weights
-from pyroflows.model import Model
+from pyroflows.guides.packed import FlowFn
+from pyroflows.inference.weights import Weights
+from pyroflows.models.structure import Model
 
 NUM_CORRELATION_DRAWS = 4000
 PATIENCE = 5

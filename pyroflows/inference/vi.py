@@ -12,23 +12,31 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows import flows
-from pyroflows.compilation import Compiler, is_singular
+from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.errors import DivergedError, ModelError, OptionError
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.flow import FlowFn, default_flow
-from pyroflows.inference.batching import NUM_EXAMPLES
-from pyroflows.inference.initialize import Gaussian
-from pyroflows.inference.log_joint import LogJoint
+from pyroflows.guides.packed import FlowFn, default_flow
+from pyroflows.inference.elbo import Tempering, elbo_step
+from pyroflows.inference.files import load
+from pyroflows.inference.pathfinder import Gaussian
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.serialization import load
-from pyroflows.inference.start import find_start, is_enough, starting_points
-from pyroflows.inference.step import Tempering, elbo_step
-from pyroflows.model import InitFn, Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
+from pyroflows.inference.starts import find_start, is_enough, starting_points
+from pyroflows.models.batching import NUM_EXAMPLES
+from pyroflows.models.log_joint import LogJoint
+from pyroflows.models.structure import (
+    InitFn,
+    Model,
+    ModelStructure,
+    check_static,
+    in_dtype,
+    inspect_model,
+    model_parameters,
+)
 from pyroflows.randomness import seeded
-from pyroflows.schedules import Plateau
-from pyroflows.training import History, OptimizerLike, train
+from pyroflows.training.loop import History, OptimizerLike, train
+from pyroflows.training.schedules import Plateau
 
 NUM_PARTICLES = 128
 # Below it the flow is close enough for the final decay of the learning rate.
@@ -48,7 +56,7 @@ class FlowVI:
 
     Maximises :math:`\mathrm{ELBO} = E_q[\log p(x, y) - \log q(x)]` over the flow q in the unconstrained space, with
     several draws a step and the model run once for all of them. Before, a Gaussian is sought from several starts, see
-    :func:`pyroflows.inference.initialize.pathfinder`: it is the posterior where it is certainly enough, and otherwise
+    :func:`pyroflows.inference.pathfinder.pathfinder`: it is the posterior where it is certainly enough, and otherwise
     what the flow starts at. Where starts end in separate modes, a flow is trained at each, and the posterior is their
     mixture, weighted by their evidences. Where nothing is prescribed and the verdict is "do not use", the fit is
     repeated with a Student-t base, and the one of the smaller variance of log weights is kept.

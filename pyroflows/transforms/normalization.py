@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.base import Pair, Triple
-from pyroflows.transforms.triangular import TriangularTransform
+from pyroflows.transforms.triangular.base import TriangularTransform
 
 
 class Standardize(TriangularTransform):

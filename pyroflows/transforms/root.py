@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import InversionError
 
 # Each step halves the bracket or the Newton step before it. The number is fixed, so that the search traces and runs
@@ -68,13 +68,3 @@ def increasing_root(
         value, slope = function(a)
         a = a - (value - target) / slope
     return torch.where(solved & finite, a, torch.nan)
-
-
-def runs_in_python() -> bool:
-    """Whether a tensor's value can be looked at here: not under vmap, torch.compile or make_fx."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and get_proxy_mode() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )

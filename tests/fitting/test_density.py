@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, TensorDataset
 import pyroflows as pf
 from pyroflows.errors import DataError, DivergedError, OptionError
 from pyroflows.fitting import density
-from pyroflows.fitting.data import load, split
 from pyroflows.randomness import seeded
+from pyroflows.training.data import load, split
 from pyroflows.transforms import Elementwise
 from tests.transforms.registry import perturb
 

@@ -20,7 +20,7 @@ from torch.distributions import transforms as torch_transforms
 from pyroflows import flows
 from pyroflows.errors import InversionError, OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
-from pyroflows.flows.base import as_flow
+from pyroflows.flows.flow import as_flow
 from pyroflows.transforms import Elementwise, Planar
 from tests.transforms.registry import perturb
 

@@ -14,8 +14,8 @@ from pyro.infer import Predictive
 from pyroflows import Posterior, ShapeError, load_posterior
 from pyroflows.flows import IAF, Flow, Gaussian, Mixture, Planar
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.flow import default_flow
-from pyroflows.training import History
+from pyroflows.guides.packed import default_flow
+from pyroflows.training.loop import History
 from pyroflows.transforms import Triangular
 
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

@@ -24,7 +24,7 @@ from pyro.infer.reparam import NeuTraReparam
 
 from pyroflows.errors import ModelError, OptionError
 from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar
-from pyroflows.guides.flow import NUM_QUANTILE_SAMPLES
+from pyroflows.guides.packed import NUM_QUANTILE_SAMPLES
 from tests.guides.models import (
     GUIDES,
     Y,

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyroflows import DataError, DivergedError, FlowError, FlowVI, ModelError, OptionError, Posterior, ShapeError
 from pyroflows.flows import Planar
 from pyroflows.guides import AutoFlow, AutoPlanar
-from pyroflows.training import History
+from pyroflows.training.loop import History
 
 Y = torch.tensor([0.5, -1.0, 2.0])
 

@@ -20,7 +20,7 @@ import pyroflows as pf
 from pyroflows import FlowVI, ModelError, OptionError, ShapeError, importance_sample
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoIAF
-from pyroflows.inference.importance import Weights
+from pyroflows.inference.weights import Weights
 from pyroflows.transforms import Elementwise
 from tests.guides.models import fit
 

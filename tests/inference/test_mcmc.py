@@ -16,7 +16,7 @@ from pyroflows.inference import arviz
 from pyroflows.inference.mcmc import hmc, independence
 from pyroflows.inference.mcmc.chains import Chains
 from pyroflows.inference.mcmc.target import where_finite
-from pyroflows.training import History
+from pyroflows.training.loop import History
 from pyroflows.transforms import Elementwise
 from tests.inference.test_posterior import by_hand
 

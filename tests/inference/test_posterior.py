@@ -18,8 +18,8 @@ from torch.distributions import constraints
 import pyroflows as pf
 from pyroflows import CheckpointError, FlowVI, ModelError, OptionError, Posterior, load_posterior
 from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar
-from pyroflows.model import inspect_model
-from pyroflows.training import History
+from pyroflows.models.structure import inspect_model
+from pyroflows.training.loop import History
 from pyroflows.transforms import Elementwise
 
 MAX_Z = 4.5

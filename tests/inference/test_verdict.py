@@ -14,9 +14,9 @@ from torch.distributions import constraints
 from pyroflows import FlowVI, Posterior
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.diagnosis import diagnose
-from pyroflows.inference.importance import Weights
-from pyroflows.inference.start import Starts
-from pyroflows.training import History
+from pyroflows.inference.starts import Starts
+from pyroflows.inference.weights import Weights
+from pyroflows.training.loop import History
 from pyroflows.transforms import Elementwise
 
 BAD = {"correct it", "do not use"}

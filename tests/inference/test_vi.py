@@ -10,11 +10,11 @@ import torch
 from pyro import distributions as dist
 
 from pyroflows import DivergedError, FlowVI, OptionError, PlotError, load_posterior
+from pyroflows.compiling.record import UntraceableError
 from pyroflows.flows import MAF, Gaussian, Mixture, Planar
 from pyroflows.guides import AutoIAF
-from pyroflows.guides.flow import default_flow
-from pyroflows.tracing import UntraceableError
-from pyroflows.training import History
+from pyroflows.guides.packed import default_flow
+from pyroflows.training.loop import History
 
 NUM_DRAWS = 20_000
 

@@ -11,8 +11,9 @@ from torch import nn
 import pyroflows as pf
 from pyroflows.errors import DataError, FlowError, OptionError, ShapeError
 from pyroflows.nets import CausalConv, IncrementalConv
-from pyroflows.transforms import Autoregressive, Compose, Elementwise, Planar, Standardize, triangular_solve
+from pyroflows.transforms import Autoregressive, Compose, Elementwise, Planar, Standardize
 from pyroflows.transforms.foreign import Foreign
+from pyroflows.transforms.triangular import transposed_solve
 from tests.transforms.registry import perturb
 
 CHANNELS, LENGTH = 2, 9
@@ -76,7 +77,7 @@ def inputs(t, batch_shape=(3,), dtype=torch.float64):
     return 2 * torch.randn(*batch_shape, *t.event_shape, dtype=dtype), context
 
 
-real = triangular_solve.pull_back
+real = transposed_solve.pull_back
 
 
 def pair_of(t, direction):
@@ -248,7 +249,7 @@ def test_inverse_has_the_gradients_of_that_by_passes(name, context_dim):
 def test_iteration_solves_a_triangular_system(scale, most, monkeypatch):
     """As many backward passes as the dependence on earlier times needs, and D - 1 of them suffice."""
     length, passes = 30, []
-    monkeypatch.setattr(triangular_solve, "pull_back", lambda *args: passes.append(1) or real(*args))
+    monkeypatch.setattr(transposed_solve, "pull_back", lambda *args: passes.append(1) or real(*args))
     strictly_lower = scale * torch.randn(length, length, dtype=torch.float64).tril(-1) / length**0.5
     slope, gradient = 0.5 + torch.rand(length, dtype=torch.float64), torch.randn(length, dtype=torch.float64)
 
@@ -256,7 +257,7 @@ def test_iteration_solves_a_triangular_system(scale, most, monkeypatch):
         def forward(self, z, context):
             return (strictly_lower @ z)[:, None]
 
-    _, solve = triangular_solve.parameters_and_solver(Linear(), torch.randn(length, dtype=torch.float64), None)
+    _, solve = transposed_solve.parameters_and_solver(Linear(), torch.randn(length, dtype=torch.float64), None)
     by_theta = torch.randn(length, 1, dtype=torch.float64)
     v = solve(gradient, slope, torch.ones(length, 1, dtype=torch.float64), by_theta)
     matrix = (torch.diag(slope) + strictly_lower).mT

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyroflows.inference import arviz
 from pyroflows.inference.export import to_arviz
-from pyroflows.model import Model
+from pyroflows.models.structure import Model
 
 MAX_RHAT = 1.05
 

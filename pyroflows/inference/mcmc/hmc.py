@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyroflows.errors import ModelError
-from pyroflows.inference.log_joint import ValueAndGrad
+from pyroflows.models.log_joint import ValueAndGrad
 
 TARGET_ACCEPTANCE = 0.8
 # Of a trajectory in a standard normal: positions at its end are independent of those at its start.

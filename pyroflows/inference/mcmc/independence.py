@@ -7,8 +7,8 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroflows.inference.log_joint import ValueAndGrad
 from pyroflows.inference.mcmc.hmc import BaseChains, State, Tuner, run_hmc
+from pyroflows.models.log_joint import ValueAndGrad
 
 DEFENSIVE_WEIGHT = 0.1
 DEFENSIVE_DF = 5.0

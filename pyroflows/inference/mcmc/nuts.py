@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyroflows.inference.log_joint import ValueAndGrad
 from pyroflows.inference.mcmc.hmc import TARGET_ACCEPTANCE, BaseChains, start
+from pyroflows.models.log_joint import ValueAndGrad
 
 
 class _LogDensity(torch.autograd.Function):

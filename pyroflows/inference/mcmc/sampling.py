@@ -7,11 +7,11 @@ from torch import Tensor
 
 from pyroflows.errors import OptionError
 from pyroflows.flows import Flow
-from pyroflows.inference.log_joint import LogJoint
 from pyroflows.inference.mcmc.hmc import run_hmc
 from pyroflows.inference.mcmc.independence import run_independence
 from pyroflows.inference.mcmc.nuts import run_nuts
 from pyroflows.inference.mcmc.target import where_finite
+from pyroflows.models.log_joint import LogJoint
 from pyroflows.randomness import seeded
 
 METHODS = {"hmc": run_hmc, "nuts": run_nuts, "independence": run_independence}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyroflows.inference.log_joint import ValueAndGrad
+from pyroflows.models.log_joint import ValueAndGrad
 
 
 def where_finite(value_and_grad: ValueAndGrad) -> ValueAndGrad:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import OptionError
-from pyroflows.transforms.root import runs_in_python
 from pyroflows.transforms.univariate.base import Pair
 
 MIN_WIDTH = 1e-3  # of a bin, in units of the whole interval

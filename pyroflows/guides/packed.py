@@ -1,0 +1,257 @@
+"""The flow guide: a Pyro ``AutoContinuous`` whose distribution is a flow."""
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Distribution
+from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor
+
+from pyroflows.errors import CheckpointError, ModelError, OptionError
+from pyroflows.flows import IAF, Flow, Mixture, Planar, RealNVP
+from pyroflows.flows.flow import Base, as_flow
+from pyroflows.models.structure import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
+from pyroflows.transforms import Elementwise, FlowTransform, Triangular
+from pyroflows.transforms.univariate import Affine
+
+FlowFn = Callable[[int], Any]
+
+# Above, the score of an autoregressive layer, which goes dimension by dimension, costs more than its strength is worth.
+MAX_AUTOREGRESSIVE_DIM = 64
+NUM_QUANTILE_SAMPLES = 10_000
+
+# The parameters of living guides, by id: tensors cannot be members of a set.
+_PARAMETERS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+class AutoFlow(AutoContinuous):
+    r"""A guide whose law over all latents, packed into one unconstrained vector, is a flow.
+
+    .. math:: x = \mu + \sigma \odot T(z)
+
+    where T is the flow of ``flow_fn`` and :math:`\mu, \sigma` are a last affine layer that starts at ``init_loc_fn``
+    and ``init_scale``. Layers start close to the identity, so the guide starts as a narrow version of the base around
+    the initial values. It works wherever Pyro's own autoguides do: ``SVI`` with any ELBO, ``Predictive``,
+    ``AutoGuideList``, ``NeuTraReparam``, the param store. The flow is built at the first call with the model's
+    arguments, or by ``load_state_dict``.
+
+    Args:
+        model: a Pyro model whose latents are continuous and the same in every run.
+        flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
+            of these, or a Zuko flow; None for an affine IAF of four layers, or couplings above 64 latents, or planar
+            layers for a single one.
+        init_loc_fn: initial values by site, one of Pyro's ``init_to_...`` functions.
+        init_scale: initial standard deviation in the unconstrained space, positive.
+        dtype: dtype in which the flow and the model run; None for that of the model's latents.
+
+    Raises:
+        ModelError: at the first call, if the model cannot have a flow guide; names the site.
+        OptionError: if ``flow_fn`` is no function or ``init_scale`` is not positive.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = AutoFlow(model)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> loss = svi.step(torch.tensor(1.0))
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        flow_fn: FlowFn | None = None,
+        *,
+        init_loc_fn: InitFn = init_to_median,
+        init_scale: float = 0.1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if flow_fn is not None and (isinstance(flow_fn, Flow) or not callable(flow_fn)):
+            raise OptionError(
+                "flow_fn must be a function latent_dim -> flow, such as lambda dim: pf.flows.IAF(dim), got "
+                f"{type(flow_fn).__name__}"
+            )
+        if not init_scale > 0:
+            raise OptionError(f"init_scale must be positive, got {init_scale}")
+        super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))
+        self.flow_fn = flow_fn or default_flow
+        self._init_scale = init_scale
+        self.dtype = dtype
+        self.structure: ModelStructure | None = None
+        self.flow: Flow | None = None
+        # Whether the flow's values count, where Pyro's store holds others under the same names.
+        self.own_values_count = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw all latents, with the same arguments as the model; a dict by site."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        self._claim_parameters()
+        return super().forward(*args, **kwargs)
+
+    def _claim_parameters(self) -> None:
+        """Make Pyro's store hold this guide's own parameters under this guide's names.
+
+        ``pyro.module`` leaves a tensor that stands there already, and a step of SVI would then train that one. It is
+        another guide's of this name, which has its turn when it is called; or it was loaded, and its value counts.
+        """
+        flow = self._modules.get("flow")
+        if flow is None or pyro.settings.get("module_local_params"):
+            return
+        store = pyro.get_param_store()
+        for name, parameter in flow.named_parameters():
+            full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
+            if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
+                is_another_guides = _PARAMETERS.get(id(stored)) is stored
+                if not is_another_guides and not self.own_values_count and stored.shape == parameter.shape:
+                    parameter.data.copy_(stored.detach())
+                del store[full_name]
+            _PARAMETERS[id(parameter)] = parameter
+        self.own_values_count = False
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        # Our own look at the whole model comes first: its errors name the site, and it sees the plates.
+        structure = inspect_model(self.model, args, kwargs)
+        with torch.no_grad():
+            super()._setup_prototype(*args, **kwargs)
+            loc = self._init_loc()
+        if self.master is None:
+            # NeuTraReparam wants them, also of a guide that was trained without being called.
+            with poutine.block():
+                self._create_plates(*args, **kwargs)
+        flow = self._modules.get("flow")
+        if flow is None:
+            self._build(loc.to(self.dtype or structure.dtype))
+        elif flow.event_shape != (structure.dim,):
+            self.prototype_trace = None
+            raise CheckpointError(
+                f"this guide holds a flow of {flow.dim} dimensions, but the model has {structure.dim} "
+                "unconstrained latents: the state or file belongs to another model"
+            )
+        self.structure = structure
+
+    def _build(self, loc: Tensor, scale: Tensor | None = None) -> None:
+        self.flow = self._flow_at(loc, scale)
+
+    def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
+        """A flow with a last layer of this location and scale, ``(dim,)`` or lower triangular."""
+        dim = len(loc)
+        scale = torch.full_like(loc, self._init_scale) if scale is None else scale
+        flow = as_flow(self.flow_fn(dim), dim)
+        last: FlowTransform
+        if scale.dim() == 1:
+            last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
+        else:
+            last = Triangular(dim, loc=loc, scale_tril=scale)
+        return Flow([*flow.transform.layers, last], base=flow.base).to(loc)
+
+    def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
+        r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.
+
+        Args:
+            loc: :math:`\mu`, a packed unconstrained vector ``(latent_dim,)``.
+            scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``; what a triangular one
+                whitens, the flow learns in whitened coordinates.
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            OptionError: if S is not lower triangular with a positive diagonal.
+        """
+        if self.structure is None:
+            self._setup_prototype(*args, **kwargs)
+        assert self.structure is not None
+        dtype = self.dtype or self.structure.dtype
+        self._build(loc.to(dtype), scale.to(dtype))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.flow is None:
+            self._build_for(state_dict, f"{prefix}flow.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.own_values_count = True
+
+    def _build_for(self, state_dict: Any, prefix: str) -> None:
+        """Make the flow, or mixture of flows, that a state belongs to."""
+        log_weights = state_dict.get(f"{prefix}base.log_weights")
+        if log_weights is None:
+            self.flow = self._flow_for(state_dict, prefix)
+            return
+        parts = [self._flow_for(state_dict, f"{prefix}base.components.{k}.") for k in range(len(log_weights))]
+        self.flow = Mixture([part for part in parts if part is not None], log_weights)
+
+    def _flow_for(self, state_dict: Any, prefix: str) -> Flow | None:
+        # The last layer, but for one that holds location and scale of data, tells the size, and whether its scale is
+        # triangular.
+        prefix = f"{prefix}transform.layers."
+        indices = [int(key[len(prefix) :].split(".")[0]) for key in state_dict if key.startswith(prefix)]
+        index = max(indices, default=0)
+        last_prefix = f"{prefix}{index - (f'{prefix}{index}.scale' in state_dict)}."
+        scale_tril = state_dict.get(f"{last_prefix}scale_tril")
+        last = state_dict.get(f"{last_prefix}parameters_of.value") if scale_tril is None else scale_tril
+        return self._flow_at(torch.zeros_like(last[:, 0]), scale_tril) if last is not None and last.dim() == 2 else None
+
+    def _built(self) -> Flow:
+        flow = self.flow
+        if flow is None:
+            raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
+        return flow
+
+    def get_base_dist(self) -> Distribution:
+        """The base distribution z of the flow."""
+        return self._built().base()
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
+        """The map from z to the unconstrained latent; it remembers its last pair of values."""
+        return self._built().transform.with_cache()
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
+        """The law of the unconstrained latent, of event shape ``(latent_dim,)``."""
+        return self._built()()
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal posterior medians by site, from samples; those of a simplex need not sum to one."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal posterior quantiles by site and component, from samples; ``(len(quantiles), *site shape)``."""
+        if self.structure is None:
+            self._setup_prototype(*args, **kwargs)
+        assert self.structure is not None
+        latents = self.get_posterior().sample((NUM_QUANTILE_SAMPLES,))
+        values, _ = self.structure.constrain(latents)
+        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
+        return {name: torch.quantile(value, levels, dim=0) for name, value in values.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's version also forgets the model of the guide that is copied. Functions are left out, since those that
+        # users write at the prompt cannot be pickled.
+        return {**self.__dict__, "_model": None, "master": None, "flow_fn": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFlow":
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # Through __dict__, since a module would register what it is given.
+        copied.__dict__.update(_model=self.__dict__["_model"], flow_fn=self.flow_fn)
+        return copied
+
+
+def default_flow(latent_dim: int, base: Base = None) -> Flow:
+    """The flow of a guide that was given none.
+
+    Args:
+        latent_dim: the number of dimensions.
+        base: as for :class:`pyroflows.Flow`.
+    """
+    if latent_dim == 1:  # where an affine flow is a Gaussian
+        return Planar(latent_dim, num_layers=16, base=base)
+    if latent_dim <= MAX_AUTOREGRESSIVE_DIM:
+        return IAF(latent_dim, num_layers=4, hidden_dims=(32, 32), base=base)
+    return RealNVP(latent_dim, num_layers=6, hidden_dims=(64, 64), base=base)

@@ -1,0 +1,140 @@
+"""Posteriors as safetensors files: no pickle."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import init_to_value
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyroflows import flows
+from pyroflows.errors import CheckpointError
+from pyroflows.guides import AutoFlow
+from pyroflows.guides.packed import FlowFn, default_flow
+from pyroflows.inference.starts import Starts
+from pyroflows.models.structure import Model, in_dtype, model_parameters
+from pyroflows.training.loop import History
+
+FORMAT = "pyroflows posterior 1"
+
+
+def save(
+    guide: AutoFlow, parameters: dict[str, Tensor], history: History, starts: Starts | None, path: str | Path
+) -> None:
+    """Write a guide's flow, the model's own parameters, the history and the starts, with what rebuilds the flow."""
+    tensors = {f"flow.{name}": value for name, value in guide.state_dict().items()}
+    tensors |= {f"param.{name}": value.detach() for name, value in parameters.items()}
+    tensors |= {f"history.{name}": torch.from_numpy(values) for name, values in history.items()}
+    assert guide.structure is not None
+    header = {
+        "format": FORMAT,
+        "pyroflows": version("pyroflows"),
+        "flow": _recipe(guide.flow_fn),
+        "dtype": None if guide.dtype is None else str(guide.dtype).removeprefix("torch."),
+        "sites": {site.name: list(site.shape) for site in guide.structure.latents},
+        "starts": None if starts is None else asdict(starts),
+    }
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"pyroflows": json.dumps(header)})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def load(
+    path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn | None
+) -> tuple[AutoFlow, History, Starts | None]:
+    """A built guide, the history and what the starts found, from a file that :func:`save` wrote.
+
+    Raises:
+        CheckpointError: if the file cannot be read, belongs to another model, or needs ``flow_fn``.
+    """
+    header, tensors = _read(path)
+    dtype = None if header["dtype"] is None else getattr(torch, header["dtype"])
+    guide = AutoFlow(model, flow_fn or _flow_fn(header["flow"], path), dtype=dtype)
+    try:
+        guide.load_state_dict(_part(tensors, "flow."))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds another flow than flow_fn makes: {error}") from error
+    guide._setup_prototype(*args, **kwargs)
+    assert guide.structure is not None
+    sites = {site.name: list(site.shape) for site in guide.structure.latents}
+    if sites != header["sites"]:
+        raise CheckpointError(
+            f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
+        )
+    init_fn = init_to_value(values=guide.structure.constrain(guide._init_loc())[0])
+    parameters = model_parameters(in_dtype(model, dtype), args, kwargs, init_fn)
+    saved = _part(tensors, "param.")
+    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in saved.items()}:
+        raise CheckpointError(f"{path} belongs to a model with parameters {sorted(saved)}, not {sorted(parameters)}")
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(saved[name])
+    history = History({name: values.tolist() for name, values in _part(tensors, "history.").items()})
+    found = header["starts"]
+    starts = found and Starts(tuple(found["elbos"]), tuple(found["modes"]), found["num_starts"])
+    return guide, history, starts
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header((file.metadata() or {}).get("pyroflows", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+    if header.get("format") != FORMAT or not header.keys() >= {"flow", "dtype", "sites", "starts"}:
+        raise CheckpointError(f"{path} holds no posterior of this version: its format is {header.get('format')!r}")
+    return header, tensors
+
+
+def _header(text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _recipe(flow_fn: FlowFn | None) -> dict[str, Any] | None:
+    """A flow function as JSON, if it is the default or one of our recipes with options."""
+    if flow_fn is default_flow:
+        return {"name": "default", "options": {}}
+    if isinstance(flow_fn, partial) and flow_fn.func is default_flow:
+        return {"name": "default", "options": flow_fn.keywords}
+    if not isinstance(flow_fn, partial) or flow_fn.args:
+        return None
+    name = getattr(flow_fn.func, "__name__", "")
+    recipe = {"name": name, "options": flow_fn.keywords}
+    return recipe if getattr(flows, name, None) is flow_fn.func and _is_json(recipe) else None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _flow_fn(recipe: dict[str, Any] | None, path: str | Path) -> FlowFn:
+    if recipe is None:
+        raise CheckpointError(
+            f"{path} was fitted with a flow function of the user's: give load_posterior the same flow_fn"
+        )
+    if recipe["name"] == "default":
+        return partial(default_flow, **recipe["options"]) if recipe["options"] else default_flow
+    return partial(getattr(flows, recipe["name"]), **recipe["options"])

@@ -1,0 +1,100 @@
+"""Importance sampling: Pareto-smoothed weights and what they tell."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyroflows.inference.arviz import pareto_smoothed
+
+
+@dataclass(frozen=True)
+class Weights:
+    r"""Pareto-smoothed log weights :math:`\log w_i`, not normalised, and the figures that follow from them.
+
+    Args:
+        log_weights: smoothed log weights ``(S,)``, float64; their offset is kept.
+        khat: Pareto shape of the raw weights' tail (Vehtari et al. 2024, JMLR 25(72)); 0 for constant weights.
+        ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
+        log_evidence: :math:`\log \frac1S \sum_i w_i` of the raw weights.
+        log_evidence_se: its standard error, by the delta method.
+    """
+
+    log_weights: Tensor
+    khat: float
+    ess: float
+    log_evidence: float
+    log_evidence_se: float
+
+    @classmethod
+    def smoothed(cls, raw: Tensor) -> "Weights":
+        """From raw log weights ``(S,)``; one that is NaN counts as zero weight."""
+        values = np.nan_to_num(raw.detach().cpu().double().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        smoothed, khat = pareto_smoothed(values)
+        log_weights = torch.from_numpy(smoothed)
+        num_draws = len(log_weights)
+        # The evidence is the mean of the raw weights, which is unbiased; smoothing a tail of k-hat above 1 is not.
+        raw_weights = torch.from_numpy(values)
+        variance = max(0.0, num_draws / _ess(raw_weights) - 1) / num_draws
+        log_evidence = torch.logsumexp(raw_weights, 0).item() - math.log(num_draws)
+        return cls(log_weights, khat, _ess(log_weights), log_evidence, math.sqrt(variance))
+
+    @property
+    def normalized(self) -> Tensor:
+        """Weights that sum to one."""
+        return torch.softmax(self.log_weights, 0)
+
+
+def _ess(log_weights: Tensor) -> float:
+    return math.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
+
+
+@dataclass(frozen=True)
+class WeightedDraws:
+    """Draws from a proposal with their Pareto-smoothed importance weights.
+
+    Args:
+        draws: site to tensor ``(S, *site shape)``.
+        weights: the weights and their figures.
+    """
+
+    draws: dict[str, Tensor]
+    weights: Weights
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Smoothed log weights ``(S,)``, not normalised."""
+        return self.weights.log_weights
+
+    @property
+    def khat(self) -> float:
+        """Pareto k-hat."""
+        return self.weights.khat
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the weights."""
+        return self.weights.ess
+
+    @property
+    def log_evidence(self) -> float:
+        """Log evidence."""
+        return self.weights.log_evidence
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Standard error of the log evidence."""
+        return self.weights.log_evidence_se
+
+    def resample(self, num_samples: int) -> dict[str, Tensor]:
+        """Draws with equal weights, site to tensor ``(num_samples, *site shape)``, drawn with replacement."""
+        indices = torch.multinomial(self.weights.normalized, num_samples, replacement=True)
+        return {name: value[indices.to(value.device)] for name, value in self.draws.items()}
+
+    def __repr__(self) -> str:
+        return (
+            f"WeightedDraws({len(self.log_weights)} draws, ess={self.ess:.0f}, khat={self.khat:.2f}, "
+            f"log_evidence={self.log_evidence:.3f} +- {self.log_evidence_se:.3f})"
+        )

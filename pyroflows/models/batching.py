@@ -1,0 +1,284 @@
+"""Running a model for a batch of draws at once, with the meaning it has for one draw.
+
+Three ways are tried, and the first that gives what single draws give is taken:
+
+- "plate": one run under an outer ``pyro.plate``, right for models written to broadcast;
+- "vmap": ``torch.func.vmap`` of a run, right for any model whose operations vmap knows;
+- "loop": one run a draw.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroflows.errors import ModelError
+from pyroflows.models.structure import Model
+
+Mode = Literal["plate", "vmap", "loop"]
+Values = Mapping[str, Tensor]
+
+# A batch is cut into chunks so that its sites hold about so many numbers at once: what stays in a processor's cache is
+# up to four times as fast as what does not.
+MAX_NUMBERS = 2**19
+NUM_EXAMPLES = 5
+LONG = 5.0  # seconds of drawing one by one before a word is said
+
+
+@dataclass
+class Record:
+    """What one run shows at every site, or a batch of runs with the draws in the first dimension.
+
+    Args:
+        values: values by site, ``pyro.deterministic`` included.
+        log_probs: log-densities by site, scaled and masked, in the site's batch shape; factors included.
+    """
+
+    values: dict[str, Tensor]
+    log_probs: dict[str, Tensor]
+
+
+class BatchedModel:
+    """A model with its arguments, run for a batch of draws.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        examples: latent values ``(n, *site shape)``, at some of which the ways of running are compared with single
+            draws; may be empty if ``draw``.
+        draw: draw what has no value, observed sites included; otherwise a latent without a value is an error.
+        subsample: row indices by subsampled plate, for the examples.
+        zero_outside_support: give log-density -inf to given values outside a univariate support, where ``log_prob``
+            without validation says anything.
+
+    Attributes:
+        mode: the way that was found right.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        args: Any,
+        kwargs: Any,
+        examples: Values,
+        draw: bool = False,
+        subsample: Values | None = None,
+        zero_outside_support: bool = False,
+    ) -> None:
+        self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
+        self._zero_outside_support = zero_outside_support
+        examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
+        with torch.no_grad():
+            first = {name: value[0] for name, value in examples.items()}
+            handler = self._run(first, subsample or {}, single=True)
+            self._handler, self._reference = handler, handler.record
+            self._failures: dict[str, str] = {}
+            self.mode: Mode = self._right_mode(examples, subsample or {})
+
+    def __call__(self, values: Values, num_draws: int, subsample: Values | None = None) -> Record:
+        """Run for latents ``(num_draws, *site shape)``. Gradients flow into the values."""
+        return self._batch(self.mode, values, num_draws, subsample or {})
+
+    @property
+    def chunk_size(self) -> int:
+        """How many draws to run at once."""
+        return max(1, MAX_NUMBERS // sum(value.numel() for value in self._reference.values.values()))
+
+    @torch.no_grad()
+    def in_chunks(self, values: Values, num_draws: int) -> Record:
+        """As a call, without gradients, for any number of draws."""
+        if self.mode == "loop" and num_draws * self._seconds > LONG:
+            self._warn(f"draw by draw, which takes about {num_draws * self._seconds:.0f} seconds for {num_draws} draws")
+        size = self.chunk_size
+        parts = []
+        for start in range(0, num_draws, size):
+            part = {name: value[start : start + size] for name, value in values.items()}
+            parts.append(self(part, min(size, num_draws - start)))
+        return Record(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
+
+    def _right_mode(self, examples: Values, subsample: Values) -> Mode:
+        modes: tuple[Mode, ...] = ("plate", "vmap")
+        for mode in modes:
+            try:
+                record = self._batch(mode, examples, NUM_EXAMPLES, subsample)
+            except Exception as error:  # whatever a model written for one draw raises in a batch
+                self._failures[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                continue
+            if self._agrees(record, subsample):
+                return mode
+            self._failures[mode] = "differs from single draws"
+        start = time.perf_counter()
+        self._run({name: value[0] for name, value in examples.items()}, subsample)
+        self._seconds = time.perf_counter() - start
+        if not self._draw:
+            self._warn("draw by draw, which makes every step slow")
+        return "loop"
+
+    def _warn(self, how: str) -> None:
+        warnings.warn(
+            f"the model runs {how}: under an outer plate it fails with [{self._failures['plate']}], under vmap with "
+            f"[{self._failures['vmap']}]. A model runs under a plate if it indexes from the right, x[..., 0] for x[0], "
+            "and x[..., None] where a scalar site meets a vector",
+            stacklevel=3,
+        )
+
+    def _agrees(self, record: Record, subsample: Values) -> bool:
+        """Whether single runs at the values of a batch give the batch's values and log-densities."""
+        for i in range(NUM_EXAMPLES):
+            given = {name: record.values[name][i] for name in self._handler.event_dims}
+            single = self._run(given, subsample).record
+            batched = Record(
+                {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
+            )
+            pairs = [(single.values, batched.values), (single.log_probs, batched.log_probs)]
+            if not all(a.keys() == b.keys() and all(_close(a[k], b[k]) for k in a) for a, b in pairs):
+                return False
+        return True
+
+    def _run(
+        self,
+        values: Values,
+        subsample: Values,
+        plate: Any = nullcontext(),  # noqa: B008
+        single: bool = False,
+    ) -> "_Handler":
+        # The plate stands inside, so that the handler sees distributions as the plate expands them.
+        with _Handler(values, subsample, self._draw, single, self._zero_outside_support) as handler, plate:
+            self._model(*self._args, **self._kwargs)
+        return handler
+
+    def _batch(self, mode: Mode, values: Values, num_draws: int, subsample: Values) -> Record:
+        # Arguments were validated in the single run; vmap cannot look at values, and validation costs time.
+        with pyro.validation_enabled(False):
+            if mode == "plate":
+                return self._plate(values, num_draws, subsample)
+            if mode == "vmap":
+                return self._vmap(values, num_draws, subsample)
+            singles = [
+                self._run({name: value[i] for name, value in values.items()}, subsample).record
+                for i in range(num_draws)
+            ]
+        for name in {name for single in singles for name in single.values.keys() ^ self._reference.values.keys()}:
+            raise ModelError(
+                f"the model has dynamic structure: site '{name}' appears in one run and not in another; a flow "
+                "needs the same sites in every run"
+            )
+        return Record(
+            _join([s.values for s in singles], torch.stack), _join([s.log_probs for s in singles], torch.stack)
+        )
+
+    def _vmap(self, values: Values, num_draws: int, subsample: Values) -> Record:
+        def single(values: Values, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            record = self._run(values, subsample).record
+            return record.values, record.log_probs
+
+        run = torch.func.vmap(single, randomness="different")
+        with warnings.catch_warnings():
+            # An operation that torch itself runs one by one; the user can do nothing about it.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return Record(*run(dict(values), torch.arange(num_draws)))
+
+    def _plate(self, values: Values, num_draws: int, subsample: Values) -> Record:
+        nesting = self._handler.max_plate_nesting
+        placed = {}
+        for name, value in values.items():
+            batch_dim = value.dim() - 1 - self._handler.event_dims[name]
+            placed[name] = value.reshape((num_draws,) + (1,) * (nesting - batch_dim) + value.shape[1:])
+        plate = pyro.plate("_pyroflows_draws", num_draws, dim=-1 - nesting)
+        record = self._run(placed, subsample, plate).record
+
+        def flat(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: _draws_first(t, num_draws, like[name].shape) for name, t in tensors.items()}
+
+        return Record(flat(record.values, self._reference.values), flat(record.log_probs, self._reference.log_probs))
+
+
+class _Handler(Messenger):
+    """Substitutes values at the sites of a run, and records."""
+
+    def __init__(self, values: Values, subsample: Values, draw: bool, single: bool, zero_outside_support: bool) -> None:
+        super().__init__()
+        self._zero_outside_support = zero_outside_support
+        self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
+        self.record = Record({}, {})
+        self.event_dims: dict[str, int] = {}  # of the sites that can be given a value
+        self.max_plate_nesting = 0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name in self._values:
+            msg["value"] = self._values[name]
+            if self._single and msg["value"].shape != fn.shape():
+                raise ModelError(
+                    f"site '{name}' has shape {tuple(fn.shape())} with these arguments, but its draws have shape "
+                    f"{tuple(msg['value'].shape)}: latents that are local to rows of the data cannot serve other rows"
+                )
+        elif name in self._subsample and msg["value"] is None:
+            msg["value"] = self._subsample[name]
+        elif self._draw:
+            if not _is_fixed(msg) and type(fn).__name__ != "_Subsample":
+                # Not a call of fn: rsample fills tensors in place in many distributions, which vmap refuses.
+                msg["is_observed"], msg["value"] = False, fn.sample()
+        elif not msg["is_observed"] and type(fn).__name__ != "_Subsample":
+            raise ModelError(
+                f"the model has dynamic structure: site '{name}' is neither observed nor a latent of the model's first "
+                "run; a flow needs the same sites in every run"
+            )
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if type(fn).__name__ == "_Subsample":
+            return
+        self.max_plate_nesting = max([self.max_plate_nesting, len(fn.batch_shape)])
+        if not isinstance(fn, dist.Unit):
+            self.record.values[name] = torch.as_tensor(msg["value"])
+        if not _is_fixed(msg):
+            self.event_dims[name] = fn.event_dim
+        if not msg["infer"].get("_deterministic"):
+            log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            if self._zero_outside_support and name in self._values and _can_be_left(fn.support):
+                log_prob = torch.where(fn.support.check(msg["value"]), log_prob, -torch.inf)
+            self.record.log_probs[name] = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+
+
+def _is_fixed(msg: Any) -> bool:
+    """Whether the site's value follows from others: factors and ``pyro.deterministic``."""
+    return isinstance(msg["fn"], dist.Unit) or bool(msg["infer"].get("_deterministic"))
+
+
+def _can_be_left(support: constraints.Constraint) -> bool:
+    """Whether to check it: real is all numbers, and those of vectors are met up to rounding, which float32 passes."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support.event_dim == 0 and not isinstance(support, type(constraints.real))
+
+
+def _draws_first(tensor: Tensor, num_draws: int, shape: torch.Size) -> Tensor:
+    """``(num_draws, *shape)`` of a tensor that came out of an outer plate, or does not depend on the draws."""
+    if tensor.numel() == num_draws * shape.numel():
+        return tensor.reshape((num_draws, *shape))
+    return tensor.expand((num_draws, *shape))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = torch.finfo(torch.promote_types(a.dtype, b.dtype)).eps ** 0.5
+    return torch.allclose(a.to(b.dtype), b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _join(parts: list[dict[str, Tensor]], how: Any) -> dict[str, Tensor]:
+    return {name: how([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,1 @@
+"""How everything here is trained: data, one step, one loop, schedules."""

@@ -1,0 +1,9 @@
+"""Layers with a triangular Jacobian: a univariate map, a structure, and a conditioner where the structure has one."""
+
+from pyroflows.transforms.triangular import masks
+from pyroflows.transforms.triangular.autoregressive import Autoregressive
+from pyroflows.transforms.triangular.base import TriangularTransform
+from pyroflows.transforms.triangular.coupling import Coupling
+from pyroflows.transforms.triangular.elementwise import Elementwise
+
+__all__ = ["Autoregressive", "Coupling", "Elementwise", "TriangularTransform", "masks"]

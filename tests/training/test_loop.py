@@ -1,0 +1,625 @@
+"""The training loop and its schedules, on steps that need no model."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from pyroflows import DivergedError, FlowError, OptionError
+from pyroflows.training.loop import LEARNING_RATE, MAX_BAD_STEPS, MAX_NORM, WARM_UP, WINDOW, History, train
+from pyroflows.training.schedules import EarlyStopping, Plateau
+
+TARGET = torch.tensor([1.0, -2.0, 3.0])
+
+
+def quiet_train(step, parameters, optimizer=None, **options):
+    return train(step, parameters, Plateau("objective", **options), optimizer=optimizer, progress_bar=False)
+
+
+def parabola(parameter, target=TARGET, scale=1.0):
+    """A step towards ``target``; its objective is at most 0."""
+
+    def step():
+        loss = scale * ((parameter - target) ** 2).sum()
+        loss.backward()
+        return {"objective": -loss.detach()}
+
+    return step
+
+
+def constant_step(parameter, objectives, gradients=None):
+    """Steps with given objectives and gradients, 1 where none is given; the last ones are repeated."""
+    count = iter(range(10**6))
+
+    def step():
+        i = next(count)
+        gradient = 1.0 if gradients is None else gradients[min(i, len(gradients) - 1)]
+        parameter.grad = torch.full_like(parameter, gradient)
+        return {"objective": torch.tensor(objectives[min(i, len(objectives) - 1)])}
+
+    return step
+
+
+def zeros(size=3):
+    return torch.zeros(size, requires_grad=True)
+
+
+def sgd(rate=0.1):
+    return partial(torch.optim.SGD, lr=rate)
+
+
+# What is learned
+
+
+def test_reaches_the_optimum():
+    parameter = zeros()
+    quiet_train(parabola(parameter), [parameter], num_steps=1500)
+    # Adam's last steps, of a rate that falls to zero, leave less than the smallest full step.
+    assert (parameter - TARGET).abs().max() < 1e-3
+
+
+def test_without_num_steps_reaches_the_optimum_and_stops():
+    """The objective is noisy, as every ELBO is; without noise each window is progress."""
+    parameter = zeros()
+    clean = parabola(parameter)
+
+    def step():
+        return {"objective": clean()["objective"] + 0.1 * torch.randn(())}
+
+    history = quiet_train(step, [parameter])
+    assert (parameter - TARGET).abs().max() < 1e-3
+    assert history.num_steps < 3000
+
+
+def test_parameters_may_be_a_generator():
+    module = torch.nn.Linear(1, 1)
+    before = module.weight.detach().clone()
+
+    def step():
+        loss = module(torch.ones(1)).square().sum()
+        loss.backward()
+        return {"objective": -loss.detach()}
+
+    quiet_train(step, module.parameters(), num_steps=100)
+    assert not torch.equal(module.weight, before)
+
+
+# The schedule
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 49, 50, 51, 400])
+def test_num_steps_is_exact(num_steps):
+    parameter = zeros()
+    history = quiet_train(parabola(parameter), [parameter], num_steps=num_steps)
+    assert history.num_steps == num_steps
+    assert {len(values) for values in history.values()} == {num_steps}
+
+
+def test_learning_rate_warms_up_stays_and_decays_to_zero():
+    parameter = zeros()
+    rates = quiet_train(parabola(parameter), [parameter], num_steps=400)["learning_rate"]
+    assert rates[:WARM_UP] == pytest.approx(LEARNING_RATE * np.arange(1, WARM_UP + 1) / WARM_UP)
+    assert rates[WARM_UP:200] == pytest.approx(LEARNING_RATE)
+    # The cosine from 1 at the middle to 0 one step after the last.
+    expected = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * np.arange(1, 201) / 201))
+    assert rates[200:] == pytest.approx(expected, abs=LEARNING_RATE * 1e-12)
+    assert 0 < rates[-1] < 1e-4 * LEARNING_RATE
+
+
+def test_the_optimizer_uses_the_learning_rate_that_is_recorded():
+    parameter = zeros(1)
+    history = quiet_train(constant_step(parameter, [0.0]), [parameter], num_steps=60, optimizer=sgd(0.3))
+    assert history["learning_rate"].max() == pytest.approx(0.3)
+    assert parameter.item() == pytest.approx(-history["learning_rate"].sum(), rel=1e-5)
+
+
+def test_groups_keep_the_ratio_of_their_learning_rates():
+    slow, fast = zeros(1), zeros(1)
+
+    def step():
+        slow.grad, fast.grad = torch.ones(1), torch.ones(1)
+        return {"objective": torch.tensor(0.0)}
+
+    def optimizer(parameters):
+        first, second = parameters
+        return torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": [second], "lr": 0.05}])
+
+    quiet_train(step, [slow, fast], num_steps=40, optimizer=optimizer)
+    assert fast.item() / slow.item() == pytest.approx(5.0, rel=1e-5)
+
+
+def num_constant(history):
+    """The step at which the decay begins."""
+    rates = history["learning_rate"]
+    return int(np.flatnonzero(rates == rates.max())[-1]) + 1
+
+
+@pytest.mark.parametrize(("start", "num_decay"), [(100, 200), (600, 300)])
+def test_decay_begins_where_settled_says_so(start, num_decay):
+    """It takes half the steps so far, at least 200."""
+    parameter = zeros()
+    history = quiet_train(
+        parabola(parameter), [parameter], settled=lambda history: history.num_steps >= start, optimizer=sgd(1e-6)
+    )
+    assert num_constant(history) == start
+    assert history.num_steps == start + num_decay
+    assert history["learning_rate"][-1] < 1e-4 * history["learning_rate"].max()
+
+
+def test_decay_begins_at_a_plateau():
+    """Best in the first window, then six windows without progress."""
+    parameter = zeros(1)
+    noise = torch.randn(10_000).tolist()
+    history = quiet_train(constant_step(parameter, [-100.0] * WINDOW + noise), [parameter])
+    # Noise may pass for progress once or twice: two standard errors.
+    assert 8 * WINDOW <= num_constant(history) <= 30 * WINDOW
+
+
+def test_no_decay_while_the_objective_grows():
+    parameter = zeros(1)
+    climb = [0.01 * i for i in range(2000)] + [20.0] * 8000
+    history = quiet_train(constant_step(parameter, climb), [parameter])
+    assert 2000 + 5 * WINDOW <= num_constant(history) <= 2000 + 7 * WINDOW
+
+
+def test_no_decay_while_a_number_that_should_fall_does():
+    parameter = zeros(1)
+    fall = [-0.01 * i for i in range(2000)] + [-20.0] * 8000
+    history = quiet_train(constant_step(parameter, fall), [parameter], falls=True)
+    assert 2000 + 5 * WINDOW <= num_constant(history) <= 2000 + 7 * WINDOW
+
+
+def test_settled_is_not_asked_when_the_number_of_steps_is_given():
+    parameter = zeros()
+    history = quiet_train(parabola(parameter), [parameter], num_steps=300, settled=lambda history: True)
+    assert num_constant(history) == 150
+
+
+@pytest.mark.parametrize(("hold", "begin"), [(0, 100), (100, 150), (420, 450), (425, 450), (450, 500)])
+def test_no_decay_is_begun_while_it_is_held(hold, begin):
+    """Looks are taken every 50 steps, and count only after the hold."""
+    parameter = zeros()
+    settled = {"settled": lambda history: history.num_steps >= 100}
+    history = quiet_train(parabola(parameter), [parameter], hold=hold, optimizer=sgd(1e-6), **settled)
+    assert num_constant(history) == begin
+
+
+def test_what_is_seen_during_the_hold_is_no_best():
+    """An objective that falls while it is held, as under a rising temperature, has not stalled."""
+    parameter = zeros(1)
+    fall = [-0.1 * i for i in range(500)] + [-100.0 + 0.01 * i for i in range(1500)] + [-85.0] * 2000
+    history = quiet_train(constant_step(parameter, fall), [parameter], hold=500)
+    assert 2000 < num_constant(history) <= 2000 + 7 * WINDOW
+
+
+# Early stopping
+
+
+def counting_fit(scores, max_epochs, patience, steps_per_epoch=1):
+    """Training that adds 1 to a tensor at each step, under given scores, the first before training.
+
+    Returns the schedule, the history of steps, and the tensor's value before each step and at the end.
+    """
+    state, counts = torch.zeros(1), []
+    parameter = zeros(1)
+    remaining = iter(scores)
+
+    def step():
+        counts.append(int(state.item()))
+        state.add_(1)
+        parameter.grad = torch.zeros(1)
+        return {"objective": torch.tensor(float(len(counts)))}
+
+    schedule = EarlyStopping("objective", lambda: next(remaining), [state], steps_per_epoch, max_epochs, patience)
+    history = train(step, [parameter], schedule, progress_bar=False)
+    return schedule, history, [*counts, int(state.item())]
+
+
+def test_a_growing_score_is_followed_to_the_last_epoch():
+    schedule, history, _ = counting_fit(range(100), max_epochs=60, patience=1, steps_per_epoch=2)
+    assert (schedule.epochs.num_steps, schedule.best, schedule.best_epoch) == (60, 60, 60)
+    assert history.num_steps == 120
+    rates = history["learning_rate"]
+    assert rates[WARM_UP:80] == pytest.approx(LEARNING_RATE)
+    expected = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * np.arange(1, 41) / 41))
+    assert rates[80:] == pytest.approx(expected, abs=LEARNING_RATE * 1e-12)
+
+
+def test_the_decay_begins_at_the_best_state_where_the_score_stalls():
+    """Best after epoch 40, stalled for 5: the decay takes half of 45 epochs, if it helps."""
+    scores = [*range(41), *[0] * 5, *range(41, 100)]
+    schedule, history, counts = counting_fit(scores, max_epochs=1000, patience=5)
+    assert counts[:46] == [*range(45), 40]
+    assert schedule.epochs.num_steps == history.num_steps == 45 + 22
+    rates = history["learning_rate"]
+    assert rates[WARM_UP:45] == pytest.approx(LEARNING_RATE)
+    assert (np.diff(rates[45:]) < 0).all()
+    assert 0 < rates[-1] < 0.01 * LEARNING_RATE
+
+
+def test_a_decay_that_does_not_help_stops_early():
+    scores = [*range(41), *[0] * 100]
+    schedule, history, counts = counting_fit(scores, max_epochs=1000, patience=5)
+    assert history.num_steps == 45 + 5
+    assert counts[-1] == 45
+    assert (schedule.best, schedule.best_epoch) == (40, 40)
+
+
+def test_the_best_state_can_be_put_back():
+    parameter, buffer = zeros(1), torch.zeros(2, dtype=torch.long)
+    remaining = iter([0.0, 2.0, *[1.0] * 5])
+
+    def step():
+        buffer.add_(1)
+        parameter.grad = -torch.ones(1)
+        return {"objective": torch.tensor(0.0)}
+
+    schedule = EarlyStopping("objective", lambda: next(remaining), [parameter, buffer], 3, 6, 9)
+    rates = train(step, [parameter], schedule, optimizer=sgd(1.0), progress_bar=False)["learning_rate"]
+    assert buffer.tolist() == [9, 9]  # the decay began at the best state, after epoch 4
+    schedule.restore_best()
+    assert buffer.tolist() == [3, 3]
+    assert parameter.item() == pytest.approx(rates[:3].sum())
+
+
+def test_training_that_only_harms_ends_where_it_began():
+    schedule, _, _ = counting_fit(range(0, -100, -1), max_epochs=100, patience=4)
+    assert (schedule.best, schedule.best_epoch) == (0, 0)
+    assert schedule.epochs.num_steps == 4 + 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_never_the_best(bad):
+    schedule, _, _ = counting_fit([bad, bad, -3.0, bad, -2.0, bad], max_epochs=5, patience=5)
+    assert (schedule.best, schedule.best_epoch) == (-2.0, 4)
+    schedule, _, _ = counting_fit([bad] * 10, max_epochs=5, patience=5)
+    assert (schedule.best, schedule.best_epoch) == (-math.inf, 0)
+
+
+@pytest.mark.parametrize("max_epochs", [1, 2, 3, 4])
+@pytest.mark.parametrize("patience", [1, 10])
+def test_few_epochs(max_epochs, patience):
+    """However early the score stalls, no more than ``max_epochs``."""
+    for scores in (range(100), range(0, -100, -1)):
+        schedule, _, _ = counting_fit(scores, max_epochs, patience)
+        assert 1 <= schedule.epochs.num_steps <= max_epochs
+
+
+@pytest.mark.parametrize("patience", range(1, 12))
+def test_a_stall_at_any_time_ends_in_time(patience):
+    for max_epochs in (5, 6, 7, 20):
+        growing_again = [0, *[-1] * patience, *range(1, 100)]
+        assert counting_fit(growing_again, max_epochs, patience)[0].epochs.num_steps <= max_epochs
+
+
+def test_epochs_have_means_of_their_steps():
+    schedule, _, _ = counting_fit([-1.0, -2.0, -3.0, -4.0], max_epochs=3, patience=9, steps_per_epoch=4)
+    epochs = schedule.epochs
+    assert set(epochs) == {"objective", "validation_objective", "learning_rate", "grad_norm"}
+    assert epochs["objective"].tolist() == [2.5, 6.5, 10.5]
+    assert epochs["validation_objective"].tolist() == [-2.0, -3.0, -4.0]
+    assert repr(epochs).startswith("History(3 epochs: ")
+
+
+def test_progress_bar_shows_both_curves(capfd):
+    parameter = zeros(1)
+    schedule = EarlyStopping("objective", lambda: -2.5, [parameter], steps_per_epoch=2, max_epochs=4, patience=9)
+    train(constant_step(parameter, [-1.25]), [parameter], schedule)
+    shown = capfd.readouterr().err
+    assert "epoch=4, objective=-1.250, validation_objective=-2.500" in shown
+
+
+# Gradient clipping
+
+
+def test_large_gradients_are_clipped_to_a_norm():
+    parameter = zeros(4)
+    history = quiet_train(
+        constant_step(parameter, [0.0], gradients=[1e6]), [parameter], num_steps=1, optimizer=sgd(1.0)
+    )
+    step = -parameter.detach() / history["learning_rate"][0]
+    assert step.norm().item() == pytest.approx(MAX_NORM, rel=1e-4)
+    assert history["grad_norm"] == pytest.approx([2e6])  # as it was
+
+
+def test_small_gradients_are_left_alone():
+    parameter = zeros(4)
+    history = quiet_train(
+        constant_step(parameter, [0.0], gradients=[0.5]), [parameter], num_steps=1, optimizer=sgd(1.0)
+    )
+    assert (-parameter.detach() / history["learning_rate"][0]).tolist() == pytest.approx([0.5] * 4)
+
+
+# The guard
+
+
+@pytest.mark.parametrize("where", ["objective", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_isolated_bad_step_changes_nothing_and_training_goes_on(where, value):
+    seen = []
+    parameter = zeros(1)
+    objectives, gradients = [0.0] * 100, [1.0] * 100
+    (objectives if where == "objective" else gradients)[30] = value
+    inner = constant_step(parameter, objectives, gradients)
+
+    def step():
+        seen.append(parameter.item())
+        return inner()
+
+    history = quiet_train(step, [parameter], num_steps=100, optimizer=sgd())
+    seen.append(parameter.item())
+    assert np.flatnonzero(np.diff(seen) == 0).tolist() == [30]
+    assert history.num_steps == 100
+
+
+def test_bad_steps_do_not_enter_the_optimizer_state():
+    """With Adam one NaN would stay in the moments for ever."""
+    parameter = zeros()
+    clean = parabola(parameter)
+    count = iter(range(10**6))
+
+    def step():
+        record = clean()
+        if next(count) % 7 == 3:
+            parameter.grad.fill_(math.nan)
+        return record
+
+    quiet_train(step, [parameter], num_steps=2000)
+    assert (parameter - TARGET).abs().max() < 1e-3
+
+
+def test_bad_steps_that_are_not_in_a_row_never_diverge():
+    parameter = zeros(1)
+    runs = ([math.nan] * (MAX_BAD_STEPS - 1) + [0.0]) * 20
+    history = quiet_train(constant_step(parameter, runs), [parameter], num_steps=len(runs), optimizer=sgd())
+    assert history.num_steps == len(runs)
+
+
+def test_without_num_steps_bad_steps_do_not_break_the_search_for_a_plateau():
+    parameter = zeros(1)
+    objectives = [math.nan if i % 3 else 0.0 for i in range(3000)]
+    history = quiet_train(constant_step(parameter, objectives), [parameter], optimizer=sgd(1e-3))
+    assert history.num_steps < 3000
+
+
+@pytest.mark.parametrize("where", ["objective", "gradient"])
+def test_too_many_bad_steps_raise(where):
+    parameter = zeros(1)
+    good, bad = [0.0] * 70, [math.nan] * 100
+    options = {"objectives": good + bad} if where == "objective" else {"objectives": [0.0], "gradients": [1.0, *bad]}
+    with pytest.raises(DivergedError, match=rf"{MAX_BAD_STEPS} steps in a row") as caught:
+        quiet_train(constant_step(parameter, **options), [parameter], num_steps=500)
+    assert isinstance(caught.value, FlowError)
+    assert isinstance(caught.value, RuntimeError)
+    assert f"up to step {(70 if where == 'objective' else 1) + MAX_BAD_STEPS}" in str(caught.value)
+
+
+def test_after_divergence_parameters_are_finite():
+    """Here the parameters themselves are driven off: the good state is from before."""
+    parameter = zeros(1)
+
+    def step():
+        parameter.grad = -torch.ones(1)
+        return {"objective": torch.where(parameter < 60.0, parameter.detach(), torch.nan).sum()}
+
+    with pytest.raises(DivergedError):
+        quiet_train(step, [parameter], num_steps=1000, optimizer=sgd(1.0))
+    assert 0 < parameter.item() < 60.0
+
+
+def test_after_divergence_at_the_start_parameters_are_as_they_were():
+    parameter = torch.tensor([1.5], requires_grad=True)
+    with pytest.raises(DivergedError):
+        quiet_train(constant_step(parameter, [math.nan]), [parameter])
+    assert parameter.item() == 1.5
+
+
+@pytest.mark.parametrize("last_good", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
+def test_the_restored_state_has_a_finite_objective(last_good):
+    """Whichever step throws the parameters off, also the one at which a state is kept."""
+    parameter = zeros(1)
+    count = iter(range(1, 10**6))
+
+    def step():
+        parameter.grad = torch.full((1,), -10.0 if next(count) == last_good else -1e-3)
+        return {"objective": torch.where(parameter < 5.0, 0.0, torch.nan).sum()}
+
+    with pytest.raises(DivergedError):
+        quiet_train(step, [parameter], num_steps=1000, optimizer=sgd(1.0))
+    assert torch.isfinite(step()["objective"])
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        partial(torch.optim.SGD, lr=0.1),
+        lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
+        pyro.optim.Adam({"lr": 0.01}),
+        pyro.optim.SGD({"lr": 0.1, "momentum": 0.5}),
+        pyro.optim.ClippedAdam({"lr": 0.01}),
+    ],
+    ids=["default", "partial", "function", "pyro adam", "pyro sgd", "pyro clipped adam"],
+)
+def test_optimizers_reach_the_optimum(optimizer):
+    parameter = zeros()
+    quiet_train(parabola(parameter), [parameter], num_steps=1500, optimizer=optimizer)
+    assert (parameter - TARGET).abs().max() < 2e-3
+
+
+def test_a_pyro_optimizer_keeps_its_options():
+    """Two steps with momentum: the second one is 1.5 times as long, for equal rates."""
+    parameter = zeros(1)
+    optimizer = pyro.optim.SGD({"lr": 0.1, "momentum": 0.5})
+    rates = quiet_train(constant_step(parameter, [0.0]), [parameter], num_steps=2, optimizer=optimizer)["learning_rate"]
+    assert -parameter.item() == pytest.approx(rates[0] + 1.5 * rates[1], rel=1e-5)
+
+
+def test_an_optimizer_is_not_changed_by_its_use():
+    """One function or Pyro optimizer can serve several fits."""
+    optimizer = pyro.optim.Adam({"lr": 0.02})
+    rates = [
+        quiet_train(parabola(parameter), [parameter], num_steps=50, optimizer=optimizer)["learning_rate"]
+        for parameter in (zeros(), zeros())
+    ]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[0].max() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda parameters: None, "returned NoneType"),
+        (lambda parameters: list(parameters), "returned list"),
+        (pyro.optim.Adam(lambda name: {"lr": 0.01}), "options by parameter"),
+    ],
+    ids=["none", "list", "options by parameter"],
+)
+def test_wrong_optimizers_raise(optimizer, message):
+    parameter = zeros()
+    with pytest.raises(OptionError, match=message):
+        quiet_train(parabola(parameter), [parameter], num_steps=5, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameter: torch.optim.SGD([parameter], lr=0.1),
+        lambda parameter: "adam",
+        lambda parameter: 0.01,
+    ],
+    ids=["an optimizer itself", "a name", "a number"],
+)
+def test_what_is_no_function_is_no_optimizer(make):
+    parameter = zeros()
+    with pytest.raises(OptionError, match="optimizer must"):
+        quiet_train(parabola(parameter), [parameter], num_steps=5, optimizer=make(parameter))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pyro.optim.ExponentialLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1}, "gamma": 0.1}),
+        pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1e-3}),
+    ],
+    ids=["schedule", "clipping"],
+)
+def test_what_a_pyro_optimizer_does_besides_is_refused(optimizer):
+    """A schedule or clipping of the user's that would be left out without a word."""
+    parameter = zeros()
+    with pytest.raises(OptionError, match="schedule|clip"):
+        quiet_train(parabola(parameter), [parameter], num_steps=5, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("num_steps", [0, -3])
+def test_num_steps_must_be_positive(num_steps):
+    with pytest.raises(OptionError, match=f"num_steps must be positive, got {num_steps}"):
+        quiet_train(parabola(zeros()), [zeros()], num_steps=num_steps)
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("when", ["before the gradient", "after the gradient"])
+def test_keyboard_interrupt_leaves_finite_parameters(when):
+    parameter = zeros()
+    clean = parabola(parameter)
+    count = iter(range(10**6))
+
+    def step():
+        i = next(count)
+        if i == 120 and when == "before the gradient":
+            raise KeyboardInterrupt
+        record = clean()
+        if i == 120:
+            raise KeyboardInterrupt
+        return record
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet_train(step, [parameter], num_steps=1000)
+    assert torch.isfinite(parameter).all()
+    assert (parameter - TARGET).norm() < TARGET.norm()  # what was learned is kept
+
+
+def test_keyboard_interrupt_among_bad_steps_leaves_a_good_state():
+    parameter = zeros(1)
+    count = iter(range(10**6))
+
+    def step():
+        if next(count) == 65:
+            raise KeyboardInterrupt
+        parameter.grad = -torch.ones(1)
+        return {"objective": torch.where(parameter < 40.0, 0.0, torch.nan).sum()}
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet_train(step, [parameter], num_steps=1000, optimizer=sgd(1.0))
+    assert 0 < parameter.item() < 40.0
+
+
+# History
+
+
+def test_history_has_what_the_step_recorded():
+    parameter = zeros(1)
+    count = iter(range(100))
+
+    def step():
+        i = next(count)
+        parameter.grad = torch.tensor([3.0])
+        return {"objective": torch.tensor(float(i)), "other": torch.tensor(2.0 * i)}
+
+    history = quiet_train(step, [parameter], num_steps=10)
+    assert set(history) == {"objective", "other", "grad_norm", "learning_rate"}
+    assert history["objective"].tolist() == list(range(10))
+    assert history["other"].tolist() == list(range(0, 20, 2))
+    assert history["grad_norm"].tolist() == [3.0] * 10
+    assert all(values.dtype == np.float64 for values in history.values())
+    assert repr(history) == "History(10 steps: objective, other, grad_norm, learning_rate)"
+
+
+def test_history_is_a_mapping():
+    history = History({"a": [1.0, math.nan, 3.0]})
+    assert dict(history).keys() == {"a"}
+    assert len(history) == 1
+    assert history.num_steps == 3
+    assert history.recent("a", 2).tolist() == [3.0]
+    assert "b" not in history
+    assert History().num_steps == 0
+
+
+# Progress
+
+
+def test_no_progress_bar_prints_nothing(capfd):
+    parameter = zeros()
+    train(parabola(parameter), [parameter], Plateau("objective", 20), progress_bar=False)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_progress_bar_shows_the_monitored_value(capfd):
+    parameter = zeros(1)
+    train(constant_step(parameter, [-12.34]), [parameter], Plateau("objective", 20))
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "objective=-12.34" in captured.err
+    assert "20/20" in captured.err
+
+
+def test_progress_bar_is_closed_by_an_error(capfd):
+    """An open bar would go on printing over what comes next."""
+
+    def step():
+        raise RuntimeError("of the model")
+
+    with pytest.raises(RuntimeError, match="of the model"):
+        train(step, [zeros()], Plateau("objective", 20))
+    from tqdm.auto import tqdm
+
+    assert not tqdm._instances
