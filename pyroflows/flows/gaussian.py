@@ -1,6 +1,7 @@
 """The Gaussian of full covariance, as a flow."""
 
-from pyroflows.flows.flow import Base, Flow
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import Flow
 from pyroflows.transforms import Triangular
 
 

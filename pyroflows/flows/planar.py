@@ -1,6 +1,7 @@
 """Planar flow."""
 
-from pyroflows.flows.flow import Base, Flow
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import Flow
 from pyroflows.transforms import planar
 
 

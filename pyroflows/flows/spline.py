@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch.distributions import constraints
 
-from pyroflows.flows.flow import Base, Flow
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import autoregressive_layers, coupling_layers, inverses
 from pyroflows.transforms.univariate import Spline
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import IAF, Flow, Mixture, Planar, RealNVP
-from pyroflows.flows.flow import Base, as_flow
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import as_flow
 from pyroflows.models.structure import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
@@ -149,7 +150,7 @@ class AutoFlow(AutoContinuous):
             last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
         else:
             last = Triangular(dim, loc=loc, scale_tril=scale)
-        return Flow([*flow.transform.layers, last], base=flow.base).to(loc)
+        return Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
 
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
         r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.

@@ -14,7 +14,7 @@ from pyroflows import plots
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import ModelError, OptionError
 from pyroflows.fitting import DensityFit, Distillation
-from pyroflows.flows import Flow, Gaussian, Mixture
+from pyroflows.flows import Flow, Gaussian
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference import diagnosis, files, refit
@@ -321,8 +321,7 @@ class Posterior:
         """The verdict, and why."""
         found = self._diagnostics
         modes = None if self.starts is None else str(self.starts)
-        num_covered = len(self._flow.components) if isinstance(self._flow, Mixture) else 1
-        others = 0 if self.starts is None else len(self.starts.modes) - num_covered
+        others = 0 if self.starts is None else len(self.starts.modes) - len(self._flow.components)
         return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents, self.history, modes, others)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":

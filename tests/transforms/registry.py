@@ -105,7 +105,9 @@ LAYERS: dict[str, Factory] = {
     "lu-permuted": _factory(LU, order=_shuffled),
     "triangular": _factory(Triangular),
     "triangular-whitening": _factory(Triangular, loc=_location, scale_tril=_cholesky_factor),
-    "standardize": lambda dim, context_dim: Standardize(torch.linspace(-1.0, 2.0, dim), torch.linspace(0.5, 2.0, dim)),
+    "standardize": lambda dim, context_dim: Standardize(
+        dim, torch.linspace(-1.0, 2.0, dim), torch.linspace(0.5, 2.0, dim)
+    ),
     "compose": _compose,
 }
 TAKES_NO_CONTEXT = {"permutation", "standardize"}
