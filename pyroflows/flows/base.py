@@ -40,6 +40,11 @@ def standard_normal(shape: torch.Size) -> Distribution:
     return dist.Normal(torch.zeros(shape), torch.ones(shape)).to_event(len(shape))
 
 
+def is_validated() -> bool:
+    """Whether distributions check their values: as Pyro was told, but never in what torch compiles into one graph."""
+    return not torch.compiler.is_compiling() and bool(is_validation_enabled())
+
+
 class StudentT(nn.Module):
     r"""Independent standard Student-t variables with learned degrees of freedom :math:`\nu = 1 + \mathrm{softplus}(a)`.
 
@@ -53,7 +58,8 @@ class StudentT(nn.Module):
         self.raw_df = nn.Parameter(torch.full(shape_of(dim), df - 1.0).expm1().log())
 
     def forward(self) -> Distribution:
-        return dist.StudentT(1 + F.softplus(self.raw_df)).to_event(self.raw_df.dim())
+        df = 1 + F.softplus(self.raw_df)
+        return dist.StudentT(df, validate_args=is_validated()).to_event(df.dim())
 
 
 class DistributionModule(nn.Module):
@@ -87,7 +93,7 @@ class DistributionModule(nn.Module):
     def forward(self) -> Distribution:
         # A shallow copy with today's tensors: its constructor would validate them again at every call.
         distribution = copy.copy(self._template)
-        distribution._validate_args = distribution._validate_args and is_validation_enabled()
+        distribution._validate_args = distribution._validate_args and is_validated()
         vars(distribution).update(self._parameters)
         vars(distribution).update(self._buffers)
         vars(distribution).update({name: module() for name, module in self._modules.items() if module is not None})

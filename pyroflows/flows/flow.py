@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyroflows.errors import FlowError, OptionError, ShapeError
-from pyroflows.flows.base import Base, base_module, standard_normal
+from pyroflows.flows.base import Base, base_module, is_validated, standard_normal
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
@@ -140,7 +140,7 @@ class Flow(nn.Module):
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
         if isinstance(self, PyroModule):
             _state_parameters(self)
-        return FlowDistribution(self.base(), self.transform, context)
+        return FlowDistribution(self.base(), self.transform, context, is_validated())
 
     @property
     def adapts(self) -> bool:
