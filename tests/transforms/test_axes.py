@@ -104,7 +104,7 @@ LAYERS = {
     "elementwise": lambda context_dim: Elementwise(SHAPE, "spline", context_dim),
     "compose": lambda context_dim: Compose([ordered(context_dim, axis=1), coupling(context_dim), ordered(0).inv]),
 }
-with_and_without_context = pytest.mark.parametrize("context_dim", [0, 3])
+with_and_without_context = pytest.mark.parametrize("context_dim", [0, 5])
 all_layers = pytest.mark.parametrize("name", LAYERS)
 ordered_layers = pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith(("auto", "time"))])
 both_directions = pytest.mark.parametrize("direction", ["forward", "inverse"])
@@ -157,7 +157,7 @@ def test_inverse_undoes_forward(name, context_dim, batch_shape, dtype):
 @all_layers
 @both_directions
 def test_rows_of_a_batch_do_not_mix(name, direction):
-    t = layer(name, 3)
+    t = layer(name, 5)
     value, context = inputs(t, (5,))
     expected = pair_of(t, direction)(value, context)
     rows = [pair_of(t, direction)(v, c) for v, c in zip(value, context, strict=True)]
@@ -184,7 +184,7 @@ def test_score_is_the_gradient_of_the_log_density(name, context_dim):
 @all_layers
 @both_directions
 def test_identity_at_start(name, direction):
-    t = LAYERS[name](3)
+    t = LAYERS[name](5)
     value, context = inputs(t, (5,), torch.float32)
     result, ladj = pair_of(t, direction)(value, context)
     torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
@@ -230,15 +230,19 @@ def test_named_networks_see_one_place(axis, mask):
         assert (at_place[~mask][:, mask] != 0).all() and (at_place.diagonal() > 0).all()
 
 
-def test_coupling_of_channels_is_that_of_vectors_at_each_place():
-    image, vector = coupling(2), Coupling(3, hidden_dims=(8,), context_dim=2)
-    vector.conditioner.load_state_dict(perturb(image.conditioner.net).state_dict())
-    z, context = torch.randn(5, *SHAPE), torch.randn(5, 2)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_coupling_along_an_axis_is_that_of_vectors_at_each_place(axis):
+    size = SHAPE[axis]
+    image, vector = coupling(5, axis=axis), Coupling(size, hidden_dims=(8,), context_dim=5)
+    if axis == 2:
+        vector.load_state_dict(perturb(image).state_dict())
+    else:
+        vector.conditioner.load_state_dict(perturb(image.conditioner.net).state_dict())
+    z, context = torch.randn(7, *SHAPE), torch.randn(7, 5)
     x, ladj = image.forward_and_ladj(z, context)
-    places = z.permute(2, 3, 0, 1)
-    expected, ladj_of_places = vector.forward_and_ladj(places, context)
-    torch.testing.assert_close(x.permute(2, 3, 0, 1), expected)
-    torch.testing.assert_close(ladj, ladj_of_places.sum((0, 1)))
+    expected, ladj_of_places = vector.forward_and_ladj(z.movedim(1 + axis, -1), context[:, None, None])
+    torch.testing.assert_close(x.movedim(1 + axis, -1), expected)
+    torch.testing.assert_close(ladj, ladj_of_places.sum((1, 2)))
 
 
 def test_time_first_is_a_sequence_transposed():
