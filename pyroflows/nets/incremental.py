@@ -114,7 +114,7 @@ class IncrementalGradient(Protocol):
     ) -> tuple[Tensor, Callable[[Tensor], GradientSteps]]:
         """The parameters at z, as ``forward`` gives them, and a function that makes the steps.
 
-        The function takes the gradient of the inputs, ``(D, *channels, N)``, by place, to which the steps add in place;
-        N is the number of all rows of z.
+        The function takes the gradient of the inputs, ``(D, *channels, N)``, to which the steps add in place. N is the
+        number of all rows of z. The first axis is that of z, not its order: place i has the gradient at ``order[i]``.
         """
         ...

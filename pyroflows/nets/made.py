@@ -221,14 +221,15 @@ class _GradientSteps:
     Args:
         net: the network.
         hidden: its pre-activations ``(N, width)`` at the inputs.
-        inputs: ``(D, N)``, by place, to which the gradient is added in place.
+        inputs: ``(D, N)``, by dimension, to which the gradient is added in place.
     """
 
     def __init__(self, net: MADE, hidden: list[Tensor], inputs: Tensor) -> None:
-        *weights, output = net.weights_by_place()
-        self._output = output.transpose(1, 2).unbind()
+        self._order = net.order
+        self._output = net.output.masked_weight.unflatten(0, (net.num_params, -1)).permute(1, 2, 0).unbind()
         # From the units of each degree to the layer before.
-        self._weights = [weight.T.split(units, 1) for weight, units in zip(weights, net.units, strict=True)]
+        layers = [net.input, *net.hidden]
+        self._weights = [layer.masked_weight.T.split(units, 1) for layer, units in zip(layers, net.units, strict=True)]
         slopes = [torch.ops.aten.silu_backward(torch.ones_like(h), h).T.contiguous() for h in hidden]
         self._slopes = [slope.split(units) for slope, units in zip(slopes, net.units, strict=True)]
         gradients = [inputs.new_zeros(slope.shape) for slope in slopes]
@@ -239,7 +240,7 @@ class _GradientSteps:
     def pull_back(self, i: int, gradient: Tensor) -> None:
         """Take in the gradient ``(num_params, N)`` of the parameters at place i."""
         # In place, since an allocation would cost more than the arithmetic.
-        self._layers[-1].addmm_(self._output[i], gradient)
+        self._layers[-1].addmm_(self._output[self._order[i]], gradient)
         # What reaches a hidden unit of degree i comes from parameters at places from i on, all of which are there.
         for k in reversed(range(len(self._units))):
             units = self._units[k][i]

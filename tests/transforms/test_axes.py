@@ -51,7 +51,7 @@ class Stepwise(Plain):
 
     def with_gradient_steps(self, z, context=None):
         rows = z.detach().reshape(-1, *self.channels, len(self.order))
-        return self(z, context), partial(BackwardSteps, self, rows.transpose(0, -1)[self.order])
+        return self(z, context), partial(BackwardSteps, self, rows.transpose(0, -1))
 
 
 class ForwardSteps:
@@ -69,7 +69,8 @@ class BackwardSteps:
 
     def pull_back(self, i, gradient):
         share = (self.net.weight.T @ gradient.flatten(0, -2)).unflatten(0, self.net.channels)
-        self.inputs[:i] += self.slopes[:i] * share
+        earlier = self.net.order[:i]
+        self.inputs[earlier] += self.slopes[earlier] * share
 
 
 def convolution(in_dim, out_dim, hidden_dims):
@@ -357,7 +358,7 @@ def test_context_of_couplings_is_a_vector():
 
 def test_conditioner_that_gives_another_shape_raises():
     t = Coupling(SHAPE, conditioner=lambda in_dim, out_dim, _: nn.Conv2d(in_dim, out_dim, 2))
-    message = r"conditioner of Coupling must map \(5, 1, 4, 2\) to \(5, 4, 4, 2\), but gave \(5, 4, 3, 1\)"
+    message = r"conditioner of Coupling must map \(5, 1, 4, 2\) to \(..., 4, 4, 2\), but gave \(5, 4, 3, 1\)"
     with pytest.raises(ShapeError, match=message):
         t(torch.zeros(5, *SHAPE))
     t = Autoregressive((4, 2), "spline", conditioner=lambda *_, channels: CausalConv(range(2), 2, channels=channels))

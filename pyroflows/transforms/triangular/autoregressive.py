@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MADE, CausalConv, Incremental, ParameterSteps, ResMADE
+from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE
 from pyroflows.nets.checks import checked_conditioner
 from pyroflows.shapes import as_given, axis_from_the_end, described
 from pyroflows.transforms.base import Pair, Triple, pull_back
@@ -184,12 +184,13 @@ class Autoregressive(TriangularTransform):
 
     def _solve(self, x: Tensor, context: Tensor | None) -> Pair:
         """The inverse without gradients, by steps of the network if it has them."""
-        if not isinstance(self.conditioner, Incremental):
+        incremental = getattr(self.conditioner, "incremental", None)
+        if incremental is None:
             with torch.no_grad():
                 return self._inverse_by_passes(x, context)
         with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
             rows = x.reshape(-1, *x.shape[-len(self.event_shape) :])
-            steps = self.conditioner.incremental(len(rows), self._context_rows(x, context))
+            steps = incremental(len(rows), self._context_rows(x, context))
             z, log_slopes = self._solve_by_steps(rows, steps)
         z, log_slopes = (t.clone(memory_format=torch.contiguous_format) for t in (z, log_slopes))
         return z.reshape(x.shape), log_slopes.reshape(x.shape)

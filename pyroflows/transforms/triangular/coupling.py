@@ -97,13 +97,14 @@ class Coupling(FlowTransform):
         self.num_blocks = 1 + sum(a != b for a, b in pairwise(self.mask))
         self.event_axes = tuple(range(-len(self.event_shape), 0))
 
-        rest = self.event_shape[len(self.event_shape) + self.axis + 1 :]
+        self.rest = self.event_shape[len(self.event_shape) + self.axis + 1 :]
         in_dim = len(self.passing) + self.context_dim
         out_dim = len(self.transformed) * self.univariate.num_params
+        self.theta_shape = (out_dim, *self.rest)
         self.conditioner = (
-            _network(conditioner, in_dim, out_dim, hidden_dims, len(rest))
+            _network(conditioner, in_dim, out_dim, hidden_dims, len(self.rest))
             if in_dim
-            else Parameters(torch.zeros(out_dim, *rest))
+            else Parameters(torch.zeros(self.theta_shape))
         )
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
@@ -128,26 +129,26 @@ class Coupling(FlowTransform):
     def _theta(self, z_a: Tensor, context: Tensor | None) -> Tensor:
         """The parameters of z_B, ``(*z_b.shape, num_params)``."""
         given = z_a if context is None else torch.cat([z_a, self._at_all_places(context, z_a)], self.axis)
-        theta = self._parameters_at(given) if given.shape[self.axis] else self.conditioner()
+        theta = self._parameters_at(given) if len(self.mask) > 1 or context is not None else self.conditioner()
         # Parameter-major in memory, so that each parameter is one contiguous block over the elements.
-        theta = theta.unflatten(self.axis, (self.univariate.num_params, len(self.transformed)))
-        return theta.movedim(self.axis - 1, -1)
+        return theta.unflatten(self.axis, (self.univariate.num_params, -1)).movedim(self.axis - 1, -1)
 
     def _at_all_places(self, context: Tensor, z_a: Tensor) -> Tensor:
         """The context along the masked axis, the same at each place of the other axes."""
-        sizes = [1] * len(self.event_shape)
-        sizes[self.axis] = self.context_dim
-        return context.reshape(*context.shape[:-1], *sizes).expand(_with_size(z_a.shape, self.axis, self.context_dim))
+        if len(self.event_shape) > 1:
+            others = [1] * (len(self.event_shape) - 1)
+            others.insert(self.axis + len(self.event_shape), self.context_dim)
+            context = context.reshape(*context.shape[:-1], *others)
+        return context.expand(*z_a.shape[: self.axis], self.context_dim, *self.rest)
 
     def _parameters_at(self, given: Tensor) -> Tensor:
         """What the conditioner computes, ``(..., out_dim, *rest)``."""
-        batch = given.reshape(-1, *given.shape[self.axis :]) if self.axis < -1 else given
+        batch = given.reshape(-1, *given.shape[self.axis :]) if self.rest else given
         theta = self.conditioner(batch)
-        expected = _with_size(batch.shape, self.axis, len(self.transformed) * self.univariate.num_params)
-        if theta.shape != expected:
-            shapes = f"{tuple(batch.shape)} to {expected}, but gave {tuple(theta.shape)}"
-            raise ShapeError(f"the conditioner of Coupling must map {shapes}")
-        return theta.reshape(*given.shape[: self.axis], *theta.shape[1:]) if self.axis < -1 else theta
+        if theta.shape[self.axis :] != self.theta_shape:
+            shapes = f"{tuple(batch.shape)} to (..., {', '.join(map(str, self.theta_shape))})"
+            raise ShapeError(f"the conditioner of Coupling must map {shapes}, but gave {tuple(theta.shape)}")
+        return theta.reshape(*given.shape[: self.axis], *self.theta_shape) if self.rest else theta
 
     # Where A and B are a block each, splitting and joining take half the time that they take by index.
     def _split(self, z: Tensor) -> Pair:
@@ -164,13 +165,6 @@ class Coupling(FlowTransform):
         if self.num_blocks > 2:
             return torch.cat([z_a, x_b], self.axis).index_select(self.axis, self.place)
         return torch.cat([z_a, x_b] if self.mask[0] else [x_b, z_a], self.axis)
-
-
-def _with_size(shape: torch.Size, axis: int, size: int) -> tuple[int, ...]:
-    """The shape with another size of an axis."""
-    sizes = list(shape)
-    sizes[axis] = size
-    return tuple(sizes)
 
 
 def _network(

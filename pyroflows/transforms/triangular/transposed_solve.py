@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import FlowError
-from pyroflows.nets import GradientSteps, IncrementalGradient
+from pyroflows.nets import GradientSteps
 from pyroflows.transforms.base import pull_back
 
 # It maps g, T', the derivative of T by theta, and c, to v.
@@ -38,8 +38,9 @@ def parameters_and_solver(
         order: ``order[i]`` is the index along the last axis that stands at place i.
         num_axes: the number of axes of an event, 1 for vectors.
     """
-    if isinstance(net, IncrementalGradient):
-        theta, start = net.with_gradient_steps(z, context)
+    # isinstance with a protocol takes as long as a step.
+    if (with_gradient_steps := getattr(net, "with_gradient_steps", None)) is not None:
+        theta, start = with_gradient_steps(z, context)
         return theta, partial(_by_substitution, start, order, num_axes)
     z = z if z.requires_grad else z.detach().requires_grad_()
     theta = net(z, context)
@@ -57,22 +58,23 @@ def _by_substitution(
 ) -> Tensor:
     """Backward substitution: the sum is what the network's backward pass brings to input j once all later v_k are
     known."""
-    index_of_place = torch.as_tensor(order, device=gradient.device)
 
     def by_index(t: Tensor) -> tuple[Tensor, ...]:
         """D blocks ``(num_params, *channels, N)`` of memory of their own."""
         rows = t.reshape(-1, *t.shape[-num_axes - 1 :])
         return rows.permute(-2, -1, *range(1, num_axes), 0).contiguous().unbind()
 
-    # What is left of g, (D, *channels, N) by place: from the last place on each v_k, known by then, takes its share
-    # from those before.
-    rest = gradient.reshape(-1, *gradient.shape[-num_axes:]).transpose(0, -1)[index_of_place]
-    factors, cotangents = by_index(-x_by_theta / slope[..., None]), by_index(-by_theta)
+    # What is left of g, (D, *channels, N): from the last place on each v_k, known by then, takes its share from those
+    # before.
+    rest = (
+        gradient.reshape(-1, *gradient.shape[-num_axes:]).transpose(0, -1).clone(memory_format=torch.contiguous_format)
+    )
+    rests, factors, cotangents = rest.unbind(), by_index(-x_by_theta / slope[..., None]), by_index(-by_theta)
     steps = start(rest)
-    for place, known in reversed(list(enumerate(rest.unbind()))[1:]):
+    for place in reversed(range(1, len(order))):
         j = order[place]
-        steps.pull_back(place, cotangents[j].addcmul_(known, factors[j]))
-    return rest[index_of_place.argsort()].transpose(0, -1).reshape(gradient.shape) / slope
+        steps.pull_back(place, cotangents[j].addcmul_(rests[j], factors[j]))
+    return rest.transpose(0, -1).reshape(gradient.shape) / slope
 
 
 def _by_iteration(
