@@ -38,8 +38,8 @@ class ParameterSteps(Protocol):
 class Incremental(Protocol):
     """A conditioner that can be evaluated place by place: a module with one more method, ``incremental``.
 
-    The steps must give what the network's ``forward`` gives. An autoregressive layer whose conditioner offers this uses
-    it for its inverse.
+    An autoregressive layer whose conditioner offers this uses it for its inverse. The steps must give what the
+    network's ``forward`` gives, so a subclass that changes one changes the other as well.
 
     Example:
         >>> class RunningSum(torch.nn.Module):
