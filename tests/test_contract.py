@@ -35,7 +35,7 @@ class Fold(FlowTransform):
 
 
 class ActNorm(FlowTransform):
-    r""":math:`x = b + e^s z`, trained, which starts where data have mean 0 and variance 1 (Kingma and Dhariwal 2018)."""
+    r""":math:`x = b + e^s z`, trained, which starts where the data have mean 0 and variance 1."""
 
     def __init__(self, dim):
         super().__init__(dim)
@@ -54,7 +54,7 @@ class ActNorm(FlowTransform):
 
 
 class Linear(nn.Module):
-    r""":math:`\theta_j = c_j + \sum_{k<j} W_{jk} z_k`: a conditioner that is evaluated place by place in the inverse."""
+    r""":math:`\theta_j = c_j + \sum_{k<j} W_{jk} z_k`: a conditioner that the inverse evaluates place by place."""
 
     num_steps = 0
 
