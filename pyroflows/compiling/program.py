@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from pyroflows.compiling.record import Operation, Recorder, tensors_in
+from pyroflows.compiling.record import Operation, Recorder
 from pyroflows.errors import UntraceableError
 
 Function: TypeAlias = Callable[..., Sequence[Tensor]]
 State: TypeAlias = Iterable[nn.Module | Tensor]
 # Where a tensor stands: a module's dictionary of parameters or buffers, and its name there.
-_Place: TypeAlias = tuple[dict[str, Tensor | None], str]
+_Place: TypeAlias = tuple[dict[str, Any], str]
 
 # TorchScript's optimiser gains a fifth on small programs, and takes seconds, more than in proportion, on long ones.
 MAX_OPTIMIZED = 3000
@@ -56,9 +56,7 @@ def _traceable(function: Any) -> Any:
     return _convolution_backward() if function is _aten.convolution_backward.default else function
 
 
-def compiled(
-    function: Function, examples: Sequence[Tensor], executor: str = "trace", state: State = ()
-) -> Function:
+def compiled(function: Function, examples: Sequence[Tensor], executor: str = "trace", state: State = ()) -> Function:
     """The function as one program, for inputs of the examples' shapes and dtypes.
 
     The program reads the tensors of the state anew at each call. Should one of them have another shape by then, or
@@ -100,12 +98,12 @@ def compiled(
 
 def _places(state: State, examples: Sequence[Tensor]) -> list[_Place]:
     """Where the tensors of the state stand, each once, without those that are given at each call."""
-    owners: list[dict[str, Tensor | None]] = []
-    for owner in state:
-        if isinstance(owner, Tensor):
-            owners.append({"": owner})
+    owners: list[dict[str, Any]] = []
+    for part in state:
+        if isinstance(part, Tensor):
+            owners.append({"": part})
         else:
-            owners += [tensors for part in owner.modules() for tensors in (part._parameters, part._buffers)]
+            owners += [tensors for module in part.modules() for tensors in (module._parameters, module._buffers)]
     seen = {id(example) for example in examples}
     places = []
     for owner in owners:
@@ -191,11 +189,20 @@ class _Program:
         self.decisive = [(place, tensor) for place, tensor in kept if id(tensor) in decisive]
         self._inputs = [*examples, *(tensor for _, tensor in kept)]
 
-        known = {id(tensor) for op in self._operations for tensor in op.outputs} | {id(t) for t in self._inputs}
-        constants = [tensor for tensor in used if id(tensor) not in known]
-        if any(recorder.is_view_of_input(tensor) for tensor in constants):
-            raise UntraceableError("the function reads an input through a view of it that was made outside of it")
-        self._constants = {id(tensor): tensor.detach() for tensor in constants}
+        self._constants = {id(tensor): tensor.detach() for tensor in self._not_computed()}
+        if any(recorder.varies(tensor) for tensor in self._constants.values()):
+            raise UntraceableError(
+                "the function reads what varies through a tensor that shares its memory unseen: a view made outside of "
+                "the function, or a module made inside"
+            )
+
+    def _not_computed(self) -> list[Tensor]:
+        known = {id(tensor) for tensor in self._inputs}
+        constants = []
+        for op in self._operations:
+            constants += [t for tensor in op.inputs if id(t := self._source(tensor)) not in known]
+            known.update(id(tensor) for tensor in op.outputs)
+        return constants + [output for output in self._outputs if id(output) not in known]
 
     def _needed(self, operations: list[Operation]) -> list[Operation]:
         """Those that the outputs depend on, and those that write into a tensor."""

@@ -78,8 +78,7 @@ class Recorder(Recording):
         self.decisive: list[Tensor] = []
         self._state = list(state)
         self._inputs = _memories(inputs)
-        self._outside = self._inputs | _memories(state)
-        self._varying = set(self._outside)
+        self._varying = self._inputs | _memories(state)
         self._created: set[int] = set()
         # Outcomes of validation.
         self._checks: set[int] = set()
@@ -149,9 +148,9 @@ class Recorder(Recording):
             if operation.varies or not self._overwritten.isdisjoint(_memories(operation.outputs))
         ]
 
-    def is_view_of_input(self, tensor: Tensor) -> bool:
-        """Whether a tensor shares memory with an input or with the state."""
-        return _memory(tensor) in self._outside
+    def varies(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory holds other values at each run."""
+        return _memory(tensor) in self._varying
 
 
 # Arguments of operations are tensors, and lists of them; torch's general trees would take most of the time.
