@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from pyroflows.compiling.record import Operation, Recorder
+from pyroflows.compiling.record import Operation, Recorder, memories
 from pyroflows.errors import UntraceableError
 
 Function: TypeAlias = Callable[..., Sequence[Tensor]]
@@ -145,7 +145,7 @@ def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
 
 
 class _Program:
-    """The recorded operations, in terms of numbered places for tensors.
+    """The recorded operations that a run repeats, and what they read: inputs, tensors of the state, and constants.
 
     Args:
         function: is recorded.
@@ -155,40 +155,33 @@ class _Program:
     Attributes:
         places: those that the program reads, after what it is given.
         decisive: those whose values decided what was recorded, with these values.
+        num_outputs: how many outputs are the function's; what else the program returns are draws.
     """
 
     def __init__(self, function: Function, examples: Sequence[Tensor], places: list[_Place]) -> None:
         state = _read(places)
         with Recorder(examples, state) as recorder:
             outputs = list(function(*examples))
-        aliases = {
+        self._keep = recorder  # whose tensors keep their identity only as long as they live
+        self._aliases = {
             id(op.output): op.args[0]
             for op in recorder.operations
             if op.function in _ALIASES and op.output is not op.args[0]
         }
-
-        def source(tensor: Tensor) -> Tensor:
-            while id(tensor) in aliases:
-                tensor = aliases[id(tensor)]
-            return tensor
-
-        self._source = source
-        self._keep = recorder  # whose tensors keep their identity only as long as they live
         operations = [op for op in recorder.varying() if op.function not in _ALIASES]
         # Draws that nothing came of are made all the same: those after them are the function's own at equal seeds.
         draws = [output for op in operations if op.is_draw for output in op.outputs]
-        self._outputs = [source(output) for output in outputs] + draws
-        self.num_outputs, self.num_unused_draws = len(outputs), len(draws)
-        self._operations = self._needed(operations)
+        self.num_outputs = len(outputs)
+        self._outputs = [self._source(output) for output in outputs] + draws
+        self._operations = self._without_repetitions(self._needed(operations))
 
-        used = [source(tensor) for op in self._operations for tensor in op.inputs] + self._outputs
+        read = {id(self._source(tensor)) for op in self._operations for tensor in op.inputs}
         decisive = {id(tensor) for tensor in recorder.decisive}
-        wanted = decisive | {id(tensor) for tensor in used}
-        kept = [(place, tensor) for place, tensor in zip(places, state, strict=True) if id(tensor) in wanted]
+        read |= decisive | {id(output) for output in self._outputs}
+        kept = [(place, tensor) for place, tensor in zip(places, state, strict=True) if id(tensor) in read]
         self.places = [place for place, _ in kept]
         self.decisive = [(place, tensor) for place, tensor in kept if id(tensor) in decisive]
         self._inputs = [*examples, *(tensor for _, tensor in kept)]
-
         self._constants = {id(tensor): tensor.detach() for tensor in self._not_computed()}
         if any(recorder.varies(tensor) for tensor in self._constants.values()):
             raise UntraceableError(
@@ -196,13 +189,11 @@ class _Program:
                 "the function, or a module made inside"
             )
 
-    def _not_computed(self) -> list[Tensor]:
-        known = {id(tensor) for tensor in self._inputs}
-        constants = []
-        for op in self._operations:
-            constants += [t for tensor in op.inputs if id(t := self._source(tensor)) not in known]
-            known.update(id(tensor) for tensor in op.outputs)
-        return constants + [output for output in self._outputs if id(output) not in known]
+    def _source(self, tensor: Tensor) -> Tensor:
+        """The tensor that stands for this one."""
+        while id(tensor) in self._aliases:
+            tensor = self._aliases[id(tensor)]
+        return tensor
 
     def _needed(self, operations: list[Operation]) -> list[Operation]:
         """Those that the outputs depend on, and those that write into a tensor."""
@@ -213,6 +204,38 @@ class _Program:
                 kept.append(op)
                 wanted.update(id(self._source(tensor)) for tensor in op.inputs)
         return kept[::-1]
+
+    def _without_repetitions(self, operations: list[Operation]) -> list[Operation]:
+        """Those that compute something new: forward and score, say, both evaluate the density of the base."""
+        # What is written to, here or by whom the outputs are given to, is not shared.
+        own = memories([*self._outputs, *(tensor for op in operations for tensor in op.written)])
+        first: dict[Any, Operation] = {}
+        kept = []
+        for op in operations:
+            is_shareable = not op.is_draw and own.isdisjoint(memories([*op.inputs, *op.outputs]))
+            earlier = first.setdefault((op.function, self._key([op.args, op.kwargs])), op) if is_shareable else op
+            if earlier is op:
+                kept.append(op)
+            else:
+                self._aliases |= {id(a): b for a, b in zip(op.outputs, earlier.outputs, strict=True)}
+        return kept
+
+    def _key(self, tree: Any) -> Any:
+        """Equal for equal arguments."""
+        if isinstance(tree, Tensor):
+            return id(self._source(tree))
+        if isinstance(tree, dict):
+            return tuple((name, self._key(value)) for name, value in tree.items())
+        return tuple(self._key(part) for part in tree) if isinstance(tree, list | tuple) else repr(tree)
+
+    def _not_computed(self) -> list[Tensor]:
+        """What the operations read before any of them gave it."""
+        known = {id(tensor) for tensor in self._inputs}
+        found = []
+        for op in self._operations:
+            found += [t for tensor in op.inputs if id(t := self._source(tensor)) not in known]
+            known.update(id(tensor) for tensor in op.outputs)
+        return found + [output for output in self._outputs if id(output) not in known]
 
     def _run(self, inputs: Sequence[Any], constants: dict[int, Any], call: Callable[..., Any]) -> Any:
         values = constants | {id(tensor): value for tensor, value in zip(self._inputs, inputs, strict=True)}
@@ -243,7 +266,7 @@ class _Program:
             # A TracerWarning, whose class torch.jit does not export: sizes in the graph are those of the examples.
             warnings.simplefilter("ignore", UserWarning)
             # What torch.jit.trace does, which adds the program to a table of the process: that keeps it for good.
-            graph, _ = torch._C._create_graph_by_tracing(run, inputs, lambda value: "", False, False)
+            graph, _ = torch._C._create_graph_by_tracing(run, inputs, lambda value: "", True, False)
         program = torch._C._create_function_from_graph("program", graph)
         is_long = len(self._operations) > MAX_OPTIMIZED
         return _as_it_is(program) if is_long or not _is_optimized_rightly(program, inputs) else program
@@ -266,7 +289,7 @@ def _run_by(executor: str, program: _Program) -> Function:
     else:
         run = program.traced()
     num_outputs = program.num_outputs
-    return run if program.num_unused_draws == 0 else lambda *inputs: run(*inputs)[:num_outputs]
+    return run if num_outputs == len(program._outputs) else lambda *inputs: run(*inputs)[:num_outputs]
 
 
 def _is_optimized_rightly(program: Function, inputs: Sequence[Tensor]) -> bool:

@@ -77,8 +77,8 @@ class Recorder(Recording):
         self.operations: list[Operation] = []
         self.decisive: list[Tensor] = []
         self._state = list(state)
-        self._inputs = _memories(inputs)
-        self._varying = self._inputs | _memories(state)
+        self._inputs = memories(inputs)
+        self._varying = self._inputs | memories(state)
         self._created: set[int] = set()
         # Outcomes of validation.
         self._checks: set[int] = set()
@@ -87,7 +87,7 @@ class Recorder(Recording):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = _memories(tensors_in((args, kwargs)))
+        before = memories(tensors_in((args, kwargs)))
         varies = not before.isdisjoint(self._varying)
         if varies and (looked_at := self._looked_at(function, args)):
             self._decide(function, looked_at)
@@ -95,7 +95,7 @@ class Recorder(Recording):
         # A draw is another one at each run.
         varies = varies or torch.Tag.nondeterministic_seeded in function.tags
         operation = Operation(function, args, kwargs, output, varies)
-        after = _memories(operation.outputs)
+        after = memories(operation.outputs)
         self._created |= after - before
         if varies:
             if function._schema.is_mutable:
@@ -118,11 +118,11 @@ class Recorder(Recording):
 
     def _decide(self, function: Any, looked_at: list[Tensor]) -> None:
         """Note the state that the tensors looked at were computed from, which must be all that they depend on."""
-        memory = _memories(looked_at)
+        memory = memories(looked_at)
         is_drawn = False
         for operation in reversed(self.operations):
-            if not memory.isdisjoint(_memories([*operation.outputs, *operation.written])):
-                memory |= _memories(operation.inputs)
+            if not memory.isdisjoint(memories([*operation.outputs, *operation.written])):
+                memory |= memories(operation.inputs)
                 is_drawn |= operation.is_draw
         if is_drawn or not memory.isdisjoint(self._inputs):
             raise UntraceableError(
@@ -145,7 +145,7 @@ class Recorder(Recording):
         return [
             operation
             for operation in self.operations
-            if operation.varies or not self._overwritten.isdisjoint(_memories(operation.outputs))
+            if operation.varies or not self._overwritten.isdisjoint(memories(operation.outputs))
         ]
 
     def varies(self, tensor: Tensor) -> bool:
@@ -165,9 +165,10 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [tensor for part in tree for tensor in tensors_in(part)] if isinstance(tree, list | tuple) else []
 
 
+def memories(tensors: Iterable[Tensor]) -> set[int]:
+    """What identifies the memory of tensors, which views share."""
+    return {_memory(tensor) for tensor in tensors}
+
+
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _memories(tensors: Iterable[Tensor]) -> set[int]:
-    return {_memory(tensor) for tensor in tensors}
