@@ -77,11 +77,10 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
             tensor that it did not make.
 
     Example:
-        >>> scale = nn.Parameter(torch.tensor(1.0))
+        >>> scale = torch.tensor(1.0)
         >>> scaled_square = compiled(lambda x: [scale * x * x], [torch.ones(2)], state=[scale])
-        >>> with torch.no_grad():
-        ...     scale.fill_(10.0)
-        ...     scaled_square(torch.tensor([2.0, 3.0]))
+        >>> scale += 9.0
+        >>> scaled_square(torch.tensor([2.0, 3.0]))
         (tensor([40., 90.]),)
     """
     if executor == "none":
