@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyroflows.compiling.record import compiled
+from pyroflows.compiling.program import State, compiled
 from pyroflows.errors import OptionError, UntraceableError
 
 # "auto" traces, and goes on without where that fails.
@@ -19,7 +19,7 @@ class Compiler:
     """Compiles functions of tensors and compares them with the originals at other inputs.
 
     Args:
-        mode: "trace" or "inductor", see :func:`pyroflows.compiling.record.compiled`; "none" to compile nothing;
+        mode: "trace" or "inductor", see :func:`pyroflows.compiling.program.compiled`; "none" to compile nothing;
             "auto" for "trace", or, with a warning, nothing where that fails.
 
     Raises:
@@ -35,9 +35,12 @@ class Compiler:
         self.mode = mode
         self.failure: str | None = None
 
-    def __call__(self, function: Callable[..., Any], examples: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
+    def __call__(
+        self, function: Callable[..., Any], examples: Sequence[Tensor], others: Sequence[Tensor], state: State = ()
+    ) -> Any:
         """The compiled function, for inputs like ``examples``, checked at ``others``, which are no inputs of it yet.
 
+        It reads the parameters and buffers of the modules in ``state``, and the tensors there, anew at each call.
         Examples that are parameters are overwritten by the others for the check, and restored.
 
         Raises:
@@ -47,7 +50,7 @@ class Compiler:
             return function
         try:
             with pyro.validation_enabled(False):
-                fast = compiled(function, examples, "trace" if self.mode == "auto" else self.mode)
+                fast = compiled(function, examples, "trace" if self.mode == "auto" else self.mode, state)
                 _check(function, fast, examples, others)
         except Exception as error:  # whatever tracing says of operations it does not know
             if self.mode != "auto":
@@ -59,7 +62,7 @@ class Compiler:
                 stacklevel=2,
             )
             return function
-        return torch.no_grad()(fast)
+        return fast
 
 
 def _check(

@@ -58,8 +58,7 @@ def increasing_root(
         # What is not finite came so, from a fit that diverges: its NaN passes on to the training guard.
         finite = torch.isfinite(scale + lower + upper)
         failed = ~solved & finite
-    # In the form of torch's own validation, which a recording of this function leaves out.
-    if runs_in_python() and not torch._is_all_true(~failed):
+    if runs_in_python() and failed.any():
         raise InversionError(
             f"the inverse missed its target by {residual[failed].max().item():.1e} at {int(failed.sum())} of "
             f"{failed.numel()} values: the parameters are too extreme for this dtype; use float64 or smaller parameters"

@@ -7,7 +7,7 @@ import torch
 
 from pyroflows import OptionError
 from pyroflows.compiling.check import MODES, Compiler
-from pyroflows.compiling.record import UntraceableError
+from pyroflows.errors import UntraceableError
 
 HERE, THERE = torch.tensor([1.0, 2.0]), torch.tensor([1.5, -2.0])
 SCALE = {"value": 1.0}

@@ -10,7 +10,7 @@ import torch
 from pyro import distributions as dist
 
 from pyroflows import DivergedError, FlowVI, OptionError, PlotError, load_posterior
-from pyroflows.compiling.record import UntraceableError
+from pyroflows.errors import UntraceableError
 from pyroflows.flows import MAF, Gaussian, Mixture, Planar
 from pyroflows.guides import AutoIAF
 from pyroflows.guides.packed import default_flow

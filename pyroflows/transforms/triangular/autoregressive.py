@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroflows.compiling.eager import runs_in_python
+from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE
 from pyroflows.nets.checks import checked_conditioner
@@ -164,7 +164,7 @@ class Autoregressive(TriangularTransform):
         return x, log_slopes, score
 
     def _inverse_along_last_axis(self, x: Tensor, context: Tensor | None) -> Pair:
-        if not runs_in_python():
+        if is_transformed():
             return self._inverse_by_passes(x, context)
         z, log_slopes = self._solve(x, context)
         if torch.is_grad_enabled():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows.compiling.eager import runs_in_python
+from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.base import Pair
 
@@ -64,7 +64,7 @@ class Spline:
         if theta.shape[:-1] != value.shape:
             theta = theta.expand(*value.shape, self.num_params)
         # Function transforms differentiate the formula itself.
-        if runs_in_python() or torch.compiler.is_compiling():
+        if not is_transformed() or torch.compiler.is_compiling():
             return _Analytic.apply(direction, value, theta, self.bins, self.bound)
         return _evaluate(direction, value, theta, self.bins, self.bound)[0]
 
