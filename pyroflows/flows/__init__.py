@@ -1,8 +1,9 @@
-"""Flows: transforms stacked on a base distribution, and the recipes of the literature."""
+"""Flows: transforms stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.mixture import Mixture
+from pyroflows.flows.named import Recipe
 from pyroflows.flows.recipes import IAF, MAF, NAF, NICE, NSF, SOS, Gaussian, Planar, Radial, RealNVP, Sylvester
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "Planar",
     "Radial",
     "RealNVP",
+    "Recipe",
     "Sylvester",
 ]
