@@ -87,6 +87,11 @@ class Flow(nn.Module):
         """Shape of the context, ``(context_dim,)`` for vectors; empty for none."""
         return self.transform.context_shape
 
+    @property
+    def components(self) -> tuple["Flow", ...]:
+        """The flows of which this one is a mixture: the flow itself, if it is none."""
+        return (self,)
+
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution, at a context ``(..., *context_shape)`` if the flow takes one."""
         shape = self.context_shape

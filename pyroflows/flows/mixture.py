@@ -45,9 +45,10 @@ class Mixture(Flow):
         super().__init__([Permutation(range(flows[0].dim))], base=_Mixed(flows, log_weights))
 
     @property
-    def components(self) -> Any:
+    def components(self) -> tuple[Flow, ...]:
         """The flows."""
-        return self.base.components
+        mixed: Any = self.base
+        return tuple(mixed.components)
 
     def forward(self, context: Tensor | None = None) -> Any:
         """The distribution, of event shape ``(dim,)``; a mixture takes no context."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pyroflows.errors import OptionError
-from pyroflows.flows import Flow, Mixture
+from pyroflows.flows import Flow
 from pyroflows.inference import arviz
 from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.models.log_joint import LogJoint
@@ -59,7 +59,7 @@ def bridge_estimate(
     num_draws = math.ceil(num_samples / num_chains)
     with seeded(seed), torch.no_grad():
         # Trajectories alone do not go from mode to mode.
-        method = "independence" if isinstance(flow, Mixture) else "hmc"
+        method = "independence" if len(flow.components) > 1 else "hmc"
         chains = sample_latents(flow, log_joint, method, num_draws, num_chains, num_warmup, None, progress_bar)
         z = chains.z.flatten(0, 1)
         _, ladj = flow.transform.forward_and_ladj(z)
