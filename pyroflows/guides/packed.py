@@ -1,8 +1,7 @@
 """The flow guide: a Pyro ``AutoContinuous`` whose distribution is a flow."""
 
 import copy
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
@@ -26,8 +26,9 @@ FlowFn = Callable[[int], Any]
 
 NUM_QUANTILE_SAMPLES = 10_000
 
-# The parameters of living guides, by id: tensors cannot be members of a set.
-_PARAMETERS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+# The parameters that guides have put into Pyro's store. A tensor there that is none of them was loaded: nothing else
+# tells them apart, since a loaded state holds parameters too, under the same names.
+_PARAMETERS: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
 class AutoFlow(AutoContinuous):
@@ -85,7 +86,8 @@ class AutoFlow(AutoContinuous):
         self.dtype = dtype
         self.structure: ModelStructure | None = None
         self.flow: Flow | None = None
-        # Whether the flow's values count, where Pyro's store holds others under the same names.
+        # Whether the flow was given its values, by a state dict, a start or a fit, since the last call. Then they count
+        # more than what has been loaded into Pyro's store.
         self.own_values_count = False
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -108,11 +110,11 @@ class AutoFlow(AutoContinuous):
         for name, parameter in flow.named_parameters():
             full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
             if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
-                is_another_guides = _PARAMETERS.get(id(stored)) is stored
-                if not is_another_guides and not self.own_values_count and stored.shape == parameter.shape:
+                is_loaded = stored not in _PARAMETERS
+                if is_loaded and not self.own_values_count and stored.shape == parameter.shape:
                     parameter.data.copy_(stored.detach())
                 del store[full_name]
-            _PARAMETERS[id(parameter)] = parameter
+            _PARAMETERS[parameter] = None
         self.own_values_count = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

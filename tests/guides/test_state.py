@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from safetensors.torch import load_file, save_file
 from torch.distributions import AffineTransform, ComposeTransform, TanhTransform
 
+from pyroflows import FlowVI
 from pyroflows.errors import CheckpointError, FlowError
 from pyroflows.flows import IAF, Flow, Mixture, Planar, Recipe
 from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial
@@ -529,6 +530,32 @@ def test_loaded_state_wins_over_the_param_store(make):
     assert not changed(fresh, expected)
     fit(regression, fresh)
     assert changed(fresh, expected) == expected.keys()
+
+
+GIVEN = {
+    "state": lambda guide, state: guide.load_state_dict(state),
+    "start": lambda guide, state: guide.start_at(torch.ones(2), torch.full((2,), 0.5), Y),
+    "fit": lambda guide, state: FlowVI(regression, guide, num_steps=2, seed=0, progress_bar=False).run(Y),
+}
+
+
+@pytest.mark.parametrize("give", GIVEN.values(), ids=GIVEN)
+def test_values_that_a_guide_is_given_win_over_a_store_that_was_loaded_before(give):
+    state = copy.deepcopy(trained(AutoPlanar).state_dict())
+    guide = trained(AutoPlanar)
+    loaded, again = (on_disk(pyro.get_param_store().get_state()) for _ in range(2))
+    fit(regression, guide)
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(loaded)
+    give(guide, state)
+    expected = parameters(guide)
+    guide(Y)
+    assert not changed(guide, expected)
+    # A store that is loaded after that counts again.
+    pyro.get_param_store().set_state(again)
+    guide(Y)
+    loaded_values = {name.partition(".")[2].replace("$$$", "."): value for name, value in again["params"].items()}
+    assert not changed(guide, loaded_values)
 
 
 # Nothing stale
