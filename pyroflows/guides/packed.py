@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
-from pyroflows.guides.state import FlowState, own_layers
+from pyroflows.guides.state import FlowState
 from pyroflows.models.structure import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
@@ -148,7 +148,8 @@ class AutoFlow(AutoContinuous):
             last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
         else:
             last = Triangular(dim, loc=loc, scale_tril=scale)
-        return Flow([*own_layers(flow), last], base=flow.base).to(loc)
+        # TO BE SWAPPED for flow.layers, and standardize=False, as soon as flows have them.
+        return Flow([*flow.transform.layers, last], base=flow.base).to(loc)
 
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
         r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.

@@ -63,8 +63,8 @@ class FlowVI:
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
-        guide: a flow guide; or ``latent_dim -> flow``, as for :class:`pyroflows.guides.AutoFlow`; or None for the
-            default.
+        guide: a flow guide; or a recipe or another function ``latent_dim -> flow``, as for
+            :class:`pyroflows.guides.AutoFlow`; or None for the default.
         num_steps: number of training steps; None for as many as it takes.
         num_particles: draws a step; None for 128.
         estimator: of the gradient, a name of :mod:`pyroflows.fitting.estimators`: "total", "path", "iwae", "dreg",

@@ -20,7 +20,7 @@ from pyroflows import FlowVI
 from pyroflows.errors import CheckpointError, FlowError
 from pyroflows.flows import IAF, Flow, Mixture, Planar, Recipe
 from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial
-from pyroflows.transforms import Radial
+from pyroflows.transforms import Radial, Standardize
 from tests.guides.models import (
     GUIDES,
     Y,
@@ -152,7 +152,9 @@ def test_state_of_a_flow_function_of_the_user_s(dim):
     model = regression if dim == 2 else one_latent
 
     def flow_fn(dim):
-        layers = [Radial(dim), ComposeTransform([AffineTransform(0.5, 2.0), TanhTransform(), TanhTransform().inv])]
+        standardize = Standardize(torch.ones(dim), torch.full((dim,), 2.0))
+        layers = [Radial(dim), ComposeTransform([TanhTransform(), AffineTransform(0.0, 0.9), TanhTransform().inv])]
+        layers.append(standardize)
         return Flow(layers, base=dist.Laplace(torch.zeros(dim), 1.0).to_event(1))
 
     guide = trained(lambda model: AutoFlow(model, flow_fn), model)
@@ -253,7 +255,7 @@ def test_state_of_another_kind_of_flow_does_not_load():
         (mixture_of(2, triangular), "ends in a triangular layer, but this guide holds one that ends in a diagonal"),
         (
             mixture_of(3, diagonal),
-            "of a mixture of 3 flows, but this guide holds one of 1: load the state into a fresh",
+            "number of flows that are mixed is 3 in the state, but 1 in this guide: load the state into a fresh",
         ),
     ]:
         with pytest.raises(CheckpointError, match=message):
