@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(RUN) -m mypy
 
 benchmark: $(INSTALLED)
-	$(RUN) benchmarks/step_time.py
+	$(RUN) -m benchmarks.step_time
 
 clean:
 	rm -rf $(VENV) build *.egg-info output

@@ -4,7 +4,7 @@ Latents: a centred hierarchical model, D - 2 groups of five observations each. R
 on all rows a step, and on 256 in a subsampled plate. Verdicts of the latter are on all rows. The time of a step is that
 of the fit over the number of steps, set-up included. Prints a table and draws a figure.
 
-    python benchmarks/cost.py --dims 10 100 1000 --rows 100 1000 10000 100000 --figure docs/images/vi_cost.png
+    python -m benchmarks.cost --dims 10 100 1000 --rows 100 1000 10000 100000 --figure docs/images/vi_cost.png
 """
 
 import argparse

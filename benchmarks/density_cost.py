@@ -2,7 +2,7 @@
 
 Memory is what a step keeps for its backward pass, counted exactly, with parameters, gradients and Adam's moments.
 
-    python benchmarks/density_cost.py --figure docs/images/density_cost.png
+    python -m benchmarks.density_cost --figure docs/images/density_cost.png
 """
 
 import argparse

@@ -4,7 +4,7 @@ All models of a row see the same fresh batches in the same order, for the same n
 schedule. What is printed is the mean over held-out rows of log p(x) - log q(x), in nats a dimension: an estimate of
 KL(p || q) / D, for each seed and their mean.
 
-    python benchmarks/density_quality.py --steps 4000 --seeds 0 1 2
+    python -m benchmarks.density_quality --steps 4000 --seeds 0 1 2
 
 Needs nflows and zuko beside the project's own requirements.
 """
@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import torch
 import zuko
-from density_speed import log_prob, nflows_autoregressive, nflows_coupling
 from nflows import transforms as nt
 from pyro import distributions as dist
 from torch import Tensor, nn
 
 import pyroflows as pf
+from benchmarks.density_speed import log_prob, nflows_autoregressive, nflows_coupling
 
 BATCH = 512
 HIDDEN_DIMS = (64, 64)

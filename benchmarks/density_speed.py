@@ -3,7 +3,7 @@
 All: 5 layers, batch 512, hidden widths (64, 64) at 6 dimensions and (128, 128) at 43, 8 bins, the same fused Adam.
 A training step is log_prob of a batch, backward, optimiser step. Ours once more with the step compiled.
 
-    python benchmarks/density_speed.py --rounds 9 --threads 2
+    python -m benchmarks.density_speed --rounds 9 --threads 2
 
 Needs nflows and zuko beside the project's own requirements.
 """

@@ -5,8 +5,8 @@ sliced Wasserstein distance of 5,000 draws of each, beside that of two sets of d
 the student, the teacher's inverse, which computes each hidden unit once, and D passes of the teacher's network, in turn
 in one process.
 
-    python benchmarks/distillation.py quality --data simulated-16 simulated-32 simulated-64 digits-64
-    python benchmarks/distillation.py speed --dim 64
+    python -m benchmarks.distillation quality --data simulated-16 simulated-32 simulated-64 digits-64
+    python -m benchmarks.distillation speed --dim 64
 """
 
 import argparse

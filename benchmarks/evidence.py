@@ -4,7 +4,7 @@ Models: a Gaussian mean, mu ~ N(0, 10^2), 20 values y ~ N(mu, 1); and linear reg
 values y ~ N(x.w, 0.5^2). Each seed makes data and a fit. An estimate counts as right within 3 of its own standard
 errors, or 1e-4 where that is more. Closed forms are checked first: by quadrature, and by the dense density of y.
 
-    python benchmarks/evidence.py --seeds 20 --methods importance bridge
+    python -m benchmarks.evidence --seeds 20 --methods importance bridge
 """
 
 import argparse

@@ -4,7 +4,7 @@ Pyro's ``vectorized_importance_weights`` runs model and guide once under a plate
 more; ``Importance`` runs them once a draw, so its time is that of a few draws, multiplied. ``pf.importance_sample``
 verifies its way of running, and smooths the weights. All run in turn in one process.
 
-    python benchmarks/importance_speed.py --rounds 7 --draws 100000 --threads 1
+    python -m benchmarks.importance_speed --rounds 7 --draws 100000 --threads 1
 """
 
 import argparse

@@ -5,7 +5,7 @@ one process. Steps of FlowVI are told apart by its optimizer, which notes the ti
 everything that the training loop does, and what comes before the first one, tracing and compilation among it, is told
 on its own.
 
-    python benchmarks/step_time.py --rounds 7 --compile auto none --estimators total path
+    python -m benchmarks.step_time --rounds 7 --compile auto none --estimators total path
 """
 
 import argparse

@@ -6,7 +6,7 @@ draws against 10,000 exact ones (Agrawal and Domke 2024). Its yardstick is the d
 All distances are medians over pairs of fresh sets of draws. Corrected draws are resampled from weighted ones, or come
 from MCMC where k-hat says that the weights cannot be trusted.
 
-    python benchmarks/synthetic.py --targets gaussian banana --seeds 0 1 --json output/synthetic.json
+    python -m benchmarks.synthetic --targets gaussian banana --seeds 0 1 --json output/synthetic.json
 """
 
 import argparse

@@ -4,7 +4,7 @@ A time series whose state moves in a Python loop, as an ODE or a filter does, fo
 and compile the log joint with its gradient, milliseconds of a call with and without, and seconds that ``make_fx`` takes
 for the recording alone.
 
-    python benchmarks/tracing_cost.py --lengths 100 1000 3000
+    python -m benchmarks.tracing_cost --lengths 100 1000 3000
 """
 
 import argparse

@@ -88,11 +88,12 @@ def draw(column: np.ndarray, flow: pf.Flow, held_out: Tensor) -> None:
         samples = flow().sample((len(held_out),))
         line = torch.linspace(-LIMIT, LIMIT, 200)
         grid = torch.cartesian_prod(line, line)
-        density = flow().log_prob(grid).exp().reshape(200, 200)
+        density = flow().log_prob(grid).exp().reshape(200, 200).numpy()
     for axes, points in zip(column[:2], (held_out, samples), strict=True):
         axes.scatter(*points.T, s=1, alpha=0.35, linewidths=0, color="C0")
     # A cap, so that one bright spot does not darken all else.
-    column[2].imshow(density.T.sqrt(), origin="lower", extent=(-LIMIT, LIMIT) * 2, vmax=density.quantile(0.995).sqrt())
+    limit = np.sqrt(np.quantile(density, 0.995))
+    column[2].imshow(np.sqrt(density.T), origin="lower", extent=(-LIMIT, LIMIT) * 2, vmax=limit)
     for axes in column:
         axes.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xticks=[], yticks=[], aspect="equal")
 

@@ -75,7 +75,7 @@ def save_sheet(flow: pf.Flow, levels: Tensor, classes: Tensor, path: Path) -> No
     real = torch.stack([levels[classes == k][:num_real] / LEVELS for k in range(NUM_CLASSES)])
     sheet = torch.cat([_row_of(real), torch.zeros(NUM_CLASSES, 10, 6), _row_of(samples)], -1)
     figure, axes = plt.subplots(figsize=(6.6, 6.2), layout="constrained")
-    axes.imshow(sheet.flatten(0, 1), cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(sheet.flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes.set_axis_off()
     axes.set_title("held-out digits (left) and samples given the class (right)")
     figure.savefig(path, dpi=DPI)

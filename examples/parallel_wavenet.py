@@ -209,7 +209,7 @@ def stage(args: argparse.Namespace, width: int, univariate: Affine) -> Autoregre
 
 def make_flows(args: argparse.Namespace) -> tuple[pf.Flow, pf.Flow]:
     """Teacher and student; the scale of all samples is one, so that nothing depends on where in a clip they stand."""
-    scale = Standardize(torch.zeros(args.length), torch.ones(args.length))
+    scale = Standardize(args.length, scale=torch.ones(args.length))
     # A sample is known from those before it to within far less than the 0.14 sd of the default bound.
     teacher = pf.Flow([stage(args, args.width, Affine(max_expansion=6.0)).inv, scale])
     student = pf.Flow([*(stage(args, args.student_width, Affine()) for _ in range(NUM_STAGES)), scale])

@@ -21,6 +21,10 @@ class InversionError(FlowError, RuntimeError):
     """A layer could not be inverted at a value to the precision of its dtype."""
 
 
+class InexactError(FlowError, RuntimeError):
+    """An exact log-determinant was asked for, and a layer has only an estimate of it."""
+
+
 class ModelError(FlowError, ValueError):
     """A Pyro model cannot be fitted as it is; the message names the site."""
 

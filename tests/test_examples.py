@@ -1,7 +1,7 @@
-"""The parts of the examples that could be wrong without being seen, and that those of distillation run."""
+"""Every example runs from the command line, in small; and the parts that could be wrong without being seen."""
 
-import argparse
 import importlib.util
+import runpy
 import wave
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import torch
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 RATE = 4000
 SILENCE, NOISE = np.zeros(1024), np.random.default_rng(0).standard_normal(1024)
 
 
 def example(name):
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -153,10 +153,49 @@ def test_example_runs(wavenet, tmp_path, capsys, from_folder):
     assert "pitch of the student" in printed and "times as fast" in printed
 
 
-def test_distillation_runs(tmp_path, capsys):
-    sizes = {"layers": 2, "width": 8, "max_epochs": 2, "num_steps": 20}
-    example("distillation").main(argparse.Namespace(**sizes, seed=0, output=tmp_path, no_progress_bar=True))
-    printed = capsys.readouterr().out
-    assert "KL(student || teacher)" in printed and "held-out tumours" in printed and "times as fast" in printed
-    for name in ("pairs", "training"):
-        assert matplotlib.image.imread(tmp_path / f"distillation_{name}.png").shape[2] == 4
+# Arguments that make an example small, some of what it prints, and its pictures.
+RUNS = {
+    "density_2d": (
+        ["--families", "RealNVP", "NSF", "--shapes", "moons", "rings", "--num-rows", "600", "--max-epochs", "2"],
+        ["mean log-density of held-out rows"],
+        ["density_2d_RealNVP", "density_2d_NSF"],
+    ),
+    "digits": (
+        ["--layers", "2", "--max-epochs", "2", "--threads", "1"],
+        ["bits per dimension", "the right one"],
+        ["digits_samples", "digits_training"],
+    ),
+    "distillation": (
+        ["--layers", "2", "--width", "8", "--max-epochs", "2", "--num-steps", "20"],
+        ["KL(student || teacher)", "held-out tumours", "times as fast"],
+        ["distillation_pairs", "distillation_training"],
+    ),
+    "eight_schools": (
+        ["--num-steps", "20", "--num-particles", "8"],
+        ["log evidence", "k-hat", "most of that difference is noise"],
+        ["eight_schools_pairs", "eight_schools_elbo"],
+    ),
+    "logistic_regression": (
+        ["--num-steps", "20", "--num-particles", "8"],
+        ["held-out patients", "training patients by leave-one-out"],
+        ["logistic_regression_calibration", "logistic_regression_weights"],
+    ),
+    "mixture_of_flows": (["--num-steps", "5"], ["fresh points", "the truth"], ["mixture_of_flows"]),
+}
+
+
+def test_every_example_is_run():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {*RUNS, "parallel_wavenet"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_command_line(name, tmp_path, monkeypatch, capsys):
+    arguments, printed, pictures = RUNS[name]
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments, "--no-progress-bar", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    found = capsys.readouterr().out
+    assert all(words in found for words in printed), found
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures)
+    for path in tmp_path.glob("*.png"):
+        assert matplotlib.image.imread(path).std() > 0.01  # something is drawn

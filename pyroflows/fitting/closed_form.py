@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from pyroflows.flows import Flow, FlowDistribution
+from pyroflows.transforms import Compose, FlowTransform, TriangularTransform
 
 
 def gaussian_kl(
@@ -31,8 +32,8 @@ def gaussian_kl(
         z: base draws ``(S, *event_shape)`` of the student.
         regularization: :math:`\lambda`.
     """
-    x, log_slope = q.transform._forward_and_log_slopes(z, q.context)
-    z_p, log_slope_p = p.transform._inverse_and_log_slopes(x, p.context)
+    x, log_slope = _through("_forward_and_log_slopes", _layers(q.transform), z, q.context)
+    z_p, log_slope_p = _through("_inverse_and_log_slopes", _layers(p.transform)[::-1], x, p.context)
     loc_q, scale_q = _loc_and_scale(q.base)
     loc_p, scale_p = _loc_and_scale(p.base)
     log_ratio = log_slope + log_slope_p + torch.log(scale_q / scale_p)  # of the scale of q to that of p
@@ -48,14 +49,34 @@ def has_closed_form(student: Flow, teacher: Any) -> bool:
     """Whether :func:`gaussian_kl` holds for these two."""
     if not isinstance(teacher, Flow):
         return False
-    orders = {tuple(flow.transform.triangular_order or ()) for flow in (student, teacher)}
-    return len(orders - {()}) < 2 and all(map(_is_gaussian_given_the_past, (student, teacher)))
+    layers = [*_layers(student.transform), *_layers(teacher.transform)]
+    if not all(isinstance(layer, TriangularTransform) and layer.is_affine for layer in layers):
+        return False
+    orders = {layer.triangular_order for layer in layers} - {()}
+    return len(orders) < 2 and all(_is_normal(flow.base()) for flow in (student, teacher))
 
 
-def _is_gaussian_given_the_past(flow: Flow) -> bool:
-    transform, base = flow.transform, flow.base()
-    is_normal = isinstance(base, Independent) and isinstance(base.base_dist, Normal)
-    return transform.triangular_order is not None and transform.is_affine and is_normal
+def _is_normal(base: Any) -> bool:
+    return isinstance(base, Independent) and isinstance(base.base_dist, Normal)
+
+
+def _layers(transform: FlowTransform) -> list[Any]:
+    """The layers of which a composition is made, itself made of compositions or not."""
+    if not isinstance(transform, Compose):
+        return [transform]
+    return [layer for part in transform.layers for layer in _layers(part)]
+
+
+def _through(method: str, layers: list[Any], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A value taken through layers, and the logarithm of the diagonal of the product of their Jacobians.
+
+    The diagonal of a product of matrices that are triangular in one order is the product of the diagonals.
+    """
+    total: Any = 0.0
+    for layer in layers:
+        value, log_slopes = getattr(layer, method)(value, context if layer.context_dim else None)
+        total = total + log_slopes
+    return value, total
 
 
 def _loc_and_scale(base: Any) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def fit_density(
     to zero, for half as many epochs again. The flow is trained in place and is left in the state of the best validation
     log-density, also where the fit diverges or is interrupted.
 
-    At the first fit, location and scale of the training rows go into the flow (:meth:`pyroflows.Flow.standardize`), so
+    At the first fit, location and scale of the training rows go into the flow (:meth:`pyroflows.Flow.adapt`), so
     that ``log_prob`` is that of the data as they are, in any units; a further fit goes on from there. Bounded data need
     a flow with a ``support``. Contexts are taken as they are: bring them to unit scale. ``flow(context).latent(x)``
     gives the latent codes of data.
@@ -116,8 +116,9 @@ def fit_density(
     with seeded(seed), pyro.validation_enabled(False):
         data = load(flow, x, context, weights)
         training, held_out = split(data.rows, validation)
-        if not flow.is_standardized:
-            flow.standardize(data.rows.x[training], data.rows.weights[training])
+        if not flow.is_adapted:
+            rows = data.rows[training]
+            flow.adapt(rows.x, rows.context, rows.weights)
         batch_size = min(batch_size, len(training))
         schedule = EarlyStopping(
             "log_prob",

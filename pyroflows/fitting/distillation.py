@@ -249,15 +249,20 @@ def _followed(pair: Pair, count: int, standardizes: bool) -> Regression | None:
     contexts = None if pair.contexts is None else pair.contexts[pair.draw_rows(count)[0]]
     stages = draw_stages(teacher, count, contexts) if isinstance(teacher, Flow) else [_draws(teacher, count)]
     pair.check_draws(stages[-1])
-    if standardizes and not student.is_standardized:
-        if isinstance(teacher, Flow) and teacher.is_standardized:
-            # Its draws can be thrown far out, one in a thousand, where a flow was fitted to few rows.
-            student.standardize_like(teacher)
-        else:
-            student.standardize(stages[-1])
+    if standardizes and not student.is_adapted:
+        _adapt_like(student, teacher, stages[-1], contexts)
     if isinstance(teacher, Flow) and same_law(student.base(), teacher.base()):
         return Regression(student, teacher, stages, contexts)
     return None
+
+
+def _adapt_like(student: Flow, teacher: Flow | Distribution, draws: Tensor, contexts: Tensor | None) -> None:
+    """Let the student learn location and scale, from the teacher's own where both have such a layer."""
+    student.adapt(draws, contexts if student.context_dim else None)
+    own, others = student.standardization, teacher.standardization if isinstance(teacher, Flow) else None
+    if own is not None and others is not None and others.is_adapted:
+        # A teacher that was fitted to few rows throws one draw in a thousand far out.
+        own.load_state_dict(others.state_dict())
 
 
 def _draws(teacher: Distribution, count: int) -> Tensor:

@@ -6,7 +6,7 @@ from torch.distributions import Distribution
 
 from pyroflows.flows import Flow
 from pyroflows.randomness import seeded
-from pyroflows.transforms import FlowTransform
+from pyroflows.transforms import FlowTransform, TriangularTransform
 
 # In which the draws are made, since layers that go dimension by dimension remember what they have computed.
 NUM_PARTS = 4
@@ -99,9 +99,13 @@ def _matched(student: Flow, teacher: Flow) -> list[tuple[int, FlowTransform]]:
 
     A map that is triangular in some order is so in both directions, and one of its kind can represent its inverse.
     """
-    layers = student.transform.layers
-    if [layer.triangular_order for layer in layers] != [layer.triangular_order for layer in teacher.transform.layers]:
-        return []
-    if any(layer.triangular_order is None for layer in layers):
+    layers, orders = student.transform.layers, _orders(student)
+    if None in orders or orders != _orders(teacher):
         return []
     return [(i, layer) for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+
+
+def _orders(flow: Flow) -> list[tuple[int, ...] | None]:
+    return [
+        layer.triangular_order if isinstance(layer, TriangularTransform) else None for layer in flow.transform.layers
+    ]

@@ -1,7 +1,7 @@
 """A flow: transforms stacked on a base distribution."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,36 +9,44 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
-from torch.nn import functional as F
 
-from pyroflows.errors import DataError, FlowError, OptionError, ShapeError
-from pyroflows.flows.distribution import DistributionModule, FlowDistribution, checked_event
-from pyroflows.shapes import as_given, described, places, shape_of
+from pyroflows.errors import FlowError, OptionError, ShapeError
+from pyroflows.flows.base import Base, base_module, is_validated, standard_normal
+from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.foreign import Foreign, Zuko, on_events
 from pyroflows.transforms.normalization import Standardize
 
-Base = Distribution | nn.Module | str | None
-
 
 class Flow(nn.Module):
-    """A normalizing flow: a stack of transforms on a base distribution. A call makes its distribution.
+    r"""A normalizing flow: a stack of transforms on a base distribution. A call makes its distribution.
+
+    .. math:: x = \mu + \sigma \odot t(z), \quad z \sim p, \qquad
+        \log q(x) = \log p(z) - \log\left|\det \frac{\partial x}{\partial z}\right|
+
+    The location :math:`\mu` and scale :math:`\sigma` of data are a layer :class:`pyroflows.transforms.Standardize` at
+    the data end, before the map onto a bounded support. It is the identity until :meth:`adapt` sets it, which
+    :func:`pyroflows.fit_density` does, so that the other layers meet data of mean 0 and variance 1.
 
     Args:
         transforms: layers from base to data, the first next to the base: layers of this library, or any torch or Pyro
             transforms.
-        base: a torch or Pyro distribution of the layers' event shape, whose tensors become buffers; None for a standard
-            normal; "student_t" for independent Student-t variables with learned degrees of freedom; or a module
-            whose call returns a distribution.
+        base: a torch or Pyro distribution of the first layer's ``base_shape``, whose tensors become buffers; None for a
+            standard normal; "student_t" for independent Student-t variables with learned degrees of freedom; or a
+            module whose call returns a distribution.
         support: where the data lie, a torch constraint such as ``constraints.positive``; Pyro's ``biject_to`` of it
             follows the transforms. For one constraint a column, ``constraints.cat([...], dim=-1)``.
+        standardize: whether there is the layer of location and scale. There is none where a transform is a
+            ``Standardize`` itself, or where events are discrete.
 
-    Shapes: ``flow()`` has the event shape of its layers, ``(dim,)`` for vectors; ``flow(context)`` the context's batch
-    shape as well, which is its shape without the axes of ``context_shape``.
+    Shapes: ``flow()`` has the event shape of the last layer, ``(dim,)`` for vectors; ``flow(context)`` the context's
+    batch shape as well, which is its shape without the axes of ``context_shape``.
 
     Attributes:
-        event_shape: that of all layers.
+        event_shape: the shape of an event x.
+        base_shape: the shape of its base value z.
         dim: the number of elements of an event.
 
     Raises:
@@ -57,25 +65,44 @@ class Flow(nn.Module):
         transforms: Transform | Sequence[Transform],
         base: Base = None,
         support: constraints.Constraint | None = None,
+        standardize: bool = True,
     ) -> None:
         super().__init__()
         parts = list(_flattened([transforms] if isinstance(transforms, Transform) else transforms))
-        shapes = [part.event_shape for part in parts if isinstance(part, FlowTransform)]
-        if isinstance(base, Distribution) and base.event_shape:
-            shapes.append(base.event_shape)
-        if not shapes:
-            raise ShapeError("the event size of a flow is unknown: none of its transforms has one, so give it a base")
-        self.event_shape = shapes[0]
-        self.dim = self.event_shape.numel()
-        layers = [part if isinstance(part, FlowTransform) else Foreign(part, self.event_shape) for part in parts]
+        layers = list(_as_layers(parts, base))
+        base_shape, event_shape = layers[0].base_shape, layers[-1].event_shape
         if support is not None and not _is_unbounded(support):
-            layers.append(_layer_onto(support, layers, self.event_shape))
+            layers.append(_layer_onto(support, layers, event_shape))
+        self._standardize_at = _place_of_standardize(layers) if standardize else None
+        if self._standardize_at is not None:
+            shape = layers[self._standardize_at - 1].event_shape if self._standardize_at else base_shape
+            layers.insert(self._standardize_at, Standardize(shape))
         self.transform = Compose(layers)
-        self.base = _base_module(base, self.event_shape)
+        self.base = base_module(base, base_shape)
+        self._stateful = [
+            layer
+            for layer in self.modules()
+            if isinstance(layer, FlowTransform) and type(layer).before_step is not FlowTransform.before_step
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         drop_param_store_references(self)
         return self.__dict__
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """The shape of an event x, ``(dim,)`` for vectors."""
+        return self.transform.event_shape
+
+    @property
+    def base_shape(self) -> torch.Size:
+        """The shape of the base value z of an event."""
+        return self.transform.base_shape
+
+    @property
+    def dim(self) -> int:
+        """The number of elements of an event."""
+        return self.transform.dim
 
     @property
     def context_dim(self) -> int:
@@ -88,8 +115,21 @@ class Flow(nn.Module):
         return self.transform.context_shape
 
     @property
-    def components(self) -> tuple["Flow", ...]:
-        """The flows of which this one is a mixture: the flow itself, if it is none."""
+    def standardization(self) -> Standardize | None:
+        """The layer of location and scale that this flow added at the data end, if it did."""
+        return None if self._standardize_at is None else self.transform.layers[self._standardize_at]
+
+    @property
+    def layers(self) -> list[FlowTransform]:
+        """All layers from base to data, without the one of location and scale while that is the identity."""
+        unused = self.standardization
+        if unused is None or unused.is_adapted:
+            return list(self.transform.layers)
+        return [layer for layer in self.transform.layers if layer is not unused]
+
+    @property
+    def components(self) -> Sequence["Flow"]:
+        """The flows of which this one is a mixture: itself alone, unless it is a mixture."""
         return (self,)
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
@@ -100,78 +140,44 @@ class Flow(nn.Module):
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
         if isinstance(self, PyroModule):
             _state_parameters(self)
-        return FlowDistribution(self.base(), self.transform, context)
+        return FlowDistribution(self.base(), self.transform, context, is_validated())
 
     @property
-    def is_standardized(self) -> bool:
-        """Whether the flow holds location and scale of data, see :meth:`standardize`."""
-        unbounded, _ = self._layers()
-        return bool(unbounded) and isinstance(unbounded[-1], Standardize)
+    def adapts(self) -> bool:
+        """Whether a layer learns something from data before training."""
+        return self.transform.adapts
 
-    @torch.no_grad()
-    def standardize(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Take location and scale of data into the flow, so that its layers meet data of mean 0 and variance 1.
+    @property
+    def is_adapted(self) -> bool:
+        """Whether all layers that learn from data before training have done so, here or in a state that was loaded."""
+        return self.transform.is_adapted
 
-        They become a layer :class:`pyroflows.transforms.Standardize` at the data end, before the map onto a bounded
-        support; ``log_prob`` is that of the data as they are. It stands in the state dict, and a flow made with the
-        same arguments loads it. A second call replaces the layer of the first.
+    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Let the layers learn from data before training: their location and scale first, then what others need.
+
+        Values change, never modules. ``log_prob`` stays that of the data as they are. A second call starts anew.
 
         Args:
-            x: rows of data ``(n, *event_shape)``; each element of an event has its own location and scale.
-            weights: of the rows, ``(n,)``.
+            x: rows of data ``(n, *event_shape)``.
+            context: their contexts ``(n, *context_shape)``, if the flow takes one.
+            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
 
         Raises:
             DataError: if a column, an element of the event, does not vary, or holds values on the boundary of the
                 support or outside it.
+
+        Example:
+            >>> flow = pf.flows.MAF(2)
+            >>> flow.adapt(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
+            >>> flow.standardization.loc
+            tensor([1., 3.])
         """
-        u = self.unconstrain(x).cpu().double()
-        weights = u.new_ones(len(u)) if weights is None else weights.cpu().double()
-        weights = (weights / weights.sum()).reshape(-1, *[1] * len(self.event_shape))
-        mean = (weights * u).sum(0)
-        deviation = (weights * (u - mean) ** 2).sum(0).sqrt()
-        loc, scale = mean.to(self._like()), deviation.to(self._like())
-        is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
-        if is_bad.any():
-            raise DataError(
-                f"columns {places(is_bad)} of x have no positive finite standard deviation: leave "
-                "out what is constant, and use units in which the numbers are of ordinary size"
-            )
-        self._standardize_by(Standardize(loc, scale))
+        self.transform.adapt(x, context, weights)
 
-    def standardize_like(self, other: "Flow") -> None:
-        """Take location and scale from another flow of the same events that is standardised."""
-        layer = other._layers()[0][-1]
-        self._standardize_by(Standardize(layer.loc, layer.scale))
-
-    def unconstrain(self, x: Tensor) -> Tensor:
-        """Data before the map onto a bounded support."""
-        for layer in reversed(self._layers()[1]):
-            x, _ = layer.inverse_and_ladj(x)
-        return x
-
-    def _layers(self) -> tuple[list[FlowTransform], list[FlowTransform]]:
-        """The layers up to the first whose values are bounded, and those from there on."""
-        layers = list(self.transform.layers)
-        count = next((i for i, layer in enumerate(layers) if not _is_unbounded(layer.codomain)), len(layers))
-        return layers[:count], layers[count:]
-
-    def _standardize_by(self, layer: Standardize | None) -> None:
-        # In a new composition: distributions that exist keep the law they had.
-        unbounded, bounded = self._layers()
-        kept = unbounded[:-1] if self.is_standardized else unbounded
-        self.transform = Compose([*kept, *([layer] if layer else []), *bounded])
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # The state tells whether a flow is standardised, be it into a fresh flow or back to the start.
-        place = len(self._layers()[0]) - self.is_standardized
-        is_in_state = f"{prefix}transform.layers.{place}.loc" in state_dict
-        if is_in_state != self.is_standardized:
-            layer = Standardize(torch.zeros(self.event_shape), torch.ones(self.event_shape)).to(self._like())
-            self._standardize_by(layer if is_in_state else None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _like(self) -> Tensor:
-        return next(self.parameters(), torch.zeros(()))
+    def before_step(self) -> None:
+        """Let layers that keep a state during training bring it up to date; the trainer calls it before each step."""
+        for layer in self._stateful:
+            layer.before_step()
 
 
 def _state_parameters(flow: nn.Module) -> None:
@@ -190,20 +196,27 @@ def _state_parameters(flow: nn.Module) -> None:
                 getattr(module, name)
 
 
-class StudentT(nn.Module):
-    r"""Independent standard Student-t variables with learned degrees of freedom :math:`\nu = 1 + \mathrm{softplus}`.
+def _as_layers(parts: Sequence[Transform], base: Base) -> Iterator[FlowTransform]:
+    """The transforms as layers; those of other libraries take events of the shape that comes to them."""
+    first = next((part for part in parts if isinstance(part, FlowTransform)), None)
+    if isinstance(base, Distribution) and base.event_shape:
+        shape = base.event_shape
+    elif first is not None:
+        shape = first.base_shape
+    else:
+        raise ShapeError("the event size of a flow is unknown: none of its transforms has one, so give it a base")
+    for part in parts:
+        layer = part if isinstance(part, FlowTransform) else Foreign(part, shape)
+        shape = layer.event_shape
+        yield layer
 
-    Args:
-        dim: the event size D, or the event shape.
-        df: initial degrees of freedom, above 1.
-    """
 
-    def __init__(self, dim: int | Sequence[int], df: float = 10.0) -> None:
-        super().__init__()
-        self.raw_df = nn.Parameter(torch.full(shape_of(dim), df - 1.0).expm1().log())
-
-    def forward(self) -> Distribution:
-        return dist.StudentT(1 + F.softplus(self.raw_df)).to_event(self.raw_df.dim())
+def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
+    """The place before the first layer whose values are bounded; None where location and scale are not to be added."""
+    is_discrete = any(layer.domain.is_discrete or layer.codomain.is_discrete for layer in layers)
+    if is_discrete or any(isinstance(layer, Standardize) for layer in layers):
+        return None
+    return next((i for i, layer in enumerate(layers) if not _is_unbounded(layer.codomain)), len(layers))
 
 
 def as_flow(flow: Any, dim: int) -> Flow:
@@ -218,7 +231,7 @@ def as_flow(flow: Any, dim: int) -> Flow:
         flow = _from_zuko(flow)
     elif not isinstance(flow, Flow):
         parts = list(_flattened([flow] if isinstance(flow, Transform) else flow))
-        flow = Flow(parts, base=_standard_normal(torch.Size([dim])))
+        flow = Flow(parts, base=standard_normal(torch.Size([dim])))
     if flow.event_shape != (dim,) or flow.context_dim:
         raise ShapeError(
             f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
@@ -275,20 +288,3 @@ def _flattened(transforms: Any) -> Iterable[Transform]:
             yield transform
         else:
             raise OptionError(f"a flow is made of transforms, but got {type(transform).__name__}")
-
-
-def _standard_normal(shape: torch.Size) -> Distribution:
-    return dist.Normal(torch.zeros(shape), torch.ones(shape)).to_event(len(shape))
-
-
-def _base_module(base: Base, shape: torch.Size) -> nn.Module:
-    if base is None:
-        base = _standard_normal(shape)
-    if isinstance(base, Distribution):
-        return DistributionModule(checked_event(base, shape))
-    if isinstance(base, nn.Module):
-        checked_event(base(), shape)
-        return base
-    if base == "student_t":
-        return StudentT(shape)
-    raise OptionError(f'base must be a distribution, a module that returns one, "student_t" or None, got {base!r}')

@@ -13,7 +13,6 @@ from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.flow import Flow
 from pyroflows.shapes import as_given
 from pyroflows.transforms import Permutation
-from pyroflows.transforms.base import Pair
 
 
 class Mixture(Flow):
@@ -42,19 +41,13 @@ class Mixture(Flow):
                 "a mixture needs flows of one size without a context and a weight for each, but got sizes "
                 f"{dims} and weights of shape {tuple(log_weights.shape)}"
             )
-        super().__init__([Permutation(range(flows[0].dim))], base=_Mixed(flows, log_weights))
+        super().__init__([Permutation(range(flows[0].dim))], base=_Mixed(flows, log_weights), standardize=False)
 
     @property
-    def components(self) -> tuple[Flow, ...]:
-        """The flows."""
-        mixed: Any = self.base
-        return tuple(mixed.components)
-
-    def forward(self, context: Tensor | None = None) -> Any:
-        """The distribution, of event shape ``(dim,)``; a mixture takes no context."""
-        if context is not None:
-            raise ShapeError(f"a mixture takes no context, but got shape {tuple(context.shape)}")
-        return self.base()
+    def components(self) -> Sequence[Flow]:
+        """The flows of the mixture."""
+        components: Any = self.base.components
+        return list(components)
 
 
 class _Mixed(nn.Module):
@@ -101,9 +94,3 @@ class MixtureDistribution(TorchDistribution):
         """Log-density ``(...)`` of ``(..., dim)``."""
         parts = [w + q.log_prob(value) for w, q in zip(self.log_weights, self.components, strict=True)]
         return torch.logsumexp(torch.stack(parts), 0)
-
-    def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
-        """Draws and their log-densities, both without gradients."""
-        with torch.no_grad():
-            x = self.sample(sample_shape)
-            return x, self.log_prob(x)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyroflows.errors import OptionError
-from pyroflows.flows.flow import Base, Flow
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import Flow
 from pyroflows.flows.recipes import IAF, MAF, NAF, NICE, NSF, SOS, Gaussian, Planar, Radial, RealNVP, Sylvester
 
 # Above, the score of an autoregressive layer, which goes dimension by dimension, costs more than its strength is worth.

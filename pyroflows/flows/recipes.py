@@ -9,7 +9,8 @@ from typing import Unpack
 from torch.distributions import constraints
 
 from pyroflows import transforms
-from pyroflows.flows.flow import Base, Flow
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
 from pyroflows.transforms import Autoregressive, Coupling, Elementwise, FlowTransform, Triangular, masks
 from pyroflows.transforms.univariate import Affine, Spline, Univariate

@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
-from pyroflows.flows.flow import Base, Flow
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import Flow
 from pyroflows.transforms import LU, FlowTransform, Permutation
 
 Conditioner = str | Callable[..., nn.Module]

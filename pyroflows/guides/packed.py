@@ -148,8 +148,7 @@ class AutoFlow(AutoContinuous):
             last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
         else:
             last = Triangular(dim, loc=loc, scale_tril=scale)
-        # TO BE SWAPPED for flow.layers, and standardize=False, as soon as flows have them.
-        return Flow([*flow.transform.layers, last], base=flow.base).to(loc)
+        return Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
 
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
         r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyroflows.errors import CheckpointError, OptionError
 from pyroflows.flows import Flow, Recipe
-from pyroflows.transforms import FlowTransform, Standardize, Triangular
+from pyroflows.transforms import Triangular
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FlowState:
     @classmethod
     def of(cls, flow: Flow, recipe: Recipe | None) -> "FlowState":
         """How a flow, which ends in a guide's own layer, was built."""
-        is_triangular = isinstance(_last_layer(flow.components[0]), Triangular)
+        is_triangular = isinstance(flow.components[0].layers[-1], Triangular)
         dtype = str(next(flow.parameters()).dtype).removeprefix("torch.")
         return cls(recipe, flow.dim, "triangular" if is_triangular else "diagonal", len(flow.components), dtype)
 
@@ -82,12 +82,6 @@ class FlowState:
                 f"the number of flows that are mixed is {self.num_components} in the state, but "
                 f"{guide.num_components} in this guide: load the state into a fresh guide"
             )
-
-
-def _last_layer(flow: Flow) -> FlowTransform:
-    """The guide's own layer of location and scale."""
-    # TO BE SWAPPED for flow.layers[-1], which leaves out the layer that a fit may have added, as soon as flows have it.
-    return next(layer for layer in reversed(list(flow.transform.layers)) if not isinstance(layer, Standardize))
 
 
 def _maker(recipe: Recipe | None) -> str:

@@ -59,11 +59,9 @@ def bridge_estimate(
     num_draws = math.ceil(num_samples / num_chains)
     with seeded(seed), torch.no_grad():
         # Trajectories alone do not go from mode to mode.
-        method = "independence" if len(flow.components) > 1 else "hmc"
+        method = "hmc" if len(flow.components) == 1 else "independence"
         chains = sample_latents(flow, log_joint, method, num_draws, num_chains, num_warmup, None, progress_bar)
-        z = chains.z.flatten(0, 1)
-        _, ladj = flow.transform.forward_and_ladj(z)
-        log_q = (flow.base().log_prob(z) - ladj).reshape(num_chains, num_draws)
+        _, log_q = flow().transport(chains.z.unflatten(-1, flow.base_shape))
         x, log_q_of_flow = flow().rsample_and_log_prob((num_chains * num_draws,))
         of_flow = log_joint.in_chunks(x) - log_q_of_flow
     return bridge(_array(chains.stats["lp"] - log_q), _array(of_flow))

@@ -320,8 +320,7 @@ class Posterior:
         """The verdict, and why."""
         found = self._diagnostics
         modes = None if self.starts is None else str(self.starts)
-        num_covered = len(self._flow.components)
-        others = 0 if self.starts is None else len(self.starts.modes) - num_covered
+        others = 0 if self.starts is None else len(self.starts.modes) - len(self._flow.components)
         return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents, self.history, modes, others)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":

@@ -48,14 +48,15 @@ def weighted_guide(
 
 
 def _start_near(guide: AutoFlow, latents: Tensor, weights: Tensor, args: Any, kwargs: Any) -> Flow:
-    """The flow of a guide, built with the correlations of latents ``(n, dim)``; fits see to locations and scales."""
+    """The flow of a guide, built at the mean and the covariance of weighted latents ``(n, dim)``."""
     dim = latents.shape[1]
+    mean = (weights / weights.sum()).double() @ latents.double()
     covariance = torch.cov(latents.T.double(), aweights=weights.double()).reshape(dim, dim)
     sd = covariance.diagonal().sqrt()
     num_effective = weights.sum() ** 2 / (weights**2).sum()
     # Fewer draws than dimensions have no invertible covariance.
     shrinkage = dim / (dim + num_effective.double())
     correlation = torch.lerp(covariance / sd / sd[:, None], torch.eye(dim).to(covariance), shrinkage)
-    guide.start_at(torch.zeros_like(sd), torch.linalg.cholesky(correlation), *args, **kwargs)
+    guide.start_at(mean, sd[:, None] * torch.linalg.cholesky(correlation), *args, **kwargs)
     assert guide.flow is not None
     return guide.flow

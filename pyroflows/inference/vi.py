@@ -186,7 +186,8 @@ class FlowVI:
         train_guide = partial(self._train, guide, log_joint, own)
         posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode)
         if isinstance(self.guide, AutoFlow):
-            if guide.flow is not None and len(guide.flow.components) > 1:
+            assert guide.flow is not None
+            if not guide.flow().has_rsample:
                 raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
             return posterior(history=train_guide())
 

@@ -1,67 +1,65 @@
 """Layers one after the other."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.shapes import as_given
+from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 
 
 class Compose(FlowTransform):
-    """Layers applied one after the other, the first next to the base."""
+    r"""Layers applied one after the other, :math:`x = t_n(\dots t_2(t_1(z)))`, the first next to the base.
+
+    The log-determinant is the sum of those of the layers, :math:`\log|\det J| = \sum_k \log|\det J_k|`. Its direction
+    is parallel where that of every layer is.
+
+    Args:
+        layers: one or more layers. Each takes events of the shape that the one before gives; those that take a context
+            take the same.
+
+    Shapes: z is ``(..., *base_shape)`` of the first layer, x is ``(..., *event_shape)`` of the last, a context is
+    ``(..., *context_shape)``.
+
+    Raises:
+        OptionError: if there is no layer.
+        ShapeError: if two layers in a row do not fit, or contexts differ; names the layers.
+
+    Example:
+        >>> t = Compose([Planar(2), Permutation([1, 0])])
+        >>> z = torch.randn(5, 2)
+        >>> torch.allclose(t(z), Planar(2)(z).flip(-1))  # a new planar layer is the identity
+        True
+    """
 
     def __init__(self, layers: Sequence[FlowTransform]) -> None:
         if not layers:
             raise OptionError("a composition needs at least one layer")
-        shapes = sorted({layer.event_shape for layer in layers})
-        context_shapes = sorted({layer.context_shape for layer in layers} - {torch.Size()})
-        if len(shapes) > 1 or len(context_shapes) > 1:
-            dims, context_dims = [[as_given(shape) for shape in each] for each in (shapes, context_shapes)]
-            raise ShapeError(f"layers of one flow must agree, but have dims {dims} and context sizes {context_dims}")
-        super().__init__(shapes[0], context_shapes[0] if context_shapes else 0)
-        self.codomain = layers[-1].codomain
+        for place, (before, after) in enumerate(pairwise(layers)):
+            if before.event_shape != after.base_shape:
+                raise ShapeError(
+                    "the shapes of layers in a row must agree, but "
+                    f"layer {place} ({type(before).__name__}) gives events of {described(before.event_shape)}, and "
+                    f"layer {place + 1} ({type(after).__name__}) takes events of {described(after.base_shape)}"
+                )
+        by_context = {layer.context_shape: type(layer).__name__ for layer in layers if layer.context_dim}
+        if len(by_context) > 1:
+            found = ", ".join(f"{name} has {as_given(shape)}" for shape, name in by_context.items())
+            raise ShapeError(f"the context sizes of layers of one flow must agree, but {found}")
+        context_shape = next(iter(by_context), torch.Size())
+        super().__init__(layers[-1].event_shape, context_shape, layers[0].base_shape)
+        self.domain, self.codomain = layers[0].domain, layers[-1].codomain
         self.layers: Any = nn.ModuleList(layers)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        return self._through("_forward_and_ladj", self.layers, z, context)
+        return _through("_forward_and_ladj", self.layers, z, context)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        return self._through("_inverse_and_ladj", reversed(self.layers), x, context)
-
-    # The diagonal of a product of matrices that are triangular in one order is the product of the diagonals.
-
-    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        self._check_order()
-        return self._through("_forward_and_log_slopes", self.layers, z, context)
-
-    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        self._check_order()
-        return self._through("_inverse_and_log_slopes", reversed(self.layers), x, context)
-
-    def _through(self, method: str, layers: Iterable[FlowTransform], value: Tensor, context: Tensor | None) -> Pair:
-        """The value that a method of one layer after the other gives, and the sum of what each gives besides."""
-        total: Any = 0.0
-        for layer in layers:
-            value, logarithm = getattr(layer, method)(value, context if layer.context_dim else None)
-            total = total + logarithm
-        return value, total
-
-    def _check_order(self) -> None:
-        if self.triangular_order is None:
-            raise NotImplementedError("these layers are not all triangular in one order")
-
-    @property
-    def triangular_order(self) -> tuple[int, ...] | None:
-        orders = {layer.triangular_order for layer in self.layers} - {()}
-        return () if not orders else orders.pop() if len(orders) == 1 else None
-
-    @property
-    def is_affine(self) -> bool:
-        return all(layer.is_affine for layer in self.layers)
+        return _through("_inverse_and_ladj", reversed(self.layers), x, context)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         total: Any = 0.0
@@ -69,3 +67,42 @@ class Compose(FlowTransform):
             z, ladj, score = layer._forward_and_score(z, score, context if layer.context_dim else None)
             total = total + ladj
         return z, total, score
+
+    @property
+    def ladj_is_exact(self) -> bool:
+        return all(layer.ladj_is_exact for layer in self.layers)
+
+    def _exact(self) -> FlowTransform:
+        return Compose([layer.exact() for layer in self.layers])
+
+    @property
+    def adapts(self) -> bool:
+        return any(layer.adapts for layer in self.layers)
+
+    @property
+    def is_adapted(self) -> bool:
+        return all(layer.is_adapted for layer in self.layers)
+
+    @torch.no_grad()
+    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Let each layer that adapts learn from the rows as they arrive there, from data to base."""
+        x = self._checked(x, context, self.event_shape)
+        count = sum(layer.adapts for layer in self.layers)
+        for layer in reversed(self.layers):
+            if not count:
+                break
+            given = context if layer.context_dim else None
+            if layer.adapts:
+                layer.adapt(x, given, weights)
+                count -= 1
+            if count:
+                x, _ = layer.inverse_and_ladj(x, given)
+
+
+def _through(method: str, layers: Iterable[FlowTransform], value: Tensor, context: Tensor | None) -> Pair:
+    """The value that a method of one layer after the other gives, and the sum of what each gives besides."""
+    total: Any = 0.0
+    for layer in layers:
+        value, logarithm = getattr(layer, method)(value, context if layer.context_dim else None)
+        total = total + logarithm
+    return value, total

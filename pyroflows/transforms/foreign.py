@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyroflows.errors import InversionError, OptionError, ShapeError
-from pyroflows.shapes import as_given
+from pyroflows.shapes import as_given, shape_of
 from pyroflows.transforms.base import FlowTransform, Pair
 
 
@@ -21,7 +21,8 @@ class Foreign(FlowTransform):
 
     Args:
         transform: a bijection of vectors, or of scalars, which then acts on each dimension.
-        dim: the event size D, or the event shape.
+        dim: the event size D, or the event shape, at the base end; a transform such as torch's ``ReshapeTransform``
+            gives events of another shape.
 
     Raises:
         OptionError: if the transform is not a bijection between vectors, or between events of fewer axes.
@@ -30,16 +31,18 @@ class Foreign(FlowTransform):
     """
 
     def __init__(self, transform: Transform, dim: int | Sequence[int]) -> None:
-        super().__init__(dim)
-        num_axes = max(transform.domain.event_dim, transform.codomain.event_dim)
-        if not transform.bijective or num_axes > len(self.event_shape):
+        base_shape = shape_of(dim)
+        if not transform.bijective or transform.domain.event_dim > len(base_shape):
             raise OptionError(f"a flow needs bijections of vectors, but {transform} is none")
-        if not _keeps_shape(transform, self.event_shape):
-            size = as_given(self.event_shape)
+        event_shape = _image_of(transform, base_shape)
+        if event_shape is None or event_shape.numel() != base_shape.numel():
+            size = as_given(base_shape)
             raise ShapeError(f"a flow of dim={size} needs bijections of vectors of that size, but {transform} is none")
+        super().__init__(event_shape, base_dim=base_shape)
         self.transform = transform
         if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
             self.inverse_transform = transform.inv
+        self.domain = on_events(transform.domain, len(self.base_shape))
         self.codomain = on_events(transform.codomain, len(self.event_shape))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
@@ -57,7 +60,7 @@ class Foreign(FlowTransform):
     def _ladj(self, z: Tensor, x: Tensor) -> Tensor:
         ladj = self.transform.log_abs_det_jacobian(z, x)
         _forget(self.transform)
-        return sum_rightmost(ladj, ladj.dim() - (z.dim() - len(self.event_shape)))
+        return sum_rightmost(ladj, ladj.dim() - (z.dim() - len(self.base_shape)))
 
 
 class Zuko(FlowTransform):
@@ -80,11 +83,12 @@ def on_events(constraint: constraints.Constraint, num_axes: int) -> constraints.
     return constraints.independent(constraint, rest) if rest else constraint
 
 
-def _keeps_shape(transform: Transform, shape: torch.Size) -> bool:
+def _image_of(transform: Transform, shape: torch.Size) -> torch.Size | None:
+    """The shape to which the transform maps events of a shape; None if it takes no such events."""
     try:
-        return transform.forward_shape(shape) == shape
+        return torch.Size(transform.forward_shape(shape))
     except (RuntimeError, ValueError):  # the sizes of its own tensors do not fit
-        return False
+        return None
 
 
 def _forget(transform: Any) -> None:

@@ -1,9 +1,12 @@
-"""Location and scale of data as a layer without parameters."""
+"""Layers that learn the location and scale of data before training."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyroflows.errors import OptionError
+from pyroflows.errors import DataError, OptionError
+from pyroflows.shapes import described, places, shape_of
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.triangular.base import TriangularTransform
 
@@ -11,40 +14,63 @@ from pyroflows.transforms.triangular.base import TriangularTransform
 class Standardize(TriangularTransform):
     r""":math:`x = \mu + \sigma \odot z`, with fixed :math:`\mu` and :math:`\sigma > 0`; its inverse standardises data.
 
-    Both directions are parallel. Location and scale are buffers: they move, cast and are saved with the layer, and do
-    not train.
+    It starts as the identity; :meth:`adapt` sets :math:`\mu` and :math:`\sigma` to the mean and the standard deviation
+    of data. Both directions are parallel. Location and scale are buffers: they move, cast and are saved with the layer,
+    and do not train.
 
     Args:
-        loc: location, of the event's shape, ``(dim,)`` for vectors.
-        scale: positive scale, of the same shape.
+        dim: the event size D, or the event shape.
+        loc: :math:`\mu`, of the event's shape; None for zero.
+        scale: :math:`\sigma`, positive, of the event's shape; None for one. A layer that is given loc or scale counts
+            as adapted, so that a fit leaves it as it is.
 
     Raises:
-        OptionError: if these are no two finite tensors of one event shape, or a scale is not positive.
+        OptionError: if loc or scale is not finite or has another shape, or a scale is not positive.
 
     Example:
-        >>> t = Standardize(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.5]))
+        >>> t = Standardize(2, loc=torch.tensor([1.0, -1.0]), scale=torch.tensor([2.0, 0.5]))
         >>> t.inv(torch.tensor([3.0, -1.0])).tolist()
         [1.0, 0.0]
+        >>> t.adapt(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
+        >>> t.loc, t.scale
+        (tensor([1., 3.]), tensor([1., 2.]))
     """
 
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
-        if loc.dim() < 1 or loc.shape != scale.shape:
+    def __init__(self, dim: int | Sequence[int], loc: Tensor | None = None, scale: Tensor | None = None) -> None:
+        super().__init__(dim)
+        is_given = loc is not None or scale is not None
+        loc = torch.zeros(shape_of(dim)) if loc is None else loc
+        scale = torch.ones(shape_of(dim)) if scale is None else scale
+        if loc.shape != self.event_shape or scale.shape != self.event_shape:
             raise OptionError(
-                "loc and scale must be vectors of one size, or of one event shape, got shapes "
+                f"loc and scale of Standardize must have the event's {described(self.event_shape)}, got shapes "
                 f"{tuple(loc.shape)} and {tuple(scale.shape)}"
             )
         if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
             raise OptionError(f"loc must be finite and scale positive, got {loc.tolist()} and {scale.tolist()}")
-        super().__init__(loc.shape)
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale", scale.detach().clone())
+        self.adapted.fill_(is_given)
 
-    @property
-    def triangular_order(self) -> tuple[int, ...]:
-        return ()
+    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+        # In float64, since sums of squares of large numbers overflow or cancel in float32.
+        rows = x.cpu().double()
+        weights = rows.new_ones(len(rows)) if weights is None else weights.cpu().double()
+        weights = (weights / weights.sum()).reshape(-1, *[1] * len(self.event_shape))
+        mean = (weights * rows).sum(0)
+        deviation = (weights * (rows - mean) ** 2).sum(0).sqrt()
+        loc, scale = mean.to(self.loc), deviation.to(self.scale)
+        is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
+        if is_bad.any():
+            raise DataError(
+                f"columns {places(is_bad)} of x have no positive finite standard deviation: leave "
+                "out what is constant, and use units in which the numbers are of ordinary size"
+            )
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
 
     @property
     def is_affine(self) -> bool:

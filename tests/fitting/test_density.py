@@ -102,7 +102,7 @@ def test_weights_count_as_repeated_rows():
     means = []
     for options in ({"weights": weights}, {"x": x.repeat_interleave(weights.long(), 0)}):
         flow = pf.Flow([Elementwise(1)])
-        flow.standardize(x)
+        flow.adapt(x)
         fit_quietly(flow, **{"x": x, **options}, max_epochs=10, optimizer=adam(0.02))
         means.append(flow.transform(torch.zeros(1)).item())
     expected = (weights * x[:, 0]).sum() / weights.sum()  # about -0.7, and 0.5 without weights
@@ -116,7 +116,7 @@ def test_location_and_scale_are_those_of_the_weighted_training_rows():
         rows = load(flow, x, weights=weights).rows
         rows = rows[split(rows, 0.1)[0]]
     expected = MAF(2)
-    expected.standardize(rows.x, rows.weights)
+    expected.adapt(rows.x, weights=rows.weights)
     assert_same_state(flow.transform.layers[-1], expected.transform.layers[-1].state_dict())
 
 
@@ -528,7 +528,7 @@ def test_compiled_log_density_is_that_of_eager_execution(context_dim):
     flow = perturb(pf.flows.MAF(2, num_layers=1, hidden_dims=(8,), context_dim=context_dim, base="student_t"), 0.3)
     x = banana(64)
     context = torch.randn(64, context_dim) if context_dim else None
-    flow.standardize(x)
+    flow.adapt(x)
     with pyro.validation_enabled(False):
         compiled = torch.compile(density._log_prob, dynamic=False, fullgraph=True)
         results = []

@@ -99,7 +99,7 @@ def test_regularization_adds_squared_log_ratios_of_scales():
 
 def test_closed_form_needs_one_order_affine_maps_and_normal_bases():
     up, down = Autoregressive(3), Autoregressive(3, order=[2, 1, 0])
-    standardize = Standardize(torch.zeros(3), torch.ones(3))
+    standardize = Standardize(3)
     assert has_closed_form(Flow([up, Autoregressive(3)]), Flow([up.inv, standardize]))
     assert has_closed_form(Flow([Elementwise(3)]), Flow([down]))
     assert not has_closed_form(Flow([up]), Flow([down]))
@@ -160,7 +160,7 @@ def _error(found, expected):
 
 def test_student_takes_location_and_scale_of_a_teacher_that_has_them():
     teacher, student = MAF(2, **small), IAF(2, **small)
-    teacher.standardize(torch.tensor([[1.0, 10.0], [3.0, 50.0]]))
+    teacher.adapt(torch.tensor([[1.0, 10.0], [3.0, 50.0]]))
     pf.distill(student, teacher, **quick)
     for name in ("loc", "scale"):
         assert torch.equal(*(getattr(flow.transform.layers[-1], name) for flow in (student, teacher)))
@@ -286,7 +286,7 @@ def test_without_a_warm_start_the_student_starts_where_it_stands():
     student = disturbed(IAF(3, **small), 0.1)
     before = [p.detach().clone() for p in student.parameters()]
     fit = pf.distill(student, teacher, **{**quick, "num_steps": 1, "warm_start": 0, "regression": 0.0})
-    assert not student.is_standardized
+    assert not student.is_adapted
     assert all((a - b).abs().max() < 0.01 for a, b in zip(before, student.parameters(), strict=True))
     assert fit.history.num_steps == 1
 

@@ -14,14 +14,15 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, ReshapeTransform, constraints
 from torch.distributions import transforms as torch_transforms
 
 from pyroflows import flows
-from pyroflows.errors import InversionError, OptionError, ShapeError
+from pyroflows.errors import InexactError, InversionError, OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.flows.flow import as_flow
-from pyroflows.transforms import Elementwise, Planar
+from pyroflows.transforms import Elementwise, FlowTransform, Planar, Standardize
+from tests.transforms.examples import EstimatedScale
 from tests.transforms.registry import perturb
 
 CONTEXT_DIM = 3
@@ -252,6 +253,30 @@ def test_remembered_score_does_not_outlive_a_parameter_update(update):
     x = law.rsample((5,))
     UPDATES[update](flow)
     torch.testing.assert_close(law.log_prob(x), law.log_prob(x.clone()))
+
+
+TRAINED_BASES = {
+    "parameter of the base": lambda: dist.Normal(nn.Parameter(torch.zeros(2).double()), 1.0).to_event(1),
+    "buffer of the base": lambda: dist.Normal(torch.zeros(2).double(), torch.ones(2).double()).to_event(1),
+}
+
+
+@pytest.mark.parametrize("base", TRAINED_BASES)
+def test_remembered_score_does_not_outlive_a_change_of_the_base(base):
+    flow = Flow([Planar(2)], base=TRAINED_BASES[base]()).double()
+    law = flow()
+    x = law.rsample((5,))
+    with torch.no_grad():
+        law.base.base_dist.loc.add_(1.0)
+    torch.testing.assert_close(law.log_prob(x), flow().log_prob(x.clone()))
+
+
+def test_remembered_score_does_not_outlive_a_change_of_a_buffer():
+    flow = make()
+    law = flow()
+    x = law.rsample((5,))
+    flow.standardization.scale.mul_(2.0)
+    torch.testing.assert_close(law.log_prob(x), flow().log_prob(x.clone()))
 
 
 def _pickled(law):
@@ -808,3 +833,75 @@ def test_zuko_flow_of_another_size_raises(zuko):
 def test_zuko_flow_with_a_context_raises(zuko):
     with pytest.raises(ShapeError, match="context"):
         as_flow(zuko.flows.MAF(2, context=3, transforms=1), 2)
+
+
+# Exactness
+
+
+def test_a_flow_scores_exactly_and_trains_by_estimates():
+    flow = perturb(Flow([EstimatedScale(2), Planar(2)]).double())
+    law = flow()
+    x, log_q = law.rsample_and_log_prob((5,))
+    assert law.is_exact
+    torch.testing.assert_close(law.log_prob(x), log_q, rtol=1e-9, atol=1e-9)
+    estimate = law.estimated()
+    assert not estimate.is_exact and estimate.estimated() is estimate and not estimate.expand((3,)).is_exact
+    assert (estimate.log_prob(x) != estimate.log_prob(x)).all()
+    noise = estimate.log_prob(x[:1].expand(20_000, 2)) - log_q[:1]
+    assert noise.mean().abs() < 4 * noise.std() / len(noise) ** 0.5
+    z = law.base.sample((5,))
+    assert (estimate.transport(z)[1] != estimate.transport(z)[1]).all()
+
+
+def test_a_flow_of_exact_layers_is_its_own_estimate():
+    law = make()()
+    assert law.is_exact and law.estimated() is law
+
+
+def test_draws_need_no_exact_density():
+    class Rough(EstimatedScale):
+        _exact = FlowTransform._exact
+
+    law = Flow([Rough(2)])()
+    assert law.rsample((3,)).shape == law.sample((3,)).shape == (3, 2)
+    with pytest.raises(InexactError, match="log-determinant of Rough is an estimate"):
+        law.log_prob(torch.zeros(2))
+    assert law.estimated().log_prob(torch.zeros(2)).isfinite()
+
+
+def test_an_estimate_as_base_is_estimated_too():
+    law = Flow([Planar(2)], base=perturb(Flow([EstimatedScale(2)])))()
+    assert law.is_exact and not law.estimated().is_exact
+
+
+# Shapes
+
+
+def test_a_flow_whose_base_has_another_shape():
+    fold = ReshapeTransform((6,), (2, 3))
+    flow = Flow([Planar(6), fold, Elementwise((2, 3))], support=constraints.positive)
+    assert (flow.base_shape, flow.event_shape, flow.dim) == ((6,), (2, 3), 6)
+    x, log_q = flow().rsample_and_log_prob((5,))
+    assert (x.shape, log_q.shape, flow().latent(x).shape) == ((5, 2, 3), (5,), (5, 6))
+    torch.testing.assert_close(flow().log_prob(x.detach()), log_q, rtol=1e-4, atol=1e-4)
+    assert flow.standardization.event_shape == (2, 3)
+    flow.adapt(torch.rand(50, 2, 3) + 1)
+    assert flow.is_adapted
+    on_images = Flow([fold.inv], base=dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    assert on_images().sample((4,)).shape == (4, 6)
+    with pytest.raises(ShapeError, match=r"base of a flow .* event shape \(6,\)"):
+        Flow([Planar(6), fold], base=dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+
+# What a guide takes of a flow
+
+
+def test_layers_leave_out_the_identity_at_the_data_end():
+    flow = Flow([Planar(2), Planar(2)])
+    assert flow.layers == list(flow.transform.layers)[:2]
+    flow.adapt(torch.randn(10, 2))
+    assert flow.layers == list(flow.transform.layers)
+    assert Flow([Planar(2)], standardize=False).standardization is None
+    own = Standardize(2, scale=torch.full((2,), 3.0))
+    assert list(Flow([Planar(2), own]).transform.layers)[1:] == [own]
+    assert flow.components == (flow,)

@@ -55,7 +55,7 @@ GRID_NOISE = 0.2
 
 def layers(flow, kind):
     """The layers of one kind, themselves where the flow stacks their inverses."""
-    stacked = [layer.layer if isinstance(layer, Inverse) else layer for layer in flow.transform.layers]
+    stacked = [layer.layer if isinstance(layer, Inverse) else layer for layer in flow.layers]
     return [layer for layer in stacked if isinstance(layer, kind)]
 
 
@@ -183,7 +183,7 @@ def test_layers_are_as_many_as_told_and_of_the_right_kind(recipe, mixing):
     assert [type(layer.univariate) for layer in layers(flow, kind)] == [univariate] * 5
     between = 0 if mixing is None else 2 if recipe in COUPLING else 4
     assert len(layers(flow, Permutation if mixing == "permutation" else LU)) == between
-    assert len(flow.transform.layers) == 5 + between + (recipe == "nice")
+    assert len(flow.layers) == 5 + between + (recipe == "nice")
 
 
 @all_recipes

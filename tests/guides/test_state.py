@@ -152,7 +152,8 @@ def test_state_of_a_flow_function_of_the_user_s(dim):
     model = regression if dim == 2 else one_latent
 
     def flow_fn(dim):
-        standardize = Standardize(torch.ones(dim), torch.full((dim,), 2.0))
+        standardize = Standardize(dim)
+        standardize.scale.fill_(2.0)
         layers = [Radial(dim), ComposeTransform([TanhTransform(), AffineTransform(0.0, 0.9), TanhTransform().inv])]
         layers.append(standardize)
         return Flow(layers, base=dist.Laplace(torch.zeros(dim), 1.0).to_event(1))

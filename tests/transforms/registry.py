@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import ReshapeTransform
 
+from pyroflows.shapes import shape_of
 from pyroflows.transforms import (
     LU,
     Autoregressive,
@@ -24,12 +28,16 @@ from pyroflows.transforms import (
     Triangular,
     masks,
 )
+from pyroflows.transforms.foreign import Foreign
+from tests.transforms.examples import EstimatedScale
 
-Factory = Callable[[int, int], FlowTransform]
+Shape = tuple[int, ...]
+Factory = Callable[[Any, int], FlowTransform]
 
 CONTEXT_DIM = 3
-DIMS = (1, 2, 5, 50)
+VECTORS = ((1,), (2,), (5,), (50,))
 BATCH_SHAPES = ((), (7,), (3, 2, 7), (0,))
+DTYPES = (torch.float64, torch.float32)
 
 
 def _shuffled(dim: int) -> list[int]:
@@ -85,53 +93,130 @@ def _compose(dim: int, context_dim: int) -> Compose:
     )
 
 
-# Name to factory(dim, context_dim). At initialisation a layer must be the identity, unless it is named below.
-LAYERS: dict[str, Factory] = {
-    "planar": Planar,
-    "radial": Radial,
-    "sylvester": lambda dim, context_dim: Sylvester(dim, min(dim, 3), context_dim),
-    "permutation": lambda dim, context_dim: Permutation(_shuffled(dim)),
-    **{name: _factory(STRUCTURES[name.split("-")[0]], univariate=name.split("-")[1]) for name in TRIANGULAR},
-    "coupling-other-half": _factory(_coupling, mask=_other_half),
-    "coupling-alternating": _factory(_coupling, mask=masks.alternating),
-    "coupling-random": _factory(_coupling, mask=lambda dim: masks.random(dim, seed=1)),
-    "coupling-residual": _factory(_coupling, conditioner="residual"),
-    "autoregressive-reversed": _factory(_autoregressive, order=lambda dim: range(dim)[::-1]),
-    "autoregressive-narrow": _factory(Autoregressive, hidden_dims=(3, 2)),
-    "autoregressive-residual": _factory(_autoregressive, conditioner="residual"),
-    "autoregressive-causal-conv": _factory(_autoregressive, conditioner="causal_conv", order=_shuffled),
-    "autoregressive-inverse": lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv,
-    "lu": _factory(LU),
-    "lu-permuted": _factory(LU, order=_shuffled),
-    "triangular": _factory(Triangular),
-    "triangular-whitening": _factory(Triangular, loc=_location, scale_tril=_cholesky_factor),
-    "standardize": lambda dim, context_dim: Standardize(torch.linspace(-1.0, 2.0, dim), torch.linspace(0.5, 2.0, dim)),
-    "compose": _compose,
-}
-TAKES_NO_CONTEXT = {"permutation", "standardize"}
-NOT_IDENTITY_AT_START = {"permutation", "lu-permuted", "standardize", "triangular-whitening"}
-WITHOUT_PARAMETERS = {"permutation", "standardize"}
-# The log-determinant is zero whatever the parameters are.
-VOLUME_PRESERVING = {"permutation", *(name for name in TRIANGULAR if name.endswith("-additive"))}
+@dataclass(frozen=True)
+class Entry:
+    """A layer of the battery.
 
-LEARNABLE = [name for name in LAYERS if name not in WITHOUT_PARAMETERS]
-CONDITIONAL = [name for name in LAYERS if name not in TAKES_NO_CONTEXT]
+    Args:
+        make: called with an event shape (a number for vectors) and the size of the context.
+        shapes: event shapes that it is tried on; the laws that need one take ``usual``.
+        usual: the shape where one is enough.
+        takes_context: whether its parameters can depend on a context.
+        is_identity_at_start: whether a new layer is the identity.
+        has_parameters: whether there is something to train.
+        preserves_volume: whether the log-determinant is zero whatever the parameters are.
+        is_exact: whether its own log-determinant is exact; the laws ask for the exact view in any case.
+    """
+
+    make: Callable[[Any, int], FlowTransform]
+    shapes: tuple[Shape, ...] = VECTORS
+    usual: Shape = (5,)
+    takes_context: bool = True
+    is_identity_at_start: bool = True
+    has_parameters: bool = True
+    preserves_volume: bool = False
+    is_exact: bool = True
+
+
+SEQUENCES = ((1, 1), (3, 2), (2, 5))
+sequences = partial(Entry, shapes=SEQUENCES, usual=(2, 3))
+fixed = partial(Entry, takes_context=False, has_parameters=False)
+
+# A new layer enters by a line.
+LAYERS: dict[str, Entry] = {
+    "planar": Entry(Planar),
+    "radial": Entry(Radial),
+    "sylvester": Entry(lambda dim, context_dim: Sylvester(dim, min(dim, 3), context_dim)),
+    "permutation": fixed(lambda dim, _: Permutation(_shuffled(dim)), is_identity_at_start=False, preserves_volume=True),
+    **{
+        name: Entry(
+            _factory(STRUCTURES[name.split("-")[0]], univariate=name.split("-")[1]),
+            preserves_volume=name.endswith("-additive"),
+        )
+        for name in TRIANGULAR
+    },
+    "elementwise-of-sequences": sequences(_factory(Elementwise)),
+    "coupling-other-half": Entry(_factory(_coupling, mask=_other_half)),
+    "coupling-alternating": Entry(_factory(_coupling, mask=masks.alternating)),
+    "coupling-random": Entry(_factory(_coupling, mask=lambda dim: masks.random(dim, seed=1))),
+    "coupling-residual": Entry(_factory(_coupling, conditioner="residual")),
+    "autoregressive-reversed": Entry(_factory(_autoregressive, order=lambda dim: range(dim)[::-1])),
+    "autoregressive-narrow": Entry(_factory(Autoregressive, hidden_dims=(3, 2))),
+    "autoregressive-residual": Entry(_factory(_autoregressive, conditioner="residual")),
+    "autoregressive-causal-conv": Entry(_factory(_autoregressive, conditioner="causal_conv", order=_shuffled)),
+    "autoregressive-of-sequences": sequences(_factory(_autoregressive, conditioner="causal_conv")),
+    "autoregressive-inverse": Entry(lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv),
+    "lu": Entry(_factory(LU)),
+    "lu-permuted": Entry(_factory(LU, order=_shuffled), is_identity_at_start=False),
+    "triangular": Entry(_factory(Triangular)),
+    "triangular-whitening": Entry(
+        _factory(Triangular, loc=_location, scale_tril=_cholesky_factor), is_identity_at_start=False
+    ),
+    "standardize": fixed(
+        lambda dim, _: Standardize(dim, torch.linspace(-1.0, 2.0, dim), torch.linspace(0.5, 2.0, dim)),
+        is_identity_at_start=False,
+    ),
+    "standardize-of-sequences": fixed(lambda shape, _: Standardize(shape), shapes=SEQUENCES, usual=(2, 3)),
+    "reshape": fixed(
+        lambda shape, _: Foreign(ReshapeTransform((math.prod(shape),), shape), math.prod(shape)),
+        shapes=SEQUENCES,
+        usual=(2, 3),
+        is_identity_at_start=False,
+        preserves_volume=True,
+    ),
+    "estimated": Entry(lambda dim, _: EstimatedScale(dim), takes_context=False, is_exact=False),
+    "compose": Entry(_compose),
+}
+
+LEARNABLE = [name for name, entry in LAYERS.items() if entry.has_parameters]
+CONDITIONAL = [name for name, entry in LAYERS.items() if entry.takes_context]
 # All pairs (name, context_dim), for parametrisation.
 CASES = [(name, 0) for name in LAYERS] + [(name, CONTEXT_DIM) for name in CONDITIONAL]
 CASE_IDS = [name + ("-context" if context_dim else "") for name, context_dim in CASES]
 
 
-def layer(name: str, dim: int, context_dim: int = 0, dtype: torch.dtype = torch.float64) -> FlowTransform:
+def made(name: str, shape: Shape, context_dim: int = 0) -> FlowTransform:
+    """A new layer; those of vectors are made with a number."""
+    return LAYERS[name].make(shape[0] if len(shape) == 1 else shape, context_dim).exact()
+
+
+def layer(
+    name: str, shape: Shape | None = None, context_dim: int = 0, dtype: torch.dtype = torch.float64
+) -> FlowTransform:
     """A layer with perturbed parameters."""
-    return perturb(LAYERS[name](dim, context_dim).to(dtype))
+    return perturb(made(name, LAYERS[name].usual if shape is None else shape, context_dim).to(dtype))
 
 
 def conditioned(
-    name: str, dim: int, context_dim: int, batch_shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
+    name: str, context_dim: int, shape: Shape | None = None, batch_shape: Shape = (), dtype: torch.dtype = torch.float64
 ) -> FlowTransform:
     """A layer with perturbed parameters, at a random context if it takes one."""
-    t = layer(name, dim, context_dim, dtype)
+    t = layer(name, shape, context_dim, dtype)
     return t.condition(torch.randn(*batch_shape, context_dim, dtype=dtype)) if context_dim else t
+
+
+def grid(full: bool) -> list[Any]:
+    """Cases with an event shape, a batch shape and a dtype.
+
+    Every pair of values of two of the four occurs; with ``full`` every combination does.
+    """
+    found = []
+    for k, (name, context_dim) in enumerate(CASES):
+        shapes = LAYERS[name].shapes
+        if full:
+            rest = list(product(shapes, BATCH_SHAPES, DTYPES))
+        else:
+            size = max(len(shapes), len(BATCH_SHAPES))
+            rest = [
+                (shapes[i % len(shapes)], BATCH_SHAPES[(i + k) % len(BATCH_SHAPES)], DTYPES[(i + k // 2) % 2])
+                for i in range(size)
+            ]
+        found += [pytest.param(name, context_dim, *values, id=_id(k, *values)) for values in rest]
+    return found
+
+
+def _id(k: int, shape: Shape, batch_shape: Shape, dtype: torch.dtype) -> str:
+    return f"{CASE_IDS[k]}-{shape}-{batch_shape}-{dtype}"
 
 
 def perturb(module: nn.Module, scale: float = 1.0) -> nn.Module:
@@ -143,15 +228,22 @@ def perturb(module: nn.Module, scale: float = 1.0) -> nn.Module:
     return module
 
 
-def points(batch_shape: tuple[int, ...], dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def points(batch_shape: Shape, shape: int | Shape, dtype: torch.dtype = torch.float64) -> Tensor:
     """Points with ``|z_j| <= 10``, many of them near zero, where the layers bend most."""
-    return 10 * (2 * torch.rand(*batch_shape, dim, dtype=dtype) - 1) * torch.rand(*batch_shape, 1, dtype=dtype) ** 2
+    shape = shape_of(shape)
+    radius = torch.rand(*batch_shape, *[1] * len(shape), dtype=dtype) ** 2
+    return 10 * (2 * torch.rand(*batch_shape, *shape, dtype=dtype) - 1) * radius
 
 
-def jacobian(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """``(..., D, D)``, row i the gradient of output i. Points of a batch do not mix, so one batched pass gives all."""
+def jacobian(function: Callable[[Tensor], Tensor], z: Tensor, num_axes: int = 1) -> Tensor:
+    """``(..., D, D)`` for events with that many axes, row i the gradient of output i.
+
+    Points of a batch do not mix, so one batched pass gives all.
+    """
     z = z.detach().requires_grad_()
     x = function(z)
-    dim = z.shape[-1]
-    rows = torch.eye(dim, dtype=z.dtype).reshape(dim, *[1] * (z.dim() - 1), dim).expand(dim, *z.shape)
-    return torch.autograd.grad(x, z, rows, is_grads_batched=True)[0].movedim(0, -2)
+    batch_shape = z.shape[: z.dim() - num_axes]
+    dim = z.shape[len(batch_shape) :].numel()
+    rows = torch.eye(dim, dtype=z.dtype).reshape(dim, *[1] * len(batch_shape), *x.shape[len(batch_shape) :])
+    found = torch.autograd.grad(x, z, rows.expand(dim, *x.shape), is_grads_batched=True)[0]
+    return found.flatten(len(batch_shape) + 1).movedim(0, -2)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, ReshapeTransform, TransformedDistribution
 
 from pyroflows.errors import OptionError
 from pyroflows.flows import Flow
@@ -13,6 +14,8 @@ from pyroflows.inference.mcmc.nuts import run_nuts
 from pyroflows.inference.mcmc.target import where_finite
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.randomness import seeded
+from pyroflows.transforms import Compose, FlowTransform
+from pyroflows.transforms.foreign import Foreign
 
 METHODS = {"hmc": run_hmc, "nuts": run_nuts, "independence": run_independence}
 NUM_CHAINS = {"hmc": 64, "nuts": 4, "independence": 64}
@@ -54,16 +57,26 @@ def sample_latents(
         if not isinstance(value, int) or value < least:
             raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
     with seeded(seed):
-        rows = flow.base().sample((1 if method == "nuts" else num_chains,))
-        value_and_grad = where_finite(log_joint.value_and_grad(rows, flow.transform.forward_and_ladj))
-        z, stats = METHODS[method](value_and_grad, flow.base(), num_samples, num_chains, num_warmup, progress_bar)
-        latents, ladj = _mapped(flow, z.flatten(0, 1), log_joint.batched.chunk_size)
+        base, transform = _of_vectors(flow)
+        rows = base.sample((1 if method == "nuts" else num_chains,))
+        value_and_grad = where_finite(log_joint.value_and_grad(rows, transform.forward_and_ladj))
+        z, stats = METHODS[method](value_and_grad, base, num_samples, num_chains, num_warmup, progress_bar)
+        latents, ladj = _mapped(transform, z.flatten(0, 1), log_joint.batched.chunk_size)
     # In the space of the unconstrained vector, as the posterior's own lp.
     lp = stats["lp"] - ladj.reshape(stats["lp"].shape)
     return LatentChains(latents.reshape(z.shape), z, {**stats, "lp": lp})
 
 
+def _of_vectors(flow: Flow) -> tuple[Distribution, FlowTransform]:
+    """Base and exact transform of a flow, with the base values of whatever shape as vectors."""
+    base, transform = flow.base(), flow.transform.exact()
+    if len(flow.base_shape) == 1:
+        return base, transform
+    unflatten = ReshapeTransform((flow.dim,), flow.base_shape)
+    return TransformedDistribution(base, unflatten.inv), Compose([Foreign(unflatten, flow.dim), transform])
+
+
 @torch.no_grad()
-def _mapped(flow: Flow, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    parts = [flow.transform.forward_and_ladj(part) for part in z.split(chunk_size)]
+def _mapped(transform: FlowTransform, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    parts = [transform.forward_and_ladj(part) for part in z.split(chunk_size)]
     return torch.cat([x for x, _ in parts]), torch.cat([ladj for _, ladj in parts])

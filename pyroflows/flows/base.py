@@ -1,0 +1,111 @@
+"""Base distributions of flows, as modules whose call returns a distribution."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import is_validation_enabled
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn import functional as F
+
+from pyroflows.errors import OptionError, ShapeError
+from pyroflows.shapes import as_given, shape_of
+
+Base = Distribution | nn.Module | str | None
+
+
+def base_module(base: Base, shape: torch.Size) -> nn.Module:
+    """The module of a base of a flow whose first layer takes events of this shape, see :class:`pyroflows.Flow`.
+
+    Raises:
+        OptionError: if the base is unknown.
+        ShapeError: if it has another event shape.
+    """
+    if base is None:
+        base = standard_normal(shape)
+    if isinstance(base, Distribution):
+        return DistributionModule(_checked_event(base, shape))
+    if isinstance(base, nn.Module):
+        _checked_event(base(), shape)
+        return base
+    if base == "student_t":
+        return StudentT(shape)
+    raise OptionError(f'base must be a distribution, a module that returns one, "student_t" or None, got {base!r}')
+
+
+def standard_normal(shape: torch.Size) -> Distribution:
+    """Independent standard normal variables, as one event of that shape."""
+    return dist.Normal(torch.zeros(shape), torch.ones(shape)).to_event(len(shape))
+
+
+def is_validated() -> bool:
+    """Whether distributions check their values: as Pyro was told, but never in what torch compiles into one graph."""
+    return not torch.compiler.is_compiling() and bool(is_validation_enabled())
+
+
+class StudentT(nn.Module):
+    r"""Independent standard Student-t variables with learned degrees of freedom :math:`\nu = 1 + \mathrm{softplus}(a)`.
+
+    Args:
+        dim: the event size D, or the event shape.
+        df: initial degrees of freedom, above 1.
+    """
+
+    def __init__(self, dim: int | Sequence[int], df: float = 10.0) -> None:
+        super().__init__()
+        self.raw_df = nn.Parameter(torch.full(shape_of(dim), df - 1.0).expm1().log())
+
+    def forward(self) -> Distribution:
+        df = 1 + F.softplus(self.raw_df)
+        return dist.StudentT(df, validate_args=is_validated()).to_event(df.dim())
+
+
+class DistributionModule(nn.Module):
+    """A distribution whose tensors are buffers of a module, so that they move and cast with it.
+
+    Parameters among its tensors stay parameters. A call returns the distribution, made of the tensors as they are now.
+
+    Args:
+        distribution: any torch or Pyro distribution.
+
+    Raises:
+        OptionError: if a tensor is computed from parameters.
+    """
+
+    def __init__(self, distribution: Distribution) -> None:
+        super().__init__()
+        self._template = distribution
+        for name, value in vars(distribution).items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor) and value.requires_grad:
+                raise OptionError(
+                    f"{name} of the base {type(distribution).__name__} is computed from parameters, which would not be "
+                    "found: give as base a module whose call returns the distribution"
+                )
+            elif isinstance(value, Tensor):
+                self.register_buffer(name, value.detach().clone())
+            elif isinstance(value, Distribution):
+                self.add_module(name, DistributionModule(value))
+
+    def forward(self) -> Distribution:
+        # A shallow copy with today's tensors: its constructor would validate them again at every call.
+        distribution = copy.copy(self._template)
+        distribution._validate_args = distribution._validate_args and is_validated()
+        vars(distribution).update(self._parameters)
+        vars(distribution).update(self._buffers)
+        vars(distribution).update({name: module() for name, module in self._modules.items() if module is not None})
+        return distribution
+
+
+def _checked_event(base: Distribution, event_shape: torch.Size) -> Distribution:
+    """The base, if it is one of events of that shape."""
+    if base.event_shape != event_shape:
+        raise ShapeError(
+            f"the base of a flow of {as_given(event_shape)} dimensions must have event shape {tuple(event_shape)}, but "
+            f"has batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}: use "
+            f".expand({list(event_shape)}).to_event({len(event_shape)})"
+        )
+    return base

@@ -1,0 +1,85 @@
+"""A memory of the last result of a computation, which cannot go stale."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class Memory:
+    """The tensors that a computation gave last, for as long as nothing that they depend on has changed.
+
+    What was kept counts until one of the tensors themselves, or a parameter or buffer of a source, is replaced or
+    changed in place, until an optimiser of the process makes a step, and until gradients are switched on or off. It is
+    dropped by deepcopy and pickle.
+
+    Args:
+        sources: modules and distributions that the computation reads.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> memory = Memory(layer)
+        >>> x = torch.zeros(1)
+        >>> memory.keep(x, layer(x))
+        >>> memory.recall(x, None) is not None
+        True
+        >>> _ = layer.bias.data.zero_()
+        >>> memory.recall(torch.zeros(1), None) is None
+        True
+    """
+
+    def __init__(self, *sources: nn.Module | Distribution) -> None:
+        self._sources = sources
+        self._kept: tuple[tuple[Tensor, ...], Any] | None = None
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Remember tensors instead of those before."""
+        self._kept = tensors, self._state_with(tensors)
+
+    def recall(self, *known: Tensor | None) -> tuple[Tensor, ...] | None:
+        """What was kept, if it holds these very tensors at their places, where None stands for any."""
+        if self._kept is None:
+            return None
+        tensors, state = self._kept
+        fits = all(value is None or value is kept for value, kept in zip(known, tensors, strict=True))
+        return tensors if fits and state == self._state_with(tensors) else None
+
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._kept = None
+
+    def _state_with(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """An object that compares equal only while all tensors are the same ones with the same values."""
+        versions = tuple((id(tensor), tensor._version) for tensor in _tensors_of(self._sources))
+        return _num_optimizer_steps, torch.is_grad_enabled(), tuple(t._version for t in tensors), versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def _tensors_of(source: Any) -> Iterator[Tensor]:
+    if isinstance(source, Tensor):
+        yield source
+    elif isinstance(source, nn.Module):
+        yield from source.parameters()
+        yield from source.buffers()
+    elif isinstance(source, Distribution | Transform):
+        yield from _tensors_of(tuple(vars(source).values()))
+    elif isinstance(source, list | tuple):
+        for part in source:
+            yield from _tensors_of(part)
+
+
+_num_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _num_optimizer_steps
+    _num_optimizer_steps += 1
+
+
+# Fused optimisers, and those that write through ``.data``, leave no trace in a tensor's version counter.
+register_optimizer_step_post_hook(_count_step)
