@@ -359,7 +359,7 @@ def test_options_of_all_recipes_act(name):
 @pytest.mark.parametrize(("mixing", "kind"), [("permutation", Permutation), ("lu", LU)])
 def test_mixing_between_layers_that_see_all_dimensions(recipe, mixing, kind):
     flow = DENSE[recipe](4, num_layers=3, mixing=mixing).double()
-    stacked = [type(layer) for layer in flow.transform.layers]
+    stacked = [type(layer) for layer in flow.layers]
     layer = stacked[0]
     assert stacked == [layer, kind, layer, kind, layer] and layer is not kind
     x, log_q = perturb(flow, 0.3)().rsample_and_log_prob((7,))
