@@ -1,6 +1,6 @@
 """Normalizing flows for Pyro: posteriors, densities and proposals."""
 
-from pyroflows import errors, fitting, flows, guides, inference, transforms
+from pyroflows import errors, fitting, flows, guides, inference, nets, transforms
 from pyroflows.errors import (
     CheckpointError,
     DataError,
@@ -46,6 +46,7 @@ __all__ = [
     "importance_sample",
     "inference",
     "load_posterior",
+    "nets",
     "to_arviz",
     "transforms",
 ]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyroflows.errors import OptionError
+
 
 def shape_of(dim: int | Sequence[int]) -> torch.Size:
     """The shape that a user gave as ``dim``: ``(dim,)`` for a number.
@@ -40,3 +42,27 @@ def places(is_there: Tensor) -> list[int] | list[tuple[int, ...]]:
     """
     indices = is_there.nonzero().tolist()
     return [i for (i,) in indices] if is_there.dim() == 1 else [tuple(index) for index in indices]
+
+
+def axis_from_the_end(axis: int, event_shape: torch.Size, layer: str) -> int:
+    """An axis of an event, counted from the end, so that it is the same whatever the batch shape.
+
+    Args:
+        axis: the axis as the user gave it, counted from either end.
+        event_shape: the shape of the event.
+        layer: who asks, for the message.
+
+    Raises:
+        OptionError: if the event has no such axis.
+
+    Example:
+        >>> axis_from_the_end(0, torch.Size([3, 4, 2]), "Coupling")
+        -3
+    """
+    num_axes = len(event_shape)
+    if not -num_axes <= axis < num_axes:
+        raise OptionError(
+            f"{layer} has events of {described(event_shape)} and needs an axis from {-num_axes} to {num_axes - 1}, "
+            f"got {axis}"
+        )
+    return axis if axis < 0 else axis - num_axes

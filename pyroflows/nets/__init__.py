@@ -4,20 +4,21 @@ Every conditioner starts with a zero output layer, so that what it conditions st
 """
 
 from pyroflows.nets.causal_conv import CausalConv
-from pyroflows.nets.incremental import Incremental, IncrementalGradient
-from pyroflows.nets.incremental_conv import IncrementalConv
+from pyroflows.nets.incremental import GradientSteps, Incremental, IncrementalGradient, ParameterSteps
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE
-from pyroflows.nets.mlp import MLP, Parameters, ResidualMLP
+from pyroflows.nets.mlp import MLP, Parameters, Pointwise, ResidualMLP
 
 __all__ = [
     "MADE",
     "MLP",
     "CausalConv",
+    "GradientSteps",
     "Incremental",
-    "IncrementalConv",
     "IncrementalGradient",
     "MaskedLinear",
+    "ParameterSteps",
     "Parameters",
+    "Pointwise",
     "ResMADE",
     "ResidualMLP",
 ]

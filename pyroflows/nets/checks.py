@@ -1,4 +1,4 @@
-"""What a conditioner must not contain."""
+"""Refusal of conditioners that are no functions of their input."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from pyroflows.errors import OptionError
 
 
 def checked_conditioner(conditioner: nn.Module) -> nn.Module:
-    """The conditioner, if it is a module that gives the same parameters whenever, and in whatever batch, it is asked.
+    """Return the conditioner if it gives the same parameters for the same input, at every call and in every batch.
 
-    Dropout, other noise and batch statistics give a layer's two directions different parameters: it is then no
-    bijection, and nothing would show it.
+    Dropout, other noise and batch statistics give a layer's two directions different parameters. The layer is then no
+    bijection, and no value that it returns would show it.
 
     Raises:
         OptionError: if it is no module, or contains dropout, batch normalisation or the like.
@@ -26,7 +26,7 @@ def checked_conditioner(conditioner: nn.Module) -> nn.Module:
 
 
 def _effect(module: nn.Module) -> str | None:
-    """Why a module's output is no function of its input, if so."""
+    """Say why a module's output is no function of its input, or return None if it is one."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "its output depends on the rest of the batch"
     is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)

@@ -1,111 +1,120 @@
-r"""A masked autoregressive network computed place by place, each hidden unit once, forwards and backwards.
+r"""What a conditioner offers that can be evaluated place by place, forwards and backwards.
 
-A hidden unit of degree d needs only the inputs at places below d. Where the inputs become known one after the other, as
-in the inversion of an autoregressive layer, each unit is computed as soon as its inputs are there, and all D steps
-together cost about one pass through the network, instead of D passes. The same holds for the gradient of the inputs,
-from the last place to the first.
+The inverse of an autoregressive layer learns its inputs one after the other. Whatever the network, D passes through it
+do: pass i gives the parameters at place i. A network that offers :class:`Incremental` does better: it keeps what it has
+computed, so that all D steps together cost about one pass. The gradient of the inverse needs the inputs' gradients in
+the reverse order, from the last place to the first, and :class:`IncrementalGradient` is the same for it. A layer finds
+out by itself what its conditioner offers.
 
-Tensors are laid out as (units, N), so that what one step reads and writes are contiguous blocks.
+The rows of a batch stand last in every tensor here, ``(..., N)``, so that what a step reads and writes are contiguous
+blocks. An event's axes that are not ordered, such as the channels of a sequence, are called ``channels`` below; vectors
+have none.
 """
 
-import torch
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
 from torch import Tensor
-from torch.nn import functional as F
-
-from pyroflows.nets.made import MADE
 
 
-class Incremental:
+@runtime_checkable
+class ParameterSteps(Protocol):
     """The parameters of one place after the other, while the inputs become known.
 
-    For i = 0, 1, ..., D - 1, ask for ``parameters_at(i)``, then fill ``inputs[i]``.
-
-    Args:
-        net: the network.
-        num_rows: N.
-        context: ``(N, context_dim)`` or ``(1, context_dim)``, if the network takes one.
+    For i = 0, 1, ..., D - 1, the layer asks for ``parameters_at(i)``, then fills ``inputs[i]``. It needs no gradients.
 
     Attributes:
-        inputs: ``(D, N)``, by place.
+        inputs: ``(D, *channels, N)``, by place: ``inputs[i]`` is the input that stands at place i of the order.
     """
 
-    def __init__(self, net: MADE, num_rows: int, context: Tensor | None = None) -> None:
-        weights = net.weights_by_place()
-        # What does not depend on the inputs stands first among the sources: ones, whose weights are the biases, and
-        # for the first layer the context.
-        ones = weights[0].new_ones(1, num_rows)
-        if net.context is not None and context is not None:
-            weights[0] = torch.cat([net.context.weight, weights[0]], 1)
-            given = torch.cat([ones, context.T.expand(-1, num_rows)])
-        else:
-            given = ones
-        biases = [layer.bias for layer in (net.input, *net.hidden)]
-        weights[:-1] = [torch.cat([b[:, None], w], 1) for b, w in zip(biases, weights[:-1], strict=True)]
-        output_bias = net.output.bias.unflatten(0, (net.num_params, -1)).T[net.index_of_place]
-        self._output = torch.cat([output_bias[..., None], weights[-1]], 2).unbind()
-
-        inputs = torch.cat([given, given.new_empty(len(net.order), num_rows)])
-        active = [torch.cat([ones, ones.new_empty(len(weight), num_rows)]) for weight in weights[:-1]]
-        self.inputs = inputs[len(given) :]
-        # One split makes the views of all steps.
-        self._weights = [w.split(units) for w, units in zip(weights, net.units, strict=False)]
-        self._active = [a[1:].split(units) for a, units in zip(active, net.units, strict=True)]
-        self._sources = [inputs, *active]
-        self._units = list(zip(*net.units, strict=True))
-        widths = [range(len(given), len(inputs)), *([1 + known for known in layer] for layer in net.known)]
-        self._widths = list(zip(*widths, strict=True))
-        self._skips = [net.skip(k) for k in range(len(active))]
+    inputs: Tensor
 
     def parameters_at(self, i: int) -> Tensor:
-        """``(num_params, N)``, for the dimension at place i."""
-        *widths, last = self._widths[i]
-        before_activation: dict[int, Tensor] = {}
-        for k, (units, width, skip) in enumerate(zip(self._units[i], widths, self._skips, strict=True)):
-            if not units:
-                continue
-            h = torch.mm(self._weights[k][i][:, :width], self._sources[k][:width], out=self._active[k][i])
-            if skip is not None:
-                h += before_activation[skip]
-            if k in self._skips:
-                before_activation[k] = h.clone()
-            F.silu(h, inplace=True)
-        return torch.mm(self._output[i][:, :last], self._sources[-1][:last])
+        """The parameters ``(num_params, *channels, N)`` at place i, from ``inputs[:i]``; the rest is not known yet."""
+        ...
 
 
-class IncrementalGradient:
-    """The gradient of one input after the other, from the last place to the first.
+@runtime_checkable
+class Incremental(Protocol):
+    """A conditioner that can be evaluated place by place: a module with one more method, ``incremental``.
 
-    For i = D - 1, ..., 1, ``inputs[order[i]]`` is complete: read it, then give ``parameter_gradient(i, ...)``, which
-    adds to the inputs at places before i.
+    An autoregressive layer whose conditioner offers this uses it for its inverse. The steps must give what the
+    network's ``forward`` gives, so a subclass that changes one changes the other as well.
 
-    Args:
-        net: the network.
-        hidden: its pre-activations ``(N, width)`` at the inputs.
-        inputs: ``(D, N)``, to which the gradient is added in place.
+    Example:
+        >>> class RunningSum(torch.nn.Module):
+        ...     '''Parameters that are linear in the sum of the inputs before.'''
+        ...
+        ...     def __init__(self, order, num_params, hidden_dims, context_dim):
+        ...         super().__init__()
+        ...         self.output = torch.nn.Linear(1, num_params)
+        ...
+        ...     def forward(self, z, context=None):
+        ...         return self.output((z.cumsum(-1) - z)[..., None])
+        ...
+        ...     def incremental(self, num_rows, context=None):
+        ...         return RunningSumSteps(self, num_rows)
+        >>> class RunningSumSteps:
+        ...     def __init__(self, net, num_rows):
+        ...         self.net = net
+        ...         self.inputs = torch.empty(3, num_rows)
+        ...         self.sum = torch.zeros(num_rows)
+        ...
+        ...     def parameters_at(self, i):
+        ...         if i > 0:
+        ...             self.sum += self.inputs[i - 1]
+        ...         return self.net.output(self.sum[:, None]).T
+        >>> t = pf.transforms.Autoregressive(3, conditioner=RunningSum)
+        >>> isinstance(t.conditioner, pf.nets.Incremental)
+        True
+        >>> z = torch.randn(5, 3)
+        >>> torch.allclose(t.inv(t(z)), z, atol=1e-5)
+        True
     """
 
-    def __init__(self, net: MADE, hidden: list[Tensor], inputs: Tensor) -> None:
-        self._order = net.order
-        self._output = net.output.masked_weight.unflatten(0, (net.num_params, -1)).permute(1, 2, 0).unbind()
-        # From the units of each degree to the layer before.
-        layers = [net.input, *net.hidden]
-        self._weights = [layer.masked_weight.T.split(units, 1) for layer, units in zip(layers, net.units, strict=True)]
-        slopes = [torch.ops.aten.silu_backward(torch.ones_like(h), h).T.contiguous() for h in hidden]
-        self._slopes = [slope.split(units) for slope, units in zip(slopes, net.units, strict=True)]
-        gradients = [inputs.new_zeros(slope.shape) for slope in slopes]
-        self._units = [gradient.split(units) for gradient, units in zip(gradients, net.units, strict=True)]
-        self._layers = [inputs, *gradients]
-        self._skip_to = {skip: k for k in range(len(hidden)) if (skip := net.skip(k)) is not None}
+    def incremental(self, num_rows: int, context: Tensor | None = None) -> ParameterSteps:
+        """Steps for N rows.
 
-    def parameter_gradient(self, i: int, gradient: Tensor) -> None:
-        """Take in the gradient ``(num_params, N)`` of the parameters at place i."""
-        # In place, since an allocation would cost more than the arithmetic.
-        self._layers[-1].addmm_(self._output[self._order[i]], gradient)
-        # What reaches a hidden unit of degree i comes from parameters at places from i on, all of which are there.
-        for k in reversed(range(len(self._units))):
-            units = self._units[k][i]
-            if len(units):
-                units.mul_(self._slopes[k][i])
-                if k in self._skip_to:
-                    units.add_(self._units[self._skip_to[k]][i])
-                self._layers[k].addmm_(self._weights[k][i], units)
+        Args:
+            num_rows: N.
+            context: ``(N, *context_shape)``, or ``(1, *context_shape)`` where all rows have the same, or None.
+        """
+        ...
+
+
+@runtime_checkable
+class GradientSteps(Protocol):
+    """The gradients of one input after the other, from the last place to the first.
+
+    For i = D - 1, ..., 1, the layer reads the inputs' gradient at place i, which is complete by then, and calls
+    ``pull_back(i, gradient)``.
+    """
+
+    def pull_back(self, i: int, gradient: Tensor) -> None:
+        """Add to the gradient of the inputs what the parameters at place i bring to the places before i.
+
+        Args:
+            i: the place.
+            gradient: ``(num_params, *channels, N)``, the gradient of the parameters at place i.
+        """
+        ...
+
+
+@runtime_checkable
+class IncrementalGradient(Protocol):
+    """A conditioner whose gradient with respect to its inputs can be computed place by place.
+
+    An autoregressive layer whose conditioner offers this solves triangular systems with it, for the gradient of its
+    inverse and for scores, by one backward substitution. With any other it iterates passes backwards through the
+    network until nothing changes.
+    """
+
+    def with_gradient_steps(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], GradientSteps]]:
+        """The parameters at z, as ``forward`` gives them, and a function that makes the steps.
+
+        The function takes the gradient of the inputs, ``(D, *channels, N)``, to which the steps add in place. N is the
+        number of all rows of z. The first axis is that of z, not its order: place i has the gradient at ``order[i]``.
+        """
+        ...

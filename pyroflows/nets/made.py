@@ -1,12 +1,19 @@
-"""Masked autoregressive networks: one pass gives the parameters of every dimension from the dimensions before it."""
+"""Masked autoregressive networks: one pass gives the parameters of every dimension from the dimensions before it.
 
-from collections.abc import Sequence
+A hidden unit of degree d needs only the inputs at places below d. Where the inputs become known one after the other,
+each unit is computed once, as soon as its inputs are there, and the gradients of the inputs likewise from the last
+place to the first.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyroflows.nets.incremental import GradientSteps, ParameterSteps
 from pyroflows.nets.mlp import checked_widths, zero_initialized
 
 
@@ -36,9 +43,11 @@ class MADE(nn.Module):
     of degree below d, and the outputs for place j see hidden units of degree at most j. Hidden units are sorted by
     degree. The context reaches every hidden unit; units of degree 0 see nothing else.
 
+    It offers :class:`pyroflows.nets.Incremental` and :class:`pyroflows.nets.IncrementalGradient`.
+
     Args:
         order: a permutation of ``range(D)``; ``order[i]`` is the dimension that stands at place i.
-        num_params: parameters per dimension.
+        num_params: number of parameters of each dimension.
         hidden_dims: widths of the hidden layers; they may be smaller than D.
         context_dim: size of the context, 0 for none.
 
@@ -50,6 +59,11 @@ class MADE(nn.Module):
 
     Raises:
         OptionError: if there is no hidden layer, or a width is not positive.
+
+    Example:
+        >>> net = MADE([2, 0, 1], num_params=2, hidden_dims=(16,), context_dim=4)
+        >>> net(torch.randn(5, 3), torch.randn(5, 4)).shape
+        torch.Size([5, 3, 2])
     """
 
     index_of_place: Tensor
@@ -106,6 +120,18 @@ class MADE(nn.Module):
         # Parameter-major in memory, so that each parameter is one contiguous block over the dimensions.
         return output.unflatten(-1, (self.num_params, -1)).transpose(-1, -2)
 
+    def incremental(self, num_rows: int, context: Tensor | None = None) -> ParameterSteps:
+        """The parameters of one place after the other, see :class:`pyroflows.nets.Incremental`."""
+        return _ParameterSteps(self, num_rows, context)
+
+    def with_gradient_steps(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], GradientSteps]]:
+        """Parameters and the gradients of the inputs, see :class:`pyroflows.nets.IncrementalGradient`."""
+        hidden = self.pre_activations(z, context)
+        rows = [h.detach().reshape(-1, h.shape[-1]) for h in hidden]
+        return self.parameters_from(hidden), partial(_GradientSteps, self, rows)
+
     def weights_by_place(self) -> list[Tensor]:
         """The masked weights of all layers, inputs and outputs by place; the last is ``(D, num_params, width)``."""
         output = self.output.masked_weight.unflatten(0, (self.num_params, -1))
@@ -119,12 +145,12 @@ class MADE(nn.Module):
 class ResMADE(MADE):
     r"""Residual masked autoregressive network (Durkan and Nash 2019, arXiv:1904.05626).
 
-    As :class:`MADE`, with a block :math:`h_k = h_{k-1} + W_k'\, \sigma(W_k\, \sigma(h_{k-1}))` for every width in
+    It is a :class:`MADE` with a block :math:`h_k = h_{k-1} + W_k'\, \sigma(W_k\, \sigma(h_{k-1}))` for every width in
     ``hidden_dims``: all :math:`h_k` have the first width, the inside of block k has the k-th.
 
     Args:
         order: a permutation of ``range(D)``; ``order[i]`` is the dimension that stands at place i.
-        num_params: parameters per dimension.
+        num_params: number of parameters of each dimension.
         hidden_dims: one or more widths, a block of two masked layers for each.
         context_dim: size of the context, 0 for none.
 
@@ -141,6 +167,88 @@ class ResMADE(MADE):
     def skip(self, k: int) -> int | None:
         """The hidden layer whose pre-activation is added to that of hidden layer k."""
         return k - 2 if k > 0 and k % 2 == 0 else None
+
+
+class _ParameterSteps:
+    """Each hidden unit of a network is computed once, as soon as its inputs are known."""
+
+    def __init__(self, net: MADE, num_rows: int, context: Tensor | None = None) -> None:
+        weights = net.weights_by_place()
+        # What does not depend on the inputs stands first among the sources: ones, whose weights are the biases, and
+        # for the first layer the context.
+        ones = weights[0].new_ones(1, num_rows)
+        if net.context is not None and context is not None:
+            weights[0] = torch.cat([net.context.weight, weights[0]], 1)
+            given = torch.cat([ones, context.T.expand(-1, num_rows)])
+        else:
+            given = ones
+        biases = [layer.bias for layer in (net.input, *net.hidden)]
+        weights[:-1] = [torch.cat([b[:, None], w], 1) for b, w in zip(biases, weights[:-1], strict=True)]
+        output_bias = net.output.bias.unflatten(0, (net.num_params, -1)).T[net.index_of_place]
+        self._output = torch.cat([output_bias[..., None], weights[-1]], 2).unbind()
+
+        inputs = torch.cat([given, given.new_empty(len(net.order), num_rows)])
+        active = [torch.cat([ones, ones.new_empty(len(weight), num_rows)]) for weight in weights[:-1]]
+        self.inputs = inputs[len(given) :]
+        # One split makes the views of all steps.
+        self._weights = [w.split(units) for w, units in zip(weights, net.units, strict=False)]
+        self._active = [a[1:].split(units) for a, units in zip(active, net.units, strict=True)]
+        self._sources = [inputs, *active]
+        self._units = list(zip(*net.units, strict=True))
+        widths = [range(len(given), len(inputs)), *([1 + known for known in layer] for layer in net.known)]
+        self._widths = list(zip(*widths, strict=True))
+        self._skips = [net.skip(k) for k in range(len(active))]
+
+    def parameters_at(self, i: int) -> Tensor:
+        """``(num_params, N)``, for the dimension at place i."""
+        *widths, last = self._widths[i]
+        before_activation: dict[int, Tensor] = {}
+        for k, (units, width, skip) in enumerate(zip(self._units[i], widths, self._skips, strict=True)):
+            if not units:
+                continue
+            h = torch.mm(self._weights[k][i][:, :width], self._sources[k][:width], out=self._active[k][i])
+            if skip is not None:
+                h += before_activation[skip]
+            if k in self._skips:
+                before_activation[k] = h.clone()
+            F.silu(h, inplace=True)
+        return torch.mm(self._output[i][:, :last], self._sources[-1][:last])
+
+
+class _GradientSteps:
+    """The backward pass of a network reaches each hidden unit once, as soon as all that depends on the unit is there.
+
+    Args:
+        net: the network.
+        hidden: its pre-activations ``(N, width)`` at the inputs.
+        inputs: ``(D, N)``, by dimension, to which the gradient is added in place.
+    """
+
+    def __init__(self, net: MADE, hidden: list[Tensor], inputs: Tensor) -> None:
+        self._order = net.order
+        self._output = net.output.masked_weight.unflatten(0, (net.num_params, -1)).permute(1, 2, 0).unbind()
+        # From the units of each degree to the layer before.
+        layers = [net.input, *net.hidden]
+        self._weights = [layer.masked_weight.T.split(units, 1) for layer, units in zip(layers, net.units, strict=True)]
+        slopes = [torch.ops.aten.silu_backward(torch.ones_like(h), h).T.contiguous() for h in hidden]
+        self._slopes = [slope.split(units) for slope, units in zip(slopes, net.units, strict=True)]
+        gradients = [inputs.new_zeros(slope.shape) for slope in slopes]
+        self._units = [gradient.split(units) for gradient, units in zip(gradients, net.units, strict=True)]
+        self._layers = [inputs, *gradients]
+        self._skip_to = {skip: k for k in range(len(hidden)) if (skip := net.skip(k)) is not None}
+
+    def pull_back(self, i: int, gradient: Tensor) -> None:
+        """Take in the gradient ``(num_params, N)`` of the parameters at place i."""
+        # In place, since an allocation would cost more than the arithmetic.
+        self._layers[-1].addmm_(self._output[self._order[i]], gradient)
+        # What reaches a hidden unit of degree i comes from parameters at places from i on, all of which are there.
+        for k in reversed(range(len(self._units))):
+            units = self._units[k][i]
+            if len(units):
+                units.mul_(self._slopes[k][i])
+                if k in self._skip_to:
+                    units.add_(self._units[self._skip_to[k]][i])
+                self._layers[k].addmm_(self._weights[k][i], units)
 
 
 def _spread(lowest: int, highest: int, width: int) -> Tensor:

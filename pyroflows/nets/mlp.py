@@ -24,6 +24,10 @@ class MLP(nn.Sequential):
 
     Raises:
         OptionError: if a width is not positive.
+
+    Example:
+        >>> MLP(3, 8, hidden_dims=(16,))(torch.randn(5, 3)).shape
+        torch.Size([5, 8])
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
@@ -37,9 +41,12 @@ class MLP(nn.Sequential):
 class ResidualMLP(nn.Module):
     r"""A residual network with a zero output layer (He et al. 2016, arXiv:1603.05027).
 
-    :math:`h_0 = W x + b`, then a block :math:`h_k = h_{k-1} + W_k'\, \sigma(W_k\, \sigma(h_{k-1}))` for every width in
-    ``hidden_dims``, biases understood, with :math:`\sigma` = SiLU; the output is linear in :math:`\sigma(h)`. All
-    :math:`h_k` have the first width, the inside of block k has the k-th.
+    From :math:`h_0 = W x + b` on, each width in ``hidden_dims`` adds a block,
+
+    .. math:: h_k = h_{k-1} + W_k'\, \sigma(W_k\, \sigma(h_{k-1}) + b_k) + b_k',
+
+    with :math:`\sigma` = SiLU, and the output is linear in :math:`\sigma(h)`. All :math:`h_k` have the first width, the
+    inside of block k has the k-th.
 
     Args:
         in_dim: size of the input's last dimension.
@@ -50,6 +57,10 @@ class ResidualMLP(nn.Module):
 
     Raises:
         OptionError: if there is no hidden layer, or a width is not positive.
+
+    Example:
+        >>> ResidualMLP(3, 8, hidden_dims=(16, 16))(torch.randn(5, 3)).shape
+        torch.Size([5, 8])
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
@@ -67,10 +78,33 @@ class ResidualMLP(nn.Module):
         return self.output(F.silu(h))
 
 
-class Parameters(nn.Module):
-    """The parameters of one layer: held, or computed from a context.
+class Pointwise(nn.Module):
+    """A network for vectors, applied along one axis at each place of the axes after it: a 1 x 1 convolution.
 
-    ``theta = value + net(context)``, where ``net`` exists only if ``context_dim > 0`` and starts at zero.
+    Args:
+        net: maps ``(..., in_dim)`` to ``(..., out_dim)``.
+        num_axes: the number of axes after the one that the network acts along; 2 for an image ``(C, H, W)``.
+
+    Shapes: ``(..., in_dim, *rest)`` to ``(..., out_dim, *rest)``, where ``rest`` has ``num_axes`` axes.
+
+    Example:
+        >>> Pointwise(MLP(3, 8), num_axes=2)(torch.randn(5, 3, 4, 2)).shape
+        torch.Size([5, 8, 4, 2])
+    """
+
+    def __init__(self, net: nn.Module, num_axes: int) -> None:
+        super().__init__()
+        self.net = net
+        self.axis = -1 - num_axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.movedim(self.axis, -1)).movedim(-1, self.axis)
+
+
+class Parameters(nn.Module):
+    """The parameters of one layer, which are held or computed from a context.
+
+    They are ``theta = value + net(context)``, where ``net`` exists only if ``context_dim > 0`` and starts at zero.
 
     Args:
         value: initial value, of any shape.
@@ -78,6 +112,10 @@ class Parameters(nn.Module):
         hidden_dims: widths of the network that reads the context.
 
     Shapes: a context ``(..., context_dim)`` gives ``(..., *value.shape)``; no context gives ``value.shape``.
+
+    Example:
+        >>> Parameters(torch.zeros(3, 2), context_dim=4)(torch.randn(5, 4)).shape
+        torch.Size([5, 3, 2])
     """
 
     def __init__(self, value: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (64,)) -> None:

@@ -135,6 +135,7 @@ LAYERS: dict[str, Entry] = {
         )
         for name in TRIANGULAR
     },
+    "coupling-of-channels": sequences(_factory(_coupling), shapes=((2, 1), (3, 2), (2, 5, 3)), usual=(2, 3)),
     "elementwise-of-sequences": sequences(_factory(Elementwise)),
     "coupling-other-half": Entry(_factory(_coupling, mask=_other_half)),
     "coupling-alternating": Entry(_factory(_coupling, mask=masks.alternating)),

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from pyroflows.errors import FlowError, OptionError
-from pyroflows.nets import MADE, Incremental, IncrementalGradient, ResMADE
+import pyroflows as pf
+from pyroflows.errors import FlowError, OptionError, ShapeError
+from pyroflows.nets import MADE, ResMADE
 from pyroflows.transforms import Autoregressive
 from tests.transforms.registry import perturb, points
 
@@ -117,6 +118,87 @@ def test_conditioner_of_ones_own_is_inverted_by_passes():
     torch.testing.assert_close(t(t.inv(x)), x)
 
 
+# A network of one's own that can be evaluated place by place, by public names
+
+
+class Recurrent(nn.Module):
+    """The parameters at a place are linear in a state that has read the inputs before it."""
+
+    def __init__(self, order, num_params, hidden_dims, context_dim):
+        super().__init__()
+        self.order, (self.width,) = order, hidden_dims
+        self.read = nn.Linear(1 + self.width + context_dim, self.width)
+        self.output = nn.Linear(self.width, num_params)
+
+    def next_state(self, h, value, context):
+        known = [h, value[..., None]] + ([] if context is None else [context.expand(*h.shape[:-1], -1)])
+        return torch.tanh(self.read(torch.cat(known, -1)))
+
+    def forward(self, z, context=None):
+        h, theta = z.new_zeros(*z.shape[:-1], self.width), {}
+        for j in self.order:
+            theta[j] = self.output(h)
+            h = self.next_state(h, z[..., j], context)
+        return torch.stack([theta[j] for j in range(len(theta))], -2)
+
+    def incremental(self, num_rows, context=None):
+        return RecurrentSteps(self, num_rows, context)
+
+
+class RecurrentSteps:
+    calls = 0
+
+    def __init__(self, net, num_rows, context):
+        self.net, self.context = net, context
+        self.inputs = net.output.bias.new_empty(len(net.order), num_rows)
+        self.h = net.output.bias.new_zeros(num_rows, net.width)
+
+    def parameters_at(self, i):
+        RecurrentSteps.calls += 1
+        if i > 0:
+            self.h = self.net.next_state(self.h, self.inputs[i - 1], self.context)
+        return self.net.output(self.h).T
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the network was asked for the parameters at a place."""
+    monkeypatch.setattr(RecurrentSteps, "calls", 0)
+    return lambda: RecurrentSteps.calls
+
+
+@with_and_without_context
+@pytest.mark.parametrize("batch_shape", [(), (3, 2)], ids=str)
+def test_network_of_ones_own_is_inverted_place_by_place(context_dim, batch_shape, calls):
+    t = layer("spline", conditioner=Recurrent, hidden_dims=(8,), context_dim=context_dim, order=ORDERS["mixed"])
+    assert isinstance(t.conditioner, pf.nets.Incremental)
+    assert isinstance(t.conditioner.incremental(2), pf.nets.ParameterSteps)
+    x, context = inputs(context_dim, batch_shape)
+    with torch.no_grad():
+        z = t.inverse_and_ladj(x, context)[0]
+    assert calls() == 6
+    torch.testing.assert_close(t.forward_and_ladj(z, context)[0], x)
+    assert_inverts_as_by_passes(t, x, context, rtol=1e-7, atol=1e-7)
+
+
+def test_flow_with_a_network_of_ones_own(calls):
+    """It is fitted and scored in one pass, and sampled place by place."""
+    x = torch.randn(200, 3).cumsum(-1)
+    flow = pf.Flow([Autoregressive(3, order=[2, 0, 1], conditioner=Recurrent, hidden_dims=(8,)).inv for _ in range(2)])
+    perturb(flow, 0.3)
+    pf.fit_density(flow, x, max_epochs=2, seed=0, progress_bar=False)
+    assert calls() == 0
+    draws, log_q = flow().rsample_and_log_prob((7,))
+    assert calls() == 2 * 3
+    torch.testing.assert_close(flow().log_prob(draws), log_q, rtol=1e-4, atol=1e-4)
+
+
+def test_network_whose_parameters_have_a_wrong_shape_raises():
+    t = Autoregressive(6, "spline", conditioner=lambda *_: MADE(range(6), 2))
+    with pytest.raises(ShapeError, match=r"conditioner of Autoregressive must map \(7, 6\) to.*gave \(7, 6, 2\)"):
+        t(torch.zeros(7, 6))
+
+
 # The network, place by place
 
 
@@ -128,7 +210,7 @@ def test_incremental_network_equals_one_pass(kind, order, hidden_dims, context_d
     net = perturb(kind(order, 4, hidden_dims, context_dim).double())
     z, context = inputs(context_dim)
     expected = net(z, context)
-    steps = Incremental(net, len(z), context)
+    steps = net.incremental(len(z), context)
     steps.inputs.fill_(torch.nan)  # what is not known yet must not be read
     with torch.no_grad():
         for i, j in enumerate(order):
@@ -146,10 +228,12 @@ def test_incremental_gradient_equals_autograd(kind, order, hidden_dims):
     (expected,) = torch.autograd.grad(net(z), z, gradient)
     inputs = torch.zeros(6, 7, dtype=torch.float64)
     with torch.no_grad():
-        steps = IncrementalGradient(net, net.pre_activations(z, None), inputs)
+        theta, start = net.with_gradient_steps(z)
+        torch.testing.assert_close(theta, net(z), rtol=0, atol=0)
+        steps = start(inputs)
         for i, j in reversed(list(enumerate(order))):
             torch.testing.assert_close(inputs[j], expected[:, j])
-            steps.parameter_gradient(i, gradient[:, j].T)
+            steps.pull_back(i, gradient[:, j].T)
     torch.testing.assert_close(inputs.T, expected)
 
 

@@ -187,7 +187,7 @@ def test_mask_may_be_any_sequence(kind):
     ids=str,
 )
 def test_what_is_no_mask_of_three_dimensions_raises(mask):
-    with pytest.raises(OptionError, match="mask must be 3 booleans, true for"):
+    with pytest.raises(OptionError, match="events of size 3: the mask must be 3 booleans, true for"):
         Coupling(3, mask=mask)
 
 

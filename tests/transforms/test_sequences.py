@@ -10,7 +10,7 @@ from torch import nn
 
 import pyroflows as pf
 from pyroflows.errors import DataError, FlowError, OptionError, ShapeError
-from pyroflows.nets import CausalConv, IncrementalConv
+from pyroflows.nets import CausalConv
 from pyroflows.transforms import Autoregressive, Compose, Elementwise, Planar, Standardize, TriangularTransform
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.triangular import transposed_solve
@@ -214,7 +214,7 @@ def test_incremental_network_equals_one_pass(kernel_size, length, dilation_cycle
     z = torch.randn(4, *([channels] if channels else []), length, dtype=torch.float64)
     rows = torch.randn(num_contexts, *shape, dtype=torch.float64) if shape else None
     expected = net(z, rows)
-    steps = IncrementalConv(net, 4, rows)
+    steps = net.incremental(4, rows)
     steps.inputs.fill_(torch.nan)  # what is not known yet must not be read
     with torch.no_grad():
         for i, j in enumerate(order):
@@ -257,7 +257,8 @@ def test_iteration_solves_a_triangular_system(scale, most, monkeypatch):
         def forward(self, z, context):
             return (strictly_lower @ z)[:, None]
 
-    _, solve = transposed_solve.parameters_and_solver(Linear(), torch.randn(length, dtype=torch.float64), None)
+    z = torch.randn(length, dtype=torch.float64)
+    _, solve = transposed_solve.parameters_and_solver(Linear(), z, None, range(length), num_axes=1)
     by_theta = torch.randn(length, 1, dtype=torch.float64)
     v = solve(gradient, slope, torch.ones(length, 1, dtype=torch.float64), by_theta)
     matrix = (torch.diag(slope) + strictly_lower).mT
@@ -367,7 +368,7 @@ def test_a_conditioning_sequence_of_another_length_raises():
 
 
 def test_events_with_three_axes_raise():
-    with pytest.raises(OptionError, match=r"\(channels, length\), but got \(3, 4, 5\)"):
+    with pytest.raises(OptionError, match=r"\(channels, length\), but got events of shape \(3, 4, 5\): use a factory"):
         wavenet((3, 4, 5))
 
 

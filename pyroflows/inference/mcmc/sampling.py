@@ -72,7 +72,7 @@ def _of_vectors(flow: Flow) -> tuple[Distribution, FlowTransform]:
     base, transform = flow.base(), flow.transform.exact()
     if len(flow.base_shape) == 1:
         return base, transform
-    unflatten = ReshapeTransform((flow.dim,), flow.base_shape)
+    unflatten = ReshapeTransform(torch.Size([flow.dim]), flow.base_shape)
     return TransformedDistribution(base, unflatten.inv), Compose([Foreign(unflatten, flow.dim), transform])
 
 

@@ -6,49 +6,53 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.compiling.eager import runs_in_python
-from pyroflows.errors import OptionError
-from pyroflows.nets import MADE, CausalConv, Incremental, IncrementalConv, ResMADE
+from pyroflows.errors import OptionError, ShapeError
+from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE
 from pyroflows.nets.checks import checked_conditioner
-from pyroflows.shapes import as_given
+from pyroflows.shapes import as_given, axis_from_the_end, described
 from pyroflows.transforms.base import Pair, Triple, pull_back
 from pyroflows.transforms.triangular.base import TriangularTransform
-from pyroflows.transforms.triangular.transposed_solve import attached, parameters_and_solver
+from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
 
 Conditioner = Callable[..., nn.Module]
 _CONDITIONERS: dict[str, Conditioner] = {"made": MADE, "residual": ResMADE, "causal_conv": CausalConv}
-# What computes a network place by place.
-_STEPS: dict[type[nn.Module], Callable[..., Incremental | IncrementalConv]] = {
-    MADE: Incremental,
-    CausalConv: IncrementalConv,
-}
 
 
 class Autoregressive(TriangularTransform):
-    r""":math:`x_j = T(z_j; \theta_j(z_{<j}, c))`, with all :math:`\theta_j` from one masked network.
+    r"""The autoregressive layer :math:`x_j = T(z_j; \theta_j(z_{<j}, c))`, with all :math:`\theta_j` from one network.
 
-    Events are vectors, or sequences of vectors, ``(channels, length)``: then j is a time, and the parameters of all
-    channels at j depend on all channels at the times before.
+    Events are vectors, or have more axes, one of which is ordered: then :math:`z_j` are all elements at index j of that
+    axis, and their parameters depend on all elements at earlier indices. In a sequence ``(channels, length)``, j is a
+    time.
 
-    The forward direction is parallel; the inverse fills in one dimension after the other. With the affine map, a stack
-    of these layers is an inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934), and a stack of their
-    inverses a masked autoregressive flow (Papamakarios et al. 2017, arXiv:1705.07057).
+    The forward direction is parallel; the inverse fills in one index after the other. If the conditioner can be
+    evaluated place by place (:class:`pyroflows.nets.Incremental`), as the named ones can, the whole inverse costs about
+    one pass through it, otherwise one pass for each index. With the affine map, a stack of these layers is an inverse
+    autoregressive flow (Kingma et al. 2016, arXiv:1606.04934), and a stack of their inverses a masked autoregressive
+    flow (Papamakarios et al. 2017, arXiv:1705.07057).
 
     Args:
-        dim: the event size D, or the event shape ``(length,)`` or ``(channels, length)``.
+        dim: the event size D, or the event shape.
         univariate: the map T, a name or an instance.
-        order: a permutation of ``range(D)``, or of the times, the order in which they see each other; ascending by
-            default.
-        conditioner: "made", "residual", or "causal_conv" for sequences; or a factory called as ``factory(order,
-            num_params, hidden_dims, context_dim)``, with ``channels=`` for events ``(channels, length)``, whose module
-            maps ``(z, context)`` to ``(*z.shape, num_params)`` autoregressively in that order.
+        order: a permutation of ``range(D)``, or of the indices of the ordered axis; ``order[i]`` is the index that
+            stands at place i, and it sees those at the places before. Ascending by default.
+        conditioner: "made" or "residual" for vectors, "causal_conv" for vectors and events with two axes, such as
+            ``(channels, length)``; or a factory called as ``factory(order, num_params, hidden_dims, context_dim)``,
+            whose module maps ``(z, context)`` to ``(*z.shape, num_params)``, autoregressively in that order along the
+            last axis of z. Where the event has more axes, the layer moves the ordered one to the end: the network sees
+            ``(..., *channels, length)``, and the factory is also given ``channels=``, a number if there is one such
+            axis and a tuple if there are several.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context c; with "causal_conv" also ``(context_channels, length)``, a sequence that is
             known in full.
+        axis: the ordered axis of the event.
+
+    Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., *context_shape)``.
 
     Raises:
-        OptionError: if ``order`` is no permutation, a name is unknown, the conditioner contains dropout or batch
-            normalisation, or it is for vectors and the event or the context is none.
+        OptionError: if ``order`` is no permutation, a name is unknown, the event has no such axis, the conditioner
+            contains dropout or batch normalisation, or it does not take the event or the context.
 
     Example:
         >>> iaf = Autoregressive(3)          # samples in one pass
@@ -59,6 +63,9 @@ class Autoregressive(TriangularTransform):
         >>> wavenet = Autoregressive((2, 50), conditioner="causal_conv", hidden_dims=[16] * 6, context_dim=(1, 50))
         >>> wavenet.condition(torch.randn(1, 50))(torch.randn(5, 2, 50)).shape
         torch.Size([5, 2, 50])
+        >>> time_first = Autoregressive((50, 2), conditioner="causal_conv", hidden_dims=[16] * 6, axis=0)
+        >>> time_first(torch.randn(5, 50, 2)).shape
+        torch.Size([5, 50, 2])
     """
 
     def __init__(
@@ -69,45 +76,84 @@ class Autoregressive(TriangularTransform):
         conditioner: str | Conditioner = "made",
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int | Sequence[int] = 0,
+        axis: int = -1,
     ) -> None:
         super().__init__(dim, context_dim)
-        *channels, length = self.event_shape
+        self.axis = axis_from_the_end(axis, self.event_shape, "Autoregressive")
+        channels = list(self.event_shape)
+        length = channels.pop(self.axis)
         order = list(range(length)) if order is None else list(order)
         if sorted(order) != list(range(length)):
-            raise OptionError(f"order must be a permutation of 0 to {length - 1}, got {order}")
-        if isinstance(conditioner, str) and conditioner not in _CONDITIONERS:
-            raise OptionError(f"conditioner must be one of {sorted(_CONDITIONERS)} or a factory, got {conditioner!r}")
-        if len(channels) > 1:
-            raise OptionError(f"Autoregressive takes vectors or (channels, length), but got {tuple(self.event_shape)}")
-        if len(self.context_shape) == 2 and self.context_shape[-1] != length:
-            raise OptionError(
-                f"a conditioning sequence of {length} times has shape (channels, {length}), got {context_dim}"
-            )
-        if conditioner in ("made", "residual") and (channels or len(self.context_shape) > 1):
-            raise OptionError(
-                f"conditioner={conditioner!r} takes vectors, but got dim={dim} and context_dim={context_dim}: use "
-                '"causal_conv" or a factory'
-            )
-        factory = _CONDITIONERS[conditioner] if isinstance(conditioner, str) else conditioner
+            raise OptionError(f"Autoregressive needs as order a permutation of 0 to {length - 1}, got {order}")
         self.order = order
         self.univariate = univariate_named(univariate)
-        options = {"channels": channels[0]} if channels else {}
+        options = {"channels": as_given(torch.Size(channels))} if channels else {}
+        factory = self._factory(conditioner)
         net = factory(order, self.univariate.num_params, hidden_dims, as_given(self.context_shape), **options)
         self.conditioner = checked_conditioner(net)
 
+    def _factory(self, conditioner: str | Conditioner) -> Conditioner:
+        """The factory of a name, if its networks take the event and the context."""
+        if not isinstance(conditioner, str):
+            return conditioner
+        if conditioner not in _CONDITIONERS:
+            raise OptionError(f"conditioner must be one of {sorted(_CONDITIONERS)} or a factory, got {conditioner!r}")
+        num_axes, num_context_axes = len(self.event_shape), len(self.context_shape)
+        given = f"but got events of {described(self.event_shape)}"
+        if num_context_axes:
+            given += f" and a context of {described(self.context_shape)}"
+        if conditioner != "causal_conv" and max(num_axes, num_context_axes) > 1:
+            raise OptionError(
+                f'Autoregressive with conditioner={conditioner!r} takes vectors, {given}: use "causal_conv" for '
+                "sequences, or a factory"
+            )
+        if max(num_axes, num_context_axes) > 2:
+            raise OptionError(
+                f'Autoregressive with conditioner="causal_conv" takes vectors or (channels, length), {given}: use a '
+                "factory"
+            )
+        return _CONDITIONERS[conditioner]
+
     @property
     def triangular_order(self) -> tuple[int, ...]:
-        return tuple(self.order)
+        # No index is negative, so orders along different axes differ.
+        return tuple(self.order) if self.axis == -1 else (*self.order, self.axis)
 
     @property
     def is_affine(self) -> bool:
         return isinstance(self.univariate, Additive | Affine)
 
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        return self.univariate.forward_and_ladj(z, self.conditioner(z, context))
+        x, log_slopes = self._forward_along_last_axis(self._axis_last(z), context)
+        return self._axis_back(x), self._axis_back(log_slopes)
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        z, log_slopes = self._inverse_along_last_axis(self._axis_last(x), context)
+        return self._axis_back(z), self._axis_back(log_slopes)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        theta, solve = parameters_and_solver(self.conditioner, z, context)
+        x, log_slopes, score = self._score_along_last_axis(self._axis_last(z), self._axis_last(score), context)
+        return self._axis_back(x), self._summed(log_slopes), self._axis_back(score)
+
+    def _axis_last(self, t: Tensor) -> Tensor:
+        return t if self.axis == -1 else t.movedim(self.axis, -1)
+
+    def _axis_back(self, t: Tensor) -> Tensor:
+        return t if self.axis == -1 else t.movedim(-1, self.axis)
+
+    # In what follows the ordered axis of every tensor is its last.
+
+    def _forward_along_last_axis(self, z: Tensor, context: Tensor | None) -> Pair:
+        theta = self.conditioner(z, context)
+        if theta.shape != (*z.shape, self.univariate.num_params):
+            raise ShapeError(
+                f"the conditioner of Autoregressive must map {tuple(z.shape)} to "
+                f"{(*z.shape, self.univariate.num_params)}, but gave {tuple(theta.shape)}"
+            )
+        return self.univariate.forward_and_ladj(z, theta)
+
+    def _score_along_last_axis(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        theta, solve = self._parameters_and_solver(z, context)
         direct = z.view_as(z)  # what T sees, apart from what the network sees
         x, log_slopes = self.univariate.forward_and_ladj(direct, theta)
         with torch.no_grad():
@@ -115,19 +161,19 @@ class Autoregressive(TriangularTransform):
             (x_by_theta,) = pull_back((x,), (ones,), (theta,))
             by_z, by_theta = pull_back((log_slopes,), (ones,), (direct, theta))
             score = solve(score - by_z, torch.exp(log_slopes), x_by_theta, by_theta)
-        return x, self._summed(log_slopes), score
+        return x, log_slopes, score
 
-    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+    def _inverse_along_last_axis(self, x: Tensor, context: Tensor | None) -> Pair:
         if not runs_in_python():
             return self._inverse_by_passes(x, context)
         z, log_slopes = self._solve(x, context)
         if torch.is_grad_enabled():
             z = self._attached(z, x, context)
-            log_slopes = -self._forward_and_log_slopes(z, context)[1]
+            log_slopes = -self._forward_along_last_axis(z, context)[1]
         return z, log_slopes
 
     def _inverse_by_passes(self, x: Tensor, context: Tensor | None) -> Pair:
-        """One pass of the network a place: for any conditioner, and for tracing."""
+        """One pass of the network for each place, which works for any conditioner, and where the inverse is traced."""
         # theta_j needs z_<j only, so the zeros that stand for later places do not matter.
         columns = [torch.zeros_like(x[..., 0])] * len(self.order)
         log_slopes = columns.copy()
@@ -138,13 +184,13 @@ class Autoregressive(TriangularTransform):
 
     def _solve(self, x: Tensor, context: Tensor | None) -> Pair:
         """The inverse without gradients, by steps of the network if it has them."""
-        incremental = next((steps for kind, steps in _STEPS.items() if isinstance(self.conditioner, kind)), None)
+        incremental = getattr(self.conditioner, "incremental", None)
         if incremental is None:
             with torch.no_grad():
                 return self._inverse_by_passes(x, context)
         with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
-            rows = x.reshape(-1, *self.event_shape)
-            steps = incremental(self.conditioner, len(rows), self._context_rows(x, context))
+            rows = x.reshape(-1, *x.shape[-len(self.event_shape) :])
+            steps = incremental(len(rows), self._context_rows(x, context))
             z, log_slopes = self._solve_by_steps(rows, steps)
         z, log_slopes = (t.clone(memory_format=torch.contiguous_format) for t in (z, log_slopes))
         return z.reshape(x.shape), log_slopes.reshape(x.shape)
@@ -155,8 +201,8 @@ class Autoregressive(TriangularTransform):
             context = context.expand(*x.shape[: -len(self.event_shape)], *self.context_shape)
         return None if context is None else context.reshape(-1, *self.context_shape)
 
-    def _solve_by_steps(self, x: Tensor, steps: Incremental | IncrementalConv) -> Pair:
-        """The inverse of rows ``(N, *event_shape)``."""
+    def _solve_by_steps(self, x: Tensor, steps: ParameterSteps) -> Pair:
+        """The inverse of rows ``(N, *channels, length)``."""
         # Row i of what follows stands for place i.
         index_of_place = torch.as_tensor(self.order, device=x.device)
         values = x.transpose(0, -1)[index_of_place]
@@ -171,7 +217,7 @@ class Autoregressive(TriangularTransform):
 
     def _attached(self, z: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """z with the gradients of the inverse."""
-        theta, solve = parameters_and_solver(self.conditioner, z, context)
+        theta, solve = self._parameters_and_solver(z, context)
         residual = self.univariate.forward_and_ladj(z, theta)[0] - x
 
         def solve_transposed(gradient: Tensor) -> Tensor:
@@ -181,3 +227,6 @@ class Autoregressive(TriangularTransform):
             return solve(gradient, slope, x_by_theta, gradient.new_zeros(theta.shape))
 
         return attached(z, residual, solve_transposed)
+
+    def _parameters_and_solver(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Solver]:
+        return parameters_and_solver(self.conditioner, z, context, self.order, len(self.event_shape))

@@ -31,7 +31,8 @@ class TriangularTransform(FlowTransform):
         r"""The order in which the places of the event see each other.
 
         :math:`x_j` depends on :math:`z_j` and on what stands at places before j in this order. It is empty where
-        :math:`x_j` depends on :math:`z_j` alone, which fits any order.
+        :math:`x_j` depends on :math:`z_j` alone, which fits any order. Where the places are not those of the event's
+        last axis, their axis follows as a negative number.
         """
         return ()
 

@@ -6,9 +6,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pyroflows.errors import OptionError
-from pyroflows.nets import MLP, Parameters, ResidualMLP
+from pyroflows.errors import OptionError, ShapeError
+from pyroflows.nets import MLP, Parameters, Pointwise, ResidualMLP
 from pyroflows.nets.checks import checked_conditioner
+from pyroflows.shapes import axis_from_the_end, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple, elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import Univariate, univariate_named
@@ -18,27 +19,40 @@ _CONDITIONERS: dict[str, Conditioner] = {"mlp": MLP, "residual": ResidualMLP}
 
 
 class Coupling(FlowTransform):
-    r""":math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`: the dimensions A, where the mask is true, pass unchanged.
+    r"""The coupling :math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`: what the mask marks, A, passes unchanged.
+
+    A and B are two parts of the dimensions of a vector, or of the indices of one axis of an event with more axes, such
+    as the channels of an image ``(C, H, W)``.
 
     Both directions are parallel, at one pass of the conditioner each. With the additive map this is a layer of NICE
     (Dinh et al. 2015, arXiv:1410.8516), with the affine map one of RealNVP (Dinh et al. 2017, arXiv:1605.08803).
 
     Args:
-        dim: the event size D.
+        dim: the event size D, or the event shape.
         univariate: the map T, a name or an instance.
-        mask: ``dim`` booleans, true for what passes, see :mod:`pyroflows.transforms.masks`; by default the first half
-            of the dimensions passes, and at one dimension, which is then transformed, nothing does.
-        conditioner: "mlp", "residual", or a factory called as ``factory(in_dim, out_dim, hidden_dims)`` whose module
-            maps ``(..., in_dim)``, that is z_A and the context one after the other, to ``(..., out_dim)``. Where there
-            is neither, the parameters are held without a network.
+        mask: as many booleans as the masked axis has indices, true for those that pass, see
+            :mod:`pyroflows.transforms.masks`; by default the first half passes, and of a single index, which is then
+            transformed, nothing does.
+        conditioner: "mlp", "residual", or a factory called as ``factory(in_dim, out_dim, hidden_dims)``, whose module
+            maps z_A and the context, one after the other along the masked axis, to the parameters. Where there is
+            neither, each element has parameters of its own, without a network. The named networks act along the masked
+            axis, at each place of the others alike, as 1 x 1 convolutions do.
         hidden_dims: widths of the conditioner's hidden layers.
-        context_dim: size of the context c.
+        context_dim: size of the context vector c, which the conditioner sees at all places.
+        axis: the masked axis of the event.
 
-    Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``.
+    Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., context_dim)``. The conditioner maps
+    ``(..., in_dim)`` to ``(..., out_dim)``. Where the event has axes after the masked one, ``rest``, it maps
+    ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, as convolutions do: all axes before the masked one, those of the
+    batch and those of the event, are then one. ``in_dim`` is the number of indices that pass plus ``context_dim``;
+    ``out_dim`` is the number of indices that are transformed times the number of parameters of T, and the first
+    parameter of all these indices comes before the second.
 
     Raises:
-        OptionError: if the mask does not fit or leaves nothing to pass or to transform, if a name is unknown, or if the
-            conditioner contains dropout or batch normalisation.
+        OptionError: if the mask does not fit or leaves nothing to pass or to transform, if the event has no such axis,
+            if a name is unknown, if the context is no vector, or if the conditioner contains dropout or batch
+            normalisation.
+        ShapeError: at a call, if the conditioner gives parameters of another shape.
 
     Example:
         >>> t = Coupling(4, mask=[True, False, True, False])
@@ -46,6 +60,10 @@ class Coupling(FlowTransform):
         >>> x = t(z)
         >>> torch.equal(x[:, ::2], z[:, ::2]), torch.allclose(t.inv(x), z, atol=1e-5)
         (True, True)
+        >>> def convolutions(in_dim, out_dim, hidden_dims):
+        ...     return torch.nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1)
+        >>> Coupling((4, 8, 8), mask=masks.half(4), conditioner=convolutions)(torch.randn(5, 4, 8, 8)).shape
+        torch.Size([5, 4, 8, 8])
     """
 
     passing: Tensor
@@ -54,86 +72,125 @@ class Coupling(FlowTransform):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | Sequence[int],
         univariate: str | Univariate = "affine",
         mask: Sequence[bool] | Tensor | None = None,
         conditioner: str | Conditioner = "mlp",
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
+        axis: int = 0,
     ) -> None:
         super().__init__(dim, context_dim)
         if isinstance(conditioner, str) and conditioner not in _CONDITIONERS:
             raise OptionError(f"conditioner must be one of {sorted(_CONDITIONERS)} or a factory, got {conditioner!r}")
-        factory = _CONDITIONERS[conditioner] if isinstance(conditioner, str) else conditioner
+        if len(self.context_shape) > 1:
+            raise OptionError(f"Coupling takes a vector as context, but got context_dim={context_dim}")
         self.univariate = univariate_named(univariate)
-        self.mask = _checked_mask(half(dim) if mask is None else torch.as_tensor(mask), dim)
+        self.axis = axis_from_the_end(axis, self.event_shape, "Coupling")
+        size = self.event_shape[self.axis]
+        self.mask = _checked_mask(half(size) if mask is None else torch.as_tensor(mask), self.event_shape, self.axis)
         mask = torch.tensor(self.mask)
         # These follow from the constructor's arguments, so they do not belong in a state_dict.
         self.register_buffer("passing", mask.nonzero().squeeze(-1), persistent=False)
         self.register_buffer("transformed", (~mask).nonzero().squeeze(-1), persistent=False)
         self.register_buffer("place", torch.cat([self.passing, self.transformed]).argsort(), persistent=False)
         self.num_blocks = 1 + sum(a != b for a, b in pairwise(self.mask))
+        self.event_axes = tuple(range(-len(self.event_shape), 0))
 
-        in_dim = len(self.passing) + context_dim
+        self.rest = self.event_shape[len(self.event_shape) + self.axis + 1 :]
+        in_dim = len(self.passing) + self.context_dim
         out_dim = len(self.transformed) * self.univariate.num_params
+        self.theta_shape = (out_dim, *self.rest)
         self.conditioner = (
-            checked_conditioner(factory(in_dim, out_dim, hidden_dims)) if in_dim else Parameters(torch.zeros(out_dim))
+            _network(conditioner, in_dim, out_dim, hidden_dims, len(self.rest))
+            if in_dim
+            else Parameters(torch.zeros(self.theta_shape))
         )
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         z_a, z_b = self._split(z)
-        x_b, ladj = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
-        return self._join(z_a, x_b), ladj.sum(-1)
+        x_b, log_slopes = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
+        return self._join(z_a, x_b), log_slopes.sum(self.event_axes)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         x_a, x_b = self._split(x)
-        z_b, ladj = self.univariate.inverse_and_ladj(x_b, self._theta(x_a, context))
-        return self._join(x_a, z_b), ladj.sum(-1)
+        z_b, log_slopes = self.univariate.inverse_and_ladj(x_b, self._theta(x_a, context))
+        return self._join(x_a, z_b), log_slopes.sum(self.event_axes)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         z_a, z_b = self._split(z)
-        x_b, ladj = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
+        x_b, log_slopes = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
         score_a, score_b = self._split(score)
-        score_b = elementwise_score(z_b, ladj, score_b)
+        score_b = elementwise_score(z_b, log_slopes, score_b)
         # What z_A does to log q through x_B and through the log-determinant, by one pass back through the conditioner.
-        (through_b,) = pull_back((x_b, ladj), (score_b, torch.ones_like(ladj)), (z_a,))
-        return self._join(z_a, x_b), ladj.sum(-1), self._join(score_a - through_b, score_b)
+        (through_b,) = pull_back((x_b, log_slopes), (score_b, torch.ones_like(log_slopes)), (z_a,))
+        return self._join(z_a, x_b), log_slopes.sum(self.event_axes), self._join(score_a - through_b, score_b)
 
     def _theta(self, z_a: Tensor, context: Tensor | None) -> Tensor:
-        if context is not None:
-            theta = self.conditioner(torch.cat([z_a, context.expand(*z_a.shape[:-1], self.context_dim)], -1))
-        else:
-            theta = self.conditioner(z_a) if self.dim > 1 else self.conditioner()
-        # Parameter-major in memory, so that each parameter is one contiguous block over the dimensions.
-        return theta.unflatten(-1, (self.univariate.num_params, len(self.transformed))).transpose(-1, -2)
+        """The parameters of z_B, ``(*z_b.shape, num_params)``."""
+        given = z_a if context is None else torch.cat([z_a, self._at_all_places(context, z_a)], self.axis)
+        theta = self._parameters_at(given) if len(self.mask) > 1 or context is not None else self.conditioner()
+        # Parameter-major in memory, so that each parameter is one contiguous block over the elements.
+        return theta.unflatten(self.axis, (self.univariate.num_params, -1)).movedim(self.axis - 1, -1)
+
+    def _at_all_places(self, context: Tensor, z_a: Tensor) -> Tensor:
+        """The context along the masked axis, the same at each place of the other axes."""
+        if len(self.event_shape) > 1:
+            others = [1] * (len(self.event_shape) - 1)
+            others.insert(self.axis + len(self.event_shape), self.context_dim)
+            context = context.reshape(*context.shape[:-1], *others)
+        return context.expand(*z_a.shape[: self.axis], self.context_dim, *self.rest)
+
+    def _parameters_at(self, given: Tensor) -> Tensor:
+        """What the conditioner computes, ``(..., out_dim, *rest)``."""
+        batch = given.reshape(-1, *given.shape[self.axis :]) if self.rest else given
+        theta = self.conditioner(batch)
+        if theta.shape[self.axis :] != self.theta_shape:
+            shapes = f"{tuple(batch.shape)} to (..., {', '.join(map(str, self.theta_shape))})"
+            raise ShapeError(f"the conditioner of Coupling must map {shapes}, but gave {tuple(theta.shape)}")
+        return theta.reshape(*given.shape[: self.axis], *self.theta_shape) if self.rest else theta
 
     # Where A and B are a block each, splitting and joining take half the time that they take by index.
     def _split(self, z: Tensor) -> Pair:
         if self.num_blocks > 2:
-            return z.index_select(-1, self.passing), z.index_select(-1, self.transformed)
+            return z.index_select(self.axis, self.passing), z.index_select(self.axis, self.transformed)
         sizes = [len(self.passing), len(self.transformed)]
         if self.mask[0]:
-            z_a, z_b = z.split(sizes, -1)
+            z_a, z_b = z.split(sizes, self.axis)
         else:
-            z_b, z_a = z.split(sizes[::-1], -1)
+            z_b, z_a = z.split(sizes[::-1], self.axis)
         return z_a, z_b
 
     def _join(self, z_a: Tensor, x_b: Tensor) -> Tensor:
         if self.num_blocks > 2:
-            return torch.cat([z_a, x_b], -1).index_select(-1, self.place)
-        return torch.cat([z_a, x_b] if self.mask[0] else [x_b, z_a], -1)
+            return torch.cat([z_a, x_b], self.axis).index_select(self.axis, self.place)
+        return torch.cat([z_a, x_b] if self.mask[0] else [x_b, z_a], self.axis)
 
 
-def _checked_mask(mask: Tensor, dim: int) -> list[bool]:
-    """The mask as a list, if it is one of ``dim`` booleans that leaves something to pass and something to transform."""
-    values = mask.tolist()
-    if mask.dtype != torch.bool or mask.shape != (dim,):
-        raise OptionError(f"mask must be {dim} booleans, true for the dimensions that pass unchanged, got {values}")
+def _network(
+    conditioner: str | Conditioner, in_dim: int, out_dim: int, hidden_dims: Sequence[int], num_axes: int
+) -> nn.Module:
+    """The network of a factory or a name; a named one acts at each place of the axes after the masked one."""
+    if not isinstance(conditioner, str):
+        return checked_conditioner(conditioner(in_dim, out_dim, hidden_dims))
+    net = _CONDITIONERS[conditioner](in_dim, out_dim, hidden_dims)
+    return Pointwise(net, num_axes) if num_axes else net
+
+
+def _checked_mask(mask: Tensor, event_shape: torch.Size, axis: int) -> list[bool]:
+    """The mask as a list, if it has a boolean for each index and leaves some to pass and some to transform."""
+    values, size = mask.tolist(), event_shape[axis]
+    num_axes = len(event_shape)
+    where = "dimensions" if num_axes == 1 else f"indices of axis {num_axes + axis}"
+    layer = f"Coupling with events of {described(event_shape)}"
+    if mask.dtype != torch.bool or mask.shape != (size,):
+        what = f"{size} booleans, true for the {where} that pass unchanged"
+        raise OptionError(f"{layer}: the mask must be {what}, got {values}")
     if all(values):
-        raise OptionError("a mask that is true everywhere transforms nothing: make it false for some dimensions")
-    if dim > 1 and not any(values):
+        raise OptionError(f"{layer}: a mask that is true everywhere transforms nothing: make it false for some {where}")
+    if size > 1 and not any(values):
         raise OptionError(
-            "a mask that is false everywhere leaves nothing to condition on: make it true for some dimensions, "
+            f"{layer}: a mask that is false everywhere leaves nothing to condition on: make it true for some {where}, "
             "or use Elementwise"
         )
     return values

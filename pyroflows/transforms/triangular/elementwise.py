@@ -1,4 +1,4 @@
-"""Elementwise structure: each dimension has its own univariate map."""
+"""Elementwise structure: each element has its own univariate map."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,21 @@ from pyroflows.transforms.univariate import Additive, Affine, Univariate, univar
 
 
 class Elementwise(TriangularTransform):
-    r""":math:`x_j = T(z_j; \theta_j)`, one univariate map a dimension. Both directions are parallel.
+    r"""The elementwise layer :math:`x_j = T(z_j; \theta_j)`: each element has a univariate map of its own.
+
+    Both directions are parallel.
 
     Args:
         dim: the event size D, or the event shape.
         univariate: the map T, a name or an instance.
-        context_dim: size of the context that the parameters depend on.
+        context_dim: size of the context that the parameters depend on, 0 for none.
         init: initial parameters ``(*event_shape, univariate.num_params)``; zeros, the identity, by default.
+
+    Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., context_dim)``.
+
+    Raises:
+        OptionError: if the map's name is unknown.
+        ShapeError: if ``init`` has another shape.
 
     Example:
         >>> from pyroflows.transforms.univariate import Affine

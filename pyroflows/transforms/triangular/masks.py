@@ -1,6 +1,7 @@
-"""Masks of coupling layers: boolean tensors, True for the dimensions that pass unchanged.
+"""Masks of coupling layers: boolean tensors, true for the dimensions that pass unchanged.
 
-``~mask`` is the coupling that transforms what the mask passes. At one dimension nothing passes.
+A coupling with ``~mask`` transforms what one with ``mask`` passes. ``dim`` is the number of dimensions of a vector, or
+of indices of the axis that a coupling masks, such as the channels of an image. Of a single one nothing passes.
 """
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 
 def half(dim: int) -> Tensor:
-    """The first ``dim // 2`` dimensions pass.
+    """Let the first ``dim // 2`` dimensions pass.
 
     Example:
         >>> half(5)
@@ -18,7 +19,7 @@ def half(dim: int) -> Tensor:
 
 
 def alternating(dim: int) -> Tensor:
-    """Every second dimension passes.
+    """Let every second dimension pass, from the second on.
 
     Example:
         >>> alternating(5)
@@ -28,7 +29,11 @@ def alternating(dim: int) -> Tensor:
 
 
 def random(dim: int, seed: int) -> Tensor:
-    """``dim // 2`` dimensions pass, drawn by a seed of their own.
+    """Let ``dim // 2`` dimensions pass that are drawn at random.
+
+    Args:
+        dim: the number of dimensions.
+        seed: the seed of the draw, which leaves torch's own random state alone.
 
     Example:
         >>> random(5, seed=0).sum()
@@ -38,7 +43,9 @@ def random(dim: int, seed: int) -> Tensor:
 
 
 def channelwise(channels: int, height: int, width: int) -> Tensor:
-    """The first half of the channels of an image ``(channels, height, width)``, flattened, passes.
+    """Let the first half of the channels pass, of an image ``(channels, height, width)`` flattened to a vector.
+
+    A coupling of images as they are, ``Coupling((C, H, W))``, takes the mask of its channels alone, ``half(C)``.
 
     Example:
         >>> channelwise(2, 1, 2)
@@ -48,9 +55,13 @@ def channelwise(channels: int, height: int, width: int) -> Tensor:
 
 
 def growing(dim: int, num_masks: int) -> list[Tensor]:
-    """A mask a layer: the first transforms the last dimension alone, later ones more and more of the last dimensions.
+    """Make a mask for each of several layers, of which each transforms more of the last dimensions than the one before.
 
-    The first dimension passes all of them.
+    The first mask transforms the last dimension alone, and the first dimension passes all of them.
+
+    Args:
+        dim: the number of dimensions.
+        num_masks: the number of masks.
 
     Example:
         >>> growing(3, 2)

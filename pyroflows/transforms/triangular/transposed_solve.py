@@ -5,9 +5,12 @@ cotangents :math:`c` of :math:`\theta`, the system is :math:`J^\top v + (\partia
 component j reads
 
 .. math:: T_j' v_j + \sum_{k>j} \partial_{z_j} \theta_k \cdot (c_k + v_k\, \partial_\theta T_k) = g_j.
+
+Indices j and k run along the last axis, in the layer's order; where an event has further axes, all elements at one
+index are one block of the system.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -16,55 +19,71 @@ from torch import Tensor, nn
 
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import FlowError
-from pyroflows.nets import MADE, IncrementalGradient
+from pyroflows.nets import GradientSteps
 from pyroflows.transforms.base import pull_back
 
-# From g, T', the derivative of T by theta, and c, to v.
+# It maps g, T', the derivative of T by theta, and c, to v.
 Solver: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def parameters_and_solver(net: nn.Module, z: Tensor, context: Tensor | None) -> tuple[Tensor, Solver]:
-    r"""The parameters :math:`\theta` that a network computes, and what solves the system at z."""
-    if isinstance(net, MADE):
-        hidden = net.pre_activations(z, context)
-        return net.parameters_from(hidden), partial(_by_substitution, net, hidden)
+def parameters_and_solver(
+    net: nn.Module, z: Tensor, context: Tensor | None, order: Sequence[int], num_axes: int
+) -> tuple[Tensor, Solver]:
+    r"""The parameters :math:`\theta` that a network computes at z, and what solves the system there.
+
+    Args:
+        net: the network; if it is an :class:`pyroflows.nets.IncrementalGradient`, the solver uses it.
+        z: ``(..., *channels, D)``.
+        context: what the network takes as such.
+        order: ``order[i]`` is the index along the last axis that stands at place i.
+        num_axes: the number of axes of an event, 1 for vectors.
+    """
+    # isinstance with a protocol takes as long as a step.
+    if (with_gradient_steps := getattr(net, "with_gradient_steps", None)) is not None:
+        theta, start = with_gradient_steps(z, context)
+        return theta, partial(_by_substitution, start, order, num_axes)
     z = z if z.requires_grad else z.detach().requires_grad_()
     theta = net(z, context)
     return theta, partial(_by_iteration, z, theta)
 
 
 def _by_substitution(
-    net: MADE, hidden: list[Tensor], gradient: Tensor, slope: Tensor, x_by_theta: Tensor, by_theta: Tensor
+    start: Callable[[Tensor], GradientSteps],
+    order: Sequence[int],
+    num_axes: int,
+    gradient: Tensor,
+    slope: Tensor,
+    x_by_theta: Tensor,
+    by_theta: Tensor,
 ) -> Tensor:
     """Backward substitution: the sum is what the network's backward pass brings to input j once all later v_k are
     known."""
-    dim = len(net.order)
 
-    def by_dimension(t: Tensor) -> tuple[Tensor, ...]:
-        """D blocks ``(num_params, N)`` of memory of their own."""
-        return t.reshape(-1, dim, net.num_params).permute(1, 2, 0).contiguous().unbind()
+    def by_index(t: Tensor) -> tuple[Tensor, ...]:
+        """D blocks ``(num_params, *channels, N)`` of memory of their own."""
+        rows = t.reshape(-1, *t.shape[-num_axes - 1 :])
+        return rows.permute(-2, -1, *range(1, num_axes), 0).contiguous().unbind()
 
-    # What is left of g, (D, N): from the last place on each v_k, known by then, takes its share from those before.
-    rest = gradient.reshape(-1, dim).T.clone(memory_format=torch.contiguous_format)
-    rests, factors, cotangents = (
-        rest.unbind(),
-        by_dimension(-x_by_theta / slope[..., None]),
-        by_dimension(-by_theta),
+    # What is left of g, (D, *channels, N): from the last place on each v_k, known by then, takes its share from those
+    # before.
+    rest = (
+        gradient.reshape(-1, *gradient.shape[-num_axes:]).transpose(0, -1).clone(memory_format=torch.contiguous_format)
     )
-    steps = IncrementalGradient(net, [h.detach().reshape(-1, h.shape[-1]) for h in hidden], rest)
-    for place in reversed(range(1, dim)):
-        j = net.order[place]
-        steps.parameter_gradient(place, cotangents[j].addcmul_(rests[j], factors[j]))
-    return rest.T.reshape(gradient.shape) / slope
+    rests, factors, cotangents = rest.unbind(), by_index(-x_by_theta / slope[..., None]), by_index(-by_theta)
+    steps = start(rest)
+    for place in reversed(range(1, len(order))):
+        j = order[place]
+        steps.pull_back(place, cotangents[j].addcmul_(rests[j], factors[j]))
+    return rest.transpose(0, -1).reshape(gradient.shape) / slope
 
 
 def _by_iteration(
     z: Tensor, theta: Tensor, gradient: Tensor, slope: Tensor, x_by_theta: Tensor, by_theta: Tensor
 ) -> Tensor:
-    """A fixed point, in which each iteration is a backward pass of the whole network and makes one more place exact.
+    """Fixed-point iteration: each iteration is a backward pass of the whole network and makes one more place exact.
 
-    It ends as soon as nothing changes by more than rounding, which is long before that where later places depend on
-    earlier ones weakly.
+    It ends as soon as nothing changes by more than rounding, which is long before the last place where later places
+    depend on earlier ones weakly.
     """
     v = gradient / slope
     rounding = 4 * torch.finfo(v.dtype).eps
