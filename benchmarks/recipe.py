@@ -30,7 +30,6 @@ from benchmarks import synthetic
 from benchmarks.posteriordb import reference
 from benchmarks.posteriordb.models import TARGETS
 from pyroflows import flows
-from pyroflows.guides.packed import default_flow
 
 POSTERIORS = ("eight_schools", "garch", "gp_pois", "hmm_example", "mesquite")
 SYNTHETIC = ("banana", "funnel")
@@ -76,7 +75,7 @@ def fit(
 ) -> tuple[float, float]:
     """Variance of the log weights, and seconds."""
     model, args, default_dtype = problem
-    options = {"guide": default_flow, **options}
+    options = {"guide": flows.Recipe("default"), **options}
     with default_dtype():
         if options["guide"] == "plain":
             options["guide"] = pf.guides.AutoIAF(model, num_layers=4, hidden_dims=(32, 32))

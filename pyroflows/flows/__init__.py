@@ -1,15 +1,10 @@
-"""Flows: transforms stacked on a base distribution, and the recipes of the literature."""
+"""Flows: transforms stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
-from pyroflows.flows.autoregressive import IAF, MAF, NAF, SOS
-from pyroflows.flows.coupling import NICE, RealNVP
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.flow import Flow
-from pyroflows.flows.gaussian import Gaussian
 from pyroflows.flows.mixture import Mixture
-from pyroflows.flows.planar import Planar
-from pyroflows.flows.radial import Radial
-from pyroflows.flows.spline import NSF
-from pyroflows.flows.sylvester import Sylvester
+from pyroflows.flows.named import Recipe
+from pyroflows.flows.recipes import IAF, MAF, NAF, NICE, NSF, SOS, Gaussian, Planar, Radial, RealNVP, Sylvester
 
 __all__ = [
     "IAF",
@@ -25,5 +20,6 @@ __all__ = [
     "Planar",
     "Radial",
     "RealNVP",
+    "Recipe",
     "Sylvester",
 ]

@@ -1,8 +1,8 @@
 """The flow guide: a Pyro ``AutoContinuous`` whose distribution is a flow."""
 
 import copy
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -12,23 +12,23 @@ from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
-from pyroflows.flows import IAF, Flow, Mixture, Planar, RealNVP
-from pyroflows.flows.base import Base
+from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
+from pyroflows.guides.state import FlowState
 from pyroflows.models.structure import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
 FlowFn = Callable[[int], Any]
 
-# Above, the score of an autoregressive layer, which goes dimension by dimension, costs more than its strength is worth.
-MAX_AUTOREGRESSIVE_DIM = 64
 NUM_QUANTILE_SAMPLES = 10_000
 
-# The parameters of living guides, by id: tensors cannot be members of a set.
-_PARAMETERS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+# The parameters that guides have put into Pyro's store. A tensor there that is none of them was loaded: nothing else
+# tells them apart, since a loaded state holds parameters too, under the same names.
+_PARAMETERS: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
 class AutoFlow(AutoContinuous):
@@ -45,8 +45,8 @@ class AutoFlow(AutoContinuous):
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
         flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
-            of these, or a Zuko flow; None for an affine IAF of four layers, or couplings above 64 latents, or planar
-            layers for a single one.
+            of these, or a Zuko flow; or a :class:`pyroflows.flows.Recipe`, which a saved posterior remembers; None for
+            ``Recipe("default")``, an affine IAF, or couplings above 64 latents, or planar layers for a single one.
         init_loc_fn: initial values by site, one of Pyro's ``init_to_...`` functions.
         init_scale: initial standard deviation in the unconstrained space, positive.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
@@ -81,12 +81,13 @@ class AutoFlow(AutoContinuous):
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
         super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))
-        self.flow_fn = flow_fn or default_flow
+        self.flow_fn = flow_fn or Recipe("default")
         self._init_scale = init_scale
         self.dtype = dtype
         self.structure: ModelStructure | None = None
         self.flow: Flow | None = None
-        # Whether the flow's values count, where Pyro's store holds others under the same names.
+        # Whether the flow was given its values, by a state dict, a start or a fit, since the last call. Then they count
+        # more than what has been loaded into Pyro's store.
         self.own_values_count = False
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -109,11 +110,11 @@ class AutoFlow(AutoContinuous):
         for name, parameter in flow.named_parameters():
             full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
             if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
-                is_another_guides = _PARAMETERS.get(id(stored)) is stored
-                if not is_another_guides and not self.own_values_count and stored.shape == parameter.shape:
+                is_loaded = stored not in _PARAMETERS
+                if is_loaded and not self.own_values_count and stored.shape == parameter.shape:
                     parameter.data.copy_(stored.detach())
                 del store[full_name]
-            _PARAMETERS[id(parameter)] = parameter
+            _PARAMETERS[parameter] = None
         self.own_values_count = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -128,7 +129,7 @@ class AutoFlow(AutoContinuous):
                 self._create_plates(*args, **kwargs)
         flow = self._modules.get("flow")
         if flow is None:
-            self._build(loc.to(self.dtype or structure.dtype))
+            self.flow = self._flow_at(loc.to(self.dtype or structure.dtype))
         elif flow.event_shape != (structure.dim,):
             self.prototype_trace = None
             raise CheckpointError(
@@ -136,9 +137,6 @@ class AutoFlow(AutoContinuous):
                 "unconstrained latents: the state or file belongs to another model"
             )
         self.structure = structure
-
-    def _build(self, loc: Tensor, scale: Tensor | None = None) -> None:
-        self.flow = self._flow_at(loc, scale)
 
     def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
         """A flow with a last layer of this location and scale, ``(dim,)`` or lower triangular."""
@@ -169,33 +167,37 @@ class AutoFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         assert self.structure is not None
         dtype = self.dtype or self.structure.dtype
-        self._build(loc.to(dtype), scale.to(dtype))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.flow is None:
-            self._build_for(state_dict, f"{prefix}flow.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.flow = self._flow_at(loc.to(dtype), scale.to(dtype))
         self.own_values_count = True
 
-    def _build_for(self, state_dict: Any, prefix: str) -> None:
-        """Make the flow, or mixture of flows, that a state belongs to."""
-        log_weights = state_dict.get(f"{prefix}base.log_weights")
-        if log_weights is None:
-            self.flow = self._flow_for(state_dict, prefix)
-            return
-        parts = [self._flow_for(state_dict, f"{prefix}base.components.{k}.") for k in range(len(log_weights))]
-        self.flow = Mixture([part for part in parts if part is not None], log_weights)
+    @property
+    def _recipe(self) -> Recipe | None:
+        return self.flow_fn if isinstance(self.flow_fn, Recipe) else None
 
-    def _flow_for(self, state_dict: Any, prefix: str) -> Flow | None:
-        # The last layer, but for one that holds location and scale of data, tells the size, and whether its scale is
-        # triangular.
-        prefix = f"{prefix}transform.layers."
-        indices = [int(key[len(prefix) :].split(".")[0]) for key in state_dict if key.startswith(prefix)]
-        index = max(indices, default=0)
-        last_prefix = f"{prefix}{index - (f'{prefix}{index}.scale' in state_dict)}."
-        scale_tril = state_dict.get(f"{last_prefix}scale_tril")
-        last = state_dict.get(f"{last_prefix}parameters_of.value") if scale_tril is None else scale_tril
-        return self._flow_at(torch.zeros_like(last[:, 0]), scale_tril) if last is not None and last.dim() == 2 else None
+    def get_extra_state(self) -> Tensor:
+        """How the flow was built, for the state dict; nothing for a guide that was not called yet."""
+        flow = self.flow
+        if flow is None:
+            return torch.zeros(0, dtype=torch.uint8)
+        return FlowState.of(flow, self._recipe).to_tensor().to(next(flow.parameters()).device)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Build the flow that a state dict belongs to, or compare it with the flow that this guide holds.
+
+        Raises:
+            CheckpointError: if this guide makes, or holds, another flow; names the first difference.
+        """
+        if not state.numel():
+            return
+        saved = FlowState.from_tensor(state)
+        held = replace(saved, recipe=self._recipe) if self.flow is None else FlowState.of(self.flow, self._recipe)
+        saved.check_same(held)
+        if self.flow is None:
+            zeros = torch.zeros(saved.dim, dtype=getattr(torch, saved.dtype), device=state.device)
+            scale = torch.eye(saved.dim).to(zeros) if saved.last_layer == "triangular" else None
+            parts = [self._flow_at(zeros, scale) for _ in range(saved.num_components)]
+            self.flow = parts[0] if len(parts) == 1 else Mixture(parts, zeros.new_zeros(len(parts)))
+        self.own_values_count = True
 
     def _built(self) -> Flow:
         flow = self.flow
@@ -233,7 +235,7 @@ class AutoFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's version also forgets the model of the guide that is copied. Functions are left out, since those that
         # users write at the prompt cannot be pickled.
-        return {**self.__dict__, "_model": None, "master": None, "flow_fn": None}
+        return {**self.__dict__, "_model": None, "master": None, "flow_fn": self._recipe}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFlow":
         copied = self.__class__.__new__(self.__class__)
@@ -242,17 +244,3 @@ class AutoFlow(AutoContinuous):
         # Through __dict__, since a module would register what it is given.
         copied.__dict__.update(_model=self.__dict__["_model"], flow_fn=self.flow_fn)
         return copied
-
-
-def default_flow(latent_dim: int, base: Base = None) -> Flow:
-    """The flow of a guide that was given none.
-
-    Args:
-        latent_dim: the number of dimensions.
-        base: as for :class:`pyroflows.Flow`.
-    """
-    if latent_dim == 1:  # where an affine flow is a Gaussian
-        return Planar(latent_dim, num_layers=16, base=base)
-    if latent_dim <= MAX_AUTOREGRESSIVE_DIM:
-        return IAF(latent_dim, num_layers=4, hidden_dims=(32, 32), base=base)
-    return RealNVP(latent_dim, num_layers=6, hidden_dims=(64, 64), base=base)

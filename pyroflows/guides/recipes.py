@@ -1,10 +1,9 @@
 """Flow guides by name: :class:`AutoFlow` with one of the recipes of :mod:`pyroflows.flows`."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from pyroflows import flows
+from pyroflows.flows import Recipe
 from pyroflows.guides.packed import AutoFlow
 from pyroflows.models.structure import Model
 
@@ -19,7 +18,7 @@ class AutoPlanar(AutoFlow):
     """
 
     def __init__(self, model: Model, num_layers: int = 16, **options: Any) -> None:
-        super().__init__(model, partial(flows.Planar, num_layers=num_layers), **options)
+        super().__init__(model, Recipe("Planar", num_layers=num_layers), **options)
 
 
 class AutoRadial(AutoFlow):
@@ -32,7 +31,7 @@ class AutoRadial(AutoFlow):
     """
 
     def __init__(self, model: Model, num_layers: int = 16, **options: Any) -> None:
-        super().__init__(model, partial(flows.Radial, num_layers=num_layers), **options)
+        super().__init__(model, Recipe("Radial", num_layers=num_layers), **options)
 
 
 class AutoSylvester(AutoFlow):
@@ -46,23 +45,25 @@ class AutoSylvester(AutoFlow):
     """
 
     def __init__(self, model: Model, num_layers: int = 8, rank: int | None = None, **options: Any) -> None:
-        super().__init__(model, partial(flows.Sylvester, num_layers=num_layers, rank=rank), **options)
+        super().__init__(model, Recipe("Sylvester", num_layers=num_layers, rank=rank), **options)
 
 
 class AutoIAF(AutoFlow):
     """A guide of affine inverse autoregressive layers; see :class:`pyroflows.flows.IAF`. The best first choice.
 
+    With its defaults it is what :class:`AutoFlow` makes by itself for 2 to 64 latents.
+
     Args:
         model: a Pyro model.
         num_layers: number of layers.
-        hidden_dims: widths of the masked networks.
+        hidden_dims: widths of the hidden layers of the masked networks.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
     """
 
     def __init__(
-        self, model: Model, num_layers: int = 4, hidden_dims: Sequence[int] = (64, 64), **options: Any
+        self, model: Model, num_layers: int = 4, hidden_dims: Sequence[int] = (32, 32), **options: Any
     ) -> None:
-        super().__init__(model, partial(flows.IAF, num_layers=num_layers, hidden_dims=hidden_dims), **options)
+        super().__init__(model, Recipe("IAF", num_layers=num_layers, hidden_dims=hidden_dims), **options)
 
 
 class AutoRealNVP(AutoFlow):
@@ -71,14 +72,14 @@ class AutoRealNVP(AutoFlow):
     Args:
         model: a Pyro model. Of a single latent the guide stays an affine map of the base: a Gaussian.
         num_layers: number of layers.
-        hidden_dims: widths of the conditioners.
+        hidden_dims: widths of the hidden layers of the conditioners.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
     """
 
     def __init__(
         self, model: Model, num_layers: int = 6, hidden_dims: Sequence[int] = (64, 64), **options: Any
     ) -> None:
-        super().__init__(model, partial(flows.RealNVP, num_layers=num_layers, hidden_dims=hidden_dims), **options)
+        super().__init__(model, Recipe("RealNVP", num_layers=num_layers, hidden_dims=hidden_dims), **options)
 
 
 class AutoSpline(AutoFlow):
@@ -87,7 +88,7 @@ class AutoSpline(AutoFlow):
     Args:
         model: a Pyro model.
         num_layers: number of layers.
-        hidden_dims: widths of the conditioners.
+        hidden_dims: widths of the hidden layers of the conditioners.
         bins: number of bins of a spline.
         bound: splines act where a component of the standardised latent is below this in size.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
@@ -102,5 +103,5 @@ class AutoSpline(AutoFlow):
         bound: float = 5.0,
         **options: Any,
     ) -> None:
-        recipe = partial(flows.NSF, num_layers=num_layers, hidden_dims=hidden_dims, bins=bins, bound=bound)
+        recipe = Recipe("NSF", num_layers=num_layers, hidden_dims=hidden_dims, bins=bins, bound=bound)
         super().__init__(model, recipe, **options)

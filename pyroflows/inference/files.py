@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyroflows import flows
-from pyroflows.errors import CheckpointError
+from pyroflows.errors import CheckpointError, OptionError
+from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.packed import FlowFn, default_flow
+from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.starts import Starts
 from pyroflows.models.structure import Model, in_dtype, model_parameters
 from pyroflows.training.loop import History
 
-FORMAT = "pyroflows posterior 1"
+FORMAT = "pyroflows posterior 2"
 
 
 def save(
@@ -35,7 +34,7 @@ def save(
     header = {
         "format": FORMAT,
         "pyroflows": version("pyroflows"),
-        "flow": _recipe(guide.flow_fn),
+        "recipe": guide.flow_fn.to_json() if isinstance(guide.flow_fn, Recipe) else None,
         "dtype": None if guide.dtype is None else str(guide.dtype).removeprefix("torch."),
         "sites": {site.name: list(site.shape) for site in guide.structure.latents},
         "starts": None if starts is None else asdict(starts),
@@ -57,10 +56,10 @@ def load(
     """
     header, tensors = _read(path)
     dtype = None if header["dtype"] is None else getattr(torch, header["dtype"])
-    guide = AutoFlow(model, flow_fn or _flow_fn(header["flow"], path), dtype=dtype)
+    guide = AutoFlow(model, flow_fn or _recipe(header["recipe"], path), dtype=dtype)
     try:
         guide.load_state_dict(_part(tensors, "flow."))
-    except RuntimeError as error:
+    except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{path} holds another flow than flow_fn makes: {error}") from error
     guide._setup_prototype(*args, **kwargs)
     assert guide.structure is not None
@@ -92,7 +91,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-    if header.get("format") != FORMAT or not header.keys() >= {"flow", "dtype", "sites", "starts"}:
+    if header.get("format") != FORMAT or not header.keys() >= {"recipe", "dtype", "sites", "starts"}:
         raise CheckpointError(f"{path} holds no posterior of this version: its format is {header.get('format')!r}")
     return header, tensors
 
@@ -109,32 +108,12 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _recipe(flow_fn: FlowFn | None) -> dict[str, Any] | None:
-    """A flow function as JSON, if it is the default or one of our recipes with options."""
-    if flow_fn is default_flow:
-        return {"name": "default", "options": {}}
-    if isinstance(flow_fn, partial) and flow_fn.func is default_flow:
-        return {"name": "default", "options": flow_fn.keywords}
-    if not isinstance(flow_fn, partial) or flow_fn.args:
-        return None
-    name = getattr(flow_fn.func, "__name__", "")
-    recipe = {"name": name, "options": flow_fn.keywords}
-    return recipe if getattr(flows, name, None) is flow_fn.func and _is_json(recipe) else None
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _flow_fn(recipe: dict[str, Any] | None, path: str | Path) -> FlowFn:
-    if recipe is None:
+def _recipe(saved: dict[str, Any] | None, path: str | Path) -> Recipe:
+    if saved is None:
         raise CheckpointError(
             f"{path} was fitted with a flow function of the user's: give load_posterior the same flow_fn"
         )
-    if recipe["name"] == "default":
-        return partial(default_flow, **recipe["options"]) if recipe["options"] else default_flow
-    return partial(getattr(flows, recipe["name"]), **recipe["options"])
+    try:
+        return Recipe.from_json(saved)
+    except OptionError as error:
+        raise CheckpointError(f"{path} was fitted with a recipe that this version does not have: {error}") from error

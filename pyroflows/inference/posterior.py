@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from pyroflows import plots
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import ModelError, OptionError
 from pyroflows.fitting import DensityFit, Distillation
-from pyroflows.flows import Flow, Gaussian
+from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference import diagnosis, files, refit
@@ -109,8 +109,7 @@ class Posterior:
     @property
     def is_gaussian(self) -> bool:
         """Whether a Gaussian was enough, so that no flow was trained."""
-        flow_fn = self.guide.flow_fn
-        return not self.history and isinstance(flow_fn, partial) and flow_fn.func is Gaussian
+        return not self.history and self.guide.flow_fn == Recipe("Gaussian")
 
     @cached_property
     def log_joint(self) -> LogJoint:

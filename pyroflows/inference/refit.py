@@ -1,14 +1,13 @@
 """Guides fitted to a posterior that is there already: one that is quicker to sample, one that covers more."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
-from pyroflows.flows import MAF, NSF, Flow
+from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.weights import Weights
@@ -42,22 +41,22 @@ def weighted_guide(
     """A guide of the model fitted to weighted draws; options are those of :func:`pyroflows.fit_density`."""
     normalized = weights.normalized.to(latents)
     # Affine maps go on growing where a spline ends, and so cover tails that the draws hardly show.
-    default = partial(MAF) if latents.shape[1] > 1 else partial(NSF)
+    default = Recipe("MAF" if latents.shape[1] > 1 else "NSF")
     guide = AutoFlow(model, flow_fn or default, dtype=proposal.dtype)
     flow = _start_near(guide, latents, normalized, args, kwargs)
     return guide, fit_density(flow, latents, weights=normalized, **{"patience": PATIENCE, **options})
 
 
 def _start_near(guide: AutoFlow, latents: Tensor, weights: Tensor, args: Any, kwargs: Any) -> Flow:
-    """The flow of a guide, built with the correlations of latents ``(n, dim)``; fits see to locations and scales."""
+    """The flow of a guide, built at the mean and the covariance of weighted latents ``(n, dim)``."""
     dim = latents.shape[1]
+    mean = (weights / weights.sum()).double() @ latents.double()
     covariance = torch.cov(latents.T.double(), aweights=weights.double()).reshape(dim, dim)
     sd = covariance.diagonal().sqrt()
     num_effective = weights.sum() ** 2 / (weights**2).sum()
     # Fewer draws than dimensions have no invertible covariance.
     shrinkage = dim / (dim + num_effective.double())
     correlation = torch.lerp(covariance / sd / sd[:, None], torch.eye(dim).to(covariance), shrinkage)
-    guide.start_at(torch.zeros_like(sd), torch.linalg.cholesky(correlation), *args, **kwargs)
-    guide.own_values_count = True
+    guide.start_at(mean, sd[:, None] * torch.linalg.cholesky(correlation), *args, **kwargs)
     assert guide.flow is not None
     return guide.flow

@@ -15,9 +15,9 @@ from pyroflows import flows
 from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.errors import DivergedError, ModelError, OptionError
 from pyroflows.fitting.estimators import ESTIMATORS
-from pyroflows.flows import Flow
+from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.packed import FlowFn, default_flow
+from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.elbo import Tempering, elbo_step
 from pyroflows.inference.files import load
 from pyroflows.inference.pathfinder import Gaussian
@@ -63,8 +63,8 @@ class FlowVI:
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
-        guide: a flow guide; or ``latent_dim -> flow``, as for :class:`pyroflows.guides.AutoFlow`; or None for the
-            default.
+        guide: a flow guide; or a recipe or another function ``latent_dim -> flow``, as for
+            :class:`pyroflows.guides.AutoFlow`; or None for the default.
         num_steps: number of training steps; None for as many as it takes.
         num_particles: draws a step; None for 128.
         estimator: of the gradient, a name of :mod:`pyroflows.fitting.estimators`: "total", "path", "iwae", "dreg",
@@ -211,24 +211,24 @@ class FlowVI:
     ) -> Posterior:
         """The simplest that is good enough: a Gaussian, a flow, a flow with heavier tails."""
         if self.gate and len(modes) == 1:
-            guide.flow_fn = partial(flows.Gaussian)
+            guide.flow_fn = Recipe("Gaussian")
             guide.start_at(modes[0].loc, modes[0].scale_tril)
             gaussian = posterior(history=History())
             if is_enough(gaussian.diagnose()):
                 return gaussian
-            guide.flow_fn = default_flow
+            guide.flow_fn = Recipe("default")
         fitted = posterior(history=_train_at(modes, guide, log_joint, train_guide))
         if fitted.diagnose().verdict != "do not use":
             return fitted
         light = guide.flow
-        guide.flow_fn = partial(default_flow, base="student_t")
+        guide.flow_fn = Recipe("default", base="student_t")
         try:
             heavy = posterior(history=_train_at(modes, guide, log_joint, train_guide))
             if heavy.diagnose().log_weight_variance < fitted.diagnose().log_weight_variance:
                 return heavy
         except DivergedError as error:
             warnings.warn(f"heavier tails were tried, and left out: {error}", stacklevel=3)
-        guide.flow, guide.flow_fn = light, default_flow
+        guide.flow, guide.flow_fn = light, Recipe("default")
         return fitted
 
     def _train(self, guide: AutoFlow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from functools import partial
 
 import pyro
 import pytest
@@ -12,9 +11,8 @@ from pyro import distributions as dist
 from pyro.infer import Predictive
 
 from pyroflows import Posterior, ShapeError, load_posterior
-from pyroflows.flows import IAF, Flow, Gaussian, Mixture, Planar
+from pyroflows.flows import IAF, Flow, Gaussian, Mixture, Planar, Recipe
 from pyroflows.guides import AutoFlow
-from pyroflows.guides.packed import default_flow
 from pyroflows.training.loop import History
 from pyroflows.transforms import Triangular
 
@@ -180,7 +178,7 @@ def guide_of_a_mixture(flow_fn, triangular=True):
     return guide
 
 
-RECIPES = [None, partial(IAF, num_layers=2, hidden_dims=(8,)), lambda dim: Planar(dim, num_layers=2)]
+RECIPES = [None, Recipe("IAF", num_layers=2, hidden_dims=(8,)), lambda dim: Planar(dim, num_layers=2)]
 X = torch.tensor([[5.0, 6.0], [-5.0, -6.0], [0.0, 1.0]])
 
 
@@ -207,7 +205,7 @@ def test_a_posterior_of_a_mixture_survives_a_file(flow_fn, tmp_path):
     assert isinstance(loaded.guide.flow, Mixture)
     assert torch.equal(loaded.log_prob({"x": X}), posterior.log_prob({"x": X}))
     assert loaded.elbo == posterior.elbo
-    assert loaded.guide.flow_fn is default_flow if flow_fn is None else loaded.guide.flow_fn is not default_flow
+    assert loaded.guide.flow_fn == (flow_fn or Recipe("default"))
 
 
 @pytest.mark.parametrize("parallel", [False, True])

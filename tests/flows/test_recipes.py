@@ -1,5 +1,6 @@
-"""The recipes of triangular flows: what they stack, where they start, and that they are densities whatever is mixed."""
+"""The recipes: what they stack, where they start, and that they are densities whatever is mixed."""
 
+import inspect
 from functools import partial
 
 import pyro.distributions as dist
@@ -29,7 +30,9 @@ AUTOREGRESSIVE = {
     "nsf-autoregressive": (partial(flows.NSF, autoregressive=True), Spline),
 }
 RECIPES = COUPLING | AUTOREGRESSIVE
+DENSE = {"planar": flows.Planar, "radial": flows.Radial, "sylvester": flows.Sylvester}
 MIXING = [None, "permutation", "lu"]
+NAMES = ["IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radial", "RealNVP", "Sylvester"]
 
 all_recipes = pytest.mark.parametrize("recipe", RECIPES)
 coupling_recipes = pytest.mark.parametrize("recipe", COUPLING)
@@ -324,7 +327,44 @@ def test_no_dimension_raises(recipe):
         make(recipe, 0)
 
 
-@all_recipes
-def test_unknown_option_raises(recipe):
-    with pytest.raises(TypeError, match="num_bins"):
-        make(recipe, num_bins=8)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("option", ["num_bins", "layer", "between", "last"])
+def test_unknown_option_raises(name, option):
+    """Those of the constructor that recipes share are not let through either."""
+    with pytest.raises(TypeError, match=option):
+        getattr(flows, name)(2, **{option: 2})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature_names_all_arguments(name):
+    parameters = inspect.signature(getattr(flows, name)).parameters
+    assert next(iter(parameters)) == "dim"
+    assert all(p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL for p in parameters.values())
+    defaults = {"context_dim": 0, "base": None, "support": None, "mixing": None}
+    if name == "Gaussian":  # one layer, with nothing between
+        del defaults["mixing"]
+    assert {key: parameters[key].default for key in defaults} == defaults
+    assert list(parameters)[-len(defaults) :] == list(defaults)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_all_recipes_act(name):
+    flow = getattr(flows, name)(2, context_dim=3, base="student_t", support=dist.constraints.positive)
+    x, log_q = flow(torch.randn(5, 3)).rsample_and_log_prob()
+    assert (x > 0).all() and (x.shape, log_q.shape) == ((5, 2), (5,))
+    assert flow.context_dim == 3 and hasattr(flow.base, "raw_df")
+
+
+@pytest.mark.parametrize("recipe", DENSE)
+@pytest.mark.parametrize(("mixing", "kind"), [("permutation", Permutation), ("lu", LU)])
+def test_mixing_between_layers_that_see_all_dimensions(recipe, mixing, kind):
+    flow = DENSE[recipe](4, num_layers=3, mixing=mixing).double()
+    stacked = [type(layer) for layer in flow.layers]
+    layer = stacked[0]
+    assert stacked == [layer, kind, layer, kind, layer] and layer is not kind
+    x, log_q = perturb(flow, 0.3)().rsample_and_log_prob((7,))
+    torch.testing.assert_close(flow().log_prob(x.clone()), log_q)
+    with pytest.raises(OptionError, match="mixing must be None or one of"):
+        DENSE[recipe](4, mixing="none")
+    with pytest.raises(OptionError, match="num_layers >= 1, got 0"):
+        DENSE[recipe](4, num_layers=0)

@@ -23,7 +23,8 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import NeuTraReparam
 
 from pyroflows.errors import ModelError, OptionError
-from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar
+from pyroflows.flows import Recipe
+from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoRealNVP, AutoSpline, AutoSylvester
 from pyroflows.guides.packed import NUM_QUANTILE_SAMPLES
 from tests.guides.models import (
     GUIDES,
@@ -65,6 +66,16 @@ def test_latent_site_has_the_name_of_the_guide(name):
 def test_unknown_options_raise(make):
     with pytest.raises(TypeError, match="no_such_option"):
         make(regression, no_such_option=1)
+
+
+@pytest.mark.parametrize("guide", [AutoPlanar, AutoRadial, AutoSylvester, AutoIAF, AutoRealNVP, AutoSpline])
+def test_defaults_of_a_guide_are_those_of_its_flow(guide):
+    recipe = guide(regression).flow_fn
+    assert recipe == Recipe(recipe.name)
+
+
+def test_the_default_guide_is_an_iaf():
+    assert str(built(AutoFlow, regression).flow) == str(built(AutoIAF, regression).flow)
 
 
 @all_guides

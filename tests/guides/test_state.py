@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 from itertools import pairwise
 
 import pyro
@@ -12,10 +13,14 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from safetensors.torch import load_file, save_file
+from torch.distributions import AffineTransform, ComposeTransform, TanhTransform
 
+from pyroflows import FlowVI
 from pyroflows.errors import CheckpointError, FlowError
-from pyroflows.flows import IAF, Planar
+from pyroflows.flows import IAF, Flow, Mixture, Planar, Recipe
 from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial
+from pyroflows.transforms import Radial, Standardize
 from tests.guides.models import (
     GUIDES,
     Y,
@@ -93,7 +98,7 @@ def test_state_of_a_double_guide(make):
     guide = trained(make, groups)
     fresh = make(groups)
     fresh.load_state_dict(guide.state_dict())
-    assert {tensor.dtype for tensor in fresh.state_dict().values()} == {torch.float64}
+    assert {parameter.dtype for parameter in fresh.parameters()} == {torch.float64}
     fresh()
     assert_same_draws(fresh, guide)
     assert next(iter(fresh().values())).dtype == torch.float64
@@ -118,10 +123,46 @@ def test_state_on_disk_without_pickle(make):
     assert_same_draws(fresh, guide, Y)
 
 
-def test_state_is_a_copy_of_tensors_alone():
-    state = trained(AutoFlow).state_dict()
-    assert all(name.startswith("flow.") for name in state)
-    assert all(isinstance(value, torch.Tensor) for value in state.values())
+@all_guides
+@pytest.mark.parametrize("change", [torch.clone, torch.Tensor.double], ids=["clone", "double"])
+def test_state_is_of_tensors_that_may_be_changed(make, change):
+    """Whoever walks over a state dict meets tensors alone; what says how the flow was built survives a cast."""
+    guide = trained(make)
+    state = {name: change(value) for name, value in guide.state_dict().items()}
+    assert all(name == "_extra_state" or name.startswith("flow.") for name in state)
+    fresh = make(regression)
+    fresh.load_state_dict(state)
+    fresh(Y)
+    assert_same_draws(fresh, guide, Y)
+
+
+@all_guides
+def test_state_in_safetensors(make, tmp_path):
+    guide = trained(make)
+    save_file({name: value.contiguous() for name, value in guide.state_dict().items()}, tmp_path / "guide.safetensors")
+    fresh = make(regression)
+    fresh.load_state_dict(load_file(tmp_path / "guide.safetensors"))
+    fresh(Y)
+    assert_same_draws(fresh, guide, Y)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_state_of_a_flow_function_of_the_user_s(dim):
+    """Whatever it makes, and however its layers are called."""
+    model = regression if dim == 2 else one_latent
+
+    def flow_fn(dim):
+        standardize = Standardize(dim)
+        standardize.scale.fill_(2.0)
+        layers = [Radial(dim), ComposeTransform([TanhTransform(), AffineTransform(0.0, 0.9), TanhTransform().inv])]
+        layers.append(standardize)
+        return Flow(layers, base=dist.Laplace(torch.zeros(dim), 1.0).to_event(1))
+
+    guide = trained(lambda model: AutoFlow(model, flow_fn), model)
+    fresh = AutoFlow(model, flow_fn)
+    fresh.load_state_dict(guide.state_dict())
+    fresh(Y)
+    assert_same_draws(fresh, guide, Y)
 
 
 def test_state_loads_into_an_empty_guide_list():
@@ -160,20 +201,84 @@ def test_state_of_another_model_raises_at_the_call(make):
 @all_guides
 def test_state_of_another_model_does_not_load_into_a_guide_that_was_called(make):
     guide = trained(make, one_latent)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    before = parameters(guide)
+    with pytest.raises(CheckpointError, match="of a flow of 2 dimensions, but this guide holds one of 1: they belong"):
         guide.load_state_dict(trained(make).state_dict())
+    assert not changed(guide, before)
 
 
-def test_state_of_another_family_does_not_load():
-    with pytest.raises(RuntimeError, match="Missing key"):
-        AutoRadial(regression).load_state_dict(trained(AutoIAF).state_dict())
+OTHER_RECIPES = {
+    "another family": (AutoIAF, AutoRadial, r"Recipe\('IAF'\) made, but this guide has Recipe\('Radial'\)"),
+    "number of layers": (
+        partial(AutoPlanar, num_layers=2),
+        partial(AutoPlanar, num_layers=3),
+        r"Recipe\('Planar', num_layers=2\) made, but this guide has Recipe\('Planar', num_layers=3\)",
+    ),
+    "the user's": (
+        partial(AutoFlow, flow_fn=lambda dim: Planar(dim, num_layers=2)),
+        partial(AutoPlanar, num_layers=2),
+        r"a function of the user's made, but this guide has Recipe\('Planar', num_layers=2\): make the guide with the",
+    ),
+    "not the user's": (
+        AutoFlow,
+        partial(AutoFlow, flow_fn=IAF),
+        r"Recipe\('default'\) made, but this guide has a function of the user's",
+    ),
+}
 
 
-def test_state_of_another_number_of_layers_does_not_load():
-    state = AutoPlanar(regression, num_layers=2)
-    state()
-    with pytest.raises(RuntimeError, match="(Missing|Unexpected) key"):
-        AutoPlanar(regression, num_layers=3).load_state_dict(state.state_dict())
+@pytest.mark.parametrize(("make", "other", "message"), OTHER_RECIPES.values(), ids=OTHER_RECIPES)
+@pytest.mark.parametrize("called", [True, False])
+def test_state_of_another_recipe_does_not_load(make, other, message, called):
+    guide = built(other, regression) if called else other(regression)
+    with pytest.raises(CheckpointError, match=message):
+        guide.load_state_dict(trained(make).state_dict())
+    assert (guide.flow is not None) == called
+
+
+def mixture_of(num, scale):
+    guide = AutoFlow(regression)
+    parts = []
+    for _ in range(num):
+        guide.start_at(torch.zeros(2), scale, Y)
+        parts.append(guide.flow)
+    if num > 1:
+        guide.flow = Mixture(parts, torch.zeros(num))
+    return guide
+
+
+def test_state_of_another_kind_of_flow_does_not_load():
+    """The first difference is named, and a guide that was not called takes the state as it is."""
+    diagonal, triangular = torch.ones(2), torch.eye(2)
+    guide = mixture_of(1, diagonal)
+    for other, message in [
+        (mixture_of(1, triangular), "ends in a triangular layer, but this guide holds one that ends in a diagonal"),
+        (mixture_of(2, triangular), "ends in a triangular layer, but this guide holds one that ends in a diagonal"),
+        (
+            mixture_of(3, diagonal),
+            "number of flows that are mixed is 3 in the state, but 1 in this guide: load the state into a fresh",
+        ),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            guide.load_state_dict(other.state_dict())
+        fresh = AutoFlow(regression)
+        fresh.load_state_dict(other.state_dict())
+        assert len(fresh.flow.components) == len(other.flow.components)
+        assert not changed(fresh, parameters(other))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "nonsense", '{"recipe": {"name": "Glow", "options": {}}}'])
+def test_state_that_says_nothing_of_its_flow_raises(text):
+    state = {**trained(AutoPlanar).state_dict(), "_extra_state": torch.tensor([*text.encode(), 32], dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match="does not say how its flow was built"):
+        AutoPlanar(regression).load_state_dict(state)
+
+
+def test_state_without_its_description_raises():
+    state = trained(AutoPlanar).state_dict()
+    del state["_extra_state"]
+    with pytest.raises(RuntimeError, match='Missing key.*"_extra_state"'):
+        AutoPlanar(regression).load_state_dict(state)
 
 
 def test_state_of_another_kind_of_guide_does_not_load():
@@ -185,14 +290,13 @@ def test_state_of_another_kind_of_guide_does_not_load():
 @pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
 @all_guides
 def test_missing_key_raises(make, which):
-    """In a fresh guide as well, whose size comes from the state itself, namely from its last layer."""
     guide = trained(make)
     state = guide.state_dict()
     missing = list(parameters(guide))[which]
     del state[missing]
     with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
         guide.load_state_dict(state)
-    with pytest.raises((RuntimeError, CheckpointError)):
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
         make(regression).load_state_dict(state)
 
 
@@ -206,7 +310,7 @@ def test_unexpected_key_raises(make):
 def test_empty_state_does_not_pass_for_a_loaded_one():
     """That of a guide that was never called: it holds nothing, and the guide that loads it stays to be built."""
     guide = AutoPlanar(regression)
-    assert not guide.state_dict()
+    assert not sum(value.numel() for value in guide.state_dict().values())
     guide.load_state_dict(AutoPlanar(regression).state_dict())
     with pytest.raises(FlowError):
         guide.get_posterior()
@@ -296,6 +400,12 @@ def test_pickle_after_training(make, model):
         before = parameters(one)
         fit(model, one)
         assert changed(one, before) == before.keys()
+
+
+def test_pickle_keeps_a_recipe():
+    guide = pickle.loads(pickle.dumps(AutoIAF(regression, num_layers=2)))
+    assert guide.flow_fn == Recipe("IAF", num_layers=2)
+    guide.load_state_dict(trained(partial(AutoIAF, num_layers=2)).state_dict())
 
 
 def test_pickle_of_a_guide_of_local_functions():
@@ -423,6 +533,32 @@ def test_loaded_state_wins_over_the_param_store(make):
     assert not changed(fresh, expected)
     fit(regression, fresh)
     assert changed(fresh, expected) == expected.keys()
+
+
+GIVEN = {
+    "state": lambda guide, state: guide.load_state_dict(state),
+    "start": lambda guide, state: guide.start_at(torch.ones(2), torch.full((2,), 0.5), Y),
+    "fit": lambda guide, state: FlowVI(regression, guide, num_steps=2, seed=0, progress_bar=False).run(Y),
+}
+
+
+@pytest.mark.parametrize("give", GIVEN.values(), ids=GIVEN)
+def test_values_that_a_guide_is_given_win_over_a_store_that_was_loaded_before(give):
+    state = copy.deepcopy(trained(AutoPlanar).state_dict())
+    guide = trained(AutoPlanar)
+    loaded, again = (on_disk(pyro.get_param_store().get_state()) for _ in range(2))
+    fit(regression, guide)
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(loaded)
+    give(guide, state)
+    expected = parameters(guide)
+    guide(Y)
+    assert not changed(guide, expected)
+    # A store that is loaded after that counts again.
+    pyro.get_param_store().set_state(again)
+    guide(Y)
+    loaded_values = {name.partition(".")[2].replace("$$$", "."): value for name, value in again["params"].items()}
+    assert not changed(guide, loaded_values)
 
 
 # Nothing stale

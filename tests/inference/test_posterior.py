@@ -1,5 +1,6 @@
 """What a fit returns: samples, scores, figures, verdicts, corrections, ArviZ data, files."""
 
+import json
 import math
 from functools import partial
 
@@ -687,10 +688,11 @@ def test_plot_training(posterior):
         None,
         lambda model: AutoPlanar(model, num_layers=2),
         lambda model: AutoIAF(model, num_layers=2, hidden_dims=(8, 8)),
-        lambda model: AutoFlow(model, partial(pf.flows.MAF, num_layers=1, hidden_dims=[8], base="student_t")),
+        lambda model: AutoFlow(model, pf.flows.Recipe("MAF", num_layers=1, hidden_dims=[8], base="student_t")),
+        lambda model: pf.flows.Recipe("Planar", num_layers=2),
         lambda model: AutoPlanar(model, num_layers=2, dtype=torch.float64),
     ],
-    ids=["default", "planar", "iaf", "maf with a base", "float64"],
+    ids=["default", "planar", "iaf", "maf with a base", "recipe", "float64"],
 )
 def test_save_and_load(guide, tmp_path):
     path = tmp_path / "posterior.safetensors"
@@ -776,11 +778,36 @@ def test_a_flow_function_of_the_user_s_is_needed_again(own):
     assert load_posterior(path, everything, Y, flow_fn=own_flow).elbo == posterior.elbo
 
 
-@pytest.mark.parametrize("flow_fn", [pf.flows.Radial, lambda dim: pf.flows.Planar(dim, num_layers=4)])
+@pytest.mark.parametrize(
+    "flow_fn",
+    [pf.flows.Radial, lambda dim: pf.flows.Planar(dim, num_layers=4), pf.flows.Recipe("Planar", num_layers=3)],
+    ids=["family", "number of layers", "recipe"],
+)
 def test_another_flow_function_is_refused(own, flow_fn):
     path, _ = own
     with pytest.raises(CheckpointError, match="holds another flow than flow_fn makes"):
         load_posterior(path, everything, Y, flow_fn=flow_fn)
+
+
+def test_another_recipe_is_refused(posterior, tmp_path):
+    path = tmp_path / "a"
+    posterior.save(path)
+    recipe = posterior.guide.flow_fn
+    assert load_posterior(path, everything, Y, flow_fn=pf.flows.Recipe.from_json(recipe.to_json())).elbo
+    with pytest.raises(CheckpointError, match=r"holds another flow.*Recipe\('MAF'\)"):
+        load_posterior(path, everything, Y, flow_fn=pf.flows.Recipe("MAF"))
+
+
+def test_a_recipe_of_another_version_is_refused(posterior, tmp_path):
+    path = tmp_path / "a"
+    posterior.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["pyroflows"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header["recipe"] = {"name": "Glow", "options": {}}
+    save_file(tensors, path, metadata={"pyroflows": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="a recipe that this version does not have: there is no recipe 'Glow'"):
+        load_posterior(path, everything, Y)
 
 
 def test_options_that_a_file_cannot_hold_need_the_flow_function_again(tmp_path):

@@ -11,9 +11,8 @@ from pyro import distributions as dist
 
 from pyroflows import DivergedError, FlowVI, OptionError, PlotError, load_posterior
 from pyroflows.errors import UntraceableError
-from pyroflows.flows import MAF, Gaussian, Mixture, Planar
+from pyroflows.flows import MAF, Gaussian, Mixture, Planar, Recipe
 from pyroflows.guides import AutoIAF
-from pyroflows.guides.packed import default_flow
 from pyroflows.training.loop import History
 
 NUM_DRAWS = 20_000
@@ -150,7 +149,7 @@ def very_heavy():
 @pytest.mark.slow
 def test_a_student_base_is_tried_where_the_verdict_is_bad(tmp_path):
     posterior = fit(very_heavy)
-    assert posterior.guide.flow_fn.keywords == {"base": "student_t"}
+    assert posterior.guide.flow_fn == Recipe("default", base="student_t")
     assert posterior.diagnose().log_weight_variance < 0.1
     posterior.save(tmp_path / "heavy.safetensors")
     loaded = load_posterior(tmp_path / "heavy.safetensors", very_heavy)
@@ -170,7 +169,7 @@ def test_a_student_base_that_diverges_is_left_out(monkeypatch):
     monkeypatch.setattr(FlowVI, "_train", briefly)
     with pytest.warns(UserWarning, match="heavier tails were tried, and left out: 25 steps in a row"):
         posterior = fit(very_heavy)
-    assert posterior.guide.flow is flows[0] and posterior.guide.flow_fn is default_flow
+    assert posterior.guide.flow is flows[0] and posterior.guide.flow_fn == Recipe("default")
     assert [hasattr(flow.base, "raw_df") for flow in flows] == [False, True]
     assert posterior.sample(3)["x"].shape == (3, 2)
 

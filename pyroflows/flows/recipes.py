@@ -1,0 +1,315 @@
+"""The recipes of the literature: which layer a flow stacks, and in which direction it is fast.
+
+The arguments that they share are described once, at :class:`pyroflows.flows.stacking.StackedFlow`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Unpack
+
+from torch.distributions import constraints
+
+from pyroflows import transforms
+from pyroflows.flows.base import Base
+from pyroflows.flows.flow import Flow
+from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
+from pyroflows.transforms import Autoregressive, Coupling, Elementwise, FlowTransform, Triangular, masks
+from pyroflows.transforms.univariate import Affine, Spline, Univariate
+
+Layer = Callable[[bool, int], FlowTransform]
+
+
+def _autoregressive(
+    dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
+) -> Layer:
+    def layer(is_turned: bool, context_dim: int) -> FlowTransform:
+        order = range(dim)[:: -1 if is_turned else 1]
+        return Autoregressive(dim, univariate, order, conditioner, hidden_dims, context_dim)
+
+    return layer
+
+
+def _inverse_autoregressive(
+    dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
+) -> Layer:
+    layer = _autoregressive(dim, univariate, hidden_dims, conditioner)
+    return lambda is_turned, context_dim: layer(is_turned, context_dim).inv
+
+
+def _coupling(dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner) -> Layer:
+    half = masks.half(dim)
+
+    def layer(is_turned: bool, context_dim: int) -> FlowTransform:
+        # There is no other half of one dimension.
+        mask = ~half if is_turned and dim > 1 else half
+        return Coupling(dim, univariate, mask, conditioner, hidden_dims, context_dim)
+
+    return layer
+
+
+class IAF(StackedFlow):
+    r"""Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): layers
+    :math:`x_j = t_j(z_{<j}, c) + e^{s_j(z_{<j}, c)} z_j`.
+
+    Sampling and scoring a fresh sample are parallel, so it suits a guide; scoring another value goes dimension by
+    dimension. The arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Example:
+        >>> IAF(3, num_layers=2)().rsample((5,)).shape
+        torch.Size([5, 3])
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 4,
+        hidden_dims: Sequence[int] = (32, 32),
+        conditioner: Conditioner = "made",
+        **options: Unpack[StackOptions],
+    ) -> None:
+        super().__init__(_autoregressive(dim, "affine", hidden_dims, conditioner), num_layers, **options)
+
+
+class MAF(StackedFlow):
+    r"""Masked autoregressive flow (Papamakarios et al. 2017, arXiv:1705.07057): layers
+    :math:`z_j = t_j(x_{<j}, c) + e^{s_j(x_{<j}, c)} x_j`, the inverses of those of :class:`IAF`.
+
+    Scoring is parallel, so it suits a likelihood; sampling goes dimension by dimension. The arguments are those of
+    :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Example:
+        >>> MAF(3, context_dim=2)(torch.zeros(5, 2)).log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] = (64, 64),
+        conditioner: Conditioner = "made",
+        **options: Unpack[StackOptions],
+    ) -> None:
+        super().__init__(_inverse_autoregressive(dim, "affine", hidden_dims, conditioner), num_layers, **options)
+
+
+class NAF(StackedFlow):
+    r"""Neural autoregressive flow (Huang et al. 2018, arXiv:1804.00779): layers
+    :math:`z_j = T(x_j; \theta_j(x_{<j}, c))` with a monotone network T.
+
+    Scoring is parallel, so it suits a likelihood; sampling goes dimension by dimension, with a root search in each. The
+    arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Example:
+        >>> NAF(3, num_layers=2)().log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 3,
+        hidden_dims: Sequence[int] = (64, 64),
+        conditioner: Conditioner = "made",
+        **options: Unpack[StackOptions],
+    ) -> None:
+        super().__init__(_inverse_autoregressive(dim, "monotone", hidden_dims, conditioner), num_layers, **options)
+
+
+class SOS(StackedFlow):
+    r"""Sum-of-squares polynomial flow (Jaini et al. 2019, arXiv:1905.02325): layers
+    :math:`z_j = T(x_j; \theta_j(x_{<j}, c))`, T the integral of a sum of squared polynomials.
+
+    Scoring is parallel, so it suits a likelihood; sampling goes dimension by dimension, with a root search in each. The
+    arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Example:
+        >>> SOS(3, num_layers=2)().log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 3,
+        hidden_dims: Sequence[int] = (64, 64),
+        conditioner: Conditioner = "made",
+        **options: Unpack[StackOptions],
+    ) -> None:
+        super().__init__(_inverse_autoregressive(dim, "sos", hidden_dims, conditioner), num_layers, **options)
+
+
+class NICE(StackedFlow):
+    r"""Non-linear independent components (Dinh et al. 2015, arXiv:1410.8516): couplings :math:`x_B = z_B + t(z_A, c)`.
+
+    A last layer shifts and scales each dimension, for the couplings keep volumes. Each coupling transforms the half of
+    the dimensions that the one before left. Sampling and scoring are parallel. The arguments are those of
+    :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Example:
+        >>> NICE(3, num_layers=4)().log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 6,
+        hidden_dims: Sequence[int] = (64, 64),
+        conditioner: Conditioner = "mlp",
+        **options: Unpack[StackOptions],
+    ) -> None:
+        scale = Elementwise(dim, Affine(None, None))
+        super().__init__(_coupling(dim, "additive", hidden_dims, conditioner), num_layers, 2, [scale], **options)
+
+
+class RealNVP(StackedFlow):
+    r"""Real-valued non-volume-preserving flow (Dinh et al. 2017, arXiv:1605.08803): couplings
+    :math:`x_B = t(z_A, c) + e^{s(z_A, c)} z_B`.
+
+    Each coupling transforms the half of the dimensions that the one before left. Sampling and scoring are parallel. The
+    arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Example:
+        >>> x, log_q = RealNVP(3, mixing="lu")().rsample_and_log_prob((5,))
+        >>> x.shape, log_q.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 6,
+        hidden_dims: Sequence[int] = (64, 64),
+        conditioner: Conditioner = "mlp",
+        **options: Unpack[StackOptions],
+    ) -> None:
+        super().__init__(_coupling(dim, "affine", hidden_dims, conditioner), num_layers, 2, **options)
+
+
+class NSF(StackedFlow):
+    r"""Neural spline flow (Durkan et al. 2019, arXiv:1906.04032): each dimension through a monotone rational-quadratic
+    spline on :math:`[-B, B]`, the identity outside, whose knots depend on the other dimensions.
+
+    With couplings, sampling and scoring are parallel. With autoregressive layers, which are stronger, scoring is
+    parallel and sampling goes dimension by dimension. The other arguments are those of
+    :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Args:
+        conditioner: as there; None for "made" with autoregressive layers, and for "mlp" with couplings.
+        bins: number of bins of a spline.
+        bound: B; what lies beyond is not bent, so data should be scaled to lie mostly within.
+        autoregressive: whether the layers are inverses of autoregressive ones, rather than couplings.
+
+    Example:
+        >>> NSF(3, bins=4)().rsample((5,)).shape
+        torch.Size([5, 3])
+        >>> NSF(3, bins=4, autoregressive=True)().log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] = (64, 64),
+        conditioner: Conditioner | None = None,
+        bins: int = 8,
+        bound: float = 5.0,
+        autoregressive: bool = False,
+        **options: Unpack[StackOptions],
+    ) -> None:
+        spline = Spline(bins=bins, bound=bound)
+        if autoregressive:
+            layer, between = _inverse_autoregressive(dim, spline, hidden_dims, conditioner or "made"), 1
+        else:
+            layer, between = _coupling(dim, spline, hidden_dims, conditioner or "mlp"), 2
+        super().__init__(layer, num_layers, between, **options)
+
+
+class Planar(StackedFlow):
+    """A stack of planar layers (Rezende and Mohamed 2015, arXiv:1505.05770); see :class:`pyroflows.transforms.Planar`.
+
+    Sampling and scoring a fresh sample are parallel; scoring another value costs one scalar root search a layer. The
+    arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`. A planar layer sees all dimensions alike, so
+    that "lu" as ``mixing`` adds to it and "permutation" does not.
+
+    Example:
+        >>> Planar(2, num_layers=8)().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+    """
+
+    @spell_out_options
+    def __init__(self, dim: int, num_layers: int = 16, **options: Unpack[StackOptions]) -> None:
+        super().__init__(lambda _, context_dim: transforms.Planar(dim, context_dim), num_layers, **options)
+
+
+class Radial(StackedFlow):
+    """A stack of radial layers (Rezende and Mohamed 2015, arXiv:1505.05770); see :class:`pyroflows.transforms.Radial`.
+
+    Both directions are parallel and in closed form. The arguments are those of
+    :class:`pyroflows.flows.stacking.StackedFlow`. A radial layer sees all dimensions alike, so that "lu" as ``mixing``
+    adds to it and "permutation" does not.
+
+    Example:
+        >>> Radial(2, num_layers=8)().rsample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    @spell_out_options
+    def __init__(self, dim: int, num_layers: int = 16, **options: Unpack[StackOptions]) -> None:
+        super().__init__(lambda _, context_dim: transforms.Radial(dim, context_dim), num_layers, **options)
+
+
+class Sylvester(StackedFlow):
+    """A stack of Sylvester layers (van den Berg et al. 2018, arXiv:1803.05649); see
+    :class:`pyroflows.transforms.Sylvester`.
+
+    Sampling and scoring a fresh sample are parallel; scoring another value costs ``rank`` scalar root searches a layer.
+    The other arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`. A Sylvester layer sees all
+    dimensions alike, so that "lu" as ``mixing`` adds to it and "permutation" does not.
+
+    Args:
+        rank: number of columns of Q, 1 to D; None for the smaller of D and 8.
+
+    Example:
+        >>> Sylvester(3, num_layers=2)().rsample((5,)).shape
+        torch.Size([5, 3])
+    """
+
+    @spell_out_options
+    def __init__(self, dim: int, num_layers: int = 8, rank: int | None = None, **options: Unpack[StackOptions]) -> None:
+        columns = min(dim, 8) if rank is None else rank
+        super().__init__(lambda _, context_dim: transforms.Sylvester(dim, columns, context_dim), num_layers, **options)
+
+
+class Gaussian(Flow):
+    """One triangular layer, hence a Gaussian of full covariance on a normal base; see
+    :class:`pyroflows.transforms.Triangular`. Sampling and scoring are parallel.
+
+    Args:
+        dim: the event size D.
+        context_dim: size of the context, 0 for none.
+        base: base distribution, see :class:`pyroflows.Flow`.
+        support: where the data lie, see :class:`pyroflows.Flow`.
+
+    Example:
+        >>> Gaussian(2)().log_prob(torch.zeros(2))
+        tensor(-1.8379, grad_fn=<AddBackward0>)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int = 0,
+        base: Base = None,
+        support: constraints.Constraint | None = None,
+    ) -> None:
+        super().__init__([Triangular(dim, context_dim)], base, support)

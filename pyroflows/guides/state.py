@@ -1,0 +1,88 @@
+"""What the state dict of a guide says of its flow, so that a guide that was never called can build it."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import CheckpointError, OptionError
+from pyroflows.flows import Flow, Recipe
+from pyroflows.transforms import Triangular
+
+
+@dataclass(frozen=True)
+class FlowState:
+    """How the flow of a guide was built.
+
+    Args:
+        recipe: what made the flow; None for a function of the user's.
+        dim: number of unconstrained latents.
+        last_layer: "diagonal" or "triangular", the scale of the guide's own layer of location and scale.
+        num_components: number of flows of a mixture, 1 for a flow that is none.
+        dtype: the dtype of the flow, such as "float32".
+    """
+
+    recipe: Recipe | None
+    dim: int
+    last_layer: str
+    num_components: int
+    dtype: str
+
+    @classmethod
+    def of(cls, flow: Flow, recipe: Recipe | None) -> "FlowState":
+        """How a flow, which ends in a guide's own layer, was built."""
+        is_triangular = isinstance(flow.components[0].layers[-1], Triangular)
+        dtype = str(next(flow.parameters()).dtype).removeprefix("torch.")
+        return cls(recipe, flow.dim, "triangular" if is_triangular else "diagonal", len(flow.components), dtype)
+
+    def to_tensor(self) -> Tensor:
+        """JSON as bytes, a tensor of dtype ``uint8``, since a state dict is to hold tensors alone."""
+        text = json.dumps({**asdict(self), "recipe": self.recipe and self.recipe.to_json()})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "FlowState":
+        """What :meth:`to_tensor` wrote.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(bytes(tensor.to(torch.uint8).tolist()))
+            recipe = fields["recipe"] and Recipe.from_json(fields["recipe"])
+            return replace(cls(**fields), recipe=recipe)
+        except (ValueError, TypeError, KeyError, OptionError) as error:
+            raise CheckpointError(f"the state does not say how its flow was built: {error}") from error
+
+    def check_same(self, guide: "FlowState") -> None:
+        """Raise if a state of this flow cannot be loaded into a guide that holds the other.
+
+        Raises:
+            CheckpointError: names the first difference.
+        """
+        if self.recipe != guide.recipe:
+            raise CheckpointError(
+                f"the state is of a flow that {_maker(self.recipe)} made, but this guide has {_maker(guide.recipe)}: "
+                "make the guide with the same flow_fn"
+            )
+        if self.dim != guide.dim:
+            raise CheckpointError(
+                f"the state is of a flow of {self.dim} dimensions, but this guide holds one of {guide.dim}: they "
+                "belong to different models"
+            )
+        if self.last_layer != guide.last_layer:
+            raise CheckpointError(
+                f"the state is of a flow that ends in a {self.last_layer} layer, but this guide holds one that ends in "
+                f"a {guide.last_layer} layer: load the state into a fresh guide"
+            )
+        if self.num_components != guide.num_components:
+            raise CheckpointError(
+                f"the number of flows that are mixed is {self.num_components} in the state, but "
+                f"{guide.num_components} in this guide: load the state into a fresh guide"
+            )
+
+
+def _maker(recipe: Recipe | None) -> str:
+    return "a function of the user's" if recipe is None else repr(recipe)
