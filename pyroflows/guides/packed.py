@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyro
@@ -11,12 +11,15 @@ from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import IAF, Flow, Mixture, Planar, RealNVP
 from pyroflows.flows.flow import Base, as_flow
-from pyroflows.models.structure import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
+from pyroflows.models.layout import Layout
+from pyroflows.models.requirements import require_flow
+from pyroflows.models.structure import InitFn, Model, ModelStructure, describe_run, in_dtype, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
@@ -25,6 +28,7 @@ FlowFn = Callable[[int], Any]
 # Above, the score of an autoregressive layer, which goes dimension by dimension, costs more than its strength is worth.
 MAX_AUTOREGRESSIVE_DIM = 64
 NUM_QUANTILE_SAMPLES = 10_000
+NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model's arguments"
 
 # The parameters of living guides, by id: tensors cannot be members of a set.
 _PARAMETERS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -83,7 +87,7 @@ class AutoFlow(AutoContinuous):
         self.flow_fn = flow_fn or default_flow
         self._init_scale = init_scale
         self.dtype = dtype
-        self.structure: ModelStructure | None = None
+        self.layout: Layout | None = None
         self.flow: Flow | None = None
         # Whether the flow's values count, where Pyro's store holds others under the same names.
         self.own_values_count = False
@@ -116,25 +120,62 @@ class AutoFlow(AutoContinuous):
         self.own_values_count = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        # Our own look at the whole model comes first: its errors name the site, and it sees the plates.
-        structure = inspect_model(self.model, args, kwargs)
-        with torch.no_grad():
-            super()._setup_prototype(*args, **kwargs)
-            loc = self._init_loc()
+        structure, trace = describe_run(self.model, args, kwargs)
+        require_flow(structure)
+        layout = Layout(structure)
+        flow = self._modules.get("flow")
+        if flow is not None and flow.event_shape != (layout.dim,):
+            raise CheckpointError(
+                f"this guide holds a flow of {flow.dim} dimensions, but the model has {layout.dim} "
+                "unconstrained latents: the state or file belongs to another model"
+            )
+        self.layout = layout
+        self._keep_prototype(trace)
         if self.master is None:
             # NeuTraReparam wants them, also of a guide that was trained without being called.
             with poutine.block():
                 self._create_plates(*args, **kwargs)
-        flow = self._modules.get("flow")
         if flow is None:
-            self._build(loc.to(self.dtype or structure.dtype))
-        elif flow.event_shape != (structure.dim,):
-            self.prototype_trace = None
-            raise CheckpointError(
-                f"this guide holds a flow of {flow.dim} dimensions, but the model has {structure.dim} "
-                "unconstrained latents: the state or file belongs to another model"
-            )
-        self.structure = structure
+            self._build(self._init_loc().to(self.dtype or layout.dtype))
+
+    def _keep_prototype(self, trace: Trace) -> None:
+        """Keep what Pyro's own version of ``_setup_prototype`` keeps, without a second run of the model."""
+        for name, node in list(trace.nodes.items()):
+            if node["type"] in ("sample", "param") and self._prototype_hide_fn(node):
+                trace.remove_node(name)
+        if self.master is not None:
+            self.master()._check_prototype(trace)
+        self.prototype_trace = trace
+        self._cond_indep_stacks = {name: node["cond_indep_stack"] for name, node in trace.iter_stochastic_nodes()}
+        self._prototype_frames = {frame.name: frame for stack in self._cond_indep_stacks.values() for frame in stack}
+        self.latent_dim = self._built_layout().dim
+
+    @property
+    def structure(self) -> ModelStructure | None:
+        """What the model's first run showed; None before it."""
+        return None if self.layout is None else self.layout.structure
+
+    def _built_layout(self) -> Layout:
+        if self.layout is None:
+            raise ModelError(NOT_BUILT)
+        return self.layout
+
+    @property
+    def _unconstrained_shapes(self) -> dict[str, torch.Size | None]:
+        return {site.name: site.unconstrained_shape for site in self._built_layout().structure.latents}
+
+    def _init_loc(self) -> Tensor:
+        nodes = self.prototype_trace.nodes
+        layout = self._built_layout()
+        return layout.unconstrain({site.name: nodes[site.name]["value"] for site in layout.structure.latents})
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Each site's node and unconstrained value, where plates around the guide share dimensions with the site's."""
+        for site, part in self._built_layout().split(latent):
+            assert site.unconstrained_shape is not None
+            event_dim = site.event_dim + len(site.unconstrained_shape) - len(site.shape)
+            shape = torch.broadcast_shapes(site.unconstrained_shape, latent.shape[:-1] + (1,) * event_dim)
+            yield self.prototype_trace.nodes[site.name], part.reshape(shape)
 
     def _build(self, loc: Tensor, scale: Tensor | None = None) -> None:
         self.flow = self._flow_at(loc, scale)
@@ -164,10 +205,10 @@ class AutoFlow(AutoContinuous):
         Raises:
             OptionError: if S is not lower triangular with a positive diagonal.
         """
-        if self.structure is None:
+        if self.layout is None:
             self._setup_prototype(*args, **kwargs)
-        assert self.structure is not None
-        dtype = self.dtype or self.structure.dtype
+        layout = self._built_layout()
+        dtype = self.dtype or layout.dtype
         self._build(loc.to(dtype), scale.to(dtype))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -199,7 +240,7 @@ class AutoFlow(AutoContinuous):
     def _built(self) -> Flow:
         flow = self.flow
         if flow is None:
-            raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
+            raise ModelError(NOT_BUILT)
         return flow
 
     def get_base_dist(self) -> Distribution:
@@ -221,11 +262,10 @@ class AutoFlow(AutoContinuous):
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal posterior quantiles by site and component, from samples; ``(len(quantiles), *site shape)``."""
-        if self.structure is None:
+        if self.layout is None:
             self._setup_prototype(*args, **kwargs)
-        assert self.structure is not None
         latents = self.get_posterior().sample((NUM_QUANTILE_SAMPLES,))
-        values, _ = self.structure.constrain(latents)
+        values, _ = self._built_layout().constrain(latents)
         levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
         return {name: torch.quantile(value, levels, dim=0) for name, value in values.items()}
 

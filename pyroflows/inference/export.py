@@ -12,7 +12,8 @@ from pyroflows.inference.arviz import to_arviz_data
 from pyroflows.inference.predictive import posterior_predictive as draw_posterior_predictive
 from pyroflows.inference.predictive import prior_draws
 from pyroflows.models.batching import BatchedModel
-from pyroflows.models.structure import Model, ModelStructure, Site, inspect_model
+from pyroflows.models.requirements import require_flow
+from pyroflows.models.structure import Model, ModelStructure, Site, describe
 
 Arrays = dict[str, np.ndarray]
 
@@ -60,7 +61,8 @@ def to_arviz(
     if model is not None:
         kwargs = kwargs or {}
         first = {name: value[0] for name, value in draws.items()}
-        structure = inspect_model(model, args, kwargs, init_to_value(values=first))
+        structure = describe(model, args, kwargs, init_to_value(values=first))
+        require_flow(structure)
         num_samples = len(next(iter(draws.values())))
         latents = {site.name: draws[site.name] for site in structure.latents}
         named = _dims(structure)
@@ -86,8 +88,8 @@ def _dims(structure: ModelStructure) -> dict[str, list[str]]:
     sites: tuple[Site, ...] = (*structure.latents, *structure.deterministic, *structure.observed)
     named = {}
     for site in sites:
-        if any(site.plates):
-            plates = (*site.plates, *[None] * (len(site.shape) - len(site.plates)))
+        if any(site.plate_names):
+            plates = (*site.plate_names, *[None] * site.event_dim)
             named[site.name] = [plate or f"{site.name}_dim_{i}" for i, plate in enumerate(plates)]
     return named
 

@@ -29,8 +29,10 @@ from pyroflows.inference.starts import Starts
 from pyroflows.inference.summary import summary_table
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.batching import NUM_EXAMPLES
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
+from pyroflows.models.requirements import check_static, require_flow, require_full_plates
+from pyroflows.models.structure import Model, describe, in_dtype, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training.loop import History
 
@@ -87,7 +89,7 @@ class Posterior:
         num_diagnostic_samples: int = 10_000,
         compile: str = "auto",
     ) -> None:
-        if guide.structure is None or guide.flow is None:
+        if guide.layout is None or guide.flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
         if num_diagnostic_samples < 100:
             raise OptionError(f"num_diagnostic_samples must be at least 100, got {num_diagnostic_samples}")
@@ -102,9 +104,11 @@ class Posterior:
         self._compile = compile
         self._flow = guide.flow
         self._center = _median(self._flow)
-        self._init_fn = init_to_value(values=guide.structure.constrain(self._center)[0])
-        self.structure: ModelStructure = inspect_model(self._model, self._args, self._kwargs, self._init_fn)
-        check_static(guide.structure, self.structure)
+        self._init_fn = init_to_value(values=guide.layout.constrain(self._center)[0])
+        self.structure = describe(self._model, self._args, self._kwargs, self._init_fn)
+        require_flow(self.structure)
+        check_static(guide.layout.structure, self.structure)
+        self.layout = Layout(self.structure)
 
     @property
     def is_gaussian(self) -> bool:
@@ -117,7 +121,7 @@ class Posterior:
         """The model's log joint at these arguments, as a function of unconstrained vectors."""
         with seeded(0), torch.no_grad():
             examples = self._flow().sample((NUM_EXAMPLES,))
-        return LogJoint(self._model, self._args, self._kwargs, self.structure, examples, Compiler(self._compile))
+        return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
 
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""
@@ -136,9 +140,9 @@ class Posterior:
             ShapeError: if a latent site is missing or has another shape.
             DataError: if a value is outside of its site's support.
         """
-        self.structure.check_draws(draws)
-        vectors = self.structure.unconstrain(draws).to(self._center)
-        _, ladj = self.structure.constrain(vectors)
+        self.layout.check_draws(draws)
+        vectors = self.layout.unconstrain(draws).to(self._center)
+        _, ladj = self.layout.constrain(vectors)
         with torch.no_grad():
             return self._flow().log_prob(vectors) - ladj
 
@@ -276,7 +280,7 @@ class Posterior:
         """
         if not args and not kwargs:
             args, kwargs = self._args, self._kwargs
-        values, _ = self.structure.constrain(self._latents(num_samples)[0])
+        values, _ = self.layout.constrain(self._latents(num_samples)[0])
         return posterior_predictive(self._model, args, kwargs, values, num_samples)
 
     @cached_property
@@ -435,9 +439,9 @@ class Posterior:
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:
         """Latent and deterministic sites, without those that a subsampled plate makes another in each run."""
-        values, _ = self.structure.constrain(latents)
+        values, _ = self.layout.constrain(latents)
         subsampled = {plate.name for plate in self.structure.subsampled}
-        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plates)]
+        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plate_names)]
         if not names:
             return values
         recorded = self.log_joint.batched.in_chunks(values, len(latents)).values
@@ -445,13 +449,13 @@ class Posterior:
 
     def _summary_names(self) -> list[str]:
         structure = self.structure
-        local = {plate for site in structure.latents for plate in site.plates} | {None}
-        deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plates)]
+        local = {plate for site in structure.latents for plate in site.plate_names} | {None}
+        deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plate_names)]
         return [*(site.name for site in structure.latents), *deterministic]
 
     def _require_full_plates(self) -> None:
-        self.structure.require_full_plates(
-            "use posterior.with_data(...) with arguments for which the model runs on all rows"
+        require_full_plates(
+            self.structure, "use posterior.with_data(...) with arguments for which the model runs on all rows"
         )
 
 

@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pyroflows.models.batching import BatchedModel, Values
+from pyroflows.models.batching import BatchedModel, SiteValues
 from pyroflows.models.structure import Model, ModelStructure
 
 
-def posterior_predictive(model: Model, args: Any, kwargs: Any, latents: Values, num_samples: int) -> dict[str, Tensor]:
+def posterior_predictive(
+    model: Model, args: Any, kwargs: Any, latents: SiteValues, num_samples: int
+) -> dict[str, Tensor]:
     """Draws ``(num_samples, ...)`` of the observed and deterministic sites, given draws of the latents."""
     batched = BatchedModel(model, args, kwargs, latents, draw=True)
     values = batched.in_chunks(latents, num_samples).values

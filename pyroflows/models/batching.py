@@ -26,7 +26,7 @@ from pyroflows.errors import ModelError
 from pyroflows.models.structure import Model
 
 Mode = Literal["plate", "vmap", "loop"]
-Values = Mapping[str, Tensor]
+SiteValues = Mapping[str, Tensor]
 
 # A batch is cut into chunks so that its sites hold about so many numbers at once: what stays in a processor's cache is
 # up to four times as fast as what does not.
@@ -36,7 +36,7 @@ LONG = 5.0  # seconds of drawing one by one before a word is said
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What one run shows at every site, or a batch of runs with the draws in the first dimension.
 
     Args:
@@ -71,9 +71,9 @@ class BatchedModel:
         model: Model,
         args: Any,
         kwargs: Any,
-        examples: Values,
+        examples: SiteValues,
         draw: bool = False,
-        subsample: Values | None = None,
+        subsample: SiteValues | None = None,
         zero_outside_support: bool = False,
     ) -> None:
         self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
@@ -86,7 +86,7 @@ class BatchedModel:
             self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
-    def __call__(self, values: Values, num_draws: int, subsample: Values | None = None) -> Record:
+    def __call__(self, values: SiteValues, num_draws: int, subsample: SiteValues | None = None) -> RunRecord:
         """Run for latents ``(num_draws, *site shape)``. Gradients flow into the values."""
         return self._batch(self.mode, values, num_draws, subsample or {})
 
@@ -96,7 +96,7 @@ class BatchedModel:
         return max(1, MAX_NUMBERS // sum(value.numel() for value in self._reference.values.values()))
 
     @torch.no_grad()
-    def in_chunks(self, values: Values, num_draws: int) -> Record:
+    def in_chunks(self, values: SiteValues, num_draws: int) -> RunRecord:
         """As a call, without gradients, for any number of draws."""
         if self.mode == "loop" and num_draws * self._seconds > LONG:
             self._warn(f"draw by draw, which takes about {num_draws * self._seconds:.0f} seconds for {num_draws} draws")
@@ -105,9 +105,9 @@ class BatchedModel:
         for start in range(0, num_draws, size):
             part = {name: value[start : start + size] for name, value in values.items()}
             parts.append(self(part, min(size, num_draws - start)))
-        return Record(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
+        return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
 
-    def _right_mode(self, examples: Values, subsample: Values) -> Mode:
+    def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         modes: tuple[Mode, ...] = ("plate", "vmap")
         for mode in modes:
             try:
@@ -133,12 +133,12 @@ class BatchedModel:
             stacklevel=3,
         )
 
-    def _agrees(self, record: Record, subsample: Values) -> bool:
+    def _agrees(self, record: RunRecord, subsample: SiteValues) -> bool:
         """Whether single runs at the values of a batch give the batch's values and log-densities."""
         for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
             single = self._run(given, subsample).record
-            batched = Record(
+            batched = RunRecord(
                 {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
             )
             pairs = [(single.values, batched.values), (single.log_probs, batched.log_probs)]
@@ -148,8 +148,8 @@ class BatchedModel:
 
     def _run(
         self,
-        values: Values,
-        subsample: Values,
+        values: SiteValues,
+        subsample: SiteValues,
         plate: Any = nullcontext(),  # noqa: B008
         single: bool = False,
     ) -> "_Handler":
@@ -158,7 +158,7 @@ class BatchedModel:
             self._model(*self._args, **self._kwargs)
         return handler
 
-    def _batch(self, mode: Mode, values: Values, num_draws: int, subsample: Values) -> Record:
+    def _batch(self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
         # Arguments were validated in the single run; vmap cannot look at values, and validation costs time.
         with pyro.validation_enabled(False):
             if mode == "plate":
@@ -174,12 +174,12 @@ class BatchedModel:
                 f"the model has dynamic structure: site '{name}' appears in one run and not in another; a flow "
                 "needs the same sites in every run"
             )
-        return Record(
+        return RunRecord(
             _join([s.values for s in singles], torch.stack), _join([s.log_probs for s in singles], torch.stack)
         )
 
-    def _vmap(self, values: Values, num_draws: int, subsample: Values) -> Record:
-        def single(values: Values, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _vmap(self, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
+        def single(values: SiteValues, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             record = self._run(values, subsample).record
             return record.values, record.log_probs
 
@@ -187,9 +187,9 @@ class BatchedModel:
         with warnings.catch_warnings():
             # An operation that torch itself runs one by one; the user can do nothing about it.
             warnings.filterwarnings("ignore", "There is a performance drop")
-            return Record(*run(dict(values), torch.arange(num_draws)))
+            return RunRecord(*run(dict(values), torch.arange(num_draws)))
 
-    def _plate(self, values: Values, num_draws: int, subsample: Values) -> Record:
+    def _plate(self, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
         nesting = self._handler.max_plate_nesting
         placed = {}
         for name, value in values.items():
@@ -201,17 +201,19 @@ class BatchedModel:
         def flat(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: _draws_first(t, num_draws, like[name].shape) for name, t in tensors.items()}
 
-        return Record(flat(record.values, self._reference.values), flat(record.log_probs, self._reference.log_probs))
+        return RunRecord(flat(record.values, self._reference.values), flat(record.log_probs, self._reference.log_probs))
 
 
 class _Handler(Messenger):
     """Substitutes values at the sites of a run, and records."""
 
-    def __init__(self, values: Values, subsample: Values, draw: bool, single: bool, zero_outside_support: bool) -> None:
+    def __init__(
+        self, values: SiteValues, subsample: SiteValues, draw: bool, single: bool, zero_outside_support: bool
+    ) -> None:
         super().__init__()
         self._zero_outside_support = zero_outside_support
         self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
-        self.record = Record({}, {})
+        self.record = RunRecord({}, {})
         self.event_dims: dict[str, int] = {}  # of the sites that can be given a value
         self.max_plate_nesting = 0
 
