@@ -21,14 +21,14 @@ from pyroflows.inference import diagnosis, files, refit
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
 from pyroflows.inference.diagnosis import Diagnosis
-from pyroflows.inference.export import to_arviz
+from pyroflows.inference.export import arviz_data
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.inference.starts import Starts
 from pyroflows.inference.summary import summary_table
 from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.batching import NUM_EXAMPLES
+from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static, require_flow, require_full_plates
@@ -61,6 +61,7 @@ class Posterior:
         starts: what the starts of the fit found, where it had several.
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
         compile: as for :class:`FlowVI`; of the log joint on which chains move.
+        log_joint: of the model with these arguments, where a fit has made one; None to make it.
 
     Attributes:
         refitted: what fitted the guide, where :meth:`distill` or :meth:`fit_proposal` did: with its KL divergence or
@@ -88,6 +89,7 @@ class Posterior:
         starts: Starts | None = None,
         num_diagnostic_samples: int = 10_000,
         compile: str = "auto",
+        log_joint: LogJoint | None = None,
     ) -> None:
         if guide.layout is None or guide.flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
@@ -105,10 +107,15 @@ class Posterior:
         self._flow = guide.flow
         self._center = _median(self._flow)
         self._init_fn = init_to_value(values=guide.layout.constrain(self._center)[0])
-        self.structure = describe(self._model, self._args, self._kwargs, self._init_fn)
-        require_flow(self.structure)
-        check_static(guide.layout.structure, self.structure)
-        self.layout = Layout(self.structure)
+        if log_joint is None:
+            structure = describe(self._model, self._args, self._kwargs, self._init_fn)
+            require_flow(structure)
+            check_static(guide.layout.structure, structure)
+            self.layout = Layout(structure)
+        else:
+            self.log_joint = log_joint
+            self.layout = log_joint.layout
+        self.structure = self.layout.structure
 
     @property
     def is_gaussian(self) -> bool:
@@ -211,7 +218,15 @@ class Posterior:
 
     def _with_guide(self, guide: AutoFlow, starts: Starts | None, found: Distillation | DensityFit) -> "Posterior":
         made = Posterior(
-            self.model, guide, self._args, self._kwargs, History(), starts, self.num_diagnostic_samples, self._compile
+            self.model,
+            guide,
+            self._args,
+            self._kwargs,
+            History(),
+            starts,
+            self.num_diagnostic_samples,
+            self._compile,
+            self.log_joint,
         )
         made.refitted = found
         return made
@@ -278,10 +293,12 @@ class Posterior:
 
         At the fit's own arguments, or at new ones where given; observed sites are drawn anew whatever they are given.
         """
-        if not args and not kwargs:
-            args, kwargs = self._args, self._kwargs
         values, _ = self.layout.constrain(self._latents(num_samples)[0])
-        return posterior_predictive(self._model, args, kwargs, values, num_samples)
+        if args or kwargs:
+            batched = BatchedModel(self._model, args, kwargs, values, draw=True)
+        else:
+            batched = self.log_joint.batched.drawing(values)
+        return posterior_predictive(batched, values, num_samples)
 
     @cached_property
     def _diagnostics(self) -> Diagnostics:
@@ -378,11 +395,10 @@ class Posterior:
         self._require_full_plates()
         latents, log_q = self._latents(num_samples)
         log_p = self.log_joint.in_chunks(latents)
-        return to_arviz(
+        return arviz_data(
             self._sites(latents),
-            self._model,
-            self._args,
-            self._kwargs,
+            self.structure,
+            self.log_joint.batched,
             sample_stats={"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q},
             log_likelihood=log_likelihood,
             posterior_predictive=posterior_predictive,
@@ -411,11 +427,10 @@ class Posterior:
             kwargs: more for ArviZ's ``plot_pair``.
         """
         plots.require_matplotlib()
-        data = to_arviz(
+        data = arviz_data(
             self.sample(num_samples),
-            self._model,
-            self._args,
-            self._kwargs,
+            self.structure,
+            self.log_joint.batched,
             log_likelihood=False,
             posterior_predictive=False,
             prior=False,

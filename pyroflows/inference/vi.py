@@ -175,13 +175,16 @@ class FlowVI:
             _check_static_around(layout, center, model, args, kwargs)
         with seeded(0):
             examples = center + 0.1 * torch.randn((NUM_EXAMPLES, layout.dim)).to(center)
+            examples[0] = center
         log_joint = LogJoint(model, args, kwargs, layout, examples, self.compiler)
         if log_joint.batched.mode == "loop" and not layout.structure.reads_values:  # what numpy reads is not seen
             _check_static_around(layout, center, model, args, kwargs)
-        _check_start(log_joint, center)
-        own = list(model_parameters(model, args, kwargs, _init_at(layout, center)).values())
+        _check_start(log_joint)
+        own = []
+        if layout.structure.parameters:
+            own = list(model_parameters(model, args, kwargs, _init_at(layout, center)).values())
         train_guide = partial(self._train, guide, log_joint, own)
-        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode)
+        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode, log_joint=log_joint)
         if isinstance(self.guide, AutoFlow):
             if isinstance(guide.flow, flows.Mixture):
                 raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
@@ -300,12 +303,9 @@ def _check_static_around(layout: Layout, center: Tensor, model: Model, args: Any
                 break
 
 
-def _check_start(log_joint: LogJoint, center: Tensor) -> None:
-    """The log joint must be finite at the initial values."""
-    values, _ = log_joint.layout.constrain(center[None])
-    with torch.no_grad():
-        log_probs = log_joint.batched(values, 1, log_joint.draw_subsample()).log_probs
-    for name, log_prob in log_probs.items():
+def _check_start(log_joint: LogJoint) -> None:
+    """The log joint must be finite at the initial values, the first of its examples."""
+    for name, log_prob in log_joint.batched.reference.log_probs.items():
         if not torch.isfinite(log_prob).all():
             raise ModelError(
                 f"the log joint is not finite at the initial values: site '{name}' has log-density "

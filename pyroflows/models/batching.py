@@ -64,6 +64,7 @@ class BatchedModel:
 
     Attributes:
         mode: the way that was found right.
+        reference: the single run at the first example.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class BatchedModel:
         with torch.no_grad():
             first = {name: value[0] for name, value in examples.items()}
             handler = self._run(first, subsample or {}, single=True)
-            self._handler, self._reference = handler, handler.record
+            self._handler, self.reference = handler, handler.record
+            self._drawing: dict[frozenset[str], BatchedModel] = {}
             self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
@@ -93,7 +95,7 @@ class BatchedModel:
     @property
     def chunk_size(self) -> int:
         """How many draws to run at once."""
-        return max(1, MAX_NUMBERS // sum(value.numel() for value in self._reference.values.values()))
+        return max(1, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values()))
 
     @torch.no_grad()
     def in_chunks(self, values: SiteValues, num_draws: int) -> RunRecord:
@@ -106,6 +108,17 @@ class BatchedModel:
             part = {name: value[start : start + size] for name, value in values.items()}
             parts.append(self(part, min(size, num_draws - start)))
         return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
+
+    def drawing(self, examples: SiteValues) -> "BatchedModel":
+        """The same model, drawing what has no value: made once for each set of sites that are given.
+
+        Args:
+            examples: values of the given sites, as for the model itself; may be empty.
+        """
+        given = frozenset(examples)
+        if given not in self._drawing:
+            self._drawing[given] = BatchedModel(self._model, self._args, self._kwargs, examples, draw=True)
+        return self._drawing[given]
 
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         modes: tuple[Mode, ...] = ("plate", "vmap")
@@ -137,7 +150,8 @@ class BatchedModel:
         """Whether single runs at the values of a batch give the batch's values and log-densities."""
         for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
-            single = self._run(given, subsample).record
+            is_known = i == 0 and not self._draw
+            single = self.reference if is_known else self._run(given, subsample).record
             batched = RunRecord(
                 {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
             )
@@ -169,7 +183,7 @@ class BatchedModel:
                 self._run({name: value[i] for name, value in values.items()}, subsample).record
                 for i in range(num_draws)
             ]
-        for name in {name for single in singles for name in single.values.keys() ^ self._reference.values.keys()}:
+        for name in {name for single in singles for name in single.values.keys() ^ self.reference.values.keys()}:
             raise ModelError(
                 f"the model has dynamic structure: site '{name}' appears in one run and not in another; a flow "
                 "needs the same sites in every run"
@@ -201,7 +215,7 @@ class BatchedModel:
         def flat(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: _draws_first(t, num_draws, like[name].shape) for name, t in tensors.items()}
 
-        return RunRecord(flat(record.values, self._reference.values), flat(record.log_probs, self._reference.log_probs))
+        return RunRecord(flat(record.values, self.reference.values), flat(record.log_probs, self.reference.log_probs))
 
 
 class _Handler(Messenger):

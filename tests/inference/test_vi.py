@@ -466,3 +466,30 @@ def test_options_of_the_wrong_type(options):
     (name,) = options
     with pytest.raises(OptionError, match=name):
         FlowVI(lambda: None, **options)
+
+
+# Runs of the model
+
+
+def test_a_fit_runs_its_model_a_few_times():
+    """Traced once for the search and once for training, and described, batched and checked by a dozen runs."""
+    num_runs = 0
+
+    def model(y):
+        nonlocal num_runs
+        num_runs += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", len(y)):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + tau * eta)
+            pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    posterior = FlowVI(model, num_steps=20, seed=0, progress_bar=False).run(y)
+    assert num_runs < 15
+    posterior.diagnose()
+    assert num_runs < 17  # in chunks
+    for _ in range(2):
+        posterior.predictive(10)
+    assert num_runs < 17 + 7 + 2  # the ways of drawing are compared once

@@ -731,3 +731,24 @@ def test_a_model_with_initial_values_elsewhere():
     log_joint = LogJoint(model, (), {}, layout, around(torch.tensor([50.0])))
     assert log_joint.batched.mode == "plate"
     assert torch.isfinite(log_joint(torch.tensor([[50.5]]))).all()
+
+
+def test_one_model_scores_and_draws():
+    """The way of drawing is found once for each set of given sites, and is that of a model made for drawing."""
+    batched = BatchedModel(broadcasting_predictive, (), {}, {"x": torch.zeros(5)})
+    latents = {"x": torch.randn(8000)}
+    drawing = batched.drawing(latents)
+    assert batched.drawing({"x": torch.ones(3)}) is drawing
+    residuals = drawing.in_chunks(latents, 8000).values["y"] - latents["x"][:, None] - torch.arange(3.0)
+    assert_moments(residuals, torch.zeros(3), torch.full((3,), 0.25))
+    prior = batched.drawing({})
+    assert prior is not drawing
+    assert_moments(prior.in_chunks({}, 8000).values["x"], 0.0, 1.0)
+
+
+def test_reference_is_the_run_at_the_first_example():
+    batched = BatchedModel(broadcasting_predictive, (), {}, {"x": torch.tensor([0.5, 1.0, 2.0])})
+    assert batched.reference.values["x"] == 0.5
+    assert batched.reference.log_probs["x"].item() == pytest.approx(
+        dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)).item()
+    )
