@@ -642,7 +642,8 @@ def test_arviz_of_a_vague_prior():
             pyro.sample("y", dist.Normal(0.0, log_scale.exp()), obs=y)
 
     y = torch.tensor([0.5, -1.0, 2.0])
-    posterior = FlowVI(model, num_steps=50, seed=0, progress_bar=False).run(y)
+    guide = AutoFlow(model, init_loc_fn=init_to_value(values={"log_scale": torch.tensor(0.0)}))
+    posterior = FlowVI(model, guide, num_steps=50, seed=0, progress_bar=False).run(y)
     with pytest.warns(UserWarning, match="prior"):
         data = posterior.to_arviz(num_samples=200)
     assert data["posterior"]["log_scale"].shape == (1, 200)

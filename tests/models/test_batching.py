@@ -434,7 +434,7 @@ def test_chunks(case, monkeypatch):
     log_joint = log_joint_of(case.model)
     vectors = vectors_for(log_joint, 11)
     expected = log_joint(vectors)
-    numbers = sum(value.numel() for value in log_joint.batched._reference.values.values())
+    numbers = sum(value.numel() for value in log_joint.batched.reference.values.values())
     monkeypatch.setattr(batching, "MAX_NUMBERS", 3 * numbers)
     assert log_joint.batched.chunk_size == 3
     result = log_joint.in_chunks(vectors.requires_grad_())
