@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.compiling.check import Compiler
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import inspect_model
+from pyroflows.models.structure import describe
 
 NUM_DRAWS = 64
 
@@ -45,10 +46,10 @@ def seconds(function: Callable[[], object], repeats: int = 1) -> float:
 
 def measure(length: int) -> str:
     args = (torch.randn(length),)
-    structure = inspect_model(model, args, {})
-    vectors = 0.1 * torch.randn(NUM_DRAWS, structure.dim)
-    eager = LogJoint(model, args, {}, structure, vectors[:5]).value_and_grad(vectors)
-    compiler = LogJoint(model, args, {}, structure, vectors[:5], Compiler("trace"))
+    layout = Layout(describe(model, args, {}))
+    vectors = 0.1 * torch.randn(NUM_DRAWS, layout.dim)
+    eager = LogJoint(model, args, {}, layout, vectors[:5]).value_and_grad(vectors)
+    compiler = LogJoint(model, args, {}, layout, vectors[:5], Compiler("trace"))
     start = time.perf_counter()
     compiled = compiler.value_and_grad(vectors)
     for _ in range(2):  # the interpreter optimises at the second call

@@ -1,7 +1,7 @@
 """The flow guide: a Pyro ``AutoContinuous`` whose distribution is a flow."""
 
 import copy
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine import Trace
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -18,13 +19,16 @@ from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
 from pyroflows.guides.state import FlowState
-from pyroflows.models.structure import InitFn, Model, ModelStructure, in_dtype, inspect_model, latent_init
+from pyroflows.models.layout import Layout
+from pyroflows.models.requirements import require_flow
+from pyroflows.models.structure import InitFn, Model, ModelStructure, describe_run, in_dtype, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
 FlowFn = Callable[[int], Any]
 
 NUM_QUANTILE_SAMPLES = 10_000
+NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model's arguments"
 
 # The parameters that guides have put into Pyro's store. A tensor there that is none of them was loaded: nothing else
 # tells them apart, since a loaded state holds parameters too, under the same names.
@@ -84,7 +88,7 @@ class AutoFlow(AutoContinuous):
         self.flow_fn = flow_fn or Recipe("default")
         self._init_scale = init_scale
         self.dtype = dtype
-        self.structure: ModelStructure | None = None
+        self.layout: Layout | None = None
         self.flow: Flow | None = None
         # Whether the flow was given its values, by a state dict, a start or a fit, since the last call. Then they count
         # more than what has been loaded into Pyro's store.
@@ -118,25 +122,62 @@ class AutoFlow(AutoContinuous):
         self.own_values_count = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        # Our own look at the whole model comes first: its errors name the site, and it sees the plates.
-        structure = inspect_model(self.model, args, kwargs)
-        with torch.no_grad():
-            super()._setup_prototype(*args, **kwargs)
-            loc = self._init_loc()
+        structure, trace = describe_run(self.model, args, kwargs)
+        require_flow(structure)
+        layout = Layout(structure)
+        flow = self._modules.get("flow")
+        if flow is not None and flow.event_shape != (layout.dim,):
+            raise CheckpointError(
+                f"this guide holds a flow of {flow.dim} dimensions, but the model has {layout.dim} "
+                "unconstrained latents: the state or file belongs to another model"
+            )
+        self.layout = layout
+        self._keep_prototype(trace)
         if self.master is None:
             # NeuTraReparam wants them, also of a guide that was trained without being called.
             with poutine.block():
                 self._create_plates(*args, **kwargs)
-        flow = self._modules.get("flow")
         if flow is None:
-            self.flow = self._flow_at(loc.to(self.dtype or structure.dtype))
-        elif flow.event_shape != (structure.dim,):
-            self.prototype_trace = None
-            raise CheckpointError(
-                f"this guide holds a flow of {flow.dim} dimensions, but the model has {structure.dim} "
-                "unconstrained latents: the state or file belongs to another model"
-            )
-        self.structure = structure
+            self.flow = self._flow_at(self._init_loc().to(self.dtype or layout.dtype))
+
+    def _keep_prototype(self, trace: Trace) -> None:
+        """Keep what Pyro's own version of ``_setup_prototype`` keeps, without a second run of the model."""
+        for name, node in list(trace.nodes.items()):
+            if node["type"] in ("sample", "param") and self._prototype_hide_fn(node):
+                trace.remove_node(name)
+        if self.master is not None:
+            self.master()._check_prototype(trace)
+        self.prototype_trace = trace
+        self._cond_indep_stacks = {name: node["cond_indep_stack"] for name, node in trace.iter_stochastic_nodes()}
+        self._prototype_frames = {frame.name: frame for stack in self._cond_indep_stacks.values() for frame in stack}
+        self.latent_dim = self._built_layout().dim
+
+    @property
+    def structure(self) -> ModelStructure | None:
+        """What the model's first run showed; None before it."""
+        return None if self.layout is None else self.layout.structure
+
+    def _built_layout(self) -> Layout:
+        if self.layout is None:
+            raise ModelError(NOT_BUILT)
+        return self.layout
+
+    @property
+    def _unconstrained_shapes(self) -> dict[str, torch.Size | None]:
+        return {site.name: site.unconstrained_shape for site in self._built_layout().structure.latents}
+
+    def _init_loc(self) -> Tensor:
+        nodes = self.prototype_trace.nodes
+        layout = self._built_layout()
+        return layout.unconstrain({site.name: nodes[site.name]["value"] for site in layout.structure.latents})
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Each site's node and unconstrained value, where plates around the guide share dimensions with the site's."""
+        for site, part in self._built_layout().split(latent):
+            assert site.unconstrained_shape is not None
+            event_dim = site.event_dim + len(site.unconstrained_shape) - len(site.shape)
+            shape = torch.broadcast_shapes(site.unconstrained_shape, latent.shape[:-1] + (1,) * event_dim)
+            yield self.prototype_trace.nodes[site.name], part.reshape(shape)
 
     def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
         """A flow with a last layer of this location and scale, ``(dim,)`` or lower triangular."""
@@ -163,10 +204,10 @@ class AutoFlow(AutoContinuous):
         Raises:
             OptionError: if S is not lower triangular with a positive diagonal.
         """
-        if self.structure is None:
+        if self.layout is None:
             self._setup_prototype(*args, **kwargs)
-        assert self.structure is not None
-        dtype = self.dtype or self.structure.dtype
+        layout = self._built_layout()
+        dtype = self.dtype or layout.dtype
         self.flow = self._flow_at(loc.to(dtype), scale.to(dtype))
         self.own_values_count = True
 
@@ -202,7 +243,7 @@ class AutoFlow(AutoContinuous):
     def _built(self) -> Flow:
         flow = self.flow
         if flow is None:
-            raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
+            raise ModelError(NOT_BUILT)
         return flow
 
     def get_base_dist(self) -> Distribution:
@@ -224,11 +265,10 @@ class AutoFlow(AutoContinuous):
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal posterior quantiles by site and component, from samples; ``(len(quantiles), *site shape)``."""
-        if self.structure is None:
+        if self.layout is None:
             self._setup_prototype(*args, **kwargs)
-        assert self.structure is not None
         latents = self.get_posterior().sample((NUM_QUANTILE_SAMPLES,))
-        values, _ = self.structure.constrain(latents)
+        values, _ = self._built_layout().constrain(latents)
         levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
         return {name: torch.quantile(value, levels, dim=0) for name, value in values.items()}
 

@@ -12,7 +12,8 @@ from pyroflows.inference.arviz import to_arviz_data
 from pyroflows.inference.predictive import posterior_predictive as draw_posterior_predictive
 from pyroflows.inference.predictive import prior_draws
 from pyroflows.models.batching import BatchedModel
-from pyroflows.models.structure import Model, ModelStructure, Site, inspect_model
+from pyroflows.models.requirements import require_flow
+from pyroflows.models.structure import Model, ModelStructure, Site, describe
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,30 +53,62 @@ def to_arviz(
         >>> data["posterior"]["mu"].shape
         (1, 100)
     """
+    structure = batched = None
+    if model is not None:
+        kwargs = kwargs or {}
+        first = {name: value[0] for name, value in draws.items()}
+        structure = describe(model, args, kwargs, init_to_value(values=first))
+        require_flow(structure)
+        batched = BatchedModel(model, args, kwargs, {site.name: draws[site.name] for site in structure.latents})
+    return arviz_data(
+        draws,
+        structure,
+        batched,
+        num_chains=num_chains,
+        sample_stats=sample_stats,
+        log_likelihood=log_likelihood,
+        posterior_predictive=posterior_predictive,
+        prior=prior,
+        coords=coords,
+        dims=dims,
+    )
+
+
+def arviz_data(
+    draws: Mapping[str, Tensor],
+    structure: ModelStructure | None,
+    batched: BatchedModel | None,
+    *,
+    num_chains: int = 1,
+    sample_stats: Mapping[str, Tensor] | None = None,
+    log_likelihood: bool = True,
+    posterior_predictive: bool = True,
+    prior: bool = True,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
+    """As :func:`to_arviz`, for a model that has been described and runs in batches; None for both without a model."""
     groups: dict[str, Arrays] = {
         "posterior": _in_chains(draws, num_chains),
         "sample_stats": _in_chains(_double(sample_stats or {}), num_chains),
     }
     named: dict[str, list[str]] = {}
-    if model is not None:
-        kwargs = kwargs or {}
-        first = {name: value[0] for name, value in draws.items()}
-        structure = inspect_model(model, args, kwargs, init_to_value(values=first))
+    if structure is not None and batched is not None:
         num_samples = len(next(iter(draws.values())))
         latents = {site.name: draws[site.name] for site in structure.latents}
         named = _dims(structure)
         if structure.observed:
-            record = BatchedModel(model, args, kwargs, latents).in_chunks(latents, num_samples)
+            record = batched.in_chunks(latents, num_samples)
             groups["observed_data"] = {s.name: _array(record.values[s.name][0]) for s in structure.observed}
             if log_likelihood:
                 log_probs = {s.name: record.log_probs[s.name] for s in structure.observed}
                 groups["log_likelihood"] = _in_chains(_double(log_probs), num_chains)
             if posterior_predictive:
-                drawn = draw_posterior_predictive(model, args, kwargs, latents, num_samples)
+                drawn = draw_posterior_predictive(batched.drawing(latents), latents, num_samples)
                 observed = {s.name: drawn[s.name] for s in structure.observed}
                 groups["posterior_predictive"] = _in_chains(observed, num_chains)
         if prior:
-            latent, predicted = prior_draws(model, args, kwargs, structure, num_samples)
+            latent, predicted = prior_draws(batched, structure, num_samples)
             groups["prior"], groups["prior_predictive"] = _in_chains(latent, 1), _in_chains(predicted, 1)
     attrs = {"inference_library": "pyroflows", "inference_library_version": version("pyroflows")}
     return to_arviz_data(groups, coords=coords, dims={**named, **(dims or {})}, attrs=attrs)
@@ -86,8 +119,8 @@ def _dims(structure: ModelStructure) -> dict[str, list[str]]:
     sites: tuple[Site, ...] = (*structure.latents, *structure.deterministic, *structure.observed)
     named = {}
     for site in sites:
-        if any(site.plates):
-            plates = (*site.plates, *[None] * (len(site.shape) - len(site.plates)))
+        if any(site.plate_names):
+            plates = (*site.plate_names, *[None] * site.event_dim)
             named[site.name] = [plate or f"{site.name}_dim_{i}" for i, plate in enumerate(plates)]
     return named
 

@@ -62,13 +62,13 @@ def load(
     except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{path} holds another flow than flow_fn makes: {error}") from error
     guide._setup_prototype(*args, **kwargs)
-    assert guide.structure is not None
-    sites = {site.name: list(site.shape) for site in guide.structure.latents}
+    assert guide.layout is not None
+    sites = {site.name: list(site.shape) for site in guide.layout.structure.latents}
     if sites != header["sites"]:
         raise CheckpointError(
             f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
         )
-    init_fn = init_to_value(values=guide.structure.constrain(guide._init_loc())[0])
+    init_fn = init_to_value(values=guide.layout.constrain(guide._init_loc())[0])
     parameters = model_parameters(in_dtype(model, dtype), args, kwargs, init_fn)
     saved = _part(tensors, "param.")
     if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in saved.items()}:

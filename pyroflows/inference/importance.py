@@ -15,14 +15,16 @@ from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel, Values
-from pyroflows.models.structure import Model, ModelStructure, in_dtype, inspect_model
+from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel, SiteValues
+from pyroflows.models.layout import Layout
+from pyroflows.models.requirements import require_flow, require_full_plates
+from pyroflows.models.structure import Model, ModelStructure, describe, in_dtype
 
 # Draws at once, fewer where sites are large: tensors of a small model then stay in the processor's cache.
 BATCH_SIZE = 16_384
 
 # A number of draws -> values by latent site (S, *site shape), and log q (S,), a density on the constrained space.
-Proposal = Callable[[int], tuple[Values, Tensor]]
+Proposal = Callable[[int], tuple[SiteValues, Tensor]]
 
 
 @torch.no_grad()
@@ -71,9 +73,10 @@ def importance_sample(
     if isinstance(proposal, Posterior):
         proposal = proposal.guide
     model = in_dtype(model, proposal.dtype if isinstance(proposal, AutoFlow) else None)
-    structure = inspect_model(model, args, kwargs)
-    structure.require_full_plates("give arguments for which the model runs on all rows")
-    draw = _proposal(proposal, structure, args, kwargs)
+    structure = describe(model, args, kwargs)
+    require_flow(structure)
+    require_full_plates(structure, "give arguments for which the model runs on all rows")
+    draw = _proposal(proposal, Layout(structure), args, kwargs)
     examples, _ = draw(NUM_EXAMPLES)
     batched = BatchedModel(model, args, kwargs, examples, zero_outside_support=True)
     kept = [site.name for site in (*structure.latents, *structure.deterministic)]
@@ -94,50 +97,50 @@ def importance_sample(
     return WeightedDraws(draws, Weights.smoothed(torch.cat(log_weights)))
 
 
-def _proposal(proposal: Any, structure: ModelStructure, args: Any, kwargs: Any) -> Proposal:
+def _proposal(proposal: Any, layout: Layout, args: Any, kwargs: Any) -> Proposal:
     if isinstance(proposal, AutoFlow):
         if proposal.flow is None:
             proposal._setup_prototype(*args, **kwargs)
         assert proposal.flow is not None
-        return _of_flow(proposal.flow, structure)
+        return _of_flow(proposal.flow, layout)
     if isinstance(proposal, Flow):
-        return _of_flow(proposal, structure)
+        return _of_flow(proposal, layout)
     if isinstance(proposal, torch.nn.Module | Callable):
         # A guide is set up at its first call.
         trace = prune_subsample_sites(poutine.block(poutine.trace(proposal).get_trace)(*args, **kwargs))
-        _check_sites(dict(trace.iter_stochastic_nodes()), structure)
+        _check_sites(dict(trace.iter_stochastic_nodes()), layout.structure)
         if isinstance(proposal, AutoContinuous):
-            return _of_packed(proposal, structure, args, kwargs)
-        return _of_program(proposal, structure, args, kwargs)
+            return _of_packed(proposal, layout, args, kwargs)
+        return _of_program(proposal, layout.structure, args, kwargs)
     raise OptionError(f"proposal must be a guide, a flow or a posterior, got {type(proposal).__name__}")
 
 
-def _of_flow(flow: Flow, structure: ModelStructure) -> Proposal:
-    if flow.event_shape != (structure.dim,) or flow.context_dim:
+def _of_flow(flow: Flow, layout: Layout) -> Proposal:
+    if flow.event_shape != (layout.dim,) or flow.context_dim:
         raise ShapeError(
-            f"the model has {structure.dim} unconstrained latents, but the flow has {flow.dim} dimensions and context "
+            f"the model has {layout.dim} unconstrained latents, but the flow has {flow.dim} dimensions and context "
             f"size {flow.context_dim}"
         )
 
-    def draw(num_draws: int) -> tuple[Values, Tensor]:
+    def draw(num_draws: int) -> tuple[SiteValues, Tensor]:
         vectors, log_q = flow().rsample_and_log_prob((num_draws,))
-        values, ladj = structure.constrain(vectors)
+        values, ladj = layout.constrain(vectors)
         return values, log_q - ladj
 
     return draw
 
 
-def _of_packed(guide: AutoContinuous, structure: ModelStructure, args: Any, kwargs: Any) -> Proposal:
+def _of_packed(guide: AutoContinuous, layout: Layout, args: Any, kwargs: Any) -> Proposal:
     """Of Pyro's guides over one vector, which may not know how to score a value that they did not just draw."""
     sizes = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
 
-    def draw(num_draws: int) -> tuple[Values, Tensor]:
+    def draw(num_draws: int) -> tuple[SiteValues, Tensor]:
         law = guide.get_posterior(*args, **kwargs)
         vectors = law.rsample((num_draws,))
         log_q = law.log_prob(vectors)
         # In the order of the guide's model, which need not be that of this one.
         by_name = dict(zip(sizes, vectors.split(list(sizes.values()), -1), strict=True))
-        values, ladj = structure.constrain(torch.cat([by_name[site.name] for site in structure.latents], -1))
+        values, ladj = layout.constrain(torch.cat([by_name[name] for name in layout.slices], -1))
         return values, log_q - ladj
 
     return draw
@@ -147,7 +150,7 @@ def _of_program(guide: Callable[..., Any], structure: ModelStructure, args: Any,
     # A guide is a model without data: auxiliary sites, and the densities of Delta sites that go with them, count too.
     batched = BatchedModel(guide, args, kwargs, {}, draw=True)
 
-    def draw(num_draws: int) -> tuple[Values, Tensor]:
+    def draw(num_draws: int) -> tuple[SiteValues, Tensor]:
         record = batched.in_chunks({}, num_draws)
         values = {site.name: record.values[site.name] for site in structure.latents}
         return values, _total(record.log_probs, num_draws)
@@ -155,7 +158,7 @@ def _of_program(guide: Callable[..., Any], structure: ModelStructure, args: Any,
     return draw
 
 
-def _total(log_probs: Values, num_draws: int) -> Tensor:
+def _total(log_probs: SiteValues, num_draws: int) -> Tensor:
     return torch.stack([log_prob.reshape(num_draws, -1).sum(-1) for log_prob in log_probs.values()]).sum(0)
 
 
@@ -181,7 +184,7 @@ def _check_sites(nodes: dict[str, Any], structure: ModelStructure) -> None:
             )
 
 
-def _require_density(structure: ModelStructure, draws: Values, num_samples: int) -> None:
+def _require_density(structure: ModelStructure, draws: SiteValues, num_samples: int) -> None:
     for site in structure.latents:
         value = draws[site.name]
         if num_samples > 1 and (value == value[0]).all():

@@ -21,16 +21,18 @@ from pyroflows.inference import diagnosis, files, refit
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
 from pyroflows.inference.diagnosis import Diagnosis
-from pyroflows.inference.export import to_arviz
+from pyroflows.inference.export import arviz_data
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.inference.starts import Starts
 from pyroflows.inference.summary import summary_table
 from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.batching import NUM_EXAMPLES
+from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
+from pyroflows.models.requirements import check_static, require_flow, require_full_plates
+from pyroflows.models.structure import Model, describe, in_dtype, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training.loop import History
 
@@ -59,6 +61,7 @@ class Posterior:
         starts: what the starts of the fit found, where it had several.
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
         compile: as for :class:`FlowVI`; of the log joint on which chains move.
+        log_joint: of the model with these arguments, where a fit has made one; None to make it.
 
     Attributes:
         refitted: what fitted the guide, where :meth:`distill` or :meth:`fit_proposal` did: with its KL divergence or
@@ -86,8 +89,9 @@ class Posterior:
         starts: Starts | None = None,
         num_diagnostic_samples: int = 10_000,
         compile: str = "auto",
+        log_joint: LogJoint | None = None,
     ) -> None:
-        if guide.structure is None or guide.flow is None:
+        if guide.layout is None or guide.flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
         if num_diagnostic_samples < 100:
             raise OptionError(f"num_diagnostic_samples must be at least 100, got {num_diagnostic_samples}")
@@ -102,9 +106,16 @@ class Posterior:
         self._compile = compile
         self._flow = guide.flow
         self._center = _median(self._flow)
-        self._init_fn = init_to_value(values=guide.structure.constrain(self._center)[0])
-        self.structure: ModelStructure = inspect_model(self._model, self._args, self._kwargs, self._init_fn)
-        check_static(guide.structure, self.structure)
+        self._init_fn = init_to_value(values=guide.layout.constrain(self._center)[0])
+        if log_joint is None:
+            structure = describe(self._model, self._args, self._kwargs, self._init_fn)
+            require_flow(structure)
+            check_static(guide.layout.structure, structure)
+            self.layout = Layout(structure)
+        else:
+            self.log_joint = log_joint
+            self.layout = log_joint.layout
+        self.structure = self.layout.structure
 
     @property
     def is_gaussian(self) -> bool:
@@ -116,7 +127,7 @@ class Posterior:
         """The model's log joint at these arguments, as a function of unconstrained vectors."""
         with seeded(0), torch.no_grad():
             examples = self._flow().sample((NUM_EXAMPLES,))
-        return LogJoint(self._model, self._args, self._kwargs, self.structure, examples, Compiler(self._compile))
+        return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
 
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""
@@ -135,9 +146,9 @@ class Posterior:
             ShapeError: if a latent site is missing or has another shape.
             DataError: if a value is outside of its site's support.
         """
-        self.structure.check_draws(draws)
-        vectors = self.structure.unconstrain(draws).to(self._center)
-        _, ladj = self.structure.constrain(vectors)
+        self.layout.check_draws(draws)
+        vectors = self.layout.unconstrain(draws).to(self._center)
+        _, ladj = self.layout.constrain(vectors)
         with torch.no_grad():
             return self._flow().log_prob(vectors) - ladj
 
@@ -206,7 +217,15 @@ class Posterior:
 
     def _with_guide(self, guide: AutoFlow, starts: Starts | None, found: Distillation | DensityFit) -> "Posterior":
         made = Posterior(
-            self.model, guide, self._args, self._kwargs, History(), starts, self.num_diagnostic_samples, self._compile
+            self.model,
+            guide,
+            self._args,
+            self._kwargs,
+            History(),
+            starts,
+            self.num_diagnostic_samples,
+            self._compile,
+            self.log_joint,
         )
         made.refitted = found
         return made
@@ -273,10 +292,12 @@ class Posterior:
 
         At the fit's own arguments, or at new ones where given; observed sites are drawn anew whatever they are given.
         """
-        if not args and not kwargs:
-            args, kwargs = self._args, self._kwargs
-        values, _ = self.structure.constrain(self._latents(num_samples)[0])
-        return posterior_predictive(self._model, args, kwargs, values, num_samples)
+        values, _ = self.layout.constrain(self._latents(num_samples)[0])
+        if args or kwargs:
+            batched = BatchedModel(self._model, args, kwargs, values, draw=True)
+        else:
+            batched = self.log_joint.batched.drawing(values)
+        return posterior_predictive(batched, values, num_samples)
 
     @cached_property
     def _diagnostics(self) -> Diagnostics:
@@ -372,11 +393,10 @@ class Posterior:
         self._require_full_plates()
         latents, log_q = self._latents(num_samples)
         log_p = self.log_joint.in_chunks(latents)
-        return to_arviz(
+        return arviz_data(
             self._sites(latents),
-            self._model,
-            self._args,
-            self._kwargs,
+            self.structure,
+            self.log_joint.batched,
             sample_stats={"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q},
             log_likelihood=log_likelihood,
             posterior_predictive=posterior_predictive,
@@ -405,11 +425,10 @@ class Posterior:
             kwargs: more for ArviZ's ``plot_pair``.
         """
         plots.require_matplotlib()
-        data = to_arviz(
+        data = arviz_data(
             self.sample(num_samples),
-            self._model,
-            self._args,
-            self._kwargs,
+            self.structure,
+            self.log_joint.batched,
             log_likelihood=False,
             posterior_predictive=False,
             prior=False,
@@ -433,9 +452,9 @@ class Posterior:
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:
         """Latent and deterministic sites, without those that a subsampled plate makes another in each run."""
-        values, _ = self.structure.constrain(latents)
+        values, _ = self.layout.constrain(latents)
         subsampled = {plate.name for plate in self.structure.subsampled}
-        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plates)]
+        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plate_names)]
         if not names:
             return values
         recorded = self.log_joint.batched.in_chunks(values, len(latents)).values
@@ -443,13 +462,13 @@ class Posterior:
 
     def _summary_names(self) -> list[str]:
         structure = self.structure
-        local = {plate for site in structure.latents for plate in site.plates} | {None}
-        deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plates)]
+        local = {plate for site in structure.latents for plate in site.plate_names} | {None}
+        deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plate_names)]
         return [*(site.name for site in structure.latents), *deterministic]
 
     def _require_full_plates(self) -> None:
-        self.structure.require_full_plates(
-            "use posterior.with_data(...) with arguments for which the model runs on all rows"
+        require_full_plates(
+            self.structure, "use posterior.with_data(...) with arguments for which the model runs on all rows"
         )
 
 

@@ -12,8 +12,9 @@ from pyroflows.compiling.check import is_singular
 from pyroflows.errors import ModelError
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.pathfinder import Gaussian, pathfinder
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint, ValueAndGrad
-from pyroflows.models.structure import Model, ModelStructure, trace_model
+from pyroflows.models.structure import Model, trace_model
 
 NUM_ROWS = 64
 # In standard deviations of either Gaussian: nearer ones are two views of one mode.
@@ -54,9 +55,7 @@ class Starts:
         return text
 
 
-def starting_points(
-    model: Model, args: Any, kwargs: Any, structure: ModelStructure, center: Tensor, num_starts: int
-) -> Tensor:
+def starting_points(model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor, num_starts: int) -> Tensor:
     """The initial values, and in equal parts points near zero and draws from the prior; ``(num_starts, dim)``.
 
     Those near zero are where Pyro's and Stan's chains start; those from the prior find modes that lie apart. Where a
@@ -72,11 +71,12 @@ def starting_points(
                 if not is_singular(error):
                     raise
                 continue
-        drawn = structure.unconstrain({site.name: trace.nodes[site.name]["value"] for site in structure.latents})
+        drawn = layout.unconstrain({name: trace.nodes[name]["value"] for name in layout.slices})
         starts[i] = drawn.to(center)
-        for site in structure.latents:
+        for site in layout.structure.latents:
             if site.is_flat:
-                starts[i][site.start : site.stop] = WIDE * _uniform(1, center)[0, site.start : site.stop]
+                part = layout.slices[site.name]
+                starts[i][part] = WIDE * _uniform(1, center)[0, part]
     return torch.stack(starts)
 
 

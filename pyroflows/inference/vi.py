@@ -24,16 +24,10 @@ from pyroflows.inference.pathfinder import Gaussian
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.starts import find_start, is_enough, starting_points
 from pyroflows.models.batching import NUM_EXAMPLES
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import (
-    InitFn,
-    Model,
-    ModelStructure,
-    check_static,
-    in_dtype,
-    inspect_model,
-    model_parameters,
-)
+from pyroflows.models.requirements import check_static
+from pyroflows.models.structure import InitFn, Model, describe, in_dtype, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training.loop import History, OptimizerLike, train
 from pyroflows.training.schedules import Plateau
@@ -174,30 +168,36 @@ class FlowVI:
         model = in_dtype(self.model, guide.dtype)
         # Not through a call: that would put the flow's parameters into Pyro's store.
         guide._setup_prototype(*args, **kwargs)
-        assert guide.structure is not None
-        structure = guide.structure
-        center = guide._init_loc().to(guide.dtype or structure.dtype)
-        _check_static_around(center, model, args, kwargs, guide)
+        assert guide.layout is not None
+        layout = guide.layout
+        center = guide._init_loc().to(guide.dtype or layout.dtype)
+        if layout.structure.reads_values:
+            _check_static_around(layout, center, model, args, kwargs)
         with seeded(0):
-            examples = center + 0.1 * torch.randn((NUM_EXAMPLES, structure.dim)).to(center)
-        log_joint = LogJoint(model, args, kwargs, structure, examples, self.compiler)
-        _check_start(log_joint, center)
-        own = list(model_parameters(model, args, kwargs, _init_at(structure, center)).values())
+            examples = center + 0.1 * torch.randn((NUM_EXAMPLES, layout.dim)).to(center)
+            examples[0] = center
+        log_joint = LogJoint(model, args, kwargs, layout, examples, self.compiler)
+        if log_joint.batched.mode == "loop" and not layout.structure.reads_values:  # what numpy reads is not seen
+            _check_static_around(layout, center, model, args, kwargs)
+        _check_start(log_joint)
+        own = []
+        if layout.structure.parameters:
+            own = list(model_parameters(model, args, kwargs, _init_at(layout, center)).values())
         train_guide = partial(self._train, guide, log_joint, own)
-        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode)
+        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode, log_joint=log_joint)
         if isinstance(self.guide, AutoFlow):
             assert guide.flow is not None
             if not guide.flow().has_rsample:
                 raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
             return posterior(history=train_guide())
 
-        num_starts = self.num_starts or (NUM_STARTS if structure.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
-        points = starting_points(model, args, kwargs, structure, center, num_starts)
+        num_starts = self.num_starts or (NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
+        points = starting_points(model, args, kwargs, layout, center, num_starts)
         modes, starts = find_start(log_joint, points, self.temper)
         posterior = partial(posterior, starts=starts)
         chooses = self.guide is None and self.num_steps is None and self.temper is None
         # A verdict is had where all rows are seen, and helps where the model stays what it is.
-        if not chooses or own or structure.subsampled:
+        if not chooses or own or layout.structure.subsampled:
             return posterior(history=_train_at(modes, guide, log_joint, train_guide))
         return self._chosen(modes, guide, log_joint, train_guide, posterior)
 
@@ -285,18 +285,18 @@ def _is_settled(history: History) -> bool:
     return len(recent) == SETTLED_WINDOW and float(recent.mean()) < SETTLED_LOG_WEIGHT_VARIANCE
 
 
-def _init_at(structure: ModelStructure, vector: Tensor) -> InitFn:
-    return init_to_value(values=structure.constrain(vector)[0])
+def _init_at(layout: Layout, vector: Tensor) -> InitFn:
+    return init_to_value(values=layout.constrain(vector)[0])
 
 
-def _check_static_around(center: Tensor, model: Model, args: Any, kwargs: Any, guide: AutoFlow) -> None:
-    assert guide.structure is not None
+def _check_static_around(layout: Layout, center: Tensor, model: Model, args: Any, kwargs: Any) -> None:
+    """A model whose code reads values must show the same latents at other ones."""
     end = time.perf_counter() + MAX_SECONDS_OF_LOOKS
     with pyro.validation_enabled(False):
         for _ in range(NUM_LOOKS):
-            init_fn = _init_at(guide.structure, center + torch.randn_like(center))
+            init_fn = _init_at(layout, center + torch.randn_like(center))
             try:
-                check_static(guide.structure, inspect_model(model, args, kwargs, init_fn))
+                check_static(layout.structure, describe(model, args, kwargs, init_fn))
             except RuntimeError as error:
                 if not is_singular(error):
                     raise
@@ -304,12 +304,9 @@ def _check_static_around(center: Tensor, model: Model, args: Any, kwargs: Any, g
                 break
 
 
-def _check_start(log_joint: LogJoint, center: Tensor) -> None:
-    """The log joint must be finite at the initial values."""
-    values, _ = log_joint.structure.constrain(center[None])
-    with torch.no_grad():
-        log_probs = log_joint.batched(values, 1, log_joint.draw_subsample()).log_probs
-    for name, log_prob in log_probs.items():
+def _check_start(log_joint: LogJoint) -> None:
+    """The log joint must be finite at the initial values, the first of its examples."""
+    for name, log_prob in log_joint.batched.reference.log_probs.items():
         if not torch.isfinite(log_prob).all():
             raise ModelError(
                 f"the log joint is not finite at the initial values: site '{name}' has log-density "

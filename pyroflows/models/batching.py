@@ -26,7 +26,7 @@ from pyroflows.errors import ModelError
 from pyroflows.models.structure import Model
 
 Mode = Literal["plate", "vmap", "loop"]
-Values = Mapping[str, Tensor]
+SiteValues = Mapping[str, Tensor]
 
 # A batch is cut into chunks so that its sites hold about so many numbers at once: what stays in a processor's cache is
 # up to four times as fast as what does not.
@@ -36,7 +36,7 @@ LONG = 5.0  # seconds of drawing one by one before a word is said
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What one run shows at every site, or a batch of runs with the draws in the first dimension.
 
     Args:
@@ -64,6 +64,7 @@ class BatchedModel:
 
     Attributes:
         mode: the way that was found right.
+        reference: the single run at the first example.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class BatchedModel:
         model: Model,
         args: Any,
         kwargs: Any,
-        examples: Values,
+        examples: SiteValues,
         draw: bool = False,
-        subsample: Values | None = None,
+        subsample: SiteValues | None = None,
         zero_outside_support: bool = False,
     ) -> None:
         self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
@@ -82,21 +83,22 @@ class BatchedModel:
         with torch.no_grad():
             first = {name: value[0] for name, value in examples.items()}
             handler = self._run(first, subsample or {}, single=True)
-            self._handler, self._reference = handler, handler.record
+            self._handler, self.reference = handler, handler.record
+            self._drawing: dict[frozenset[str], BatchedModel] = {}
             self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
-    def __call__(self, values: Values, num_draws: int, subsample: Values | None = None) -> Record:
+    def __call__(self, values: SiteValues, num_draws: int, subsample: SiteValues | None = None) -> RunRecord:
         """Run for latents ``(num_draws, *site shape)``. Gradients flow into the values."""
         return self._batch(self.mode, values, num_draws, subsample or {})
 
     @property
     def chunk_size(self) -> int:
         """How many draws to run at once."""
-        return max(1, MAX_NUMBERS // sum(value.numel() for value in self._reference.values.values()))
+        return max(1, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values()))
 
     @torch.no_grad()
-    def in_chunks(self, values: Values, num_draws: int) -> Record:
+    def in_chunks(self, values: SiteValues, num_draws: int) -> RunRecord:
         """As a call, without gradients, for any number of draws."""
         if self.mode == "loop" and num_draws * self._seconds > LONG:
             self._warn(f"draw by draw, which takes about {num_draws * self._seconds:.0f} seconds for {num_draws} draws")
@@ -105,9 +107,20 @@ class BatchedModel:
         for start in range(0, num_draws, size):
             part = {name: value[start : start + size] for name, value in values.items()}
             parts.append(self(part, min(size, num_draws - start)))
-        return Record(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
+        return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
 
-    def _right_mode(self, examples: Values, subsample: Values) -> Mode:
+    def drawing(self, examples: SiteValues) -> "BatchedModel":
+        """The same model, drawing what has no value: made once for each set of sites that are given.
+
+        Args:
+            examples: values of the given sites, as for the model itself; may be empty.
+        """
+        given = frozenset(examples)
+        if given not in self._drawing:
+            self._drawing[given] = BatchedModel(self._model, self._args, self._kwargs, examples, draw=True)
+        return self._drawing[given]
+
+    def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         modes: tuple[Mode, ...] = ("plate", "vmap")
         for mode in modes:
             try:
@@ -133,12 +146,13 @@ class BatchedModel:
             stacklevel=3,
         )
 
-    def _agrees(self, record: Record, subsample: Values) -> bool:
+    def _agrees(self, record: RunRecord, subsample: SiteValues) -> bool:
         """Whether single runs at the values of a batch give the batch's values and log-densities."""
         for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
-            single = self._run(given, subsample).record
-            batched = Record(
+            is_known = i == 0 and not self._draw
+            single = self.reference if is_known else self._run(given, subsample).record
+            batched = RunRecord(
                 {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
             )
             pairs = [(single.values, batched.values), (single.log_probs, batched.log_probs)]
@@ -148,8 +162,8 @@ class BatchedModel:
 
     def _run(
         self,
-        values: Values,
-        subsample: Values,
+        values: SiteValues,
+        subsample: SiteValues,
         plate: Any = nullcontext(),  # noqa: B008
         single: bool = False,
     ) -> "_Handler":
@@ -158,7 +172,7 @@ class BatchedModel:
             self._model(*self._args, **self._kwargs)
         return handler
 
-    def _batch(self, mode: Mode, values: Values, num_draws: int, subsample: Values) -> Record:
+    def _batch(self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
         # Arguments were validated in the single run; vmap cannot look at values, and validation costs time.
         with pyro.validation_enabled(False):
             if mode == "plate":
@@ -169,17 +183,17 @@ class BatchedModel:
                 self._run({name: value[i] for name, value in values.items()}, subsample).record
                 for i in range(num_draws)
             ]
-        for name in {name for single in singles for name in single.values.keys() ^ self._reference.values.keys()}:
+        for name in {name for single in singles for name in single.values.keys() ^ self.reference.values.keys()}:
             raise ModelError(
                 f"the model has dynamic structure: site '{name}' appears in one run and not in another; a flow "
                 "needs the same sites in every run"
             )
-        return Record(
+        return RunRecord(
             _join([s.values for s in singles], torch.stack), _join([s.log_probs for s in singles], torch.stack)
         )
 
-    def _vmap(self, values: Values, num_draws: int, subsample: Values) -> Record:
-        def single(values: Values, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _vmap(self, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
+        def single(values: SiteValues, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             record = self._run(values, subsample).record
             return record.values, record.log_probs
 
@@ -187,9 +201,9 @@ class BatchedModel:
         with warnings.catch_warnings():
             # An operation that torch itself runs one by one; the user can do nothing about it.
             warnings.filterwarnings("ignore", "There is a performance drop")
-            return Record(*run(dict(values), torch.arange(num_draws)))
+            return RunRecord(*run(dict(values), torch.arange(num_draws)))
 
-    def _plate(self, values: Values, num_draws: int, subsample: Values) -> Record:
+    def _plate(self, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
         nesting = self._handler.max_plate_nesting
         placed = {}
         for name, value in values.items():
@@ -201,17 +215,19 @@ class BatchedModel:
         def flat(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: _draws_first(t, num_draws, like[name].shape) for name, t in tensors.items()}
 
-        return Record(flat(record.values, self._reference.values), flat(record.log_probs, self._reference.log_probs))
+        return RunRecord(flat(record.values, self.reference.values), flat(record.log_probs, self.reference.log_probs))
 
 
 class _Handler(Messenger):
     """Substitutes values at the sites of a run, and records."""
 
-    def __init__(self, values: Values, subsample: Values, draw: bool, single: bool, zero_outside_support: bool) -> None:
+    def __init__(
+        self, values: SiteValues, subsample: SiteValues, draw: bool, single: bool, zero_outside_support: bool
+    ) -> None:
         super().__init__()
         self._zero_outside_support = zero_outside_support
         self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
-        self.record = Record({}, {})
+        self.record = RunRecord({}, {})
         self.event_dims: dict[str, int] = {}  # of the sites that can be given a value
         self.max_plate_nesting = 0
 

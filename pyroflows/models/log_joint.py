@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler, is_singular
-from pyroflows.models.batching import BatchedModel, Values
-from pyroflows.models.structure import Model, ModelStructure
+from pyroflows.models.batching import BatchedModel, SiteValues
+from pyroflows.models.layout import Layout
+from pyroflows.models.structure import Model
 
 # Vectors (S, D) -> log densities (S,) and gradients (S, D), both without autograd history.
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -21,7 +22,7 @@ class LogJoint:
         model: a Pyro model.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        structure: of the model with these arguments.
+        layout: of the model's latents with these arguments.
         examples: unconstrained vectors ``(n, dim)`` at which ways of running a batch are compared with single draws.
         compiler: of functions of the log joint; by default they run as they are.
 
@@ -33,22 +34,23 @@ class LogJoint:
         model: Model,
         args: Any,
         kwargs: Any,
-        structure: ModelStructure,
+        layout: Layout,
         examples: Tensor,
         compiler: Compiler | None = None,
     ) -> None:
-        self.structure = structure
+        self.layout = layout
+        self.structure = layout.structure
         self.compiler = compiler or Compiler("none")
-        values, _ = structure.constrain(examples)
+        values, _ = layout.constrain(examples)
         self.batched = BatchedModel(model, args, kwargs, values, subsample=self.draw_subsample())
 
     def draw_subsample(self) -> dict[str, Tensor]:
         """Random rows of each subsampled plate, the same for all draws of a batch."""
         return {p.name: torch.randperm(p.size)[: p.subsample_size] for p in self.structure.subsampled}
 
-    def __call__(self, vectors: Tensor, subsample: Values | None = None) -> Tensor:
+    def __call__(self, vectors: Tensor, subsample: SiteValues | None = None) -> Tensor:
         num_draws = len(vectors)
-        values, ladj = self.structure.constrain(vectors)
+        values, ladj = self.layout.constrain(vectors)
         log_probs = self.batched(values, num_draws, subsample).log_probs
         return ladj + sum(lp.reshape(num_draws, -1).sum(-1) for lp in log_probs.values())
 

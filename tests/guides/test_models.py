@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 def elbo_by_hand(model, guide, *args):
     """At one draw of the guide, from the structure alone: log p(x, y) + log |det dx/du| - log q(u)."""
     u, log_q = guide.get_posterior().rsample_and_log_prob()
-    values, ladj = guide.structure.constrain(u)
+    values, ladj = guide.layout.constrain(u)
     trace = poutine.trace(poutine.condition(model, values)).get_trace(*args)
     return trace.log_prob_sum() + ladj - log_q
 
@@ -81,7 +81,7 @@ SUPPORTS = {
 def test_supports(make, support):
     fn, dim = SUPPORTS[support]
     guide = trainable(make, _scalar(fn))
-    assert guide.structure.dim == guide.latent_dim == dim
+    assert guide.layout.dim == guide.latent_dim == dim
     value = guide()["x"]
     assert value.shape == fn.shape()
     assert fn.support.check(value).all()
@@ -183,7 +183,7 @@ def assert_only_the_likelihood_counts(model, guide, y):
     loss = Trace_ELBO().loss(model, guide)
     torch.manual_seed(1)
     u, log_q = guide.get_posterior().rsample_and_log_prob()
-    values, ladj = guide.structure.constrain(u)
+    values, ladj = guide.layout.constrain(u)
     likelihood = dist.Normal(values["x"], 1.0).log_prob(torch.tensor(y)).sum()
     assert loss == pytest.approx((log_q - ladj - likelihood).item(), rel=1e-5)
 
@@ -223,7 +223,7 @@ def test_flat_prior_in_a_plate():
             x = pyro.sample("x", dist.ImproperUniform(dist.constraints.positive, (), ()))
             pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(3))
 
-    assert trainable(AutoPlanar, model).structure.dim == 3
+    assert trainable(AutoPlanar, model).layout.dim == 3
 
 
 # Dtypes

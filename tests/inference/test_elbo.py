@@ -13,8 +13,9 @@ from pyroflows.compiling.check import Compiler
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import IAF, Flow, RealNVP
 from pyroflows.inference.elbo import Tempering, elbo_step
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import inspect_model, model_parameters
+from pyroflows.models.structure import describe, model_parameters
 from pyroflows.training.loop import train
 from pyroflows.training.schedules import Plateau
 from pyroflows.transforms import Elementwise
@@ -51,11 +52,11 @@ small_iaf = partial(IAF, num_layers=2, hidden_dims=(8,))
 
 
 def setup(model, mode="trace", flow_fn=small_iaf, estimator="path", tempering=None, num_particles=NUM_PARTICLES):
-    structure = inspect_model(model, (), {})
-    flow = flow_fn(structure.dim)
+    layout = Layout(describe(model, (), {}))
+    flow = flow_fn(layout.dim)
     if flow_fn is small_iaf:
         disturb(list(flow.parameters()), 0.3)
-    log_joint = LogJoint(model, (), {}, structure, 0.1 * torch.randn(5, structure.dim), Compiler(mode))
+    log_joint = LogJoint(model, (), {}, layout, 0.1 * torch.randn(5, layout.dim), Compiler(mode))
     own = list(model_parameters(model, (), {}).values())
     step = elbo_step(flow, log_joint, ESTIMATORS[estimator], num_particles, own, tempering)
     return step, flow, log_joint, own

@@ -172,6 +172,13 @@ def vanishing(y=Y):
         pyro.sample("other", dist.Normal(0.0, 1.0))
 
 
+def appearing_by_a_list(y=Y):
+    """What is read of a tensor as a list is not seen when the model is described."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    if x.tolist() > 0:
+        pyro.sample("extra", dist.Normal(0.0, 1.0))
+
+
 def growing(y=Y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     size = 2 if x > 0 else 3
@@ -179,7 +186,9 @@ def growing(y=Y):
 
 
 @pytest.mark.filterwarnings("ignore:the model runs draw by draw")
-@pytest.mark.parametrize(("model", "site"), [(appearing, "extra"), (vanishing, "other"), (growing, "vector")])
+@pytest.mark.parametrize(
+    ("model", "site"), [(appearing, "extra"), (appearing_by_a_list, "extra"), (vanishing, "other"), (growing, "vector")]
+)
 @pytest.mark.parametrize("seed", range(5))
 def test_dynamic_structure(model, site, seed):
     """Whatever the first look at the model shows."""

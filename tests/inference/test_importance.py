@@ -161,7 +161,7 @@ def test_draws_outside_the_support_count_nothing():
 
 
 def test_reproducible_in_batches(monkeypatch):
-    monkeypatch.setattr(pf.inference.proposals, "BATCH_SIZE", 700)
+    monkeypatch.setattr(pf.inference.importance, "BATCH_SIZE", 700)
     runs = []
     for _ in range(2):
         torch.manual_seed(5)

@@ -109,7 +109,7 @@ def test_constrained_sites_with_a_flow_that_was_hardly_trained(method):
     assert_moments(draws["rate"], rate.mean, rate.stddev)
     assert_moments(draws["share"], share.mean, share.stddev)
     # ``lp`` is the log joint where the draws are.
-    vectors = posterior.structure.unconstrain({name: draws[name].flatten(0, 1) for name in ("rate", "share")})
+    vectors = posterior.layout.unconstrain({name: draws[name].flatten(0, 1) for name in ("rate", "share")})
     expected = posterior.log_joint.in_chunks(vectors)
     assert chains.sample_stats["lp"].flatten().tolist() == pytest.approx(expected.tolist(), abs=1e-3)
 

@@ -19,7 +19,8 @@ from torch.distributions import constraints
 import pyroflows as pf
 from pyroflows import CheckpointError, FlowVI, ModelError, OptionError, Posterior, load_posterior
 from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar
-from pyroflows.models.structure import inspect_model
+from pyroflows.models.layout import Layout
+from pyroflows.models.structure import describe
 from pyroflows.training.loop import History
 from pyroflows.transforms import Elementwise
 
@@ -133,7 +134,7 @@ def test_samples_follow_the_global_seed(posterior):
 
 def test_log_prob_is_that_of_the_flow_on_the_constrained_space(posterior):
     latents, log_q = posterior.guide.flow().rsample_and_log_prob((200,))
-    values, ladj = posterior.structure.constrain(latents.detach())
+    values, ladj = posterior.layout.constrain(latents.detach())
     result = posterior.log_prob(values)
     assert result.shape == (200,)
     assert not result.requires_grad
@@ -163,7 +164,7 @@ def test_log_prob_takes_draws_near_the_bounds(prior, sd):
     def model():
         pyro.sample("x", prior)
 
-    dim = sum(site.unconstrained_shape.numel() for site in inspect_model(model, (), {}).latents)
+    dim = Layout(describe(model, (), {})).dim
     posterior = by_hand(model, torch.zeros(dim), torch.full((dim,), sd))
     log_q = posterior.log_prob(posterior.sample(1000))
     assert log_q.shape == (1000,)
@@ -568,10 +569,10 @@ def test_arviz_values_belong_together(posterior):
     counts = dist.Multinomial(6, draws["weights"], validate_args=False).log_prob(COUNTS)
     assert data["log_likelihood"]["counts"].values[0] == pytest.approx(counts.numpy(), abs=1e-4)
     # lp and log_q are densities of the unconstrained vector.
-    vectors = posterior.structure.unconstrain(draws)
+    vectors = posterior.layout.unconstrain(draws)
     stats = {name: data["sample_stats"][name].values[0] for name in ("lp", "log_q", "log_weight")}
     assert stats["lp"] == pytest.approx(posterior.log_joint(vectors).numpy(), abs=5e-3)
-    _, ladj = posterior.structure.constrain(vectors)
+    _, ladj = posterior.layout.constrain(vectors)
     assert stats["log_q"] == pytest.approx((posterior.log_prob(draws) + ladj).numpy(), abs=5e-3)
     assert stats["log_weight"] == pytest.approx(stats["lp"] - stats["log_q"], abs=1e-4)
 
@@ -642,7 +643,8 @@ def test_arviz_of_a_vague_prior():
             pyro.sample("y", dist.Normal(0.0, log_scale.exp()), obs=y)
 
     y = torch.tensor([0.5, -1.0, 2.0])
-    posterior = FlowVI(model, num_steps=50, seed=0, progress_bar=False).run(y)
+    guide = AutoFlow(model, init_loc_fn=init_to_value(values={"log_scale": torch.tensor(0.0)}))
+    posterior = FlowVI(model, guide, num_steps=50, seed=0, progress_bar=False).run(y)
     with pytest.warns(UserWarning, match="prior"):
         data = posterior.to_arviz(num_samples=200)
     assert data["posterior"]["log_scale"].shape == (1, 200)

@@ -14,14 +14,15 @@ from pyroflows.compiling.check import Compiler
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.pathfinder import Gaussian
 from pyroflows.inference.starts import WIDE, Starts, _separate, find_start, is_enough, starting_points
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import inspect_model
+from pyroflows.models.structure import describe
 
 
 def points(model, num_starts, dtype=torch.float32):
-    structure = inspect_model(model, (), {})
-    center = torch.full((structure.dim,), 7.0, dtype=dtype)
-    return structure, starting_points(model, (), {}, structure, center, num_starts)
+    layout = Layout(describe(model, (), {}))
+    center = torch.full((layout.dim,), 7.0, dtype=dtype)
+    return layout, starting_points(model, (), {}, layout, center, num_starts)
 
 
 # The points
@@ -63,8 +64,8 @@ def test_draws_at_which_the_prior_breaks_are_left_out():
         pyro.sample("x", dist.Normal(0.0, v.exp()))
         torch.linalg.cholesky(torch.eye(2) - torch.full((2, 2), 0.01 * v.item()))
 
-    structure = inspect_model(model, (), {}, lambda site: torch.zeros(()))
-    starts = starting_points(model, (), {}, structure, torch.zeros(2), 21)
+    layout = Layout(describe(model, (), {}, lambda site: torch.zeros(())))
+    starts = starting_points(model, (), {}, layout, torch.zeros(2), 21)
     v = starts[2::2, 0]
     assert starts.shape == (21, 2)
     # What failed stays near zero.
@@ -84,8 +85,8 @@ def of_density(law):
 
 
 def found_from(model, starts, inverse_temperature=None, mode="trace"):
-    structure = inspect_model(model, (), {})
-    log_joint = LogJoint(model, (), {}, structure, torch.zeros(5, structure.dim), Compiler(mode))
+    layout = Layout(describe(model, (), {}))
+    log_joint = LogJoint(model, (), {}, layout, torch.zeros(5, layout.dim), Compiler(mode))
     return find_start(log_joint, torch.as_tensor(starts), inverse_temperature)
 
 

@@ -27,8 +27,8 @@ def by_hand(model, loc, sd, layers=(), dtype=None):
     """The posterior of a guide with this location and scale, for which nothing was trained."""
     guide = AutoFlow(model, lambda dim: [*layers, Elementwise(dim)], dtype=dtype)
     guide()
-    loc = torch.as_tensor(loc).expand(guide.structure.dim)
-    sd = torch.as_tensor(sd).expand(guide.structure.dim)
+    loc = torch.as_tensor(loc).expand(guide.layout.dim)
+    sd = torch.as_tensor(sd).expand(guide.layout.dim)
     with torch.no_grad():
         guide.flow.transform.layers[-1].parameters_of.value.copy_(torch.stack([loc, sd.log()], -1))
     return Posterior(model, guide, (), {}, History({"elbo": [-1.0]}))

@@ -148,7 +148,7 @@ def very_heavy():
 
 @pytest.mark.slow
 def test_a_student_base_is_tried_where_the_verdict_is_bad(tmp_path):
-    posterior = fit(very_heavy)
+    posterior = fit(very_heavy, seed=2)
     assert posterior.guide.flow_fn == Recipe("default", base="student_t")
     assert posterior.diagnose().log_weight_variance < 0.1
     posterior.save(tmp_path / "heavy.safetensors")
@@ -302,7 +302,7 @@ def test_a_mixture_is_not_trained_on(mixed):
 
 
 def test_a_flow_function_is_used_at_each_mode():
-    posterior = fit(two_modes, guide=lambda dim: Planar(dim, num_layers=2), num_steps=20)
+    posterior = fit(two_modes, guide=lambda dim: Planar(dim, num_layers=2), num_steps=20, seed=1)
     assert isinstance(posterior.guide.flow, Mixture)
     assert draws_of(posterior, "x")[:, 0].lt(0).double().mean() == pytest.approx(0.3, abs=0.05)
 
@@ -465,3 +465,30 @@ def test_options_of_the_wrong_type(options):
     (name,) = options
     with pytest.raises(OptionError, match=name):
         FlowVI(lambda: None, **options)
+
+
+# Runs of the model
+
+
+def test_a_fit_runs_its_model_a_few_times():
+    """Traced once for the search and once for training, and described, batched and checked by a dozen runs."""
+    num_runs = 0
+
+    def model(y):
+        nonlocal num_runs
+        num_runs += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", len(y)):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + tau * eta)
+            pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    posterior = FlowVI(model, num_steps=20, seed=0, progress_bar=False).run(y)
+    assert num_runs < 15
+    posterior.diagnose()
+    assert num_runs < 17  # in chunks
+    for _ in range(2):
+        posterior.predictive(10)
+    assert num_runs < 17 + 7 + 2  # the ways of drawing are compared once

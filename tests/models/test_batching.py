@@ -16,8 +16,9 @@ from torch.distributions import biject_to
 from pyroflows import ModelError
 from pyroflows.models import batching
 from pyroflows.models.batching import BatchedModel
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import inspect_model
+from pyroflows.models.structure import describe
 
 MAX_Z = 4.5
 
@@ -320,24 +321,23 @@ def around(center):
 
 
 def log_joint_of(model, center=None, args=()):
-    structure = inspect_model(model, args, {})
-    center = torch.zeros(structure.dim, dtype=structure.dtype) if center is None else center
+    layout = Layout(describe(model, args, {}))
+    center = torch.zeros(layout.dim, dtype=layout.dtype) if center is None else center
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model runs draw by draw")
-        return LogJoint(model, args, {}, structure, around(center))
+        return LogJoint(model, args, {}, layout, around(center))
 
 
 def vectors_for(log_joint, num_draws=7):
     """As many as no example and no plate."""
-    return 0.7 * torch.randn(num_draws, log_joint.structure.dim, dtype=log_joint.structure.dtype)
+    return 0.7 * torch.randn(num_draws, log_joint.layout.dim, dtype=log_joint.layout.dtype)
 
 
 def single_log_joint(model, vector, rows=None, args=()):
     """One draw by Pyro's own handlers: the reference."""
     rows = rows or {}
     # Values do not matter here, and a flat prior cannot be drawn from.
-    structure = inspect_model(model, args, {})
-    initial, _ = structure.constrain(torch.zeros_like(vector))
+    initial, _ = Layout(describe(model, args, {})).constrain(torch.zeros_like(vector))
     conditioned = poutine.condition(model, data=rows)
     shown = poutine.trace(poutine.condition(conditioned, data=initial)).get_trace(*args)
     values, start, log_det = {}, 0, 0.0
@@ -366,20 +366,20 @@ def same(tensor, expected):
 
 @CASE
 def test_mode(case):
-    structure = inspect_model(case.model, (), {})
-    center = torch.zeros(structure.dim, dtype=structure.dtype)
+    layout = Layout(describe(case.model, (), {}))
+    center = torch.zeros(layout.dim, dtype=layout.dtype)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "There is a performance drop")  # of torch, about vmap
-        log_joint = LogJoint(case.model, (), {}, structure, around(center))
+        log_joint = LogJoint(case.model, (), {}, layout, around(center))
     assert log_joint.batched.mode == case.mode
     assert [w.category for w in caught] == ([UserWarning] if case.mode == "loop" else [])
 
 
 def test_the_warning_of_the_loop_says_why():
-    structure = inspect_model(item, (), {})
+    layout = Layout(describe(item, (), {}))
     with pytest.warns(UserWarning, match=r"draw by draw.*slow.*under an outer plate.*\[.+\].*vmap.*\[.+\]"):
-        LogJoint(item, (), {}, structure, around(torch.zeros(1)))
+        LogJoint(item, (), {}, layout, around(torch.zeros(1)))
 
 
 def test_the_mode_does_not_depend_on_validation():
@@ -434,7 +434,7 @@ def test_chunks(case, monkeypatch):
     log_joint = log_joint_of(case.model)
     vectors = vectors_for(log_joint, 11)
     expected = log_joint(vectors)
-    numbers = sum(value.numel() for value in log_joint.batched._reference.values.values())
+    numbers = sum(value.numel() for value in log_joint.batched.reference.values.values())
     monkeypatch.setattr(batching, "MAX_NUMBERS", 3 * numbers)
     assert log_joint.batched.chunk_size == 3
     result = log_joint.in_chunks(vectors.requires_grad_())
@@ -542,9 +542,9 @@ def test_subsampling_with_given_rows(model, mode):
 def test_subsampling_without_rows(model):
     """Random rows: its mean over rows is the log joint of all."""
     log_joint = log_joint_of(model)
-    vectors = torch.full((1, log_joint.structure.dim), 0.7)
+    vectors = torch.full((1, log_joint.layout.dim), 0.7)
     draws = torch.stack([log_joint(vectors)[0] for _ in range(600)])
-    values, _ = log_joint.structure.constrain(vectors[0])
+    values, _ = log_joint.layout.constrain(vectors[0])
     mean = values["x"] if model is subsampled else values["x"][0] - values["x"][1]
     prior = dist.Normal(0.0, 1.0).log_prob(values["x"]).sum()
     expected = prior + dist.Normal(mean, 1.0).log_prob(DATA).sum()
@@ -727,7 +727,28 @@ def test_a_model_with_initial_values_elsewhere():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Uniform(x - 1, x + 1), obs=torch.tensor(50.0))
 
-    structure = inspect_model(model, (), {}, init_to_value(values={"x": torch.tensor(50.0)}))
-    log_joint = LogJoint(model, (), {}, structure, around(torch.tensor([50.0])))
+    layout = Layout(describe(model, (), {}, init_to_value(values={"x": torch.tensor(50.0)})))
+    log_joint = LogJoint(model, (), {}, layout, around(torch.tensor([50.0])))
     assert log_joint.batched.mode == "plate"
     assert torch.isfinite(log_joint(torch.tensor([[50.5]]))).all()
+
+
+def test_one_model_scores_and_draws():
+    """The way of drawing is found once for each set of given sites, and is that of a model made for drawing."""
+    batched = BatchedModel(broadcasting_predictive, (), {}, {"x": torch.zeros(5)})
+    latents = {"x": torch.randn(8000)}
+    drawing = batched.drawing(latents)
+    assert batched.drawing({"x": torch.ones(3)}) is drawing
+    residuals = drawing.in_chunks(latents, 8000).values["y"] - latents["x"][:, None] - torch.arange(3.0)
+    assert_moments(residuals, torch.zeros(3), torch.full((3,), 0.25))
+    prior = batched.drawing({})
+    assert prior is not drawing
+    assert_moments(prior.in_chunks({}, 8000).values["x"], 0.0, 1.0)
+
+
+def test_reference_is_the_run_at_the_first_example():
+    batched = BatchedModel(broadcasting_predictive, (), {}, {"x": torch.tensor([0.5, 1.0, 2.0])})
+    assert batched.reference.values["x"] == 0.5
+    assert batched.reference.log_probs["x"].item() == pytest.approx(
+        dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)).item()
+    )

@@ -7,16 +7,17 @@ from pyro import distributions as dist
 
 from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.flows import IAF
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import inspect_model
+from pyroflows.models.structure import describe
 from tests.inference.test_elbo import Y, correlation, hierarchy, subsampled
 
 both = pytest.mark.parametrize("mode", ["trace", "none"])
 
 
 def make(model, mode="trace", *args):
-    structure = inspect_model(model, args, {})
-    return LogJoint(model, args, {}, structure, 0.1 * torch.randn(5, structure.dim), Compiler(mode))
+    layout = Layout(describe(model, args, {}))
+    return LogJoint(model, args, {}, layout, 0.1 * torch.randn(5, layout.dim), Compiler(mode))
 
 
 def by_autograd(function, vectors):

@@ -10,23 +10,16 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer.autoguide import init_to_sample, init_to_value
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import init_to_median, init_to_sample, init_to_value
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import biject_to, constraints
 
-from pyroflows.errors import DataError, FlowError, ModelError
-from pyroflows.models.structure import (
-    Plate,
-    check_static,
-    in_dtype,
-    inspect_model,
-    latent_init,
-    model_parameters,
-    trace_model,
-)
+from pyroflows.models.structure import Plate, describe, in_dtype, latent_init, model_parameters, trace_model
 
 DOUBLE = torch.float64
+MASK = torch.tensor([True, False, True])
 
 
 def everything(y=None):
@@ -81,7 +74,7 @@ all_latents = pytest.mark.parametrize("name", LATENTS)
 
 @pytest.fixture(scope="module")
 def structure():
-    return inspect_model(everything, (), {})
+    return describe(everything, (), {})
 
 
 def latent(structure, name):
@@ -99,18 +92,9 @@ def test_latents_are_in_the_order_of_the_model(structure):
 @all_latents
 def test_latents(structure, name):
     site = latent(structure, name)
-    assert (site.shape, site.event_dim, site.plates, site.unconstrained_shape) == LATENTS[name]
+    assert (site.shape, site.event_dim, site.plate_names, site.unconstrained_shape) == LATENTS[name]
     assert site.is_flat == (name in {"flat", "per_row"})
     assert isinstance(site.support, constraints.Constraint)
-
-
-def test_latents_are_packed_without_gaps(structure):
-    start = 0
-    for site in structure.latents:
-        assert site.start == start
-        start += math.prod(LATENTS[site.name][3])
-        assert site.stop == start
-    assert structure.dim == start
 
 
 def test_supports_are_those_of_the_priors(structure):
@@ -123,14 +107,14 @@ def test_supports_are_those_of_the_priors(structure):
 
 def test_observed_and_deterministic_sites(structure):
     (y,) = structure.observed
-    assert (y.name, y.shape, y.event_dim, y.plates) == ("y", (5, 2), 0, ("rows", "columns"))
+    assert (y.name, y.shape, y.event_dim, y.plate_names) == ("y", (5, 2), 0, ("rows", "columns"))
     largest, double = structure.deterministic
-    assert (largest.name, largest.shape, largest.plates) == ("largest", (5, 2), ("rows", "columns"))
-    assert (double.name, double.shape, double.plates) == ("double", (), ())
+    assert (largest.name, largest.shape, largest.plate_names) == ("largest", (5, 2), ("rows", "columns"))
+    assert (double.name, double.shape, double.plate_names) == ("double", (), ())
 
 
 def test_plates(structure):
-    assert structure.plates == {"columns": Plate("columns", 2, 2), "rows": Plate("rows", 5, 5)}
+    assert structure.plates == {"columns": Plate("columns", 2, 2, dim=-1), "rows": Plate("rows", 5, 5, dim=-2)}
     assert structure.max_plate_nesting == 2
     assert structure.subsampled == ()
 
@@ -143,10 +127,10 @@ def test_subsampled_plates():
         with pyro.plate("rows", len(data), subsample_size=2) as rows:
             pyro.sample("y", dist.Normal(mu, 1.0), obs=data[rows])
 
-    structure = inspect_model(model, (torch.zeros(7),), {})
-    assert structure.subsampled == (Plate("rows", 7, 2),)
+    structure = describe(model, (torch.zeros(7),), {})
+    assert structure.subsampled == (Plate("rows", 7, 2, dim=-1),)
     assert structure.observed[0].shape == (2,)
-    assert structure.observed[0].plates == ("rows",)
+    assert structure.observed[0].plate_names == ("rows",)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +147,7 @@ def test_nesting_counts_batch_dimensions(body, nesting):
         pyro.sample("x", dist.Normal(0.0, 1.0))
         body()
 
-    assert inspect_model(model, (), {}).max_plate_nesting == nesting
+    assert describe(model, (), {}).max_plate_nesting == nesting
 
 
 def test_nesting_counts_plates_that_hold_smaller_sites():
@@ -171,9 +155,9 @@ def test_nesting_counts_plates_that_hold_smaller_sites():
         with pyro.plate("rows", 3, dim=-4):
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    structure = inspect_model(model, (), {})
+    structure = describe(model, (), {})
     assert structure.max_plate_nesting == 4
-    assert structure.latents[0].plates == ("rows", None, None, None)
+    assert structure.latents[0].plate_names == ("rows", None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -192,30 +176,27 @@ def test_dtype_is_the_widest_of_the_latents(dtypes, expected):
             pyro.sample(f"x_{i}", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
         pyro.sample("y", dist.Normal(0.0, torch.ones((), dtype=DOUBLE)), obs=torch.tensor(0.0, dtype=DOUBLE))
 
-    structure = inspect_model(model, (), {})
-    assert structure.dtype == expected
-    values = {f"x_{i}": torch.zeros((), dtype=dtype) for i, dtype in enumerate(dtypes)}
-    assert structure.unconstrain(values).dtype == expected
+    assert describe(model, (), {}).dtype == expected
 
 
 def test_arguments_reach_the_model():
     def model(n, *, scale):
         pyro.sample("x", dist.Normal(torch.zeros(n), scale).to_event(1))
 
-    assert inspect_model(model, (3,), {"scale": 2.0}).dim == 3
+    assert describe(model, (3,), {"scale": 2.0}).latents[0].shape == (3,)
 
 
 def test_pyro_module():
     module = PyroModule[nn.Linear](3, 2)
     module.weight = PyroSample(dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
-    (site,) = inspect_model(module, (torch.zeros(4, 3),), {}).latents
+    (site,) = describe(module, (torch.zeros(4, 3),), {}).latents
     assert (site.name, site.shape, site.event_dim) == ("weight", (2, 3), 2)
 
 
 def test_inspection_is_unseen():
     """Neither handlers outside nor gradients notice that the model ran."""
     with poutine.trace() as outer:
-        inspect_model(everything, (), {})
+        describe(everything, (), {})
     assert not outer.trace.nodes
     assert not trace_model(everything, (), {}).nodes["loc"]["value"].requires_grad
 
@@ -231,177 +212,205 @@ def test_structure_is_a_value(structure):
     """It cannot be changed, and can be copied and pickled, as a guide that has one must be."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         structure.max_plate_nesting = 1
-    vector = torch.randn(structure.dim, dtype=DOUBLE)
-    expected, _ = structure.constrain(vector)
     for other in (copy.deepcopy(structure), pickle.loads(pickle.dumps(structure))):
-        values, _ = other.constrain(vector)
-        assert all(torch.equal(values[name], expected[name]) for name in expected)
+        assert other.plates == structure.plates
+        assert [site.unconstrained_shape for site in other.latents] == [shape for *_, shape in LATENTS.values()]
 
 
-# Packing
-
-all_batches = pytest.mark.parametrize("batch", [(), (7,), (2, 3)], ids=str)
+# Whatever flows cannot have is described as it is
 
 
-@all_batches
-def test_constrained_values(structure, batch):
-    values, ladj = structure.constrain(2 * torch.randn(*batch, structure.dim, dtype=DOUBLE))
-    assert ladj.shape == batch
-    assert list(values) == list(LATENTS)
-    for site in structure.latents:
-        value = values[site.name]
-        assert value.shape == (*batch, *site.shape)
-        assert site.support.check(value).all()
+@config_enumerate
+def enumerated():
+    k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+    pyro.sample("y", dist.Normal(1.0 * k, 1.0), obs=torch.tensor(0.0))
 
 
-@all_batches
-def test_round_trip(structure, batch):
-    vector = 2 * torch.randn(*batch, structure.dim, dtype=DOUBLE)
-    values, _ = structure.constrain(vector)
-    torch.testing.assert_close(structure.unconstrain(values), vector, rtol=1e-6, atol=1e-6)
+def counts():
+    pyro.sample("n", dist.Multinomial(3, torch.ones(2)))
 
 
-@all_latents
-def test_each_site_takes_its_own_part(structure, name):
-    """A change of its slice changes this site and no other."""
-    site = latent(structure, name)
-    vector = torch.randn(structure.dim, dtype=DOUBLE)
-    moved = vector.clone()
-    moved[site.start : site.stop] += 0.5
-    before, after = structure.constrain(vector)[0], structure.constrain(moved)[0]
-    assert {n for n in LATENTS if not torch.equal(before[n], after[n])} == {name}
+def masked_in_part():
+    with pyro.plate("rows", 3), poutine.mask(mask=MASK):
+        pyro.sample("x", dist.Normal(0.0, 1.0))
 
 
-def test_batch_is_its_rows(structure):
-    vectors = torch.randn(4, structure.dim, dtype=DOUBLE)
-    values, ladj = structure.constrain(vectors)
-    for i, vector in enumerate(vectors):
-        row, row_ladj = structure.constrain(vector)
-        torch.testing.assert_close(ladj[i], row_ladj)
-        for name, value in row.items():
-            torch.testing.assert_close(values[name][i], value)
+def observed_in_part():
+    with pyro.plate("rows", 3):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(3), obs_mask=MASK)
 
 
-def coordinates(name, value):
-    """As many free coordinates as the support has dimensions: K - 1 of a simplex, the lower triangle of a factor."""
-    if name in {"weights", "mix"}:
-        value = value[..., :-1]
-    if name == "correlation":
-        return value[tuple(torch.tril_indices(3, 3, -1))]
-    return value.reshape(-1)
+def subsampled_locals():
+    with pyro.plate("rows", 10, subsample_size=4):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
-@pytest.mark.parametrize("scale", [0.3, 2.0])
-def test_log_determinant_is_that_of_the_jacobian(structure, scale):
-    vector = scale * torch.randn(structure.dim, dtype=DOUBLE)
-
-    def free(vector):
-        values, _ = structure.constrain(vector)
-        return torch.cat([coordinates(name, value) for name, value in values.items()])
-
-    jacobian = torch.autograd.functional.jacobian(free, vector)
-    assert jacobian.shape == (structure.dim, structure.dim)
-    _, ladj = structure.constrain(vector)
-    torch.testing.assert_close(ladj, torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-8, atol=1e-8)
+def sequential():
+    for i in pyro.plate("rows", 2):
+        pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
 
 
-def test_density_of_the_unconstrained_vector_is_normalised():
-    """Of a Dirichlet and a Beta, on a grid: the log-determinant is with respect to the measure of Pyro's densities."""
+def no_latents():
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.zeros(2))
 
+
+def on_a_sphere():
+    pyro.sample("p", dist.ProjectedNormal(torch.ones(3)))
+
+
+def anywhere_on_a_sphere():
+    """Nothing to draw from, and no bijection: there is no value but a made-up one."""
+    pyro.sample("p", dist.ImproperUniform(dist.constraints.sphere, (), (3,)))
+
+
+class NoSupport(dist.Normal):
+    @property
+    def support(self):
+        raise NotImplementedError
+
+
+def without_support():
+    pyro.sample("x", NoSupport(0.0, 1.0))
+
+
+def missing():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(torch.zeros(4), 1.0), obs=torch.tensor([1.0, math.nan, math.nan, 0.0]))
+
+
+def improper():
+    pyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()))
+
+
+def scaled():
+    with poutine.scale(scale=0.5), pyro.plate("rows", 6, subsample_size=2):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.zeros(2))
+
+
+def nested():
+    with pyro.plate("outer", 3, dim=-2), pyro.plate("inner", 2, dim=-1):
+        pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+
+
+# To the facts of the first site, latent or else observed, that are not those of a Normal outside of plates.
+ODD = {
+    enumerated: {"family": "Categorical", "is_discrete": True, "is_enumerable": True, "unconstrained_shape": None},
+    counts: {
+        "family": "Multinomial",
+        "is_discrete": True,
+        "event_dim": 1,
+        "shape": (2,),
+        "unconstrained_shape": None,
+    },
+    masked_in_part: {"shape": (3,), "is_masked_in_part": True, "plate_names": ("rows",)},
+    observed_in_part: {"shape": (3,), "is_masked_in_part": True, "plate_names": ("rows",)},
+    subsampled_locals: {
+        "scale": 2.5,
+        "shape": (4,),
+        "plates": (Plate("rows", 10, 4, dim=-1),),
+        "plate_names": ("rows",),
+    },
+    sequential: {"plates": (Plate("rows", 2, 2),)},
+    no_latents: {"shape": (2,), "plate_names": (None,), "unconstrained_shape": None},
+    on_a_sphere: {"family": "ProjectedNormal", "event_dim": 1, "shape": (3,), "unconstrained_shape": None},
+    anywhere_on_a_sphere: {
+        "family": "ImproperUniform",
+        "is_flat": True,
+        "event_dim": 1,
+        "shape": (3,),
+        "unconstrained_shape": None,
+    },
+    without_support: {"family": "NoSupport", "support": None, "unconstrained_shape": None},
+    missing: {},
+    improper: {"family": "ImproperUniform", "is_flat": True},
+    scaled: {"scale": 1.5, "shape": (2,), "plate_names": ("rows",), "unconstrained_shape": None},
+    nested: {
+        "family": "Independent",
+        "shape": (3, 2, 4),
+        "event_dim": 1,
+        "plates": (Plate("outer", 3, 3, dim=-2), Plate("inner", 2, 2, dim=-1)),
+        "plate_names": ("outer", "inner"),
+    },
+}
+
+
+@pytest.mark.parametrize("model", ODD, ids=lambda model: model.__name__)
+def test_odd_models_are_described(model):
+    structure = describe(model, (), {})
+    site = [*structure.latents, *structure.observed][0]
+    plain = {
+        "family": "Normal",
+        "shape": (),
+        "event_dim": 0,
+        "plate_names": (),
+        "scale": 1.0,
+        "is_discrete": False,
+        "is_enumerable": False,
+        "is_flat": False,
+        "is_masked_in_part": False,
+        "num_nan": 0,
+        "unconstrained_shape": ODD[model].get("shape", ()),
+    }
+    expected = plain | ODD[model]
+    assert {name: getattr(site, name) for name in expected} == expected
+
+
+def test_further_facts_of_odd_models():
+    assert describe(missing, (), {}).observed[0].num_nan == 2
+    assert describe(no_latents, (), {}).dtype == torch.float32
+    assert describe(counts, (), {}).dtype == torch.float32
+    assert [site.name for site in describe(observed_in_part, (), {}).latents] == ["x_unobserved"]
+    assert describe(nested, (), {}).max_plate_nesting == 2
+
+
+def test_plates_are_known_where_their_statements_are_blocked():
+    structure = describe(poutine.block(subsampled_locals, hide=["rows"]), (), {})
+    assert structure.subsampled == (Plate("rows", 10, 4, dim=-1),)
+
+
+def test_plates_without_sites_are_known():
     def model():
-        pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 3.0], dtype=DOUBLE)))
-        pyro.sample("fraction", dist.Beta(torch.tensor(2.0, dtype=DOUBLE), 1.5))
+        with pyro.plate("rows", 3):
+            pass
 
-    structure = inspect_model(model, (), {})
-    axis = torch.linspace(-15, 15, 400, dtype=DOUBLE)
-    grid = torch.cartesian_prod(axis, axis)
-    values, ladj = structure.constrain(grid)
-    prior = dist.Dirichlet(torch.tensor([2.0, 3.0], dtype=DOUBLE)).log_prob(values["weights"])
-    prior = prior + dist.Beta(torch.tensor(2.0, dtype=DOUBLE), 1.5).log_prob(values["fraction"])
-    total = (prior + ladj).exp().sum() * (axis[1] - axis[0]) ** 2
-    assert total.item() == pytest.approx(1.0, abs=1e-5)
+    assert describe(model, (), {}).plates == {"rows": Plate("rows", 3, 3)}
 
 
-def test_gradients_flow_through(structure):
-    vector = torch.randn(3, structure.dim, dtype=DOUBLE, requires_grad=True)
-    values, ladj = structure.constrain(vector)
-    (ladj.sum() + sum(value.square().sum() for value in values.values())).backward()
-    assert torch.isfinite(vector.grad).all()
-    assert (vector.grad != 0).all()
+def test_parameters_are_named():
+    def model():
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
 
-
-# Dynamic models
-
-
-def dynamic(extra=False, size=2, name="x"):
-    pyro.sample(name, dist.Normal(torch.zeros(size), 1.0).to_event(1))
-    if extra:
-        pyro.sample("extra", dist.Normal(0.0, 1.0))
-
-
-def test_same_structure_passes():
-    check_static(inspect_model(dynamic, (), {}), inspect_model(dynamic, (), {}))
-    check_static(inspect_model(everything, (), {}), inspect_model(everything, (), {}))
+    assert describe(model, (), {}).parameters == ("loc",)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("statement", "reads"),
     [
-        ({"extra": True}, "'extra' appears in one run"),
-        ({"size": 3}, r"'x' has shape \(2,\) in one run and \(3,\)"),
-        ({"name": "z"}, "'[xz]' appears in one run"),
+        (lambda x: x.exp() + x[0] + x[torch.tensor([1, 0])], False),
+        (lambda x: dist.Normal(x, x.exp()).log_prob(x), False),
+        (lambda x: x if x[0] > 0 else -x, True),
+        (lambda x: float(x.sum()), True),
+        (lambda x: x[x > 0], True),
+        (lambda x: torch.masked_select(x, x > 0), True),
+        (lambda x: x.nonzero(), True),
     ],
-    ids=["site", "shape", "name"],
+    ids=["arithmetic", "validation", "if", "float", "mask", "select", "nonzero"],
 )
-def test_dynamic_structure_raises(kwargs, message):
-    first, second = inspect_model(dynamic, (), {}), inspect_model(dynamic, (), kwargs)
-    for a, b in ((first, second), (second, first)):
-        if "size" in kwargs and a is second:
-            message = r"'x' has shape \(3,\) in one run and \(2,\)"
-        with pytest.raises(ModelError, match=message):
-            check_static(a, b)
-
-
-def test_dynamic_support_raises():
-    """The same constrained shape, another number of unconstrained dimensions."""
-
-    def model(simplex):
-        fn = dist.Dirichlet(torch.ones(3)) if simplex else dist.Normal(torch.zeros(3), 1.0).to_event(1)
-        pyro.sample("x", fn)
-
-    with pytest.raises(ModelError, match="'x'"):
-        check_static(inspect_model(model, (True,), {}), inspect_model(model, (False,), {}))
-
-
-# Models that are refused; the guides' tests have the rest.
-
-
-@pytest.mark.parametrize(
-    ("body", "error", "message"),
-    [
-        (lambda: None, ModelError, "no latent"),
-        (lambda: pyro.sample("n", dist.Poisson(2.0)), ModelError, "'n' is discrete"),
-        (lambda: pyro.sample("n", dist.Multinomial(3, torch.ones(2))), ModelError, "'n' is discrete"),
-        (lambda: pyro.sample("p", dist.ProjectedNormal(torch.ones(3))), ModelError, "'p'.*bijection"),
-        (lambda: [pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0)) for i in pyro.plate("rows", 2)], ModelError, "'rows'"),
-        (lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(math.nan)), DataError, "'y' has 1 NaN"),
-    ],
-    ids=["no-latent", "discrete", "multinomial", "sphere", "sequential", "nan"],
-)
-def test_refused(body, error, message):
-    with pytest.raises(error, match=message) as caught:
-        inspect_model(body, (), {})
-    assert isinstance(caught.value, FlowError | ValueError)
-
-
-@pytest.mark.parametrize("block", [None, {"expose": ["z"]}, {"hide": ["rows"]}], ids=str)
-def test_local_latents_in_subsampled_plates_are_refused(block):
+def test_reading_values_is_a_fact(statement, reads):
     def model():
-        with pyro.plate("rows", 10, subsample_size=4):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
+        statement(pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
 
-    with pytest.raises(ModelError, match=r"'z'.*'rows'.*4 of 10"):
-        inspect_model(poutine.block(model, **block) if block else model, (), {})
+    assert describe(model, (), {}).reads_values is reads
+    # Init functions may look at values themselves: that of the median compares samples.
+    assert describe(model, (), {}, init_to_median).reads_values is reads
+
+
+def test_errors_of_the_model_pass():
+    def model():
+        raise KeyError("the user's")
+
+    with pytest.raises(KeyError, match="the user's"):
+        describe(model, (), {})
 
 
 # Flat priors
@@ -422,7 +431,7 @@ def test_local_latents_in_subsampled_plates_are_refused(block):
     ids=["proper", "masked", "mask-true", "masked-event", "event-masked", "improper", "improper-event", "transformed"],
 )
 def test_flat_priors_are_known(fn, is_flat):
-    (site,) = inspect_model(lambda: pyro.sample("x", fn), (), {}).latents
+    (site,) = describe(lambda: pyro.sample("x", fn), (), {}).latents
     assert site.is_flat == is_flat
 
 
@@ -432,7 +441,7 @@ def test_flat_by_a_handler(mask):
         with poutine.mask(mask=mask):
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    assert inspect_model(model, (), {}).latents[0].is_flat is not mask
+    assert describe(model, (), {}).latents[0].is_flat is not mask
 
 
 # An initial value where there is nothing to draw from

@@ -16,8 +16,9 @@ from scipy import stats
 
 from benchmarks.posteriordb import reference
 from benchmarks.posteriordb.models import TARGETS
+from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import inspect_model
+from pyroflows.models.structure import describe
 
 FOLDER = os.environ.get("PYROFLOWS_POSTERIORDB")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="PYROFLOWS_POSTERIORDB does not name a folder of posteriors")
@@ -41,9 +42,9 @@ def log_joint_and_draws(name):
     args = target.args(ref.data)
     thin = len(next(iter(ref.draws.values()))) // NUM_DRAWS
     draws = {k: torch.from_numpy(v[::thin]) for k, v in ref.draws.items()}
-    structure = inspect_model(target.model, args, {})
-    draws |= {site.name: LATENTS[site.name](draws) for site in structure.latents if site.name not in draws}
-    log_joint = LogJoint(target.model, args, {}, structure, structure.unconstrain(draws)[:5])
+    layout = Layout(describe(target.model, args, {}))
+    draws |= {name: LATENTS[name](draws) for name in layout.slices if name not in draws}
+    log_joint = LogJoint(target.model, args, {}, layout, layout.unconstrain(draws)[:5])
     return log_joint, args, draws
 
 
@@ -66,7 +67,7 @@ def test_sites_bear_the_names_and_shapes_of_the_reference_and_broadcast(name):
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != GAUSSIAN_PROCESS])
 def test_the_score_at_reference_draws_satisfies_steins_identities(name):
     log_joint, _, draws = log_joint_and_draws(name)
-    x = log_joint.structure.unconstrain(draws).requires_grad_()
+    x = log_joint.layout.unconstrain(draws).requires_grad_()
     (score,) = torch.autograd.grad(log_joint(x).sum(), x)
     x = x.detach()
     scale = torch.linalg.cholesky(x.T.cov())
@@ -86,8 +87,8 @@ def test_the_gaussian_process_has_the_density_of_its_latent_function():
     log_joint, args, draws = log_joint_and_draws(GAUSSIAN_PROCESS)
     x, k = (a.numpy() for a in args)
     draws = {site.name: draws[site.name][:20] for site in log_joint.structure.latents}
-    vectors = log_joint.structure.unconstrain(draws)
-    values, ladj = log_joint.structure.constrain(vectors)
+    vectors = log_joint.layout.unconstrain(draws)
+    values, ladj = log_joint.layout.constrain(vectors)
     found = log_joint(vectors) - ladj
     f = log_joint.batched.in_chunks(values, len(vectors)).values["f"]
     for i in range(len(vectors)):

@@ -1,0 +1,125 @@
+"""How the latents of a model stand in one unconstrained vector."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyroflows.errors import DataError, ShapeError
+from pyroflows.models.structure import ModelStructure, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Sites that stand side by side in the packed vector.
+
+    Args:
+        sites: in the order of packing.
+        start: the first entry of the block.
+        stop: the entry after its last.
+    """
+
+    sites: tuple[Site, ...]
+    start: int
+    stop: int
+
+
+class Layout:
+    r"""Packs the latents of a model into one unconstrained vector: the one place that knows the order and the sizes.
+
+    The sites stand in the order of the model, each mapped to the reals by the bijection of its support and flattened.
+
+    Args:
+        structure: of a model that :func:`pyroflows.models.requirements.require_flow` accepts.
+
+    Attributes:
+        dim: the size of the vector.
+        dtype: its dtype.
+        blocks: the parts of the vector; so far one, of all latents.
+        slices: the entries of each latent, by site.
+
+    Shapes:
+        vectors are ``(*batch, dim)``, and values ``(*batch, *site.shape)``.
+
+    Example:
+        >>> from pyroflows.models.structure import describe
+        >>> def model():
+        ...     pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        >>> layout = Layout(describe(model, (), {}))
+        >>> layout.slices
+        {'scale': slice(0, 1, None), 'weights': slice(1, 3, None)}
+        >>> values, ladj = layout.constrain(torch.zeros(7, 3))
+        >>> values["weights"].shape, ladj.shape
+        (torch.Size([7, 3]), torch.Size([7]))
+    """
+
+    def __init__(self, structure: ModelStructure) -> None:
+        self.structure = structure
+        self.dtype = structure.dtype
+        self.slices: dict[str, slice] = {}
+        self.dim = 0
+        for site in structure.latents:
+            size = prod(_unconstrained_shape(site))
+            self.slices[site.name] = slice(self.dim, self.dim + size)
+            self.dim += size
+        self.blocks = (Block(structure.latents, 0, self.dim),)
+
+    def split(self, vector: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        """Each site with its part ``(*batch, size)`` of a vector."""
+        for block in self.blocks:
+            for site in block.sites:
+                yield site, vector[..., self.slices[site.name]]
+
+    def constrain(self, vector: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Values by site, and :math:`\log|\det \partial x / \partial u|` of them, ``(*batch,)``."""
+        batch_shape = vector.shape[:-1]
+        values = {}
+        ladj = vector.new_zeros(batch_shape)
+        for site, part in self.split(vector):
+            unconstrained = part.reshape(batch_shape + _unconstrained_shape(site))
+            transform = biject_to(site.support)
+            value = transform(unconstrained)
+            site_ladj = transform.log_abs_det_jacobian(unconstrained, value)
+            ladj = ladj + sum_rightmost(site_ladj, site_ladj.dim() - len(batch_shape))
+            values[site.name] = value.reshape(batch_shape + site.shape)
+        return values, ladj
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The packed vector of values by site."""
+        parts = []
+        for site in self.structure.latents:
+            value = torch.as_tensor(values[site.name], dtype=self.dtype)
+            batch_shape = value.shape[: value.dim() - len(site.shape)]
+            parts.append(biject_to(site.support).inv(value).reshape((*batch_shape, -1)))
+        return torch.cat(parts, -1)
+
+    def check_draws(self, draws: Mapping[str, Tensor]) -> None:
+        """Raise if draws ``(S, *site.shape)`` are not those of all latent sites.
+
+        Raises:
+            ShapeError: if a latent site is missing or has another shape.
+            DataError: if a value is outside of its site's support.
+        """
+        num_draws = None
+        for site in self.structure.latents:
+            value = draws.get(site.name)
+            got = None if value is None else tuple(value.shape)
+            num_draws = got[0] if num_draws is None and got else num_draws
+            if value is None or got != (num_draws, *site.shape):
+                expected = "".join(f", {size}" for size in site.shape) or ","
+                raise ShapeError(
+                    f"draws of site '{site.name}' must have shape (S{expected}), got {got}, with S={num_draws}"
+                )
+            assert site.support is not None
+            if not site.support.check(value).all():
+                raise DataError(f"draws of site '{site.name}' are not all in its support, {site.support}")
+
+
+def _unconstrained_shape(site: Site) -> torch.Size:
+    assert site.unconstrained_shape is not None, f"site '{site.name}' has no bijection to the reals"
+    return site.unconstrained_shape
