@@ -16,6 +16,7 @@ from pyroflows.errors import (
 from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
 from pyroflows.flows import Flow
 from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, to_arviz
+from pyroflows.training import Objective, Trainer, train
 
 __version__ = "0.1.0"
 
@@ -30,10 +31,12 @@ __all__ = [
     "FlowVI",
     "InversionError",
     "ModelError",
+    "Objective",
     "OptionError",
     "PlotError",
     "Posterior",
     "ShapeError",
+    "Trainer",
     "UntraceableError",
     "distill",
     "errors",
@@ -45,5 +48,6 @@ __all__ = [
     "inference",
     "load_posterior",
     "to_arviz",
+    "train",
     "transforms",
 ]

@@ -57,6 +57,10 @@ class FlowDistribution(TorchDistribution):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
 
+    def estimated(self) -> "FlowDistribution":
+        """The same law with the layers' own log-determinants, for training; itself where these are exact."""
+        return self
+
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
         """Draws ``(*sample_shape, *batch_shape, *event_shape)`` and their log-densities, in one pass."""
         return self.transport(self._expanded_base().rsample(torch.Size(sample_shape)))

@@ -97,6 +97,9 @@ class Flow(nn.Module):
             _state_parameters(self)
         return FlowDistribution(self.base(), self.transform, context)
 
+    def before_step(self) -> None:
+        """Run before each step of training, outside of what is traced."""
+
     @property
     def is_standardized(self) -> bool:
         """Whether the flow holds location and scale of data, see :meth:`standardize`."""

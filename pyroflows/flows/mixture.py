@@ -85,6 +85,10 @@ class MixtureDistribution(TorchDistribution):
         self.log_weights = log_weights
         super().__init__(torch.Size(), components[0].event_shape, validate_args=False)
 
+    def estimated(self) -> "MixtureDistribution":
+        """The same law with the layers' own log-determinants, for training; itself where these are exact."""
+        return self
+
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws ``(*sample_shape, dim)``."""

@@ -32,7 +32,7 @@ from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import Model, ModelStructure, check_static, in_dtype, inspect_model, model_parameters
 from pyroflows.randomness import seeded
-from pyroflows.training.loop import History
+from pyroflows.training.history import History
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError
@@ -14,7 +14,7 @@ from pyroflows.training.data import context_rows
 from pyroflows.transforms import Autoregressive, Inverse
 
 
-class Pair:
+class StudentAndTeacher:
     """A student and a teacher, compared at rows of contexts.
 
     Args:
@@ -50,12 +50,11 @@ class Pair:
         context = [] if self.contexts is None else [self.contexts[rows[0]]]
         return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
 
-    @torch.no_grad()
-    def log_weights(self, count: int) -> Tensor:
-        """Of fresh draws of the student, ``(count,)``."""
-        q, p = self.at(*self.draw_rows(count))
-        x, log_q = q.transport(self.student.base().sample((count,)))
-        return p.log_prob(x) - log_q
+    @property
+    def state(self) -> list[nn.Module | Tensor]:
+        """The teacher, if it is a flow, and the contexts."""
+        teacher = [self.teacher] if isinstance(self.teacher, Flow) else []
+        return [*teacher, *([] if self.contexts is None else [self.contexts])]
 
     def check_scores(self, count: int) -> None:
         """Raise if the teacher does not score draws of the student, or tells nothing of how to move them.
