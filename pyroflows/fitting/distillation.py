@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroflows.compiling.check import Compiler
@@ -187,11 +187,6 @@ class Imitation(Objective):
         self._followed = followed
         self._weight = weight
         self._penalty = penalty
-
-    @property
-    def state(self) -> list[nn.Module | Tensor]:
-        """The teacher, the contexts, and the draws that are followed."""
-        return [*self._pair.state, *([] if self._followed is None else self._followed.state)]
 
     def draw(self) -> list[Tensor]:
         """Base draws, rows of the contexts, and an index of the draws that are followed."""

@@ -39,11 +39,6 @@ class Regression(Objective):
         self._contexts = contexts
         self._matched = _matched(student, teacher)
 
-    @property
-    def state(self) -> list[Tensor]:
-        """The teacher's draws, and their contexts."""
-        return [*self._stages, *([] if self._contexts is None else [self._contexts])]
-
     def draw(self) -> list[Tensor]:
         """A random index ``(batch_size,)`` of the teacher's draws."""
         return [torch.randint(len(self._stages[0]), (self._batch_size,), device=self._stages[0].device)]

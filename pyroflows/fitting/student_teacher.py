@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError
@@ -49,12 +49,6 @@ class StudentAndTeacher:
         """The laws of student and teacher."""
         context = [] if self.contexts is None else [self.contexts[rows[0]]]
         return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
-
-    @property
-    def state(self) -> list[nn.Module | Tensor]:
-        """The teacher, if it is a flow, and the contexts."""
-        teacher = [self.teacher] if isinstance(self.teacher, Flow) else []
-        return [*teacher, *([] if self.contexts is None else [self.contexts])]
 
     def check_scores(self, count: int) -> None:
         """Raise if the teacher does not score draws of the student, or tells nothing of how to move them.

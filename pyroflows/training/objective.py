@@ -59,7 +59,10 @@ class Objective:
 
     @property
     def state(self) -> Sequence[nn.Module | Tensor]:
-        """Modules and tensors that the loss reads besides, and whose values may change during the fit."""
+        """Modules and tensors that the loss reads besides the flow and whose values change during the fit.
+
+        The recorded step reads them anew each time; whatever else it reads is a constant of the fit.
+        """
         return ()
 
     def draw(self) -> Sequence[Tensor]:

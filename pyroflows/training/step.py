@@ -95,7 +95,7 @@ class Step:
             noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
             others = [*noisy, *self._objective.draw()]
         self._objective.load_state_dict(place)
-        return compiler(self._gradient, examples, others)
+        return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
 
     def _left_out(self) -> dict[str, float]:
         """A step without a gradient, for the guard to leave out."""
