@@ -226,12 +226,13 @@ def _tensor(name: str, values: Any, flow: Flow) -> Tensor:
 
 
 def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
-    """Raise where a value is not strictly inside a support, which is where the bijection onto it is finite."""
+    """Raise where a value is not in a support, or is on its boundary, where the bijection onto it is not finite."""
     for constraint, columns in _parts(support, slice(0, x.shape[-1])):
         values = x[..., columns]
         is_inside = constraint.check(values)
         is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
-        for bound in ("lower_bound", "upper_bound"):
+        # A discrete support has no bijection onto it, and its bounds belong to it.
+        for bound in () if constraint.is_discrete else ("lower_bound", "upper_bound"):
             is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
         is_bad = torch.zeros_like(x, dtype=torch.bool)
         is_bad[..., columns] = ~is_inside

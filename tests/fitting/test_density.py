@@ -188,6 +188,28 @@ def test_fit_with_a_support():
         flow().log_prob(torch.tensor([-1.0, 5.0]))
 
 
+class LearnedPoisson(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_rate = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self):
+        return dist.Poisson(self.log_rate.exp()).to_event(1)
+
+
+def test_counts_are_taken_as_they_are():
+    """Location and scale of integers would make them another thing."""
+    swap = pf.transforms.Permutation([1, 0])
+    swap.codomain = constraints.independent(constraints.nonnegative_integer, 1)
+    flow = pf.Flow([swap], base=LearnedPoisson())
+    rates = torch.tensor([0.7, 4.0])
+    x = torch.poisson(rates.expand(2000, 2))
+    fit_quietly(flow, x, max_epochs=30, optimizer=adam(0.02))
+    assert not flow.is_standardized
+    torch.testing.assert_close(flow.base.log_rate.exp().flip(0), x.mean(0), rtol=0.03, atol=0)
+    assert flow().log_prob(torch.zeros(2)).item() == pytest.approx(-x.mean(0).sum().item(), rel=0.03)
+
+
 def test_latent_codes_are_draws_of_the_base():
     flow = pf.Flow([Elementwise(2)], support=constraints.positive)
     x = torch.exp(torch.tensor([5.0, -2.0]) + torch.randn(4000, 2) * torch.tensor([0.1, 3.0]))
