@@ -17,6 +17,7 @@ from pyroflows.errors import (
 from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
 from pyroflows.flows import Flow
 from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, to_arviz
+from pyroflows.training import Objective, Trainer, train
 
 __version__ = "0.1.0"
 
@@ -32,10 +33,12 @@ __all__ = [
     "InexactError",
     "InversionError",
     "ModelError",
+    "Objective",
     "OptionError",
     "PlotError",
     "Posterior",
     "ShapeError",
+    "Trainer",
     "UntraceableError",
     "distill",
     "errors",
@@ -48,5 +51,6 @@ __all__ = [
     "load_posterior",
     "nets",
     "to_arviz",
+    "train",
     "transforms",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pyroflows.errors import PlotError
-from pyroflows.training.loop import History
+from pyroflows.training.history import History
 
 
 def plot_training(history: History) -> Any:

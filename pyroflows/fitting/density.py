@@ -1,26 +1,29 @@
 """Density estimation: a flow fitted to data by maximum likelihood."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
 
+from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, OptionError
+from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
-from pyroflows.training.data import ArrayLike, DataLike, Rows, load, shuffled_batches, split
-from pyroflows.training.loop import History, OptimizerLike, train
+from pyroflows.training.data import ArrayLike, DataLike, Rows, load, split
+from pyroflows.training.history import History
+from pyroflows.training.loop import OptimizerLike, Trainer
 from pyroflows.training.schedules import EarlyStopping
 
 LEARNING_RATE = 2e-3
 # Rows that are scored at once, where no gradient is needed.
 NUM_SCORED = 4096
+# Fewer steps gain less by tracing than it costs, which is what 60 to 130 steps gain.
+MIN_TRACED_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def fit_density(
     max_epochs: int = 500,
     patience: int = 20,
     optimizer: OptimizerLike | None = None,
-    compile: bool = False,
+    compile: str = "auto",
     seed: int | None = None,
     progress_bar: bool = True,
 ) -> DensityFit:
@@ -91,8 +94,8 @@ def fit_density(
         max_epochs: epochs at most.
         patience: epochs without a better validation log-density.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.002.
-        compile: whether the log-density and its gradient are compiled, which takes seconds to minutes once and pays
-            in long fits.
+        compile: as for :class:`pyroflows.FlowVI`; "auto" traces only where ``max_epochs`` allow 200 steps or more,
+            since recording costs as much as some hundred steps gain.
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
         progress_bar: whether to show one.
 
@@ -112,7 +115,8 @@ def fit_density(
         (torch.Size([2000]), torch.Size([2000, 2]))
     """
     _check_options(flow, validation, batch_size, max_epochs, patience)
-    # The guard sees what is not finite; torch's own checks would raise there, and cost time at each step.
+    compiler = Compiler(compile)
+    # The guard sees what is not finite; torch's own checks would raise there.
     with seeded(seed), pyro.validation_enabled(False):
         data = load(flow, x, context, weights)
         training, held_out = split(data.rows, validation)
@@ -120,32 +124,20 @@ def fit_density(
             rows = data.rows[training]
             flow.adapt(rows.x, rows.context, rows.weights)
         batch_size = min(batch_size, len(training))
+        steps_per_epoch = len(training) // batch_size
+        if compiler.mode == "auto" and max_epochs * steps_per_epoch < MIN_TRACED_STEPS:
+            compiler = Compiler("none")
+        objective = MaximumLikelihood(flow, data, training, batch_size)
         schedule = EarlyStopping(
-            "log_prob",
+            objective.monitor,
             partial(_mean_log_prob, flow, data.rows[held_out]),
             [*flow.parameters(), *flow.buffers()],
-            steps_per_epoch=len(training) // batch_size,
-            max_epochs=max_epochs,
-            patience=patience,
+            steps_per_epoch,
+            max_epochs,
+            patience,
         )
-        batches = shuffled_batches(training, batch_size)
-        mean_weight = data.rows.weights[training].mean()
-        log_prob = torch.compile(_log_prob, dynamic=False) if compile else _log_prob
-
-        def step() -> Mapping[str, Tensor]:
-            rows = data.batch(next(batches))
-            objective = (rows.weights / mean_weight * log_prob(flow, rows.x, rows.context)).mean()
-            (-objective).backward()
-            return {"log_prob": objective.detach()}
-
         try:
-            train(
-                step,
-                flow.parameters(),
-                schedule,
-                optimizer=optimizer or partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True),
-                progress_bar=progress_bar,
-            )
+            Trainer(objective, schedule, optimizer, LEARNING_RATE, compiler, progress_bar=progress_bar).run()
         finally:
             schedule.restore_best()
     if not math.isfinite(schedule.best):
@@ -156,18 +148,12 @@ def fit_density(
     return DensityFit(flow, schedule.epochs, schedule.best, schedule.best_epoch, stopped_early)
 
 
-def _log_prob(flow: Flow, x: Tensor, context: Tensor | None) -> Tensor:
-    """As ``flow(context).log_prob(x)``, in operations that torch can compile."""
-    z, ladj = flow.transform.inverse_and_ladj(x, context)
-    return flow.base().log_prob(z) + ladj
-
-
 @torch.no_grad()
 def _mean_log_prob(flow: Flow, rows: Rows) -> float:
     total = 0.0
     for i in range(0, len(rows), NUM_SCORED):
         part = rows[i : i + NUM_SCORED]
-        total += torch.dot(part.weights, _log_prob(flow, part.x, part.context)).item()
+        total += torch.dot(part.weights, flow(part.context).log_prob(part.x)).item()
     return total / rows.weights.sum().item()
 
 

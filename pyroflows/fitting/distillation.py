@@ -1,7 +1,7 @@
 """Distillation: a student that is quick to sample, fitted to a teacher that is quick to score."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,14 +15,15 @@ from pyroflows.compiling.check import Compiler
 from pyroflows.errors import OptionError
 from pyroflows.fitting.closed_form import gaussian_kl, has_closed_form
 from pyroflows.fitting.estimators import ESTIMATORS
-from pyroflows.fitting.pair import Pair
 from pyroflows.fitting.regression import Regression, draw_stages, same_law
+from pyroflows.fitting.student_teacher import StudentAndTeacher
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.plots import plot_distillation
 from pyroflows.randomness import seeded
-from pyroflows.training.loop import History, OptimizerLike, train
+from pyroflows.training.history import History
+from pyroflows.training.loop import OptimizerLike, Trainer
+from pyroflows.training.objective import Figures, Objective
 from pyroflows.training.schedules import Plateau
-from pyroflows.training.step import Objective, Record, Step
 
 LEARNING_RATE = 5e-3
 # Batches of the teacher's draws that are followed, and of fresh draws behind the KL divergence at the end.
@@ -33,7 +34,7 @@ NUM_FINAL_BATCHES = 40
 # scalar that is added to the loss.
 Penalty: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 # The laws of student and teacher, and base draws z -> draws x, a loss, and log weights without gradients.
-Loss: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Divergence: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -138,46 +139,82 @@ def distill(
         torch.Size([5, 2])
     """
     _check_options(num_steps, batch_size, warm_start, regression)
-    # The guard sees what is not finite; torch's own checks would raise there, and cost time at each step.
+    # The guard sees what is not finite; torch's own checks would raise there.
     with seeded(seed), pyro.validation_enabled(False):
-        pair = Pair(student, teacher, context)
-        name = _chosen(pair, estimator, regularization)
-        loss_of = partial(gaussian_kl, regularization=regularization) if name == "closed_form" else _by_draws(name)
+        pair = StudentAndTeacher(student, teacher, context)
+        divergence = _chosen(pair, estimator, regularization)
         pair.check_scores(batch_size)
         if penalty is not None:
             _check_penalty(penalty, pair, batch_size)
-        fit = partial(
-            _fit, student, batch_size=batch_size, compiler=Compiler(compile), optimizer=optimizer, bar=progress_bar
-        )
-        followed = (
-            _followed(pair, NUM_TEACHER_BATCHES * batch_size, warm_start > 0) if warm_start or regression else None
-        )
+        train = partial(_train, compiler=Compiler(compile), optimizer=optimizer, progress_bar=progress_bar)
+        followed = _followed(pair, batch_size, warm_start > 0) if warm_start or regression else None
         if followed is not None and warm_start:
-            errors = _mean_error(followed)
-            fit(errors, lambda loss, _: {"loss": loss}, partial(followed.draw_index, batch_size), num_steps=warm_start)
-        if not regression:
-            followed = None
-
-        def draw() -> list[Tensor]:
-            return [*pair.draw_rows(batch_size), *([] if followed is None else followed.draw_index(batch_size))]
-
-        def objective(z: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-            rows, index = drawn[: pair.num_rows], drawn[pair.num_rows :]
-            x, loss, log_weights = loss_of(*pair.at(*rows), z)
-            if followed is not None:
-                loss = loss + regression * followed.end_to_end(*index).mean()
-            if penalty is not None:
-                loss = loss + penalty(x, *(rows or (None,)))
-            return loss, log_weights
-
-        history = fit(objective, _record, draw, num_steps=num_steps)
-        log_weights = torch.cat([_log_weights(pair, name, batch_size) for _ in range(NUM_FINAL_BATCHES)]).double()
+            train(followed, warm_start)
+        objective = Imitation(pair, divergence, batch_size, followed if regression else None, regression, penalty)
+        history = train(objective, num_steps)
+        log_weights = torch.cat([objective.log_weights() for _ in range(NUM_FINAL_BATCHES)]).double()
     kl_se = log_weights.std().item() / math.sqrt(len(log_weights))
     return Distillation(student, history, -log_weights.mean().item(), kl_se)
 
 
-def _chosen(pair: Pair, estimator: str, regularization: float) -> str:
-    """The name of the estimator, if it and the regularization can be had."""
+class Imitation(Objective):
+    """The reverse KL divergence from a student to a teacher, with a regression and a penalty where they are given.
+
+    It records ``loss``, and ``kl`` with its standard error ``kl_se`` in nats.
+
+    Args:
+        pair: student and teacher.
+        divergence: an estimator of the KL divergence.
+        batch_size: draws a step.
+        followed: the regression of the student on draws of the teacher, or None.
+        weight: that of the regression.
+        penalty: of the student's draws, or None.
+    """
+
+    def __init__(
+        self,
+        pair: StudentAndTeacher,
+        divergence: Divergence,
+        batch_size: int,
+        followed: Regression | None = None,
+        weight: float = 0.0,
+        penalty: Penalty | None = None,
+    ) -> None:
+        super().__init__(pair.student)
+        self._pair = pair
+        self._divergence = divergence
+        self._batch_size = batch_size
+        self._followed = followed
+        self._weight = weight
+        self._penalty = penalty
+
+    def draw(self) -> list[Tensor]:
+        """Base draws, rows of the contexts, and an index of the draws that are followed."""
+        followed = [] if self._followed is None else self._followed.draw()
+        return [self.noise(self._batch_size), *self._pair.draw_rows(self._batch_size), *followed]
+
+    def loss(self, noise: Tensor, *drawn: Tensor) -> tuple[Tensor, Figures]:
+        """The divergence with what is added to it."""
+        rows, index = drawn[: self._pair.num_rows], drawn[self._pair.num_rows :]
+        x, loss, log_weights = self._at(noise, *rows)
+        if self._followed is not None:
+            loss = loss + self._weight * self._followed.end_to_end(*index).mean()
+        if self._penalty is not None:
+            loss = loss + self._penalty(x, *(rows or (None,)))
+        return loss, {"kl": -log_weights.mean(), "kl_se": log_weights.std() / math.sqrt(len(log_weights))}
+
+    @torch.no_grad()
+    def log_weights(self) -> Tensor:
+        """The log weights of fresh draws, whose mean is minus the KL divergence."""
+        return self._at(self.noise(self._batch_size), *self._pair.draw_rows(self._batch_size))[2]
+
+    def _at(self, noise: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, p = self._pair.at(*rows)
+        return self._divergence(q.estimated(), p, self.base_draws(noise))
+
+
+def _chosen(pair: StudentAndTeacher, estimator: str, regularization: float) -> Divergence:
+    """The estimator, if it and the regularization can be had."""
     can_close = has_closed_form(pair.student, pair.teacher)
     name = ("closed_form" if can_close else "path") if estimator == "auto" else estimator
     if name not in ("total", "path", "closed_form"):
@@ -192,10 +229,10 @@ def _chosen(pair: Pair, estimator: str, regularization: float) -> str:
             f"regularization must be zero or positive, and positive only with the closed form, got {regularization} "
             f"with estimator {name!r}"
         )
-    return name
+    return partial(gaussian_kl, regularization=regularization) if name == "closed_form" else _by_draws(name)
 
 
-def _by_draws(name: str) -> Loss:
+def _by_draws(name: str) -> Divergence:
     """An estimator that knows nothing of student and teacher but their densities."""
 
     def loss(q: FlowDistribution, p: Distribution, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,48 +248,24 @@ def _by_draws(name: str) -> Loss:
     return loss
 
 
-def _fit(
-    student: Flow,
-    objective: Objective,
-    record: Record,
-    draw: Callable[[], Sequence[Tensor]],
-    num_steps: int | None,
-    batch_size: int,
-    compiler: Compiler,
-    optimizer: OptimizerLike | None,
-    bar: bool,
+def _train(
+    objective: Objective, num_steps: int | None, compiler: Compiler, optimizer: OptimizerLike | None, progress_bar: bool
 ) -> History:
-    step = Step(student, objective, record, batch_size, compiler, draw)
-    adam = partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True)
-    schedule = Plateau("loss", num_steps, falls=True)
-    try:
-        return train(step, step.parameters, schedule, optimizer=optimizer or adam, progress_bar=bar)
-    finally:
-        step.release()
+    schedule = Plateau(objective.monitor, num_steps, falls=objective.falls)
+    return Trainer(objective, schedule, optimizer, LEARNING_RATE, compiler, progress_bar=progress_bar).run()
 
 
-def _record(loss: Tensor, log_weights: Tensor) -> Mapping[str, Tensor]:
-    return {"loss": loss, "kl": -log_weights.mean(), "kl_se": log_weights.std() / math.sqrt(len(log_weights))}
-
-
-@torch.no_grad()
-def _log_weights(pair: Pair, name: str, count: int) -> Tensor:
-    """Of fresh draws of the student; in closed form their mean has the smaller error."""
-    if name != "closed_form":
-        return pair.log_weights(count)
-    return gaussian_kl(*pair.at(*pair.draw_rows(count)), pair.student.base().sample((count,)))[2]
-
-
-def _followed(pair: Pair, count: int, standardizes: bool) -> Regression | None:
+def _followed(pair: StudentAndTeacher, batch_size: int, standardizes: bool) -> Regression | None:
     """The regression on draws of the teacher, where z means the same to both; may take their location and scale."""
     student, teacher = pair.student, pair.teacher
+    count = NUM_TEACHER_BATCHES * batch_size
     contexts = None if pair.contexts is None else pair.contexts[pair.draw_rows(count)[0]]
     stages = draw_stages(teacher, count, contexts) if isinstance(teacher, Flow) else [_draws(teacher, count)]
     pair.check_draws(stages[-1])
     if standardizes and not student.is_adapted:
         _adapt_like(student, teacher, stages[-1], contexts)
     if isinstance(teacher, Flow) and same_law(student.base(), teacher.base()):
-        return Regression(student, teacher, stages, contexts)
+        return Regression(student, teacher, stages, contexts, batch_size)
     return None
 
 
@@ -275,16 +288,8 @@ def _draws(teacher: Distribution, count: int) -> Tensor:
         ) from None
 
 
-def _mean_error(followed: Regression) -> Objective:
-    def objective(_: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        errors = followed.layer_by_layer(index)
-        return errors.mean(), -errors.detach()
-
-    return objective
-
-
 @torch.no_grad()
-def _check_penalty(penalty: Penalty, pair: Pair, count: int) -> None:
+def _check_penalty(penalty: Penalty, pair: StudentAndTeacher, count: int) -> None:
     rows = pair.draw_rows(count)
     x, _ = pair.at(*rows)[0].transport(pair.student.base().sample((count,)))
     value = penalty(x, *(rows or (None,)))

@@ -6,14 +6,15 @@ from torch.distributions import Distribution
 
 from pyroflows.flows import Flow
 from pyroflows.randomness import seeded
+from pyroflows.training.objective import Figures, Objective
 from pyroflows.transforms import FlowTransform, TriangularTransform
 
 # In which the draws are made, since layers that go dimension by dimension remember what they have computed.
 NUM_PARTS = 4
 
 
-class Regression:
-    r"""Errors of a student that follows the draws of a teacher.
+class Regression(Objective):
+    r"""Errors of a student that follows the draws of a teacher; as an objective, layer by layer.
 
     The error of an event is :math:`\sum_j h(e_j)` with :math:`h(e) = 2 (\sqrt{1 + e^2} - 1)` and :math:`e_j = (x^p_j -
     x^q_j) / s_j`: quadratic up to a standard deviation, and linear far out, where a few draws would rule the sum.
@@ -25,31 +26,35 @@ class Regression:
         teacher: a flow with the student's base, see :func:`same_law`.
         stages: of the teacher's draws, see :func:`draw_stages`.
         contexts: rows ``(n, *context_shape)`` at which they were made, or None.
-
-    Attributes:
-        num_draws: n.
+        batch_size: draws a step.
     """
 
-    def __init__(self, student: Flow, teacher: Flow, stages: list[Tensor], contexts: Tensor | None) -> None:
-        self.num_draws = len(stages[0])
-        self._student = student
+    def __init__(
+        self, student: Flow, teacher: Flow, stages: list[Tensor], contexts: Tensor | None, batch_size: int
+    ) -> None:
+        super().__init__(student)
+        self._batch_size = batch_size
         self._stages = stages
         self._scales = [_scale(stage) for stage in stages]
         self._contexts = contexts
         self._matched = _matched(student, teacher)
 
-    def draw_index(self, count: int) -> list[Tensor]:
-        """A random index ``(count,)`` of the teacher's draws."""
-        return [torch.randint(self.num_draws, (count,), device=self._stages[0].device)]
+    def draw(self) -> list[Tensor]:
+        """A random index ``(batch_size,)`` of the teacher's draws."""
+        return [torch.randint(len(self._stages[0]), (self._batch_size,), device=self._stages[0].device)]
+
+    def loss(self, *drawn: Tensor) -> tuple[Tensor, Figures]:
+        """The mean error, layer by layer."""
+        return self.layer_by_layer(*drawn).mean(), {}
 
     def end_to_end(self, index: Tensor) -> Tensor:
-        """Of draws x of an index ``(B,)``, ``(B,)``."""
-        return self._errors(self._student.transform, 0, len(self._stages) - 1, index)
+        """The errors ``(B,)`` of draws x of an index ``(B,)``."""
+        return self._errors(self.flow.transform, 0, len(self._stages) - 1, index)
 
     def layer_by_layer(self, index: Tensor) -> Tensor:
-        """The same for each layer, given what the teacher's layer at its place was given, summed over layers.
+        """The errors of each layer, given what the teacher's layer at its place was given, summed over layers.
 
-        End to end where the layers of the two do not match.
+        They are those end to end where the layers of the two do not match.
         """
         if not self._matched:
             return self.end_to_end(index)

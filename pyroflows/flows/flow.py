@@ -231,7 +231,8 @@ def as_flow(flow: Any, dim: int) -> Flow:
         flow = _from_zuko(flow)
     elif not isinstance(flow, Flow):
         parts = list(_flattened([flow] if isinstance(flow, Transform) else flow))
-        flow = Flow(parts, base=standard_normal(torch.Size([dim])))
+        is_sized = any(isinstance(part, FlowTransform) for part in parts)
+        flow = Flow(parts, base=None if is_sized else standard_normal(torch.Size([dim])))
     if flow.event_shape != (dim,) or flow.context_dim:
         raise ShapeError(
             f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "

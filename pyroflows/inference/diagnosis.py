@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyroflows.inference.arviz import pareto_k_threshold
 from pyroflows.inference.weights import Weights
-from pyroflows.training.loop import History
+from pyroflows.training.history import History
 
 Verdict = Literal["good", "correct it", "do not use"]
 

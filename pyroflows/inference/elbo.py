@@ -1,66 +1,77 @@
-"""The step that fits a flow to a model: an estimator of the ELBO's gradient, tempered where that is asked for."""
+"""The objective that fits a flow to a model: the ELBO, of subsampled rows and tempered where that is asked for."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyroflows.fitting.estimators import Estimator
+from pyroflows.fitting.reverse_kl import ReverseKL
 from pyroflows.flows import Flow
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.training.step import Step
 
 
-class Tempering(Iterator[float]):
-    r"""Inverse temperatures :math:`\beta_t`, rising geometrically to 1 over the first third of the steps, or over 500.
+@dataclass(frozen=True)
+class Tempering:
+    r"""Inverse temperatures :math:`\beta_t = \beta_0^{1 - t/T}`, which rise geometrically to 1 over T steps.
 
     Args:
-        first: :math:`\beta_0`.
-        num_steps: of the whole training.
+        first: :math:`\beta_0`, between 0 and 1.
+        num_steps: T.
     """
 
-    def __init__(self, first: float, num_steps: int | None) -> None:
-        self.num_steps = 500 if num_steps is None else num_steps // 3
-        self._first = first
-        self._step = 0
+    first: float
+    num_steps: int
 
-    def __next__(self) -> float:
-        done = min(1.0, self._step / max(1, self.num_steps))
-        self._step += 1
-        return self._first ** (1 - done)
+    def __call__(self, step: int) -> float:
+        return self.first ** (1 - min(1.0, step / max(1, self.num_steps)))
 
 
-def elbo_step(
-    flow: Flow,
-    log_joint: LogJoint,
-    estimator: Estimator,
-    num_particles: int,
-    own_parameters: Iterable[Tensor] = (),
-    tempering: Tempering | None = None,
-) -> Step:
-    """A step that maximises the ELBO.
+class ModelELBO(ReverseKL):
+    r"""Maximises the ELBO of a flow for a model's log joint, :math:`E_q[\beta_t \log p(x, y) - \log q(x)]`.
 
     Args:
         flow: the flow q.
-        log_joint: of the model.
+        log_joint: that of the model; rows of subsampled plates are drawn anew in each step.
         estimator: of the gradient.
         num_particles: draws a step.
-        own_parameters: of the model, trained along.
-        tempering: of the log joint.
+        own_parameters: parameters of the model, trained along.
+        tempering: the inverse temperatures :math:`\beta_t`; None for 1 throughout.
     """
-    names = [plate.name for plate in log_joint.structure.subsampled]
 
-    def draw() -> list[Tensor]:
-        beta = 1.0 if tempering is None else next(tempering)
-        return [next(flow.parameters()).new_tensor(beta), *log_joint.draw_subsample().values()]
+    def __init__(
+        self,
+        flow: Flow,
+        log_joint: LogJoint,
+        estimator: Estimator,
+        num_particles: int,
+        own_parameters: Iterable[Tensor] = (),
+        tempering: Tempering | None = None,
+    ) -> None:
+        super().__init__(flow, self._tempered, estimator, num_particles, own_parameters)
+        self._log_joint = log_joint
+        self._tempering = tempering
+        self._num_drawn = 0
 
-    def objective(z: Tensor, beta: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
-        subsample = dict(zip(names, rows, strict=True))
-        return estimator(flow(), lambda x: beta * log_joint(x, subsample), z)
+    def draw(self) -> list[Tensor]:
+        """Base draws, the inverse temperature, and rows of each subsampled plate."""
+        beta = 1.0 if self._tempering is None else self._tempering(self._num_drawn)
+        self._num_drawn += 1
+        return [
+            *super().draw(),
+            next(self.flow.parameters()).new_tensor(beta),
+            *self._log_joint.draw_subsample().values(),
+        ]
 
-    return Step(flow, objective, _record, num_particles, log_joint.compiler, draw, own_parameters)
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, which the temperature depends on."""
+        return {"num_drawn": self._num_drawn}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._num_drawn = state["num_drawn"]
 
-def _record(loss: Tensor, log_weights: Tensor) -> Mapping[str, Tensor]:
-    variance = log_weights.var() if len(log_weights) > 1 else log_weights.new_tensor(torch.nan)
-    return {"elbo": log_weights.mean(), "log_weight_variance": variance}
+    def _tempered(self, x: Tensor, beta: Tensor, *rows: Tensor) -> Tensor:
+        names = [plate.name for plate in self._log_joint.structure.subsampled]
+        return beta * self._log_joint(x, dict(zip(names, rows, strict=True)))

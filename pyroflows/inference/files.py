@@ -18,7 +18,7 @@ from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.starts import Starts
 from pyroflows.models.structure import Model, in_dtype, model_parameters
-from pyroflows.training.loop import History
+from pyroflows.training.history import History
 
 FORMAT = "pyroflows posterior 2"
 

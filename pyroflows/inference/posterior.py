@@ -34,7 +34,7 @@ from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static, require_flow, require_full_plates
 from pyroflows.models.structure import Model, describe, in_dtype, model_parameters
 from pyroflows.randomness import seeded
-from pyroflows.training.loop import History
+from pyroflows.training.history import History
 
 if TYPE_CHECKING:
     import pandas as pd

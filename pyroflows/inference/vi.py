@@ -18,7 +18,7 @@ from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
-from pyroflows.inference.elbo import Tempering, elbo_step
+from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.pathfinder import Gaussian
 from pyroflows.inference.posterior import Posterior
@@ -29,7 +29,8 @@ from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static
 from pyroflows.models.structure import InitFn, Model, describe, in_dtype, model_parameters
 from pyroflows.randomness import seeded
-from pyroflows.training.loop import History, OptimizerLike, train
+from pyroflows.training.history import History
+from pyroflows.training.loop import OptimizerLike, Trainer
 from pyroflows.training.schedules import Plateau
 
 NUM_PARTICLES = 128
@@ -40,6 +41,8 @@ NUM_STARTS = 8
 # Above so many latents the search from a start takes seconds.
 MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
 NUM_EVIDENCE_DRAWS = 4000
+# Of a fit that takes as many steps as it takes.
+NUM_TEMPERED_STEPS = 500
 # Runs of the model at other values, to see whether its sites are the same.
 NUM_LOOKS = 16
 MAX_SECONDS_OF_LOOKS = 0.5
@@ -233,13 +236,15 @@ class FlowVI:
 
     def _train(self, guide: AutoFlow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
         assert guide.flow is not None
-        temper = None if self.temper is None else Tempering(self.temper, self.num_steps)
-        step = elbo_step(guide.flow, log_joint, self.estimator, self.num_particles, own, temper)
-        schedule = Plateau("elbo", self.num_steps, _is_settled, hold=temper.num_steps if temper else 0)
+        num_tempered = NUM_TEMPERED_STEPS if self.num_steps is None else self.num_steps // 3
+        tempering = None if self.temper is None else Tempering(self.temper, num_tempered)
+        objective = ModelELBO(guide.flow, log_joint, self.estimator, self.num_particles, own, tempering)
+        schedule = Plateau("elbo", self.num_steps, _is_settled, hold=tempering.num_steps if tempering else 0)
         try:
-            return train(step, step.parameters, schedule, optimizer=self.optimizer, progress_bar=self.progress_bar)
+            return Trainer(
+                objective, schedule, self.optimizer, compile=log_joint.compiler, progress_bar=self.progress_bar
+            ).run()
         finally:
-            step.release()
             guide.own_values_count = True
 
 

@@ -1,1 +1,6 @@
-"""How everything here is trained: data, one step, one loop, schedules."""
+"""How everything here is trained: an objective, its compiled step, one trainer, schedules."""
+
+from pyroflows.training.loop import Trainer, train
+from pyroflows.training.objective import Objective
+
+__all__ = ["Objective", "Trainer", "train"]

@@ -1,6 +1,6 @@
 """Data of a fit: rows of numbers, checked, in the dtype and on the device of a flow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -106,10 +106,39 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     return training, held_out
 
 
-def shuffled_batches(index: Tensor, size: int) -> Iterator[Tensor]:
-    """Batches of an index for ever, shuffled anew each epoch; an incomplete last one is left out."""
-    while True:
-        yield from (batch for batch in _shuffled(index).split(size) if len(batch) == size)
+class ShuffledBatches(Iterator[Tensor]):
+    """Batches of an index for ever, shuffled anew each epoch; an incomplete last one is left out.
+
+    Args:
+        index: rows of the data, ``(n,)``.
+        size: rows of a batch, n at most.
+
+    Example:
+        >>> batches = ShuffledBatches(torch.arange(5), 2)
+        >>> len(set(torch.cat([next(batches), next(batches)]).tolist()))
+        4
+    """
+
+    def __init__(self, index: Tensor, size: int) -> None:
+        self._index = index
+        self._size = size
+        self._order = index[:0]
+        self._place = 0
+
+    def __next__(self) -> Tensor:
+        if self._place + self._size > len(self._order):
+            self._order, self._place = _shuffled(self._index), 0
+        batch = self._order[self._place : self._place + self._size]
+        self._place += self._size
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The order of the epoch, and the place in it."""
+        return {"order": self._order, "place": self._place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._order, self._place = state["order"].to(self._index), state["place"]
 
 
 def _shuffled(index: Tensor) -> Tensor:
@@ -197,12 +226,13 @@ def _tensor(name: str, values: Any, flow: Flow) -> Tensor:
 
 
 def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
-    """Raise where a value is not strictly inside a support, which is where the bijection onto it is finite."""
+    """Raise where a value is not in a support, or is on its boundary, where the bijection onto it is not finite."""
     for constraint, columns in _parts(support, slice(0, x.shape[-1])):
         values = x[..., columns]
         is_inside = constraint.check(values)
         is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
-        for bound in ("lower_bound", "upper_bound"):
+        # A discrete support has no bijection onto it, and its bounds belong to it.
+        for bound in () if constraint.is_discrete else ("lower_bound", "upper_bound"):
             is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
         is_bad = torch.zeros_like(x, dtype=torch.bool)
         is_bad[..., columns] = ~is_inside

@@ -1,168 +1,221 @@
-"""One training loop: optimiser, gradient clipping, guard, progress, history.
+"""One training loop: optimiser, gradient clipping, guard, progress, history."""
 
-It knows a step function and no objective, and follows a schedule.
-"""
-
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
 
-import numpy as np
+import pyro
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, OptionError
+from pyroflows.randomness import random_state, seeded, set_random_state
+from pyroflows.training.history import History
+from pyroflows.training.objective import Objective
+from pyroflows.training.schedules import WINDOW, Plateau, Schedule
+from pyroflows.training.snapshot import Snapshot
+from pyroflows.training.step import Step
 
-# Fills the gradients and returns what to record, each a scalar.
-Step = Callable[[], Mapping[str, Tensor]]
 OptimizerLike: TypeAlias = Callable[[Iterable[Tensor]], Optimizer] | PyroOptim
 
 LEARNING_RATE = 1e-2
 WARM_UP = 20
-WINDOW = 50
 MAX_NORM = 10.0
 MAX_BAD_STEPS = 25
 
 
-class History(Mapping[str, np.ndarray]):
-    """What a fit recorded, by name, one number a step or epoch; also ``grad_norm`` and ``learning_rate``.
+class Trainer:
+    r"""Minimises an objective for as long as a schedule says.
+
+    The learning rate rises linearly over 20 steps and is then the schedule's; gradients are clipped to a norm of 10. A
+    step with a non-finite gradient or monitored figure is left out; after 25 of them in a row, or where the fit is
+    interrupted among them, the flow goes back to the last good state.
 
     Args:
-        records: numbers by name.
-        unit: what a number belongs to.
+        objective: what is minimised.
+        schedule: says how the learning rate falls and when the fit ends; one schedule serves one fit.
+        optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam.
+        learning_rate: that of Adam, where no optimizer is given.
+        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a compiler that is there.
+        combine_gradients: changes the gradients, a list of tensors, in place, after they were computed and before they
+            are clipped: the seam for several processes, each with a part of a batch, which average here.
+        progress_bar: whether to show one.
+
+    Attributes:
+        history: the figures of all steps so far.
+
+    Raises:
+        OptionError: if the optimizer is none, the objective has no parameters, or the mode is unknown.
+        UntraceableError: if a step cannot be compiled as was asked.
 
     Example:
-        >>> history = History({"elbo": [-3.0, -2.0]})
-        >>> history["elbo"]
-        array([-3., -2.])
-        >>> history
-        History(2 steps: elbo)
+        >>> objective = pf.fitting.ReverseKL(pf.flows.Planar(2), lambda x: -(x**2).sum(-1))
+        >>> trainer = pf.Trainer(objective, Plateau("elbo", 50), progress_bar=False)
+        >>> trainer.run()
+        History(50 steps: elbo, log_weight_variance, grad_norm, learning_rate)
     """
 
-    def __init__(self, records: Mapping[str, Sequence[float]] | None = None, unit: str = "step") -> None:
-        self._unit = unit
-        self._records: dict[str, list[float]] = {name: list(values) for name, values in (records or {}).items()}
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        optimizer: OptimizerLike | None = None,
+        learning_rate: float = LEARNING_RATE,
+        compile: str | Compiler = "auto",
+        combine_gradients: Callable[[list[Tensor]], None] | None = None,
+        progress_bar: bool = True,
+    ) -> None:
+        self.history = History()
+        self._objective = objective
+        self._schedule = schedule
+        self._step = Step(objective, compile if isinstance(compile, Compiler) else Compiler(compile))
+        self._optimizer = _made(
+            optimizer or partial(torch.optim.Adam, lr=learning_rate, fused=True), self._step.parameters
+        )
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._combine_gradients = combine_gradients
+        self._progress_bar = progress_bar
+        self._good = Snapshot([*self._step.parameters, *objective.flow.buffers()])
+        self._num_bad = 0
 
-    def append(self, **values: float) -> None:
-        for name, value in values.items():
-            self._records.setdefault(name, []).append(value)
+    def run(self) -> History:
+        """Train until the schedule ends; from where a state was loaded, if one was.
 
-    def recent(self, name: str, count: int) -> np.ndarray:
-        """The last ``count`` numbers, without those that are not finite."""
-        values = np.asarray(self._records[name][-count:])
-        return values[np.isfinite(values)]
+        Raises:
+            DivergedError: if steps stay non-finite; the flow is in the last good state then.
+        """
+        shown = tqdm(
+            total=self._schedule.num_steps,
+            initial=self.history.num_steps,
+            disable=not self._progress_bar,
+            unit="step",
+        )
+        # The guard sees what is not finite; the checks of distributions would raise there, and cost time in each step.
+        with shown, pyro.validation_enabled(False), self._step.flattened():
+            try:
+                while (factor := self._schedule.factor(self.history.num_steps)) is not None:
+                    self._take_step(factor)
+                    self._schedule.look(self.history)
+                    shown.update()
+                    shown.set_postfix(self._schedule.status(self.history), refresh=False)
+            except BaseException:
+                if self._num_bad:
+                    self._good.put_back()
+                raise
+        return self.history
 
-    def last(self, name: str) -> float:
-        return self._records[name][-1]
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that decides how training goes on: values, optimiser, schedule, guard, random numbers."""
+        flow = self._objective.flow
+        return {
+            "flow": {name: value.clone() for name, value in flow.state_dict().items()},
+            "own_parameters": [parameter.detach().clone() for parameter in self._objective.own_parameters],
+            "objective": copy.deepcopy(self._objective.state_dict()),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "schedule": copy.deepcopy(self._schedule.state_dict()),
+            "last_good": list(self._good.values),
+            "num_bad": self._num_bad,
+            "history": self.history.as_lists(),
+            "random_state": random_state(),
+        }
 
-    @property
-    def num_steps(self) -> int:
-        return len(next(iter(self._records.values()), []))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of a trainer of such an objective and schedule; :meth:`run` goes on from there.
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._records[name], dtype=float)
+        Torch's generators go on from that state too, those of the whole process.
+        """
+        self._objective.flow.load_state_dict(state["flow"])
+        with torch.no_grad():
+            for parameter, value in zip(self._objective.own_parameters, state["own_parameters"], strict=True):
+                parameter.copy_(value)
+        self._objective.load_state_dict(copy.deepcopy(state["objective"]))
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._schedule.load_state_dict(copy.deepcopy(state["schedule"]))
+        self._good.load(state["last_good"])
+        self._num_bad = state["num_bad"]
+        self.history = History(state["history"])
+        set_random_state(state["random_state"])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
+    def _take_step(self, factor: float) -> None:
+        factor *= min(1.0, (self.history.num_steps + 1) / WARM_UP)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self._objective.before_step()
+        figures = self._step()
+        if self._combine_gradients is not None:
+            self._combine_gradients([p.grad for p in self._step.parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self._step.parameters, MAX_NORM).item()
+        is_good = math.isfinite(norm) and math.isfinite(self._monitored(figures))
+        self._num_bad = 0 if is_good else self._num_bad + 1
+        self.history.append(**figures, grad_norm=norm, learning_rate=self._rates[0] * factor)
+        if is_good:
+            # The state before the step is the one that has just shown a finite objective.
+            if self.history.num_steps % WINDOW == 0:
+                self._good.take()
+            self._optimizer.step()
+        if self._num_bad == MAX_BAD_STEPS:
+            raise DivergedError(
+                f"{MAX_BAD_STEPS} steps in a row, up to step {self.history.num_steps}, had a non-finite "
+                f"{self._objective.monitor} or gradient; the parameters are back in the last good state. Try a smaller "
+                "learning rate, other initial values (init_loc_fn of a guide), or float64"
+            )
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __repr__(self) -> str:
-        return f"History({self.num_steps} {self._unit}s: {', '.join(self)})"
-
-
-class Schedule(Protocol):
-    """When the learning rate falls and when a fit ends; one object serves one fit."""
-
-    @property
-    def monitor(self) -> str:
-        """The recorded number that a fit is about."""
-
-    @property
-    def num_steps(self) -> int | None:
-        """Of the whole fit, where it is known from the start."""
-
-    def factor(self, step: int) -> float | None:
-        """Of the learning rate at a step; None when it is time to stop."""
-
-    def look(self, history: History) -> None:
-        """At what was recorded, after each step."""
-
-    def status(self, history: History) -> dict[str, str]:
-        """What the progress bar shows."""
+    def _monitored(self, figures: Mapping[str, float]) -> float:
+        monitor = self._objective.monitor
+        if monitor not in figures:
+            raise OptionError(
+                f"{type(self._objective).__name__} monitors {monitor!r}, but its loss records {sorted(figures)}: "
+                f"record {monitor!r}, or set monitor to one of these or to 'loss'"
+            )
+        return figures[monitor]
 
 
 def train(
-    step: Step,
-    parameters: Iterable[Tensor],
-    schedule: Schedule,
+    objective: Objective,
+    num_steps: int | None = None,
     *,
     optimizer: OptimizerLike | None = None,
+    compile: str = "auto",
+    seed: int | None = None,
     progress_bar: bool = True,
 ) -> History:
-    r"""Run ``step`` as long as the schedule says.
+    """Train the flow of an objective in place.
 
-    The learning rate rises linearly over 20 steps and is then the schedule's. A step with a non-finite loss or gradient
-    is left out; after 25 of them in a row the parameters go back to the last good state.
+    The learning rate is constant, and in the second half of the steps falls to zero along a cosine.
 
     Args:
-        step: fills the gradients of the parameters and returns numbers to record.
-        parameters: what is trained.
-        schedule: of the learning rate.
+        objective: what is minimised, a :class:`pyroflows.Objective`.
+        num_steps: number of steps; None for as many as it takes until the monitored figure has not got better for 300
+            steps by more than its noise, and half as many again.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
+        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`.
+        seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
         progress_bar: whether to show one.
 
     Raises:
-        DivergedError: if steps stay non-finite; parameters are in the last good state then.
-        OptionError: if the optimizer is none.
+        OptionError: for an option outside its range.
+        UntraceableError: if a step cannot be compiled as was asked.
+        DivergedError: if steps stay non-finite; the flow is in the last good state then.
+
+    Example:
+        >>> flow = pf.flows.Planar(2)
+        >>> pf.train(pf.fitting.ReverseKL(flow, lambda x: -(x**2).sum(-1)), num_steps=50, progress_bar=False)
+        History(50 steps: elbo, log_weight_variance, grad_norm, learning_rate)
     """
-    parameters = list(parameters)
-    optim = _optimizer(optimizer, parameters)
-    rates = [group["lr"] for group in optim.param_groups]
-    history = History()
-    good = copy_of(parameters)
-    num_bad = 0
-    with tqdm(total=schedule.num_steps, disable=not progress_bar, unit="step") as bar:
-        while (factor := schedule.factor(history.num_steps)) is not None:
-            factor *= min(1.0, (history.num_steps + 1) / WARM_UP)
-            for group, rate in zip(optim.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            optim.zero_grad()
-            try:
-                record = {name: value.item() for name, value in step().items()}
-            except KeyboardInterrupt:
-                if num_bad:
-                    restore(parameters, good)
-                raise
-            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM).item()
-            is_good = math.isfinite(norm) and math.isfinite(record[schedule.monitor])
-            num_bad = 0 if is_good else num_bad + 1
-            history.append(**record, grad_norm=norm, learning_rate=rates[0] * factor)
-            if is_good:
-                # The state before the step is the one that has just shown a finite objective.
-                if history.num_steps % WINDOW == 0:
-                    good = copy_of(parameters)
-                optim.step()
-            if num_bad == MAX_BAD_STEPS:
-                restore(parameters, good)
-                raise DivergedError(
-                    f"{MAX_BAD_STEPS} steps in a row, up to step {history.num_steps}, had a non-finite "
-                    f"{schedule.monitor} or gradient; the parameters are back in the last good state. Try a smaller "
-                    "learning rate, other initial values (init_loc_fn of a guide), or float64"
-                )
-            schedule.look(history)
-            bar.update()
-            bar.set_postfix(schedule.status(history), refresh=False)
-    return history
+    if not isinstance(objective, Objective):
+        raise OptionError(f"train needs a pyroflows.Objective, got {type(objective).__name__}")
+    schedule = Plateau(objective.monitor, num_steps, falls=objective.falls)
+    with seeded(seed):
+        return Trainer(objective, schedule, optimizer, compile=compile, progress_bar=progress_bar).run()
 
 
-def _optimizer(optimizer: OptimizerLike | None, parameters: list[Tensor]) -> Optimizer:
-    if optimizer is None:
-        return torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+def _made(optimizer: OptimizerLike, parameters: list[Tensor]) -> Optimizer:
     if isinstance(optimizer, PyroOptim):
         if isinstance(optimizer, PyroLRScheduler) or optimizer.pt_clip_args or callable(optimizer.pt_optim_args):
             raise OptionError(
@@ -179,15 +232,3 @@ def _optimizer(optimizer: OptimizerLike | None, parameters: list[Tensor]) -> Opt
     if not isinstance(made, Optimizer):
         raise OptionError(f"optimizer must map parameters to a torch optimizer, but returned {type(made).__name__}")
     return made
-
-
-def copy_of(state: Sequence[Tensor]) -> list[Tensor]:
-    """The values of tensors."""
-    return [tensor.detach().clone() for tensor in state]
-
-
-@torch.no_grad()
-def restore(state: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Put values back that :func:`copy_of` took."""
-    for tensor, value in zip(state, values, strict=True):
-        tensor.copy_(value)

@@ -1,104 +1,108 @@
-"""One step of reverse KL: a pure function of parameters, noise and what else a step draws, compiled."""
+"""One step of training: a pure function of parameters and what a step draws, compiled."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler, is_singular
-from pyroflows.flows import Flow
+from pyroflows.errors import OptionError
+from pyroflows.training.objective import Objective
 
-# Base draws z (S, *event shape), and what else was drawn -> a loss and log weights (S,) without gradients.
-Objective: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
-# A loss and log weights -> what to put on record.
-Record: TypeAlias = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+# Standard deviation of the noise on parameters where the compiled step is compared with the original.
+PARAMETER_NOISE = 0.03
 
 
 class Step:
-    """Fills the gradient of an objective of a flow's draws.
-
-    The parameters become views of one flat tensor, which is what an optimiser trains: the flow is up to date at any
-    time, and a step of the optimiser is one operation.
+    """Fills the gradients of an objective's parameters, and returns the figures of the step.
 
     Args:
-        flow: the flow q.
-        objective: of its base draws.
-        record: what a step puts on record.
-        num_particles: draws a step.
-        compiler: of the step.
-        draw: what a step draws besides, tensors of the same shapes each time.
-        own_parameters: of the objective, trained along.
+        objective: what is minimised.
+        compiler: makes a program of the step.
 
     Attributes:
-        parameters: what an optimiser trains.
+        parameters: what an optimiser trains. It is one flat tensor, so that a step of the optimiser is one operation,
+            unless dtypes or devices differ.
+
+    Raises:
+        OptionError: if the objective has no parameters.
+        UntraceableError: if the step cannot be compiled, and the compiler's mode is not "auto".
     """
 
-    def __init__(
-        self,
-        flow: Flow,
-        objective: Objective,
-        record: Record,
-        num_particles: int,
-        compiler: Compiler,
-        draw: Callable[[], Sequence[Tensor]] = tuple,
-        own_parameters: Iterable[Tensor] = (),
-    ) -> None:
-        self._flow = flow
+    def __init__(self, objective: Objective, compiler: Compiler) -> None:
         self._objective = objective
-        self._record = record
-        self._num_particles = num_particles
-        self._draw = draw
-        self._trained = [*(p for p in flow.parameters() if p.requires_grad), *own_parameters]
-        # The noise of a base that is trained depends on its parameters, and is drawn inside.
-        self._draws_inside = any(p.requires_grad for p in flow.base.parameters())
-        self.parameters = _flattened(self._trained)
+        self._trained = list(objective.parameters)
+        if not self._trained:
+            raise OptionError("there are no parameters to train")
+        self._is_flat = len({(p.dtype, p.device) for p in self._trained}) == 1
+        self.parameters = [_flat(self._trained)] if self._is_flat else self._trained
         self._views = [p.detach() for p in self._trained]
-        examples = self._inputs()
-        noise = [p + 0.03 * torch.randn_like(p) for p in self._views]
-        others = [*noise, *self._inputs()[len(noise) :]]
-        self._function = compiler(self._gradient, [*self._trained, *examples[len(noise) :]], others)
+        self._names: list[str] = []
+        self._function = self._gradient if compiler.mode == "none" else self._compiled(compiler)
 
-    def __call__(self) -> Mapping[str, Tensor]:
+    def __call__(self) -> dict[str, float]:
         try:
-            gradients, loss, log_weights = self._function(*self._inputs())
+            gradient, figures = self._function(*self._views, *self._objective.draw())
         except RuntimeError as error:
             if not is_singular(error):
                 raise
-            # A step to leave out.
-            gradients = self._views[0].new_full((sum(p.numel() for p in self._trained),), torch.nan)
-            log_weights = gradients.new_full((self._num_particles,), torch.nan)
-            loss = log_weights[0]
-        start = 0
-        for parameter in self.parameters:
-            parameter.grad = gradients[start : start + parameter.numel()].view_as(parameter).to(parameter)
-            start += parameter.numel()
-        return self._record(loss, log_weights)
+            return self._left_out()
+        parts = gradient.split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter)
+        return dict(zip(self._names, figures.tolist(), strict=True))
 
-    def release(self) -> None:
-        """Give each parameter memory of its own again."""
-        for parameter in self._trained:
-            parameter.data = parameter.data.clone()
+    @contextmanager
+    def flattened(self) -> Iterator[None]:
+        """Inside, the objective's parameters are views of the flat tensor: they follow it, and it follows them.
 
-    def _inputs(self) -> list[Tensor]:
-        noise = [] if self._draws_inside else [self._flow.base().sample((self._num_particles,))]
-        return [*self._views, *noise, *self._draw()]
+        Afterwards each parameter has memory of its own again.
+        """
+        try:
+            if self._is_flat:
+                self._share(self.parameters[0].detach().split([p.numel() for p in self._trained]))
+            yield
+        finally:
+            if self._is_flat:
+                self._share([torch.empty_like(p) for p in self._trained])
+            for parameter in self.parameters:
+                parameter.grad = None
 
-    def _gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rest = list(inputs[len(self._trained) :])
+    def _share(self, memory: Sequence[Tensor]) -> None:
+        """Move the parameters into memory of as many elements."""
+        for parameter, part in zip(self._trained, memory, strict=True):
+            view = part.view_as(parameter)
+            parameter.data = view.copy_(parameter.detach())
+        self._views = [p.detach() for p in self._trained]
+
+    def _gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient, flat, and the figures, a number each, from parameters and what was drawn."""
         with torch.enable_grad():
-            z = self._flow.base().rsample((self._num_particles,)) if self._draws_inside else rest.pop(0)
-            loss, log_weights = self._objective(z, *rest)
+            loss, figures = self._objective.loss(*inputs[len(self._trained) :])
             gradients = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
-        return torch.cat([gradient.reshape(-1) for gradient in gradients]), loss.detach(), log_weights
+        if self._objective.monitor == "loss":
+            figures = {"loss": loss, **figures}
+        self._names = list(figures)
+        return torch.cat([g.reshape(-1) for g in gradients]), torch.stack([f.detach() for f in figures.values()])
+
+    def _compiled(self, compiler: Compiler) -> Callable[..., Sequence[Tensor]]:
+        # Neither the place in the data nor the random numbers of a fit depend on whether it is compiled.
+        place = self._objective.state_dict()
+        with torch.random.fork_rng():
+            examples = [*self._trained, *self._objective.draw()]
+            noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
+            others = [*noisy, *self._objective.draw()]
+        self._objective.load_state_dict(place)
+        return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
+
+    def _left_out(self) -> dict[str, float]:
+        """A step without a gradient, for the guard to leave out."""
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, math.nan)
+        return dict.fromkeys(self._names or [self._objective.monitor], math.nan)
 
 
-def _flattened(parameters: list[Tensor]) -> list[Tensor]:
-    """One leaf tensor whose memory the parameters share, or the parameters where they differ in dtype or device."""
-    if len({(p.dtype, p.device) for p in parameters}) > 1:
-        return parameters
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters]).requires_grad_()
-    parts = flat.detach().split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.data = part.view_as(parameter)
-    return [flat]
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).requires_grad_()

@@ -117,9 +117,9 @@ def test_regression_vanishes_for_a_student_that_is_the_teacher():
     teacher = disturbed(MAF(4, 3, (16,)).double())
     stages = draw_stages(teacher, 50, None)
     torch.testing.assert_close(stages[-1], teacher.transform(stages[0]))
-    found = Regression(teacher, teacher, stages, None)
-    (index,) = found.draw_index(20)
-    assert index.max() < 50
+    found = Regression(teacher, teacher, stages, None, 20)
+    (index,) = found.draw()
+    assert index.shape == (20,) and index.max() < 50
     assert found.end_to_end(index).abs().max() < 1e-12
     assert found.layer_by_layer(index).abs().max() < 1e-12
 
@@ -129,7 +129,7 @@ def test_regression_counts_errors_in_standard_deviations():
     student = affine(2, [4.0, -1.0], [0.0, 1.0])
     torch.manual_seed(0)
     stages = draw_stages(teacher, 1000, None)
-    errors = Regression(student, teacher, stages, None).end_to_end(torch.arange(5))
+    errors = Regression(student, teacher, stages, None, 20).end_to_end(torch.arange(5))
     low, high = stages[-1][:, 0].sort().values[[int(0.16 * 999), int(0.84 * 999)]]
     scaled = 3.0 / ((high - low) / 2)
     torch.testing.assert_close(errors, (2 * (torch.sqrt(1 + scaled**2) - 1)).expand(5))
@@ -140,15 +140,15 @@ def test_layers_are_followed_one_by_one_where_their_orders_agree():
     stages = draw_stages(teacher, 50, None)
     index = torch.arange(50)
     same, shorter = IAF(4, 3, (16,)), IAF(4, 2, (16,))
-    by_layer = Regression(same, teacher, stages, None)
+    by_layer = Regression(same, teacher, stages, None, 20)
     # At its start the student is the identity: each layer misses by what the teacher's layer does.
     expected = sum(_error(before, after) for before, after in pairwise(stages))
     torch.testing.assert_close(by_layer.layer_by_layer(index), expected)
-    end_to_end = Regression(shorter, teacher, stages, None)
+    end_to_end = Regression(shorter, teacher, stages, None, 20)
     torch.testing.assert_close(end_to_end.layer_by_layer(index), _error(stages[0], stages[-1]))
     other_orders = Flow([Autoregressive(4, order=[1, 0, 3, 2]) for _ in range(3)])
     for student in (other_orders, RealNVP(4, 3)):
-        found = Regression(student, teacher, stages, None).layer_by_layer(index)
+        found = Regression(student, teacher, stages, None, 20).layer_by_layer(index)
         torch.testing.assert_close(found, _error(stages[0], stages[-1]))
 
 

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pyroflows import DataError, Flow, OptionError, ShapeError, flows
-from pyroflows.training.data import load, shuffled_batches, split
+from pyroflows.training.data import ShuffledBatches, load, split
 from pyroflows.transforms import Planar
 
 N, DIM, CONTEXT_DIM = 20, 3, 2
@@ -361,9 +361,22 @@ def test_columns_that_vary_only_where_the_weight_is_zero():
 
 def test_each_epoch_has_other_batches_of_all_rows_but_a_rest():
     index = torch.arange(100, 123)
-    batches = shuffled_batches(index, 5)
+    batches = ShuffledBatches(index, 5)
     epochs = [torch.stack([next(batches) for _ in range(4)]).flatten().tolist() for _ in range(50)]
     assert all(len(set(epoch)) == 20 and set(epoch) <= set(index.tolist()) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 50
     # Another rest each time, so that no row is always left out.
     assert set().union(*epochs) == set(index.tolist())
+
+
+@pytest.mark.parametrize("place", [0, 1, 3, 4, 6])
+def test_batches_go_on_from_a_place(place):
+    index = torch.arange(100, 123)
+    batches, others = ShuffledBatches(index, 5), ShuffledBatches(index, 5)
+    for _ in range(place):
+        next(batches)
+    others.load_state_dict(batches.state_dict())
+    random_state = torch.get_rng_state()
+    expected = [next(batches) for _ in range(9)]
+    torch.set_rng_state(random_state)
+    assert all(torch.equal(next(others), batch) for batch in expected)

@@ -1,4 +1,4 @@
-"""The training loop and its schedules, on steps that need no model."""
+"""The training loop and its schedules, on objectives that need no model."""
 
 import math
 from functools import partial
@@ -9,38 +9,67 @@ import pytest
 import torch
 
 from pyroflows import DivergedError, FlowError, OptionError
-from pyroflows.training.loop import LEARNING_RATE, MAX_BAD_STEPS, MAX_NORM, WARM_UP, WINDOW, History, train
-from pyroflows.training.schedules import EarlyStopping, Plateau
+from pyroflows.flows import Flow
+from pyroflows.training import Objective, Trainer
+from pyroflows.training.history import History
+from pyroflows.training.loop import LEARNING_RATE, MAX_BAD_STEPS, MAX_NORM, WARM_UP
+from pyroflows.training.schedules import WINDOW, EarlyStopping, Plateau
+from pyroflows.transforms import Permutation
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
 
 
-def quiet_train(step, parameters, optimizer=None, **options):
-    return train(step, parameters, Plateau("objective", **options), optimizer=optimizer, progress_bar=False)
+class Plain(Objective):
+    """An objective of one parameter, without a flow that counts."""
+
+    monitor, falls = "objective", False
+
+    def __init__(self, parameter):
+        super().__init__(Flow([Permutation([1, 0])]), [parameter])
+        self.parameter = parameter
+        self.num_steps = 0
+
+    def before_step(self):
+        self.num_steps += 1
 
 
-def parabola(parameter, target=TARGET, scale=1.0):
-    """A step towards ``target``; its objective is at most 0."""
+class Parabola(Plain):
+    """Towards ``TARGET``; the objective is at most 0."""
 
-    def step():
-        loss = scale * ((parameter - target) ** 2).sum()
-        loss.backward()
-        return {"objective": -loss.detach()}
+    noise_scale = 0.0
 
-    return step
+    def draw(self):
+        return [self.noise_scale * torch.randn(())]
+
+    def loss(self, noise):
+        loss = ((self.parameter - TARGET) ** 2).sum()
+        return loss, {"objective": noise - loss}
 
 
-def constant_step(parameter, objectives, gradients=None):
-    """Steps with given objectives and gradients, 1 where none is given; the last ones are repeated."""
-    count = iter(range(10**6))
+class Scripted(Plain):
+    """Steps with given objectives and gradients, 1 where none is given; the last ones are repeated.
 
-    def step():
-        i = next(count)
-        gradient = 1.0 if gradients is None else gradients[min(i, len(gradients) - 1)]
-        parameter.grad = torch.full_like(parameter, gradient)
-        return {"objective": torch.tensor(objectives[min(i, len(objectives) - 1)])}
+    Either may be a function of the parameter.
+    """
 
-    return step
+    def __init__(self, parameter, objectives, gradients=(1.0,)):
+        super().__init__(parameter)
+        self.objectives, self.gradients = objectives, gradients
+
+    def draw(self):
+        return [self.at_step(self.objectives), self.at_step(self.gradients)]
+
+    def at_step(self, script):
+        value = script(self) if callable(script) else script[min(self.num_steps, len(script)) - 1]
+        return torch.as_tensor(value, dtype=torch.float32)
+
+    def loss(self, objective, gradient):
+        return (gradient * self.parameter).sum(), {"objective": objective}
+
+
+def quiet_train(objective, optimizer=None, **options):
+    schedule = Plateau("objective", **options)
+    return Trainer(objective, schedule, optimizer, compile="none", progress_bar=False).run()
 
 
 def zeros(size=3):
@@ -56,35 +85,18 @@ def sgd(rate=0.1):
 
 def test_reaches_the_optimum():
     parameter = zeros()
-    quiet_train(parabola(parameter), [parameter], num_steps=1500)
+    quiet_train(Parabola(parameter), num_steps=1500)
     # Adam's last steps, of a rate that falls to zero, leave less than the smallest full step.
     assert (parameter - TARGET).abs().max() < 1e-3
 
 
 def test_without_num_steps_reaches_the_optimum_and_stops():
     """The objective is noisy, as every ELBO is; without noise each window is progress."""
-    parameter = zeros()
-    clean = parabola(parameter)
-
-    def step():
-        return {"objective": clean()["objective"] + 0.1 * torch.randn(())}
-
-    history = quiet_train(step, [parameter])
-    assert (parameter - TARGET).abs().max() < 1e-3
+    objective = Parabola(zeros())
+    objective.noise_scale = 0.1
+    history = quiet_train(objective)
+    assert (objective.parameter - TARGET).abs().max() < 1e-3
     assert history.num_steps < 3000
-
-
-def test_parameters_may_be_a_generator():
-    module = torch.nn.Linear(1, 1)
-    before = module.weight.detach().clone()
-
-    def step():
-        loss = module(torch.ones(1)).square().sum()
-        loss.backward()
-        return {"objective": -loss.detach()}
-
-    quiet_train(step, module.parameters(), num_steps=100)
-    assert not torch.equal(module.weight, before)
 
 
 # The schedule
@@ -93,14 +105,14 @@ def test_parameters_may_be_a_generator():
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 49, 50, 51, 400])
 def test_num_steps_is_exact(num_steps):
     parameter = zeros()
-    history = quiet_train(parabola(parameter), [parameter], num_steps=num_steps)
+    history = quiet_train(Parabola(parameter), num_steps=num_steps)
     assert history.num_steps == num_steps
     assert {len(values) for values in history.values()} == {num_steps}
 
 
 def test_learning_rate_warms_up_stays_and_decays_to_zero():
     parameter = zeros()
-    rates = quiet_train(parabola(parameter), [parameter], num_steps=400)["learning_rate"]
+    rates = quiet_train(Parabola(parameter), num_steps=400)["learning_rate"]
     assert rates[:WARM_UP] == pytest.approx(LEARNING_RATE * np.arange(1, WARM_UP + 1) / WARM_UP)
     assert rates[WARM_UP:200] == pytest.approx(LEARNING_RATE)
     # The cosine from 1 at the middle to 0 one step after the last.
@@ -111,24 +123,27 @@ def test_learning_rate_warms_up_stays_and_decays_to_zero():
 
 def test_the_optimizer_uses_the_learning_rate_that_is_recorded():
     parameter = zeros(1)
-    history = quiet_train(constant_step(parameter, [0.0]), [parameter], num_steps=60, optimizer=sgd(0.3))
+    history = quiet_train(Scripted(parameter, [0.0]), num_steps=60, optimizer=sgd(0.3))
     assert history["learning_rate"].max() == pytest.approx(0.3)
     assert parameter.item() == pytest.approx(-history["learning_rate"].sum(), rel=1e-5)
 
 
 def test_groups_keep_the_ratio_of_their_learning_rates():
-    slow, fast = zeros(1), zeros(1)
+    slow, fast = zeros(1), zeros(1).double().detach().requires_grad_()
 
-    def step():
-        slow.grad, fast.grad = torch.ones(1), torch.ones(1)
-        return {"objective": torch.tensor(0.0)}
+    class Both(Plain):
+        def loss(self):
+            return slow.sum() + fast.sum(), {"objective": torch.tensor(0.0)}
 
     def optimizer(parameters):
-        first, second = parameters
+        first, second = parameters  # of two dtypes, and so not one flat tensor
         return torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": [second], "lr": 0.05}])
 
-    quiet_train(step, [slow, fast], num_steps=40, optimizer=optimizer)
+    objective = Both(slow)
+    objective.own_parameters.append(fast)
+    quiet_train(objective, num_steps=40, optimizer=optimizer)
     assert fast.item() / slow.item() == pytest.approx(5.0, rel=1e-5)
+    assert slow.grad is None and fast.grad is None
 
 
 def num_constant(history):
@@ -141,9 +156,7 @@ def num_constant(history):
 def test_decay_begins_where_settled_says_so(start, num_decay):
     """It takes half the steps so far, at least 200."""
     parameter = zeros()
-    history = quiet_train(
-        parabola(parameter), [parameter], settled=lambda history: history.num_steps >= start, optimizer=sgd(1e-6)
-    )
+    history = quiet_train(Parabola(parameter), settled=lambda history: history.num_steps >= start, optimizer=sgd(1e-6))
     assert num_constant(history) == start
     assert history.num_steps == start + num_decay
     assert history["learning_rate"][-1] < 1e-4 * history["learning_rate"].max()
@@ -153,7 +166,7 @@ def test_decay_begins_at_a_plateau():
     """Best in the first window, then six windows without progress."""
     parameter = zeros(1)
     noise = torch.randn(10_000).tolist()
-    history = quiet_train(constant_step(parameter, [-100.0] * WINDOW + noise), [parameter])
+    history = quiet_train(Scripted(parameter, [-100.0] * WINDOW + noise))
     # Noise may pass for progress once or twice: two standard errors.
     assert 8 * WINDOW <= num_constant(history) <= 30 * WINDOW
 
@@ -161,20 +174,20 @@ def test_decay_begins_at_a_plateau():
 def test_no_decay_while_the_objective_grows():
     parameter = zeros(1)
     climb = [0.01 * i for i in range(2000)] + [20.0] * 8000
-    history = quiet_train(constant_step(parameter, climb), [parameter])
+    history = quiet_train(Scripted(parameter, climb))
     assert 2000 + 5 * WINDOW <= num_constant(history) <= 2000 + 7 * WINDOW
 
 
 def test_no_decay_while_a_number_that_should_fall_does():
     parameter = zeros(1)
     fall = [-0.01 * i for i in range(2000)] + [-20.0] * 8000
-    history = quiet_train(constant_step(parameter, fall), [parameter], falls=True)
+    history = quiet_train(Scripted(parameter, fall), falls=True)
     assert 2000 + 5 * WINDOW <= num_constant(history) <= 2000 + 7 * WINDOW
 
 
 def test_settled_is_not_asked_when_the_number_of_steps_is_given():
     parameter = zeros()
-    history = quiet_train(parabola(parameter), [parameter], num_steps=300, settled=lambda history: True)
+    history = quiet_train(Parabola(parameter), num_steps=300, settled=lambda history: True)
     assert num_constant(history) == 150
 
 
@@ -183,7 +196,7 @@ def test_no_decay_is_begun_while_it_is_held(hold, begin):
     """Looks are taken every 50 steps, and count only after the hold."""
     parameter = zeros()
     settled = {"settled": lambda history: history.num_steps >= 100}
-    history = quiet_train(parabola(parameter), [parameter], hold=hold, optimizer=sgd(1e-6), **settled)
+    history = quiet_train(Parabola(parameter), hold=hold, optimizer=sgd(1e-6), **settled)
     assert num_constant(history) == begin
 
 
@@ -191,11 +204,24 @@ def test_what_is_seen_during_the_hold_is_no_best():
     """An objective that falls while it is held, as under a rising temperature, has not stalled."""
     parameter = zeros(1)
     fall = [-0.1 * i for i in range(500)] + [-100.0 + 0.01 * i for i in range(1500)] + [-85.0] * 2000
-    history = quiet_train(constant_step(parameter, fall), [parameter], hold=500)
+    history = quiet_train(Scripted(parameter, fall), hold=500)
     assert 2000 < num_constant(history) <= 2000 + 7 * WINDOW
 
 
 # Early stopping
+
+
+class Counting(Plain):
+    """Adds 1 to a tensor at each step, and keeps the values that it had before."""
+
+    def __init__(self, tensor):
+        super().__init__(zeros(1))
+        self.tensor, self.counts = tensor, []
+
+    def loss(self):
+        self.counts.append(int(self.tensor[0]))
+        self.tensor.add_(1)
+        return self.parameter.sum() * 0, {"objective": torch.tensor(float(len(self.counts)))}
 
 
 def counting_fit(scores, max_epochs, patience, steps_per_epoch=1):
@@ -203,19 +229,11 @@ def counting_fit(scores, max_epochs, patience, steps_per_epoch=1):
 
     Returns the schedule, the history of steps, and the tensor's value before each step and at the end.
     """
-    state, counts = torch.zeros(1), []
-    parameter = zeros(1)
-    remaining = iter(scores)
-
-    def step():
-        counts.append(int(state.item()))
-        state.add_(1)
-        parameter.grad = torch.zeros(1)
-        return {"objective": torch.tensor(float(len(counts)))}
-
-    schedule = EarlyStopping("objective", lambda: next(remaining), [state], steps_per_epoch, max_epochs, patience)
-    history = train(step, [parameter], schedule, progress_bar=False)
-    return schedule, history, [*counts, int(state.item())]
+    objective, remaining = Counting(torch.zeros(1)), iter(scores)
+    tensors = [objective.tensor]
+    schedule = EarlyStopping("objective", lambda: next(remaining), tensors, steps_per_epoch, max_epochs, patience)
+    history = Trainer(objective, schedule, compile="none", progress_bar=False).run()
+    return schedule, history, [*objective.counts, int(objective.tensor)]
 
 
 def test_a_growing_score_is_followed_to_the_last_epoch():
@@ -249,20 +267,16 @@ def test_a_decay_that_does_not_help_stops_early():
 
 
 def test_the_best_state_can_be_put_back():
-    parameter, buffer = zeros(1), torch.zeros(2, dtype=torch.long)
+    buffer = torch.zeros(2, dtype=torch.long)
+    objective = Counting(buffer)
+    objective.loss = lambda: (-objective.parameter.sum(), {"objective": buffer.add_(1)[0]})
     remaining = iter([0.0, 2.0, *[1.0] * 5])
-
-    def step():
-        buffer.add_(1)
-        parameter.grad = -torch.ones(1)
-        return {"objective": torch.tensor(0.0)}
-
-    schedule = EarlyStopping("objective", lambda: next(remaining), [parameter, buffer], 3, 6, 9)
-    rates = train(step, [parameter], schedule, optimizer=sgd(1.0), progress_bar=False)["learning_rate"]
+    schedule = EarlyStopping("objective", lambda: next(remaining), [objective.parameter, buffer], 3, 6, 9)
+    rates = Trainer(objective, schedule, sgd(1.0), compile="none", progress_bar=False).run()["learning_rate"]
     assert buffer.tolist() == [9, 9]  # the decay began at the best state, after epoch 4
     schedule.restore_best()
     assert buffer.tolist() == [3, 3]
-    assert parameter.item() == pytest.approx(rates[:3].sum())
+    assert objective.parameter.item() == pytest.approx(rates[:3].sum())
 
 
 def test_training_that_only_harms_ends_where_it_began():
@@ -307,7 +321,7 @@ def test_epochs_have_means_of_their_steps():
 def test_progress_bar_shows_both_curves(capfd):
     parameter = zeros(1)
     schedule = EarlyStopping("objective", lambda: -2.5, [parameter], steps_per_epoch=2, max_epochs=4, patience=9)
-    train(constant_step(parameter, [-1.25]), [parameter], schedule)
+    Trainer(Scripted(parameter, [-1.25]), schedule, compile="none").run()
     shown = capfd.readouterr().err
     assert "epoch=4, objective=-1.250, validation_objective=-2.500" in shown
 
@@ -317,9 +331,7 @@ def test_progress_bar_shows_both_curves(capfd):
 
 def test_large_gradients_are_clipped_to_a_norm():
     parameter = zeros(4)
-    history = quiet_train(
-        constant_step(parameter, [0.0], gradients=[1e6]), [parameter], num_steps=1, optimizer=sgd(1.0)
-    )
+    history = quiet_train(Scripted(parameter, [0.0], gradients=[1e6]), num_steps=1, optimizer=sgd(1.0))
     step = -parameter.detach() / history["learning_rate"][0]
     assert step.norm().item() == pytest.approx(MAX_NORM, rel=1e-4)
     assert history["grad_norm"] == pytest.approx([2e6])  # as it was
@@ -327,9 +339,7 @@ def test_large_gradients_are_clipped_to_a_norm():
 
 def test_small_gradients_are_left_alone():
     parameter = zeros(4)
-    history = quiet_train(
-        constant_step(parameter, [0.0], gradients=[0.5]), [parameter], num_steps=1, optimizer=sgd(1.0)
-    )
+    history = quiet_train(Scripted(parameter, [0.0], gradients=[0.5]), num_steps=1, optimizer=sgd(1.0))
     assert (-parameter.detach() / history["learning_rate"][0]).tolist() == pytest.approx([0.5] * 4)
 
 
@@ -340,48 +350,49 @@ def test_small_gradients_are_left_alone():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_isolated_bad_step_changes_nothing_and_training_goes_on(where, value):
     seen = []
-    parameter = zeros(1)
     objectives, gradients = [0.0] * 100, [1.0] * 100
     (objectives if where == "objective" else gradients)[30] = value
-    inner = constant_step(parameter, objectives, gradients)
 
-    def step():
-        seen.append(parameter.item())
-        return inner()
+    class Seen(Scripted):
+        def before_step(self):
+            super().before_step()
+            seen.append(self.parameter.item())
 
-    history = quiet_train(step, [parameter], num_steps=100, optimizer=sgd())
-    seen.append(parameter.item())
+    objective = Seen(zeros(1), objectives, gradients)
+    history = quiet_train(objective, num_steps=100, optimizer=sgd())
+    seen.append(objective.parameter.item())
     assert np.flatnonzero(np.diff(seen) == 0).tolist() == [30]
     assert history.num_steps == 100
 
 
 def test_bad_steps_do_not_enter_the_optimizer_state():
     """With Adam one NaN would stay in the moments for ever."""
-    parameter = zeros()
-    clean = parabola(parameter)
-    count = iter(range(10**6))
 
-    def step():
-        record = clean()
-        if next(count) % 7 == 3:
-            parameter.grad.fill_(math.nan)
-        return record
+    class Spoiled(Parabola):
+        def draw(self):
+            return [torch.tensor(math.nan if self.num_steps % 7 == 3 else 0.0)]
 
-    quiet_train(step, [parameter], num_steps=2000)
-    assert (parameter - TARGET).abs().max() < 1e-3
+        def loss(self, noise):
+            loss, figures = super().loss(noise)
+            return loss + noise * self.parameter.sum(), figures
+
+    objective = Spoiled(zeros())
+    history = quiet_train(objective, num_steps=2000)
+    assert (objective.parameter - TARGET).abs().max() < 1e-3
+    assert np.isnan(history["grad_norm"]).sum() == 286
 
 
 def test_bad_steps_that_are_not_in_a_row_never_diverge():
     parameter = zeros(1)
     runs = ([math.nan] * (MAX_BAD_STEPS - 1) + [0.0]) * 20
-    history = quiet_train(constant_step(parameter, runs), [parameter], num_steps=len(runs), optimizer=sgd())
+    history = quiet_train(Scripted(parameter, runs), num_steps=len(runs), optimizer=sgd())
     assert history.num_steps == len(runs)
 
 
 def test_without_num_steps_bad_steps_do_not_break_the_search_for_a_plateau():
     parameter = zeros(1)
     objectives = [math.nan if i % 3 else 0.0 for i in range(3000)]
-    history = quiet_train(constant_step(parameter, objectives), [parameter], optimizer=sgd(1e-3))
+    history = quiet_train(Scripted(parameter, objectives), optimizer=sgd(1e-3))
     assert history.num_steps < 3000
 
 
@@ -391,7 +402,7 @@ def test_too_many_bad_steps_raise(where):
     good, bad = [0.0] * 70, [math.nan] * 100
     options = {"objectives": good + bad} if where == "objective" else {"objectives": [0.0], "gradients": [1.0, *bad]}
     with pytest.raises(DivergedError, match=rf"{MAX_BAD_STEPS} steps in a row") as caught:
-        quiet_train(constant_step(parameter, **options), [parameter], num_steps=500)
+        quiet_train(Scripted(parameter, **options), num_steps=500)
     assert isinstance(caught.value, FlowError)
     assert isinstance(caught.value, RuntimeError)
     assert f"up to step {(70 if where == 'objective' else 1) + MAX_BAD_STEPS}" in str(caught.value)
@@ -400,20 +411,16 @@ def test_too_many_bad_steps_raise(where):
 def test_after_divergence_parameters_are_finite():
     """Here the parameters themselves are driven off: the good state is from before."""
     parameter = zeros(1)
-
-    def step():
-        parameter.grad = -torch.ones(1)
-        return {"objective": torch.where(parameter < 60.0, parameter.detach(), torch.nan).sum()}
-
+    objective = Scripted(parameter, lambda self: self.parameter.item() if self.parameter < 60.0 else math.nan, [-1.0])
     with pytest.raises(DivergedError):
-        quiet_train(step, [parameter], num_steps=1000, optimizer=sgd(1.0))
+        quiet_train(objective, num_steps=1000, optimizer=sgd(1.0))
     assert 0 < parameter.item() < 60.0
 
 
 def test_after_divergence_at_the_start_parameters_are_as_they_were():
     parameter = torch.tensor([1.5], requires_grad=True)
     with pytest.raises(DivergedError):
-        quiet_train(constant_step(parameter, [math.nan]), [parameter])
+        quiet_train(Scripted(parameter, [math.nan]))
     assert parameter.item() == 1.5
 
 
@@ -421,15 +428,11 @@ def test_after_divergence_at_the_start_parameters_are_as_they_were():
 def test_the_restored_state_has_a_finite_objective(last_good):
     """Whichever step throws the parameters off, also the one at which a state is kept."""
     parameter = zeros(1)
-    count = iter(range(1, 10**6))
-
-    def step():
-        parameter.grad = torch.full((1,), -10.0 if next(count) == last_good else -1e-3)
-        return {"objective": torch.where(parameter < 5.0, 0.0, torch.nan).sum()}
-
+    gradients = [*[-1e-3] * (last_good - 1), -10.0, -1e-3]
+    objective = Scripted(parameter, lambda self: 0.0 if self.parameter < 5.0 else math.nan, gradients)
     with pytest.raises(DivergedError):
-        quiet_train(step, [parameter], num_steps=1000, optimizer=sgd(1.0))
-    assert torch.isfinite(step()["objective"])
+        quiet_train(objective, num_steps=1000, optimizer=sgd(1.0))
+    assert 0 <= parameter.item() < 5.0
 
 
 # Optimizers
@@ -449,7 +452,7 @@ def test_the_restored_state_has_a_finite_objective(last_good):
 )
 def test_optimizers_reach_the_optimum(optimizer):
     parameter = zeros()
-    quiet_train(parabola(parameter), [parameter], num_steps=1500, optimizer=optimizer)
+    quiet_train(Parabola(parameter), num_steps=1500, optimizer=optimizer)
     assert (parameter - TARGET).abs().max() < 2e-3
 
 
@@ -457,7 +460,7 @@ def test_a_pyro_optimizer_keeps_its_options():
     """Two steps with momentum: the second one is 1.5 times as long, for equal rates."""
     parameter = zeros(1)
     optimizer = pyro.optim.SGD({"lr": 0.1, "momentum": 0.5})
-    rates = quiet_train(constant_step(parameter, [0.0]), [parameter], num_steps=2, optimizer=optimizer)["learning_rate"]
+    rates = quiet_train(Scripted(parameter, [0.0]), num_steps=2, optimizer=optimizer)["learning_rate"]
     assert -parameter.item() == pytest.approx(rates[0] + 1.5 * rates[1], rel=1e-5)
 
 
@@ -465,7 +468,7 @@ def test_an_optimizer_is_not_changed_by_its_use():
     """One function or Pyro optimizer can serve several fits."""
     optimizer = pyro.optim.Adam({"lr": 0.02})
     rates = [
-        quiet_train(parabola(parameter), [parameter], num_steps=50, optimizer=optimizer)["learning_rate"]
+        quiet_train(Parabola(parameter), num_steps=50, optimizer=optimizer)["learning_rate"]
         for parameter in (zeros(), zeros())
     ]
     assert rates[0] == pytest.approx(rates[1])
@@ -484,7 +487,7 @@ def test_an_optimizer_is_not_changed_by_its_use():
 def test_wrong_optimizers_raise(optimizer, message):
     parameter = zeros()
     with pytest.raises(OptionError, match=message):
-        quiet_train(parabola(parameter), [parameter], num_steps=5, optimizer=optimizer)
+        quiet_train(Parabola(parameter), num_steps=5, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
@@ -499,7 +502,7 @@ def test_wrong_optimizers_raise(optimizer, message):
 def test_what_is_no_function_is_no_optimizer(make):
     parameter = zeros()
     with pytest.raises(OptionError, match="optimizer must"):
-        quiet_train(parabola(parameter), [parameter], num_steps=5, optimizer=make(parameter))
+        quiet_train(Parabola(parameter), num_steps=5, optimizer=make(parameter))
 
 
 @pytest.mark.parametrize(
@@ -514,13 +517,13 @@ def test_what_a_pyro_optimizer_does_besides_is_refused(optimizer):
     """A schedule or clipping of the user's that would be left out without a word."""
     parameter = zeros()
     with pytest.raises(OptionError, match="schedule|clip"):
-        quiet_train(parabola(parameter), [parameter], num_steps=5, optimizer=optimizer)
+        quiet_train(Parabola(parameter), num_steps=5, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("num_steps", [0, -3])
 def test_num_steps_must_be_positive(num_steps):
     with pytest.raises(OptionError, match=f"num_steps must be positive, got {num_steps}"):
-        quiet_train(parabola(zeros()), [zeros()], num_steps=num_steps)
+        quiet_train(Parabola(zeros()), num_steps=num_steps)
 
 
 # Interruption
@@ -528,37 +531,36 @@ def test_num_steps_must_be_positive(num_steps):
 
 @pytest.mark.parametrize("when", ["before the gradient", "after the gradient"])
 def test_keyboard_interrupt_leaves_finite_parameters(when):
-    parameter = zeros()
-    clean = parabola(parameter)
-    count = iter(range(10**6))
+    class Interrupted(Parabola):
+        def loss(self, noise):
+            if self.num_steps == 120 and when == "before the gradient":
+                raise KeyboardInterrupt
+            return super().loss(noise)
 
-    def step():
-        i = next(count)
-        if i == 120 and when == "before the gradient":
+    def interrupt(gradients):
+        if objective.num_steps == 120:
             raise KeyboardInterrupt
-        record = clean()
-        if i == 120:
-            raise KeyboardInterrupt
-        return record
 
+    objective = Interrupted(zeros())
+    schedule = Plateau("objective", 1000)
+    combine = interrupt if when == "after the gradient" else None
     with pytest.raises(KeyboardInterrupt):
-        quiet_train(step, [parameter], num_steps=1000)
-    assert torch.isfinite(parameter).all()
-    assert (parameter - TARGET).norm() < TARGET.norm()  # what was learned is kept
+        Trainer(objective, schedule, compile="none", combine_gradients=combine, progress_bar=False).run()
+    assert torch.isfinite(objective.parameter).all()
+    assert (objective.parameter - TARGET).norm() < TARGET.norm()  # what was learned is kept
 
 
 def test_keyboard_interrupt_among_bad_steps_leaves_a_good_state():
+    class Interrupted(Scripted):
+        def before_step(self):
+            super().before_step()
+            if self.num_steps == 66:
+                raise KeyboardInterrupt
+
     parameter = zeros(1)
-    count = iter(range(10**6))
-
-    def step():
-        if next(count) == 65:
-            raise KeyboardInterrupt
-        parameter.grad = -torch.ones(1)
-        return {"objective": torch.where(parameter < 40.0, 0.0, torch.nan).sum()}
-
+    objective = Interrupted(parameter, lambda self: 0.0 if self.parameter < 40.0 else math.nan, [-1.0])
     with pytest.raises(KeyboardInterrupt):
-        quiet_train(step, [parameter], num_steps=1000, optimizer=sgd(1.0))
+        quiet_train(objective, num_steps=1000, optimizer=sgd(1.0))
     assert 0 < parameter.item() < 40.0
 
 
@@ -566,21 +568,25 @@ def test_keyboard_interrupt_among_bad_steps_leaves_a_good_state():
 
 
 def test_history_has_what_the_step_recorded():
-    parameter = zeros(1)
-    count = iter(range(100))
+    class Two(Scripted):
+        def loss(self, objective, gradient):
+            loss, figures = super().loss(objective, gradient)
+            return loss, {**figures, "other": 2 * objective}
 
-    def step():
-        i = next(count)
-        parameter.grad = torch.tensor([3.0])
-        return {"objective": torch.tensor(float(i)), "other": torch.tensor(2.0 * i)}
-
-    history = quiet_train(step, [parameter], num_steps=10)
+    history = quiet_train(Two(zeros(1), range(10), [3.0]), num_steps=10)
     assert set(history) == {"objective", "other", "grad_norm", "learning_rate"}
     assert history["objective"].tolist() == list(range(10))
     assert history["other"].tolist() == list(range(0, 20, 2))
     assert history["grad_norm"].tolist() == [3.0] * 10
     assert all(values.dtype == np.float64 for values in history.values())
     assert repr(history) == "History(10 steps: objective, other, grad_norm, learning_rate)"
+
+
+def test_a_figure_that_comes_late_was_nan_before():
+    history = History({"a": [1.0, 2.0]})
+    history.append(a=3.0, b=4.0)
+    assert history["a"].tolist() == [1.0, 2.0, 3.0]
+    assert history["b"][:2].tolist() == pytest.approx([math.nan, math.nan], nan_ok=True) and history.last("b") == 4.0
 
 
 def test_history_is_a_mapping():
@@ -597,15 +603,13 @@ def test_history_is_a_mapping():
 
 
 def test_no_progress_bar_prints_nothing(capfd):
-    parameter = zeros()
-    train(parabola(parameter), [parameter], Plateau("objective", 20), progress_bar=False)
+    quiet_train(Parabola(zeros()), num_steps=20)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
 def test_progress_bar_shows_the_monitored_value(capfd):
-    parameter = zeros(1)
-    train(constant_step(parameter, [-12.34]), [parameter], Plateau("objective", 20))
+    Trainer(Scripted(zeros(1), [-12.34]), Plateau("objective", 20), compile="none").run()
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "objective=-12.34" in captured.err
@@ -615,11 +619,12 @@ def test_progress_bar_shows_the_monitored_value(capfd):
 def test_progress_bar_is_closed_by_an_error(capfd):
     """An open bar would go on printing over what comes next."""
 
-    def step():
-        raise RuntimeError("of the model")
+    class Broken(Plain):
+        def loss(self):
+            raise RuntimeError("of the model")
 
     with pytest.raises(RuntimeError, match="of the model"):
-        train(step, [zeros()], Plateau("objective", 20))
+        Trainer(Broken(zeros()), Plateau("objective", 20), compile="none").run()
     from tqdm.auto import tqdm
 
     assert not tqdm._instances

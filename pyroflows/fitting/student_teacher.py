@@ -14,7 +14,7 @@ from pyroflows.training.data import context_rows
 from pyroflows.transforms import Autoregressive, Inverse
 
 
-class Pair:
+class StudentAndTeacher:
     """A student and a teacher, compared at rows of contexts.
 
     Args:
@@ -49,13 +49,6 @@ class Pair:
         """The laws of student and teacher."""
         context = [] if self.contexts is None else [self.contexts[rows[0]]]
         return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
-
-    @torch.no_grad()
-    def log_weights(self, count: int) -> Tensor:
-        """Of fresh draws of the student, ``(count,)``."""
-        q, p = self.at(*self.draw_rows(count))
-        x, log_q = q.transport(self.student.base().sample((count,)))
-        return p.log_prob(x) - log_q
 
     def check_scores(self, count: int) -> None:
         """Raise if the teacher does not score draws of the student, or tells nothing of how to move them.

@@ -1,0 +1,65 @@
+"""The figures that a fit records."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+
+class History(Mapping[str, np.ndarray]):
+    """The figures that a fit recorded, by name, one number for each step or epoch.
+
+    Beside what the objective records there are ``grad_norm``, the norm of the gradient before clipping, and
+    ``learning_rate``.
+
+    Args:
+        records: numbers by name, all of one length.
+        unit: what a number belongs to, "step" or "epoch".
+
+    Example:
+        >>> history = History({"elbo": [-3.0, -2.0]})
+        >>> history["elbo"]
+        array([-3., -2.])
+        >>> history
+        History(2 steps: elbo)
+    """
+
+    def __init__(self, records: Mapping[str, Sequence[float]] | None = None, unit: str = "step") -> None:
+        self._unit = unit
+        self._records: dict[str, list[float]] = {name: list(values) for name, values in (records or {}).items()}
+
+    def append(self, **values: float) -> None:
+        """Record the figures of one more step; a figure that is new has been NaN so far."""
+        num_steps = self.num_steps
+        for name, value in values.items():
+            self._records.setdefault(name, [math.nan] * num_steps).append(value)
+
+    def recent(self, name: str, count: int) -> np.ndarray:
+        """The last ``count`` numbers of a figure, without those that are not finite."""
+        values = np.asarray(self._records[name][-count:])
+        return values[np.isfinite(values)]
+
+    def last(self, name: str) -> float:
+        """The last number of a figure."""
+        return self._records[name][-1]
+
+    def as_lists(self) -> dict[str, list[float]]:
+        """All numbers by name, in lists of their own, from which the history can be made again."""
+        return {name: list(values) for name, values in self._records.items()}
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps, or epochs, were recorded."""
+        return len(next(iter(self._records.values()), []))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self._records[name], dtype=float)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __repr__(self) -> str:
+        return f"History({self.num_steps} {self._unit}s: {', '.join(self)})"
