@@ -35,6 +35,28 @@ NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model'
 _PARAMETERS: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
+def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
+    r"""The flow of a guide: that of a recipe under a last affine layer, :math:`x = \mu + S\, t(z)`.
+
+    Args:
+        flow_fn: ``latent_dim -> flow``.
+        loc: :math:`\mu`, ``(latent_dim,)``, whose dtype and device are the flow's.
+        scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``.
+
+    Raises:
+        OptionError: if S is not lower triangular with a positive diagonal.
+        ShapeError: if ``flow_fn`` gives a flow of another dimension.
+    """
+    dim = len(loc)
+    flow = as_flow(flow_fn(dim), dim)
+    last: FlowTransform
+    if scale.dim() == 1:
+        last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
+    else:
+        last = Triangular(dim, loc=loc, scale_tril=scale)
+    return Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+
+
 class AutoFlow(AutoContinuous):
     r"""A guide whose law over all latents, packed into one unconstrained vector, is a flow.
 
@@ -180,16 +202,12 @@ class AutoFlow(AutoContinuous):
             yield self.prototype_trace.nodes[site.name], part.reshape(shape)
 
     def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
-        """A flow with a last layer of this location and scale, ``(dim,)`` or lower triangular."""
-        dim = len(loc)
-        scale = torch.full_like(loc, self._init_scale) if scale is None else scale
-        flow = as_flow(self.flow_fn(dim), dim)
-        last: FlowTransform
-        if scale.dim() == 1:
-            last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
-        else:
-            last = Triangular(dim, loc=loc, scale_tril=scale)
-        return Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+        return flow_near(self.flow_fn, loc, torch.full_like(loc, self._init_scale) if scale is None else scale)
+
+    def hold(self, flow: Flow, flow_fn: FlowFn) -> None:
+        """Take over a flow that was fitted elsewhere and what made it; its last layer is one of :func:`flow_near`."""
+        self.flow, self.flow_fn = flow, flow_fn
+        self.own_values_count = True
 
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
         r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.

@@ -31,7 +31,7 @@ EXACT_VARIANCE, POOR_VARIANCE = 0.01, 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussian:
+class GaussianApproximation:
     r""":math:`N(\mathrm{loc}, L L^\top)` beside a log density.
 
     Args:
@@ -57,7 +57,7 @@ class Gaussian:
 
 def pathfinder(
     value_and_grad: ValueAndGrad, starts: Tensor, *, num_rows: int = 64, max_iterations: int = 150
-) -> list[Gaussian]:
+) -> list[GaussianApproximation]:
     r"""The Gaussian :math:`q = N(m, J J^\top)` of the largest ELBO that is reached from each start.
 
     From all starts at once, BFGS climbs the log density p, keeping a square root J of the inverse Hessian. Of the
@@ -334,10 +334,10 @@ def _containing(vector: Tensor, found: list[_Approximation]) -> _Approximation |
     return None
 
 
-def _as_gaussian(q: _Approximation, like: Tensor) -> Gaussian:
+def _as_gaussian(q: _Approximation, like: Tensor) -> GaussianApproximation:
     # J^T = Q R gives J J^T = R^T R without squaring the condition number.
     upper = torch.linalg.qr(q.root.mT).R
-    return Gaussian(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo)
+    return GaussianApproximation(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo)
 
 
 def _antithetic(num_draws: int, like: Tensor) -> Tensor:

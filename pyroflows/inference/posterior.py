@@ -1,7 +1,6 @@
 """What a fit returns: a posterior that samples, scores, corrects and judges itself."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,10 @@ from pyroflows.fitting import DensityFit, Distillation
 from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
-from pyroflows.inference import diagnosis, files, refit
+from pyroflows.inference import files, refit
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
+from pyroflows.inference.candidates import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws, diagnosed
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.export import arviz_data
 from pyroflows.inference.mcmc import Chains
@@ -40,15 +40,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class Diagnostics:
-    """The draws from which a posterior's own figures come."""
-
-    latents: Tensor
-    raw_log_weights: Tensor
-    weights: Weights
-
-
 class Posterior:
     """A flow as the posterior of a Pyro model.
 
@@ -62,6 +53,7 @@ class Posterior:
         num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
         compile: as for :class:`FlowVI`; of the log joint on which chains move.
         log_joint: of the model with these arguments, where a fit has made one; None to make it.
+        draws: the draws behind its own figures, where a fit has made them; None to make them.
 
     Attributes:
         refitted: what fitted the guide, where :meth:`distill` or :meth:`fit_proposal` did: with its KL divergence or
@@ -87,9 +79,10 @@ class Posterior:
         kwargs: Any,
         history: History,
         starts: Starts | None = None,
-        num_diagnostic_samples: int = 10_000,
+        num_diagnostic_samples: int = NUM_DIAGNOSTIC_SAMPLES,
         compile: str = "auto",
         log_joint: LogJoint | None = None,
+        draws: DiagnosticDraws | None = None,
     ) -> None:
         if guide.layout is None or guide.flow is None:
             raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
@@ -116,6 +109,8 @@ class Posterior:
             self.log_joint = log_joint
             self.layout = log_joint.layout
         self.structure = self.layout.structure
+        if draws is not None:
+            self._diagnostics = draws
 
     @property
     def is_gaussian(self) -> bool:
@@ -300,12 +295,9 @@ class Posterior:
         return posterior_predictive(batched, values, num_samples)
 
     @cached_property
-    def _diagnostics(self) -> Diagnostics:
+    def _diagnostics(self) -> DiagnosticDraws:
         self._require_full_plates()
-        with seeded(0):
-            latents, log_q = self._latents(self.num_diagnostic_samples)
-            raw = self.log_joint.in_chunks(latents) - log_q
-        return Diagnostics(latents, raw, Weights.smoothed(raw))
+        return DiagnosticDraws.drawn(self._flow, self.log_joint, self.num_diagnostic_samples)
 
     @property
     def elbo(self) -> float:
@@ -339,10 +331,7 @@ class Posterior:
 
     def diagnose(self) -> Diagnosis:
         """The verdict, and why."""
-        found = self._diagnostics
-        modes = None if self.starts is None else str(self.starts)
-        others = 0 if self.starts is None else len(self.starts.modes) - len(self._flow.components)
-        return diagnosis.diagnose(found.raw_log_weights, found.weights, found.latents, self.history, modes, others)
+        return diagnosed(self._diagnostics, self._flow, self.history, self.starts)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
         """Mean, sd and quantiles of every component, straight from the flow, as a pandas table.

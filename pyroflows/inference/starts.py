@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroflows.compiling.check import is_singular
 from pyroflows.errors import ModelError
 from pyroflows.inference.diagnosis import Diagnosis
-from pyroflows.inference.pathfinder import Gaussian, pathfinder
+from pyroflows.inference.pathfinder import GaussianApproximation, pathfinder
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint, ValueAndGrad
 from pyroflows.models.structure import Model, trace_model
@@ -87,7 +87,7 @@ def _uniform(num: int, like: Tensor) -> Tensor:
 
 def find_start(
     log_joint: LogJoint, starts: Tensor, inverse_temperature: float | None = None
-) -> tuple[list[Gaussian], Starts]:
+) -> tuple[list[GaussianApproximation], Starts]:
     """A Gaussian at each separate mode of some mass, the best ELBO first, from starts ``(S, dim)``.
 
     Raises:
@@ -119,7 +119,9 @@ def is_enough(gaussian: Diagnosis) -> bool:
     )
 
 
-def _separate(gaussians: list[Gaussian], value_and_grad: ValueAndGrad, num_rows: int) -> list[Gaussian]:
+def _separate(
+    gaussians: list[GaussianApproximation], value_and_grad: ValueAndGrad, num_rows: int
+) -> list[GaussianApproximation]:
     modes = gaussians[:1]
     for gaussian in gaussians[1:]:
         has_mass = gaussian.elbo > gaussians[0].elbo - MAX_DEFICIT
@@ -131,14 +133,14 @@ def _separate(gaussians: list[Gaussian], value_and_grad: ValueAndGrad, num_rows:
     return modes
 
 
-def _distance(a: Gaussian, b: Gaussian) -> float:
+def _distance(a: GaussianApproximation, b: GaussianApproximation) -> float:
     """Between the means, in the wider one's standard deviations."""
     gap = (a.loc - b.loc)[:, None]
     solved = [torch.linalg.solve_triangular(g.scale_tril, gap, upper=False) for g in (a, b)]
     return min(s.norm().item() for s in solved)
 
 
-def _dip(a: Gaussian, b: Gaussian, value_and_grad: ValueAndGrad, num_rows: int) -> float:
+def _dip(a: GaussianApproximation, b: GaussianApproximation, value_and_grad: ValueAndGrad, num_rows: int) -> float:
     """How far the log joint falls between the means, below the lower of the two; inf where it is not finite."""
     weight = torch.linspace(0, 1, num_rows).to(a.loc)[:, None]
     values, _ = value_and_grad(a.loc + weight * (b.loc - a.loc))

@@ -11,16 +11,16 @@ import torch
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
-from pyroflows import flows
 from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.errors import DivergedError, ModelError, OptionError
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
+from pyroflows.inference.candidates import Candidate, FittedCandidate
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
-from pyroflows.inference.pathfinder import Gaussian
+from pyroflows.inference.pathfinder import GaussianApproximation
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.starts import find_start, is_enough, starting_points
 from pyroflows.models.batching import NUM_EXAMPLES
@@ -40,7 +40,6 @@ SETTLED_WINDOW = 50
 NUM_STARTS = 8
 # Above so many latents the search from a start takes seconds.
 MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
-NUM_EVIDENCE_DRAWS = 4000
 # Of a fit that takes as many steps as it takes.
 NUM_TEMPERED_STEPS = 500
 # Runs of the model at other values, to see whether its sites are the same.
@@ -168,12 +167,35 @@ class FlowVI:
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
         guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
-        model = in_dtype(self.model, guide.dtype)
         # Not through a call: that would put the flow's parameters into Pyro's store.
         guide._setup_prototype(*args, **kwargs)
         assert guide.layout is not None
-        layout = guide.layout
+        layout, model = guide.layout, in_dtype(self.model, guide.dtype)
         center = guide._init_loc().to(guide.dtype or layout.dtype)
+        log_joint = self._log_joint(model, args, kwargs, layout, center)
+        own: list[Tensor] = []
+        if layout.structure.parameters:
+            own = list(model_parameters(model, args, kwargs, _init_at(layout, center)).values())
+        train = partial(self._train, log_joint=log_joint, own=own)
+        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode, log_joint=log_joint)
+        if isinstance(self.guide, AutoFlow):
+            return posterior(history=self._train_guide(guide, train))
+        num_starts = self.num_starts or (NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
+        points = starting_points(model, args, kwargs, layout, center, num_starts)
+        modes, found = find_start(log_joint, points, self.temper)
+        chooses = self.guide is None and self.num_steps is None and self.temper is None
+        fit = partial(Candidate.fit, log_joint=log_joint, train=train, found=found)
+        # A verdict is had where all rows are seen, and helps where the model stays what it is.
+        if not chooses or own or layout.structure.subsampled:
+            fitted, draws = fit(Candidate(guide.flow_fn, tuple(modes))), None
+        else:
+            fitted = self._best(tuple(modes), fit)
+            draws = fitted.draws
+        guide.hold(fitted.flow, fitted.candidate.flow_fn)
+        return posterior(history=fitted.history, starts=found, draws=draws)
+
+    def _log_joint(self, model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor) -> LogJoint:
+        """The log joint, of a model whose latents are the same at other values, and finite at the initial ones."""
         if layout.structure.reads_values:
             _check_static_around(layout, center, model, args, kwargs)
         with seeded(0):
@@ -183,82 +205,47 @@ class FlowVI:
         if log_joint.batched.mode == "loop" and not layout.structure.reads_values:  # what numpy reads is not seen
             _check_static_around(layout, center, model, args, kwargs)
         _check_start(log_joint)
-        own = []
-        if layout.structure.parameters:
-            own = list(model_parameters(model, args, kwargs, _init_at(layout, center)).values())
-        train_guide = partial(self._train, guide, log_joint, own)
-        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode, log_joint=log_joint)
-        if isinstance(self.guide, AutoFlow):
-            assert guide.flow is not None
-            if not guide.flow().has_rsample:
-                raise OptionError("this guide holds a mixture of flows, which cannot be trained on: give another guide")
-            return posterior(history=train_guide())
+        return log_joint
 
-        num_starts = self.num_starts or (NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
-        points = starting_points(model, args, kwargs, layout, center, num_starts)
-        modes, starts = find_start(log_joint, points, self.temper)
-        posterior = partial(posterior, starts=starts)
-        chooses = self.guide is None and self.num_steps is None and self.temper is None
-        # A verdict is had where all rows are seen, and helps where the model stays what it is.
-        if not chooses or own or layout.structure.subsampled:
-            return posterior(history=_train_at(modes, guide, log_joint, train_guide))
-        return self._chosen(modes, guide, log_joint, train_guide, posterior)
-
-    def _chosen(
-        self,
-        modes: Sequence[Gaussian],
-        guide: AutoFlow,
-        log_joint: LogJoint,
-        train_guide: Callable[[], History],
-        posterior: Callable[..., Posterior],
-    ) -> Posterior:
-        """The simplest that is good enough: a Gaussian, a flow, a flow with heavier tails."""
-        if self.gate and len(modes) == 1:
-            guide.flow_fn = Recipe("Gaussian")
-            guide.start_at(modes[0].loc, modes[0].scale_tril)
-            gaussian = posterior(history=History())
-            if is_enough(gaussian.diagnose()):
-                return gaussian
-            guide.flow_fn = Recipe("default")
-        fitted = posterior(history=_train_at(modes, guide, log_joint, train_guide))
-        if fitted.diagnose().verdict != "do not use":
-            return fitted
-        light = guide.flow
-        guide.flow_fn = Recipe("default", base="student_t")
-        try:
-            heavy = posterior(history=_train_at(modes, guide, log_joint, train_guide))
-            if heavy.diagnose().log_weight_variance < fitted.diagnose().log_weight_variance:
-                return heavy
-        except DivergedError as error:
-            warnings.warn(f"heavier tails were tried, and left out: {error}", stacklevel=3)
-        guide.flow, guide.flow_fn = light, Recipe("default")
-        return fitted
-
-    def _train(self, guide: AutoFlow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+    def _train_guide(self, guide: AutoFlow, train: Callable[[Flow], History]) -> History:
+        """Train a guide of the user's where it stands."""
         assert guide.flow is not None
+        if not guide.flow().has_rsample:
+            raise OptionError(
+                "the draws of this guide's flow carry no gradients, which is so for a mixture of flows, so that it "
+                "cannot be trained on: give another guide"
+            )
+        try:
+            return train(guide.flow)
+        finally:
+            guide.hold(guide.flow, guide.flow_fn)
+
+    def _best(
+        self, modes: tuple[GaussianApproximation, ...], fit: Callable[[Candidate], FittedCandidate]
+    ) -> FittedCandidate:
+        """The simplest candidate that is good enough: a Gaussian, a flow, a flow with heavier tails."""
+        if self.gate and len(modes) == 1:
+            gaussian = fit(Candidate(Recipe("Gaussian"), modes, is_trained=False))
+            if is_enough(gaussian.diagnosis):
+                return gaussian
+        light = fit(Candidate(Recipe("default"), modes))
+        if light.diagnosis.verdict != "do not use":
+            return light
+        try:
+            heavy = fit(Candidate(Recipe("default", base="student_t"), modes))
+        except DivergedError as error:
+            warnings.warn(f"heavier tails were tried, and left out: {error}", stacklevel=4)
+            return light
+        return min(light, heavy, key=lambda fitted: fitted.diagnosis.log_weight_variance)
+
+    def _train(self, flow: Flow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
         num_tempered = NUM_TEMPERED_STEPS if self.num_steps is None else self.num_steps // 3
         tempering = None if self.temper is None else Tempering(self.temper, num_tempered)
-        objective = ModelELBO(guide.flow, log_joint, self.estimator, self.num_particles, own, tempering)
+        objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, own, tempering)
         schedule = Plateau("elbo", self.num_steps, _is_settled, hold=tempering.num_steps if tempering else 0)
-        try:
-            return Trainer(
-                objective, schedule, self.optimizer, compile=log_joint.compiler, progress_bar=self.progress_bar
-            ).run()
-        finally:
-            guide.own_values_count = True
-
-
-def _train_at(modes: Sequence[Gaussian], guide: AutoFlow, log_joint: LogJoint, train: Callable[[], History]) -> History:
-    """A flow at each mode, mixed by their evidences; the history is that of the first."""
-    trained, histories = [], []
-    for mode in modes:
-        guide.start_at(mode.loc, mode.scale_tril)
-        histories.append(train())
-        assert guide.flow is not None
-        trained.append(guide.flow)
-    if len(trained) > 1:
-        guide.flow = flows.Mixture(trained, torch.stack([_log_evidence(flow, log_joint) for flow in trained]))
-    return histories[0]
+        return Trainer(
+            objective, schedule, self.optimizer, compile=log_joint.compiler, progress_bar=self.progress_bar
+        ).run()
 
 
 def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None = None, **kwargs: Any) -> Posterior:
@@ -276,13 +263,6 @@ def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None =
     """
     guide, history, starts = load(path, model, args, kwargs, flow_fn)
     return Posterior(model, guide, args, kwargs, history, starts)
-
-
-@torch.no_grad()
-def _log_evidence(flow: Flow, log_joint: LogJoint) -> Tensor:
-    """Of the part of the posterior that a flow covers, by importance sampling."""
-    x, log_q = flow().rsample_and_log_prob((NUM_EVIDENCE_DRAWS,))
-    return torch.logsumexp(log_joint.in_chunks(x) - log_q, 0)
 
 
 def _is_settled(history: History) -> bool:

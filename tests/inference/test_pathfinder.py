@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyroflows.inference.pathfinder import Gaussian, _Density, _Search, pathfinder
+from pyroflows.inference.pathfinder import GaussianApproximation, _Density, _Search, pathfinder
 
 NUM_ROWS = 64
 
@@ -207,7 +207,7 @@ def test_errors():
 def test_density_and_draws():
     torch.manual_seed(0)
     scale_tril = torch.tensor([[2.0, 0.0], [-3.0, 0.5]])
-    gaussian = Gaussian(torch.tensor([1.0, -1.0]), scale_tril, elbo=0.0)
+    gaussian = GaussianApproximation(torch.tensor([1.0, -1.0]), scale_tril, elbo=0.0)
     exact = torch.distributions.MultivariateNormal(gaussian.loc, scale_tril=scale_tril)
     draws = gaussian.rsample(20_000)
     torch.testing.assert_close(gaussian.log_prob(draws), exact.log_prob(draws))

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from pyroflows import ModelError
 from pyroflows.compiling.check import Compiler
 from pyroflows.inference.diagnosis import Diagnosis
-from pyroflows.inference.pathfinder import Gaussian
+from pyroflows.inference.pathfinder import GaussianApproximation
 from pyroflows.inference.starts import WIDE, Starts, _separate, find_start, is_enough, starting_points
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
@@ -128,7 +128,7 @@ def test_a_mode_of_next_to_no_mass_does_not_count(weight, num_modes):
 
 
 def gaussian(loc, sd=1.0, elbo=0.0):
-    return Gaussian(torch.tensor([loc, 0.0]), sd * torch.eye(2), elbo)
+    return GaussianApproximation(torch.tensor([loc, 0.0]), sd * torch.eye(2), elbo)
 
 
 @pytest.mark.parametrize(
@@ -242,5 +242,5 @@ def test_starts_near_the_best():
 @pytest.mark.parametrize("elbo", [-math.inf, math.nan])
 def test_there_is_always_a_mode(elbo):
     """Where the log joint is not finite at some draws of every Gaussian, the first of them is the start."""
-    gaussian = Gaussian(torch.zeros(1), torch.eye(1), elbo)
+    gaussian = GaussianApproximation(torch.zeros(1), torch.eye(1), elbo)
     assert _separate([gaussian, gaussian], lambda u: (u[:, 0], u), 4) == [gaussian]

@@ -131,7 +131,7 @@ def test_what_is_no_gaussian_or_not_known_to_be_is_trained(model, monkeypatch):
     class TrainedError(Exception):
         pass
 
-    def stop(*args):
+    def stop(*args, **kwargs):
         raise TrainedError
 
     monkeypatch.setattr(FlowVI, "_train", stop)
@@ -297,7 +297,7 @@ def test_chains_from_two_modes(mixed, method):
 
 
 def test_a_mixture_is_not_trained_on(mixed):
-    with pytest.raises(OptionError, match="holds a mixture of flows"):
+    with pytest.raises(OptionError, match="carry no gradients.*mixture of flows"):
         fit(two_modes, guide=mixed.guide, num_steps=5)
 
 
