@@ -206,12 +206,12 @@ class _Program:
 
     def _without_repetitions(self, operations: list[Operation]) -> list[Operation]:
         """Those that compute something new: forward and score, say, both evaluate the density of the base."""
-        # What is written to, here or by whom the outputs are given to, is not shared.
+        # What is written to, here or by whom the outputs are given to, is not shared; draws are among the outputs.
         own = memories([*self._outputs, *(tensor for op in operations for tensor in op.written)])
         first: dict[Any, Operation] = {}
         kept = []
         for op in operations:
-            is_shareable = not op.is_draw and own.isdisjoint(memories([*op.inputs, *op.outputs]))
+            is_shareable = own.isdisjoint(memories([*op.inputs, *op.outputs]))
             earlier = first.setdefault((op.function, self._key([op.args, op.kwargs])), op) if is_shareable else op
             if earlier is op:
                 kept.append(op)

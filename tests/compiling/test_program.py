@@ -241,7 +241,12 @@ def test_what_differs_is_not_shared():
     def function(x):
         written = x.exp()
         written.add_(1.0)
-        return [x.exp() * written, x.sum(0) + x.sum(0, keepdim=True), x + 1 + (x + 1.0)]
+        return [
+            x.exp() * written,
+            x.sum(0) + x.sum(0, keepdim=True),
+            x + 1 + (x + 1.0),
+            x.add(x, alpha=2) * x.add(x, alpha=3),
+        ]
 
     run = compiled(function, [torch.ones(3)])
     x = torch.tensor([1.0, -2.0, 3.0])
