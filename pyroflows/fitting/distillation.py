@@ -245,7 +245,7 @@ def _divergence(name: str, regularization: float = 0.0) -> Divergence:
 
 @torch.no_grad()
 def _log_weights(pair: StudentAndTeacher, name: str, count: int) -> Tensor:
-    """Exact log weights of fresh draws: their mean is minus the KL divergence, in closed form with the smaller error."""
+    """Exact log weights of fresh draws; their mean is minus the KL divergence, with less error in closed form."""
     q, p = pair.at(*pair.draw_rows(count))
     # Without gradients all others are one, and "total" computes no score.
     divergence = _divergence("closed_form" if name == "closed_form" else "total")
