@@ -63,13 +63,14 @@ def load(
         raise CheckpointError(f"{path} holds another flow than flow_fn makes: {error}") from error
     guide._setup_prototype(*args, **kwargs)
     assert guide.layout is not None
-    sites = {site.name: list(site.shape) for site in guide.layout.structure.latents}
+    structure = guide.layout.structure
+    sites = {site.name: list(site.shape) for site in structure.latents}
     if sites != header["sites"]:
         raise CheckpointError(
             f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
         )
     init_fn = init_to_value(values=guide.layout.constrain(guide._init_loc())[0])
-    parameters = model_parameters(in_dtype(model, dtype), args, kwargs, init_fn)
+    parameters = model_parameters(structure, in_dtype(model, dtype), args, kwargs, init_fn)
     saved = _part(tensors, "param.")
     if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in saved.items()}:
         raise CheckpointError(f"{path} belongs to a model with parameters {sorted(saved)}, not {sorted(parameters)}")

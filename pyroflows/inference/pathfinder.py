@@ -6,14 +6,13 @@ density is seen through one function with a fixed number of rows, which has to b
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+from pyroflows.models.log_joint import ValueAndGrad
 
 PLAIN_SCALE = 0.1
 # Beyond it, squares would come near to overflow.
@@ -43,16 +42,6 @@ class GaussianApproximation:
     loc: Tensor
     scale_tril: Tensor
     elbo: float
-
-    def rsample(self, num_draws: int) -> Tensor:
-        """Draws ``(num_draws, D)``."""
-        noise = torch.randn(num_draws, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + noise @ self.scale_tril.mT
-
-    def log_prob(self, vectors: Tensor) -> Tensor:
-        """Log density of ``(M, D)``, ``(M,)``."""
-        noise = torch.linalg.solve_triangular(self.scale_tril, (vectors - self.loc).mT, upper=False).mT
-        return _log_normal(noise) - self.scale_tril.diagonal().log().sum()
 
 
 def pathfinder(

@@ -5,34 +5,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from pyro.infer.autoguide import init_to_value
-from torch import Tensor
-
 from pyroflows import plots
-from pyroflows.compiling.check import Compiler
-from pyroflows.errors import ModelError, OptionError
+from pyroflows.errors import OptionError
 from pyroflows.fitting import DensityFit, Distillation
-from pyroflows.flows import Flow, Recipe
+from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference import files, refit
+from pyroflows.inference.approximation import Approximation
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
-from pyroflows.inference.candidates import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws, diagnosed
-from pyroflows.inference.diagnosis import Diagnosis
+from pyroflows.inference.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.inference.export import arviz_data
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
-from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.inference.starts import Starts
 from pyroflows.inference.summary import summary_table
 from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
-from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.requirements import check_static, require_flow, require_full_plates
-from pyroflows.models.structure import Model, describe, in_dtype, model_parameters
+from pyroflows.models.structure import Model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 
@@ -40,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Posterior:
+class Posterior(Approximation):
     """A flow as the posterior of a Pyro model.
 
     Args:
@@ -84,31 +75,13 @@ class Posterior:
         log_joint: LogJoint | None = None,
         draws: DiagnosticDraws | None = None,
     ) -> None:
-        if guide.layout is None or guide.flow is None:
-            raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
         if num_diagnostic_samples < 100:
             raise OptionError(f"num_diagnostic_samples must be at least 100, got {num_diagnostic_samples}")
-        self.model = model
-        self.guide = guide
+        super().__init__(model, guide, args, kwargs, compile, log_joint)
         self.history = history
         self.starts = starts
         self.num_diagnostic_samples = num_diagnostic_samples
         self.refitted: Distillation | DensityFit | None = None
-        self._model = in_dtype(model, guide.dtype)
-        self._args, self._kwargs = args, kwargs
-        self._compile = compile
-        self._flow = guide.flow
-        self._center = _median(self._flow)
-        self._init_fn = init_to_value(values=guide.layout.constrain(self._center)[0])
-        if log_joint is None:
-            structure = describe(self._model, self._args, self._kwargs, self._init_fn)
-            require_flow(structure)
-            check_static(guide.layout.structure, structure)
-            self.layout = Layout(structure)
-        else:
-            self.log_joint = log_joint
-            self.layout = log_joint.layout
-        self.structure = self.layout.structure
         if draws is not None:
             self._diagnostics = draws
 
@@ -117,35 +90,11 @@ class Posterior:
         """Whether a Gaussian was enough, so that no flow was trained."""
         return not self.history and self.guide.flow_fn == Recipe("Gaussian")
 
-    @cached_property
-    def log_joint(self) -> LogJoint:
-        """The model's log joint at these arguments, as a function of unconstrained vectors."""
-        with seeded(0), torch.no_grad():
-            examples = self._flow().sample((NUM_EXAMPLES,))
-        return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
-
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same posterior with other arguments of the model, for instance without subsampling."""
         return Posterior(
             self.model, self.guide, args, kwargs, self.history, self.starts, self.num_diagnostic_samples, self._compile
         )
-
-    def sample(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws by site, ``(num_samples, *site shape)``, in the constrained space; deterministic sites too."""
-        return self._sites(self._latents(num_samples)[0])
-
-    def log_prob(self, draws: Mapping[str, Tensor]) -> Tensor:
-        """``log q`` of draws ``(S, *site shape)`` of all latent sites, a density on the constrained space; ``(S,)``.
-
-        Raises:
-            ShapeError: if a latent site is missing or has another shape.
-            DataError: if a value is outside of its site's support.
-        """
-        self.layout.check_draws(draws)
-        vectors = self.layout.unconstrain(draws).to(self._center)
-        _, ladj = self.layout.constrain(vectors)
-        with torch.no_grad():
-            return self._flow().log_prob(vectors) - ladj
 
     def importance_sample(self, num_samples: int) -> WeightedDraws:
         """Draws corrected by Pareto-smoothed importance weights."""
@@ -259,7 +208,7 @@ class Posterior:
         )
         sites = self._sites(found.latents.flatten(0, 1))
         draws = {name: value.unflatten(0, found.latents.shape[:2]) for name, value in sites.items()}
-        return Chains(draws, found.stats, method, self._model, self._args, self._kwargs)
+        return Chains(draws, found.stats, method, self.structure, self.log_joint.batched)
 
     def bridge_sample(
         self, num_samples: int = 10_000, num_warmup: int = 300, seed: int | None = None, progress_bar: bool = True
@@ -281,18 +230,6 @@ class Posterior:
         """
         self._require_full_plates()
         return bridge_estimate(self._flow, self.log_joint, num_samples, num_warmup, seed, progress_bar)
-
-    def predictive(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior predictive draws ``(num_samples, ...)`` of observed and deterministic sites.
-
-        At the fit's own arguments, or at new ones where given; observed sites are drawn anew whatever they are given.
-        """
-        values, _ = self.layout.constrain(self._latents(num_samples)[0])
-        if args or kwargs:
-            batched = BatchedModel(self._model, args, kwargs, values, draw=True)
-        else:
-            batched = self.log_joint.batched.drawing(values)
-        return posterior_predictive(batched, values, num_samples)
 
     @cached_property
     def _diagnostics(self) -> DiagnosticDraws:
@@ -331,7 +268,7 @@ class Posterior:
 
     def diagnose(self) -> Diagnosis:
         """The verdict, and why."""
-        return diagnosed(self._diagnostics, self._flow, self.history, self.starts)
+        return self._diagnostics.diagnosis(self._flow, self.history, self.starts)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
         """Mean, sd and quantiles of every component, straight from the flow, as a pandas table.
@@ -429,39 +366,11 @@ class Posterior:
 
         :func:`pyroflows.load_posterior` reads it.
         """
-        parameters = model_parameters(self._model, self._args, self._kwargs, self._init_fn)
+        parameters = model_parameters(self.structure, self._model, self._args, self._kwargs, self._init_fn)
         files.save(self.guide, parameters, self.history, self.starts, path)
-
-    @torch.no_grad()
-    def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Unconstrained draws ``(S, dim)`` and their ``log q``."""
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
-        return self._flow().rsample_and_log_prob((num_samples,))
-
-    def _sites(self, latents: Tensor) -> dict[str, Tensor]:
-        """Latent and deterministic sites, without those that a subsampled plate makes another in each run."""
-        values, _ = self.layout.constrain(latents)
-        subsampled = {plate.name for plate in self.structure.subsampled}
-        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plate_names)]
-        if not names:
-            return values
-        recorded = self.log_joint.batched.in_chunks(values, len(latents)).values
-        return {**values, **{name: recorded[name] for name in names}}
 
     def _summary_names(self) -> list[str]:
         structure = self.structure
         local = {plate for site in structure.latents for plate in site.plate_names} | {None}
         deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plate_names)]
         return [*(site.name for site in structure.latents), *deterministic]
-
-    def _require_full_plates(self) -> None:
-        require_full_plates(
-            self.structure, "use posterior.with_data(...) with arguments for which the model runs on all rows"
-        )
-
-
-@torch.no_grad()
-def _median(flow: Flow) -> Tensor:
-    with seeded(0):
-        return flow().sample((100,)).median(0).values

@@ -166,11 +166,26 @@ def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = N
         return poutine.block(poutine.trace(init(model)).get_trace)(*args, **kwargs)
 
 
-def model_parameters(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> dict[str, Tensor]:
-    """The unconstrained tensors behind the ``pyro.param`` and ``pyro.module`` statements of a model."""
+def model_parameters(
+    structure: ModelStructure, model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
+) -> dict[str, Tensor]:
+    """Find the parameters of a model, those of its ``pyro.param`` and ``pyro.module`` statements, by one more run.
+
+    Args:
+        structure: the structure of the model; if it shows no parameters, the model does not run.
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        init_fn: initial values of the latents, by site; None to draw them from their priors.
+
+    Returns:
+        The unconstrained tensors by name.
+    """
+    if not structure.parameters:
+        return {}
     trace = trace_model(model, args, kwargs, init_fn)
     values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
-    # With module-local parameters those of plain modules come as they are.
+    # With Pyro's module-local parameters, those of plain modules have no unconstrained tensor behind them.
     return {name: value.unconstrained() if hasattr(value, "unconstrained") else value for name, value in values.items()}
 
 

@@ -39,7 +39,7 @@ class State(NamedTuple):
         )
 
 
-class Proposal(NamedTuple):
+class TrajectoryEnd(NamedTuple):
     """The end of a trajectory: its state, whitened momentum ``(C, D)``, and acceptance probability ``(C,)``."""
 
     state: State
@@ -133,7 +133,9 @@ def start(value_and_grad: ValueAndGrad, base: Distribution, num_chains: int) -> 
     )
 
 
-def trajectory(value_and_grad: ValueAndGrad, state: State, step_size: float, num_steps: int, scale: Tensor) -> Proposal:
+def trajectory(
+    value_and_grad: ValueAndGrad, state: State, step_size: float, num_steps: int, scale: Tensor
+) -> TrajectoryEnd:
     r"""Leapfrog steps from a momentum :math:`r \sim N(0, I)`, in the coordinates :math:`z / \mathrm{scale}`.
 
     Each is :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, :math:`z \mathrel{+}= \epsilon s \odot r`,
@@ -154,7 +156,7 @@ def trajectory(value_and_grad: ValueAndGrad, state: State, step_size: float, num
     # NaN where a trajectory has left the numbers: no step to it.
     log_ratio = torch.where(log_ratio.isnan(), -torch.inf, log_ratio)
     accept_prob = log_ratio.clamp(max=0.0).exp()
-    return Proposal(State(z, log_density, gradient), r, accept_prob, log_ratio < -DIVERGENCE)
+    return TrajectoryEnd(State(z, log_density, gradient), r, accept_prob, log_ratio < -DIVERGENCE)
 
 
 def van_der_corput(n: int) -> float:
@@ -199,7 +201,7 @@ class Tuner:
             (length / num_steps, num_steps) if num_steps <= MAX_LEAPFROG_STEPS else (self.step_size, MAX_LEAPFROG_STEPS)
         )
 
-    def update(self, iteration: int, before: State, proposal: Proposal, jitter: float, after: State) -> None:
+    def update(self, iteration: int, before: State, proposal: TrajectoryEnd, jitter: float, after: State) -> None:
         """Learn from one iteration of warm-up, the last of which fixes everything."""
         self._averaging.update(_acceptance_by_step_size(proposal))
         self.mean_trajectory = self._chees.update(
@@ -214,7 +216,7 @@ class Tuner:
             self._averaging.step_size = self._averaging.average
 
 
-def _acceptance_by_step_size(proposal: Proposal) -> float:
+def _acceptance_by_step_size(proposal: TrajectoryEnd) -> float:
     """Mean acceptance probability, of those trajectories for which the step size matters.
 
     A trajectory that ends where the density is zero or NaN is rejected however small its steps are, and steps that fell
