@@ -62,17 +62,30 @@ class Approximation:
 
     @cached_property
     def log_joint(self) -> LogJoint:
-        """The model's log joint at these arguments, as a function of unconstrained vectors."""
+        """The log joint of the model with these arguments, made at the first use."""
         with seeded(0), torch.no_grad():
             examples = self._flow().sample((NUM_EXAMPLES,))
         return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
 
     def sample(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws by site, ``(num_samples, *site shape)``, in the constrained space; deterministic sites too."""
+        """Draw latents from the flow, in the constrained space, and the deterministic sites that follow from them.
+
+        Args:
+            num_samples: number of draws, at least 1.
+
+        Returns:
+            Tensors ``(num_samples, *site shape)`` by site.
+
+        Raises:
+            OptionError: if ``num_samples`` is not a positive integer.
+        """
         return self._sites(self._latents(num_samples)[0])
 
     def log_prob(self, draws: Mapping[str, Tensor]) -> Tensor:
-        """``log q`` of draws ``(S, *site shape)`` of all latent sites, a density on the constrained space; ``(S,)``.
+        """The log density of the flow at values of all latent sites, as a density on the constrained space, ``(S,)``.
+
+        Args:
+            draws: tensors ``(S, *site shape)`` by site.
 
         Raises:
             ShapeError: if a latent site is missing or has another shape.
@@ -85,9 +98,28 @@ class Approximation:
             return self._flow().log_prob(vectors) - ladj
 
     def predictive(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior predictive draws ``(num_samples, ...)`` of observed and deterministic sites.
+        """Draw observed and deterministic sites given draws from the flow, ``(num_samples, *site shape)`` by site.
 
-        At the fit's own arguments, or at new ones where given; observed sites are drawn anew whatever they are given.
+        Observed sites are drawn even where the arguments give them values.
+
+        Args:
+            num_samples: number of draws, at least 1.
+            args: arguments of the model, for instance new inputs; those of the fit if none are given.
+            kwargs: keyword arguments of the model.
+
+        Raises:
+            OptionError: if ``num_samples`` is not a positive integer.
+            ModelError: if a latent site has another shape at these arguments.
+
+        Example:
+            >>> def model(x, y=None):
+            ...     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("rows", len(x)):
+            ...         pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+            >>> x = torch.arange(3.0)
+            >>> posterior = pf.FlowVI(model, seed=0, progress_bar=False).run(x, 2 * x)
+            >>> posterior.predictive(100, torch.arange(5.0))["y"].shape
+            torch.Size([100, 5])
         """
         values, _ = self.layout.constrain(self._latents(num_samples)[0])
         if args or kwargs:
@@ -98,13 +130,13 @@ class Approximation:
 
     @torch.no_grad()
     def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Unconstrained draws ``(S, dim)`` and their ``log q``."""
+        """Draw unconstrained vectors ``(S, dim)`` from the flow, and give their log densities ``(S,)``."""
         if not isinstance(num_samples, int) or num_samples < 1:
             raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
         return self._flow().rsample_and_log_prob((num_samples,))
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:
-        """Latent and deterministic sites, without those that a subsampled plate makes another in each run."""
+        """Latent and deterministic sites, except those in a subsampled plate, whose rows differ from run to run."""
         values, _ = self.layout.constrain(latents)
         subsampled = {plate.name for plate in self.structure.subsampled}
         names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plate_names)]

@@ -270,7 +270,7 @@ def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None =
 def _check_guide(guide: Any) -> None:
     if isinstance(guide, Flow):
         raise OptionError(
-            "guide must be a flow guide of the model, or a function latent_dim -> flow, but got a flow: give a "
+            "guide must be a flow guide of the model, or a function latent_dim -> flow, got a flow: give a "
             "function such as lambda dim: pf.flows.IAF(dim)"
         )
     if isinstance(guide, torch.nn.Module) and not isinstance(guide, AutoFlow):
@@ -279,9 +279,7 @@ def _check_guide(guide: Any) -> None:
             "a function latent_dim -> flow"
         )
     if guide is not None and (not callable(guide) or isinstance(guide, type)):
-        raise OptionError(
-            f"guide must be a flow guide of the model, or a function latent_dim -> flow, but got {guide!r}"
-        )
+        raise OptionError(f"guide must be a flow guide of the model, or a function latent_dim -> flow, got {guide!r}")
 
 
 def _is_settled(history: History) -> bool:

@@ -959,7 +959,7 @@ def test_two_fits_share_nothing(guide):
             normal_mean,
             guide=guide(),
             num_steps=200,
-            seed=0,
+            seed=1,
             progress_bar=False,
             optimizer=partial(torch.optim.Adam, lr=0.05),
         )
