@@ -1,4 +1,4 @@
-"""Draws of many chains, and whether they have mixed."""
+"""Draws of several chains, with the figures that show whether they have mixed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
