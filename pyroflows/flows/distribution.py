@@ -7,7 +7,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyroflows.transforms.base import FlowTransform, Pair, Triple, pull_back
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
 
 

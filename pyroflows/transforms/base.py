@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from pyroflows.errors import InexactError, OptionError, ShapeError
 from pyroflows.shapes import as_given, described, shape_of
+from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
 
 Pair = tuple[Tensor, Tensor]
@@ -386,24 +387,6 @@ class Cached(_View):
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         return self if cache_size else self.layer
-
-
-def pull_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The cotangents of the inputs, zero for what is not used; the graph of the outputs stays."""
-    pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(value) for value in inputs)
-    outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-
-
-def elementwise_score(z: Tensor, ladj: Tensor, score: Tensor) -> Tensor:
-    """The score of elementwise ``x_j = T(z_j)`` from that of z, ladj being ``log dx_j/dz_j``."""
-    with torch.no_grad():
-        (slope_of_ladj,) = pull_back((ladj,), (torch.ones_like(ladj),), (z,))
-        return (score - slope_of_ladj) * torch.exp(-ladj)
 
 
 def drop_param_store_references(module: nn.Module) -> None:

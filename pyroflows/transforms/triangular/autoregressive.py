@@ -10,7 +10,8 @@ from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE
 from pyroflows.nets.checks import checked_conditioner
 from pyroflows.shapes import as_given, axis_from_the_end, described
-from pyroflows.transforms.base import Pair, Triple, pull_back
+from pyroflows.transforms.base import Pair, Triple
+from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named

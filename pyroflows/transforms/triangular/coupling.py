@@ -10,7 +10,8 @@ from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, Parameters, Pointwise, ResidualMLP
 from pyroflows.nets.checks import checked_conditioner
 from pyroflows.shapes import axis_from_the_end, described
-from pyroflows.transforms.base import FlowTransform, Pair, Triple, elementwise_score, pull_back
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.gradients import elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import Univariate, univariate_named
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pyroflows.errors import ShapeError
 from pyroflows.nets import Parameters
-from pyroflows.transforms.base import Pair, Triple, elementwise_score
+from pyroflows.transforms.base import Pair, Triple
+from pyroflows.transforms.gradients import elementwise_score
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import FlowError
 from pyroflows.nets import GradientSteps
-from pyroflows.transforms.base import pull_back
+from pyroflows.transforms.gradients import pull_back
 
 # It maps g, T', the derivative of T by theta, and c, to v.
 Solver: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
