@@ -61,6 +61,8 @@ class StudentT(nn.Module):
         dim: the event size D, or the event shape.
         df: initial degrees of freedom, above 1.
 
+    Shapes: a draw is one event ``(*event_shape)``.
+
     Example:
         >>> base = StudentT(2, df=5.0)
         >>> base().base_dist.df.tolist(), base().event_shape

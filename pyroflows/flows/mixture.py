@@ -78,6 +78,8 @@ class MixtureDistribution(TorchDistribution):
         components: laws of event shape ``(dim,)``.
         log_weights: logarithms of their weights ``(K,)``, which sum to one.
 
+    Shapes: draws are ``(*sample_shape, dim)``; the batch shape is empty.
+
     Example:
         >>> parts = [pf.flows.Gaussian(2)(), pf.flows.Gaussian(2)()]
         >>> MixtureDistribution(parts, torch.tensor([0.5, 0.5]).log()).sample((5,)).shape

@@ -51,6 +51,9 @@ class StackedFlow(Flow):
             "permutation" for a fixed random permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts
             as one, or None. Without mixing, every second autoregressive layer has the reverse order.
 
+    Shapes: ``flow()`` has event shape ``(dim,)``; with a context ``(..., context_dim)``, ``flow(context)`` has batch shape
+    ``(...)``.
+
     Raises:
         OptionError: if there is no layer, or a name is unknown.
         TypeError: if an argument is one that the recipe does not take.

@@ -55,7 +55,7 @@ class Standardize(TriangularTransform):
             )
         if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
             raise OptionError(
-                f"loc must be finite and scale finite and positive, got {loc.tolist()} and {scale.tolist()}"
+                f"loc must be finite, and scale positive and finite, got {loc.tolist()} and {scale.tolist()}"
             )
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale", scale.detach().clone())

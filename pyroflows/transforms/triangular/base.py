@@ -13,7 +13,10 @@ class TriangularTransform(FlowTransform):
 
     A subclass writes ``_forward_and_log_slopes`` and ``_inverse_and_log_slopes``, which give the logarithms
     :math:`\log|\partial x_j / \partial z_j|` and :math:`\log|\partial z_j / \partial x_j|` of the diagonal; their sums
-    are the log-determinants. ``t.inv`` is triangular in the same order.
+    are the log-determinants. ``t.inv`` is triangular in the same order. The arguments are those of
+    :class:`pyroflows.transforms.FlowTransform`.
+
+    Shapes: z and x are ``(..., *event_shape)``, a log-determinant is ``(...)``.
 
     Example:
         >>> t = Autoregressive(3, order=[2, 0, 1])

@@ -20,10 +20,10 @@ _CONDITIONERS: dict[str, Conditioner] = {"mlp": MLP, "residual": ResidualMLP}
 
 
 class Coupling(FlowTransform):
-    r"""The coupling :math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`; the mask is true for part A, which passes.
+    r"""The coupling :math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`, where the mask marks A.
 
-    A and B are two parts of the dimensions of a vector, or of the indices of one axis of an event with more axes, such
-    as the channels of an image ``(C, H, W)``.
+    Part A passes unchanged and determines the parameters of the map of part B. A and B are parts of the dimensions of a
+    vector, or of the indices of one axis of an event with more axes, such as the channels of an image ``(C, H, W)``.
 
     The log-determinant is :math:`\sum_{j \in B} \log T'(z_j; \theta_j)`. Both directions are parallel and cost one pass
     of the conditioner each. With the additive map this is a layer of NICE (Dinh et al. 2015, arXiv:1410.8516), with the
@@ -43,7 +43,7 @@ class Coupling(FlowTransform):
         axis: the masked axis of the event.
 
     Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., context_dim)``. The conditioner maps
-    ``(..., in_dim)`` to ``(..., out_dim)``. Where the event has axes after the masked one, ``rest``, it maps
+    ``(..., in_dim)`` to ``(..., out_dim)``. If the event has axes after the masked one, ``rest``, it maps
     ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, as convolutions do; N counts all places of the axes before the
     masked one, those of the batch and those of the event. ``in_dim`` is the number of indices that pass plus
     ``context_dim``. ``out_dim`` is the number of indices that are transformed times the number of parameters of T; the

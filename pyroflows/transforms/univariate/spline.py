@@ -35,7 +35,7 @@ class Spline:
     The parameters :math:`\theta` are K raw widths, K raw heights, and K - 1 raw derivatives at the inner knots. Widths
     and heights are :math:`2B(\epsilon + (1 - K \epsilon) \operatorname{softmax})`, derivatives
     :math:`\epsilon + \operatorname{softplus}`, shifted so that zero gives 1, with :math:`\epsilon = 10^{-3}`. At
-    :math:`\pm B` the derivative is 1, so that the map is smooth where it becomes the identity.
+    :math:`\pm B` the derivative is 1, so that dx/dz is continuous there.
 
     Gradients of both directions are computed by formula, not by recording the operations; the docstring of
     ``_Analytic`` in this file derives them.
