@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import torch
-from torch import nn
 from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
+from pyroflows.nets.checks import ConditionerFactory
 from pyroflows.transforms import LU, FlowTransform, Permutation
 
-Conditioner = str | Callable[..., nn.Module]
+Conditioner = str | ConditionerFactory
 Init = TypeVar("Init", bound=Callable[..., None])
 
 _MIXING: dict[str, Callable[[list[int]], FlowTransform]] = {
@@ -51,8 +51,8 @@ class StackedFlow(Flow):
             "permutation" for a fixed random permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts
             as one, or None. Without mixing, every second autoregressive layer has the reverse order.
 
-    Shapes: ``flow()`` has event shape ``(dim,)``; with a context ``(..., context_dim)``, ``flow(context)`` has batch shape
-    ``(...)``.
+    Shapes: ``flow()`` has event shape ``(dim,)``; for a context ``(..., context_dim)``, ``flow(context)`` has batch
+    shape ``(...)``.
 
     Raises:
         OptionError: if there is no layer, or a name is unknown.

@@ -1,8 +1,13 @@
-"""A check that refuses conditioners whose output is not a function of their input."""
+"""The type of factories of conditioners, and a check that the output of a conditioner is a function of its input."""
+
+from collections.abc import Callable
 
 from torch import nn
 
 from pyroflows.errors import OptionError
+
+# It makes the network of a layer from its sizes; Coupling and Autoregressive say with which arguments they call it.
+ConditionerFactory = Callable[..., nn.Module]
 
 
 def checked_conditioner(conditioner: nn.Module) -> nn.Module:

@@ -1,14 +1,14 @@
 """The autoregressive structure: the parameters of each dimension depend on the dimensions before it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE
-from pyroflows.nets.checks import checked_conditioner
+from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import as_given, axis_from_the_end, described
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.gradients import pull_back
@@ -16,8 +16,7 @@ from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
 
-Conditioner = Callable[..., nn.Module]
-_CONDITIONERS: dict[str, Conditioner] = {"made": MADE, "residual": ResMADE, "causal_conv": CausalConv}
+_CONDITIONERS: dict[str, ConditionerFactory] = {"made": MADE, "residual": ResMADE, "causal_conv": CausalConv}
 
 
 class Autoregressive(TriangularTransform):
@@ -76,7 +75,7 @@ class Autoregressive(TriangularTransform):
         dim: int | Sequence[int],
         univariate: str | Univariate = "affine",
         order: Sequence[int] | None = None,
-        conditioner: str | Conditioner = "made",
+        conditioner: str | ConditionerFactory = "made",
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int | Sequence[int] = 0,
         axis: int = -1,
@@ -95,7 +94,7 @@ class Autoregressive(TriangularTransform):
         net = factory(order, self.univariate.num_params, hidden_dims, as_given(self.context_shape), **options)
         self.conditioner = checked_conditioner(net)
 
-    def _factory(self, conditioner: str | Conditioner) -> Conditioner:
+    def _factory(self, conditioner: str | ConditionerFactory) -> ConditionerFactory:
         """Return the factory of this name if its networks take the event and the context, or the user's own factory."""
         if not isinstance(conditioner, str):
             return conditioner

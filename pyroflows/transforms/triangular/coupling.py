@@ -1,6 +1,6 @@
 """The coupling structure: one part of the dimensions passes unchanged and determines the parameters of the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -8,15 +8,14 @@ from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, Parameters, Pointwise, ResidualMLP
-from pyroflows.nets.checks import checked_conditioner
+from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import axis_from_the_end, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.gradients import elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
-Conditioner = Callable[..., nn.Module]
-_CONDITIONERS: dict[str, Conditioner] = {"mlp": MLP, "residual": ResidualMLP}
+_CONDITIONERS: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP}
 
 
 class Coupling(FlowTransform):
@@ -76,7 +75,7 @@ class Coupling(FlowTransform):
         dim: int | Sequence[int],
         univariate: str | Univariate = "affine",
         mask: Sequence[bool] | Tensor | None = None,
-        conditioner: str | Conditioner = "mlp",
+        conditioner: str | ConditionerFactory = "mlp",
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         axis: int = 0,
@@ -169,7 +168,7 @@ class Coupling(FlowTransform):
 
 
 def _network(
-    conditioner: str | Conditioner, in_dim: int, out_dim: int, hidden_dims: Sequence[int], num_axes: int
+    conditioner: str | ConditionerFactory, in_dim: int, out_dim: int, hidden_dims: Sequence[int], num_axes: int
 ) -> nn.Module:
     """Return the network of a factory or a name; a named one acts at each place of the axes after the masked one."""
     if not isinstance(conditioner, str):
