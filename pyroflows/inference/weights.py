@@ -22,9 +22,9 @@ class Weights:
         log_evidence_se: standard error of the log evidence, by the delta method.
 
     Example:
-        >>> weights = Weights.smoothed(torch.log(torch.tensor([1.0, 1.0, 2.0])))
-        >>> weights.normalized.tolist(), round(weights.ess, 2)
-        ([0.25, 0.25, 0.5], 2.67)
+        >>> weights = Weights.smoothed(torch.tensor([1.0, 1.0, 2.0]).double().log())
+        >>> weights.normalized, round(weights.ess, 2)
+        (tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64), 2.67)
     """
 
     log_weights: Tensor
