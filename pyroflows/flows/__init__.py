@@ -2,6 +2,7 @@
 
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.flow import Flow
+from pyroflows.flows.law import Law
 from pyroflows.flows.mixture import Mixture
 from pyroflows.flows.named import Recipe
 from pyroflows.flows.recipes import IAF, MAF, NAF, NICE, NSF, SOS, Gaussian, Planar, Radial, RealNVP, Sylvester
@@ -16,6 +17,7 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "Gaussian",
+    "Law",
     "Mixture",
     "Planar",
     "Radial",

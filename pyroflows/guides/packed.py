@@ -289,7 +289,7 @@ class AutoFlow(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """The map from base values z to unconstrained latents, with a cache of its last pair of values."""
-        return self._built().transform.with_cache()
+        return self._built().transform.exact().with_cache()
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
         """The distribution of the packed unconstrained latents, with event shape ``(latent_dim,)``."""

@@ -79,7 +79,7 @@ class Approximation:
         Raises:
             OptionError: if ``num_samples`` is not a positive integer.
         """
-        return self._sites(self._latents(num_samples)[0])
+        return self._sites(self._draw(num_samples))
 
     def log_prob(self, draws: Mapping[str, Tensor]) -> Tensor:
         """The log density of the flow at values of all latent sites, as a density on the constrained space, ``(S,)``.
@@ -121,18 +121,22 @@ class Approximation:
             >>> posterior.predictive(100, torch.arange(5.0))["y"].shape
             torch.Size([100, 5])
         """
-        values, _ = self.layout.constrain(self._latents(num_samples)[0])
+        values, _ = self.layout.constrain(self._draw(num_samples))
         if args or kwargs:
             batched = BatchedModel(self._model, args, kwargs, values, draw=True)
         else:
             batched = self.log_joint.batched.drawing(values)
         return posterior_predictive(batched, values, num_samples)
 
+    def _draw(self, num_samples: int) -> Tensor:
+        """Draw unconstrained vectors ``(S, dim)`` from the flow."""
+        _check_number(num_samples)
+        return self._flow().sample((num_samples,))
+
     @torch.no_grad()
     def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Draw unconstrained vectors ``(S, dim)`` from the flow, and give their log densities ``(S,)``."""
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
+        _check_number(num_samples)
         return self._flow().rsample_and_log_prob((num_samples,))
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:
@@ -149,6 +153,11 @@ class Approximation:
         require_full_plates(
             self.structure, "use posterior.with_data(...) with arguments for which the model runs on all rows"
         )
+
+
+def _check_number(num_samples: int) -> None:
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
 
 
 @torch.no_grad()

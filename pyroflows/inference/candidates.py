@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyroflows.flows import Flow, Mixture
+from pyroflows.flows import Flow, Law, Mixture
 from pyroflows.guides.packed import FlowFn, flow_near
 from pyroflows.inference.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.inference.pathfinder import GaussianApproximation
@@ -62,7 +62,7 @@ class Candidate:
             flows.append(flow)
         if len(flows) == 1:
             return FittedCandidate(self, flows[0], histories[0], log_joint, found)
-        mixture = Mixture(flows, torch.stack([_log_evidence(flow, log_joint) for flow in flows]))
+        mixture = Mixture(flows, torch.stack([_log_evidence(flow(), log_joint) for flow in flows]))
         return FittedCandidate(self, mixture, histories[0], log_joint, found)
 
 
@@ -87,7 +87,7 @@ class FittedCandidate:
     @cached_property
     def draws(self) -> DiagnosticDraws:
         """The draws on which the verdict rests, made at the first use."""
-        return DiagnosticDraws.drawn(self.flow, self.log_joint, NUM_DIAGNOSTIC_SAMPLES)
+        return DiagnosticDraws.drawn(self.flow(), self.log_joint, NUM_DIAGNOSTIC_SAMPLES)
 
     @cached_property
     def diagnosis(self) -> Diagnosis:
@@ -106,7 +106,7 @@ def is_enough(gaussian: Diagnosis) -> bool:
 
 
 @torch.no_grad()
-def _log_evidence(flow: Flow, log_joint: LogJoint) -> Tensor:
-    """Estimate, by importance sampling, the log evidence of the part of the posterior that a flow covers."""
-    x, log_q = flow().rsample_and_log_prob((NUM_EVIDENCE_DRAWS,))
+def _log_evidence(law: Law, log_joint: LogJoint) -> Tensor:
+    """Estimate, by importance sampling, the log evidence of the part of the posterior that a law covers."""
+    x, log_q = law.rsample_and_log_prob((NUM_EVIDENCE_DRAWS,))
     return torch.logsumexp(log_joint.in_chunks(x) - log_q, 0)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyroflows.flows import Flow
+from pyroflows.flows import Flow, Law
 from pyroflows.inference.arviz import pareto_k_threshold
 from pyroflows.inference.starts import Starts
 from pyroflows.inference.weights import Weights
@@ -181,10 +181,10 @@ class DiagnosticDraws:
     weights: Weights
 
     @classmethod
-    def drawn(cls, flow: Flow, log_joint: LogJoint, num_samples: int) -> "DiagnosticDraws":
-        """Draw from a flow under a fixed seed, so that every call gives the same figures."""
+    def drawn(cls, law: Law, log_joint: LogJoint, num_samples: int) -> "DiagnosticDraws":
+        """Draw from the law of a flow under a fixed seed, so that every call gives the same figures."""
         with seeded(0), torch.no_grad():
-            latents, log_q = flow().rsample_and_log_prob((num_samples,))
+            latents, log_q = law.rsample_and_log_prob((num_samples,))
             raw = log_joint.in_chunks(latents) - log_q
         return cls(latents, raw, Weights.smoothed(raw))
 

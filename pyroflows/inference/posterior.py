@@ -270,7 +270,7 @@ class Posterior(Approximation):
     @cached_property
     def _diagnostics(self) -> DiagnosticDraws:
         self._require_full_plates()
-        return DiagnosticDraws.drawn(self._flow, self.log_joint, self.num_diagnostic_samples)
+        return DiagnosticDraws.drawn(self._flow(), self.log_joint, self.num_diagnostic_samples)
 
     @property
     def elbo(self) -> float:

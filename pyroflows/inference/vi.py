@@ -133,7 +133,7 @@ class FlowVI:
         self.num_particles = NUM_PARTICLES if num_particles is None else num_particles
         self.estimator = ESTIMATORS["path" if estimator == "auto" else estimator]
         self.optimizer = optimizer
-        self.compiler = Compiler(compile)
+        self.compile = Compiler(compile).mode
         self.num_starts = num_starts
         self.gate = gate
         self.temper = temper
@@ -164,7 +164,7 @@ class FlowVI:
         log_joint = self._log_joint(model, args, kwargs, layout, center)
         own = list(model_parameters(layout.structure, model, args, kwargs, _init_at(layout, center)).values())
         train = partial(self._train, log_joint=log_joint, own=own)
-        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compiler.mode, log_joint=log_joint)
+        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compile, log_joint=log_joint)
         if isinstance(self.guide, AutoFlow):
             return posterior(history=self._train_guide(guide, train))
         num_starts = self.num_starts or (NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
@@ -191,7 +191,7 @@ class FlowVI:
         with seeded(0):
             examples = center + 0.1 * torch.randn((NUM_EXAMPLES, layout.dim)).to(center)
             examples[0] = center
-        log_joint = LogJoint(model, args, kwargs, layout, examples, self.compiler)
+        log_joint = LogJoint(model, args, kwargs, layout, examples, Compiler(self.compile))
         if log_joint.batched.mode == "loop" and not layout.structure.reads_values:
             # Code that reads values through numpy goes unnoticed, but neither a plate nor vmap can run it.
             _check_static_around(layout, center, model, args, kwargs)
@@ -228,6 +228,8 @@ class FlowVI:
         return min(light, heavy, key=lambda fitted: fitted.diagnosis.log_weight_variance)
 
     def _train(self, flow: Flow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+        # The verdict needs exact log-densities: a flow that has none is refused before it is trained.
+        flow.transform.exact()
         num_tempered = NUM_TEMPERED_STEPS if self.num_steps is None else self.num_steps // 3
         tempering = None if self.temper is None else Tempering(self.temper, num_tempered)
         objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, own, tempering)

@@ -11,9 +11,12 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from pyroflows import DataError, DivergedError, FlowError, FlowVI, ModelError, OptionError, Posterior, ShapeError
+from pyroflows.errors import InexactError
 from pyroflows.flows import Planar
 from pyroflows.guides import AutoFlow, AutoPlanar
 from pyroflows.training.loop import History
+from pyroflows.transforms import FlowTransform
+from tests.transforms.examples import EstimatedScale
 
 Y = torch.tensor([0.5, -1.0, 2.0])
 
@@ -459,3 +462,33 @@ def test_few_particles_warn_of_nothing(num_particles):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(good, num_particles=num_particles)
+
+
+def test_a_flow_without_exact_densities_is_refused_before_it_is_trained():
+    class Rough(EstimatedScale):
+        _exact = FlowTransform._exact
+
+    calls = []
+    vi = FlowVI(
+        lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1)),
+        lambda dim: [Rough(dim)],
+        optimizer=lambda parameters: calls.append(1) or torch.optim.Adam(parameters),
+        progress_bar=False,
+    )
+    with pytest.raises(InexactError, match="log-determinant of Rough is an estimate"):
+        vi.run()
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:the model runs draw by draw")
+def test_a_run_that_is_not_compiled_warns_each_time():
+    """What one run could not compile says nothing of the next."""
+
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x if float(x) > 0 else 2 * x, 1.0), obs=y)
+
+    vi = FlowVI(model, num_steps=3, num_starts=1, seed=0, progress_bar=False)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="without compilation"):
+            vi.run(torch.tensor(1.0))
