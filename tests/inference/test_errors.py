@@ -486,7 +486,7 @@ def test_a_run_that_is_not_compiled_warns_each_time():
 
     def model(y):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(x if float(x) > 0 else 2 * x, 1.0), obs=y)
+        pyro.sample("y", dist.Normal(x if x > 0 else 2 * x, 1.0), obs=y)
 
     vi = FlowVI(model, num_steps=3, num_starts=1, seed=0, progress_bar=False)
     for _ in range(2):
