@@ -1,6 +1,6 @@
 """Normalizing flows for Pyro: posteriors, densities and proposals."""
 
-from pyroflows import errors, fitting, flows, guides, inference, nets, transforms
+from pyroflows import errors, fitting, flows, guides, inference, nets, training, transforms
 from pyroflows.errors import (
     CheckpointError,
     DataError,
@@ -52,5 +52,6 @@ __all__ = [
     "nets",
     "to_arviz",
     "train",
+    "training",
     "transforms",
 ]

@@ -21,9 +21,8 @@ from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.plots import plot_distillation
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
-from pyroflows.training.loop import OptimizerLike, Trainer
+from pyroflows.training.loop import OptimizerLike, train
 from pyroflows.training.objective import Figures, Objective
-from pyroflows.training.schedules import Plateau
 
 LEARNING_RATE = 5e-3
 # Batches of the teacher's draws that are followed, and of fresh draws behind the KL divergence at the end.
@@ -142,17 +141,19 @@ def distill(
     # The guard sees what is not finite; torch's own checks would raise there.
     with seeded(seed), pyro.validation_enabled(False):
         pair = StudentAndTeacher(student, teacher, context)
-        divergence = _chosen(pair, estimator, regularization)
+        name = _chosen(pair, estimator, regularization)
         pair.check_scores(batch_size)
         if penalty is not None:
             _check_penalty(penalty, pair, batch_size)
-        train = partial(_train, compiler=Compiler(compile), optimizer=optimizer, progress_bar=progress_bar)
+        optimizer = optimizer or partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True)
+        fit = partial(train, optimizer=optimizer, compile=Compiler(compile), progress_bar=progress_bar)
         followed = _followed(pair, batch_size, warm_start > 0) if warm_start or regression else None
         if followed is not None and warm_start:
-            train(followed, warm_start)
+            fit(followed, warm_start)
+        divergence = _divergence(name, regularization)
         objective = Imitation(pair, divergence, batch_size, followed if regression else None, regression, penalty)
-        history = train(objective, num_steps)
-        log_weights = torch.cat([objective.log_weights() for _ in range(NUM_FINAL_BATCHES)]).double()
+        history = fit(objective, num_steps)
+        log_weights = torch.cat([_log_weights(pair, name, batch_size) for _ in range(NUM_FINAL_BATCHES)]).double()
     kl_se = log_weights.std().item() / math.sqrt(len(log_weights))
     return Distillation(student, history, -log_weights.mean().item(), kl_se)
 
@@ -196,25 +197,17 @@ class Imitation(Objective):
     def loss(self, noise: Tensor, *drawn: Tensor) -> tuple[Tensor, Figures]:
         """The divergence with what is added to it."""
         rows, index = drawn[: self._pair.num_rows], drawn[self._pair.num_rows :]
-        x, loss, log_weights = self._at(noise, *rows)
+        q, p = self._pair.estimated_at(*rows)
+        x, loss, log_weights = self._divergence(q, p, self.base_draws(noise))
         if self._followed is not None:
             loss = loss + self._weight * self._followed.end_to_end(*index).mean()
         if self._penalty is not None:
             loss = loss + self._penalty(x, *(rows or (None,)))
         return loss, {"kl": -log_weights.mean(), "kl_se": log_weights.std() / math.sqrt(len(log_weights))}
 
-    @torch.no_grad()
-    def log_weights(self) -> Tensor:
-        """The log weights of fresh draws, whose mean is minus the KL divergence."""
-        return self._at(self.noise(self._batch_size), *self._pair.draw_rows(self._batch_size))[2]
 
-    def _at(self, noise: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, p = self._pair.at(*rows)
-        return self._divergence(q.estimated(), p, self.base_draws(noise))
-
-
-def _chosen(pair: StudentAndTeacher, estimator: str, regularization: float) -> Divergence:
-    """The estimator, if it and the regularization can be had."""
+def _chosen(pair: StudentAndTeacher, estimator: str, regularization: float) -> str:
+    """The name of the estimator, if it and the regularization can be had."""
     can_close = has_closed_form(pair.student, pair.teacher)
     name = ("closed_form" if can_close else "path") if estimator == "auto" else estimator
     if name not in ("total", "path", "closed_form"):
@@ -229,13 +222,15 @@ def _chosen(pair: StudentAndTeacher, estimator: str, regularization: float) -> D
             f"regularization must be zero or positive, and positive only with the closed form, got {regularization} "
             f"with estimator {name!r}"
         )
-    return partial(gaussian_kl, regularization=regularization) if name == "closed_form" else _by_draws(name)
+    return name
 
 
-def _by_draws(name: str) -> Divergence:
-    """An estimator that knows nothing of student and teacher but their densities."""
+def _divergence(name: str, regularization: float = 0.0) -> Divergence:
+    """The estimator of a name: the closed form, or one that knows only the densities of student and teacher."""
+    if name == "closed_form":
+        return partial(gaussian_kl, regularization=regularization)
 
-    def loss(q: FlowDistribution, p: Distribution, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def by_draws(q: FlowDistribution, p: Distribution, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         drawn = []
 
         def log_prob(x: Tensor) -> Tensor:
@@ -245,14 +240,16 @@ def _by_draws(name: str) -> Divergence:
         value, log_weights = ESTIMATORS[name](q, log_prob, z)
         return drawn[0], value, log_weights
 
-    return loss
+    return by_draws
 
 
-def _train(
-    objective: Objective, num_steps: int | None, compiler: Compiler, optimizer: OptimizerLike | None, progress_bar: bool
-) -> History:
-    schedule = Plateau(objective.monitor, num_steps, falls=objective.falls)
-    return Trainer(objective, schedule, optimizer, LEARNING_RATE, compiler, progress_bar=progress_bar).run()
+@torch.no_grad()
+def _log_weights(pair: StudentAndTeacher, name: str, count: int) -> Tensor:
+    """Exact log weights of fresh draws; their mean is minus the KL divergence, with less error in closed form."""
+    q, p = pair.at(*pair.draw_rows(count))
+    # Without gradients all others are one, and "total" computes no score.
+    divergence = _divergence("closed_form" if name == "closed_form" else "total")
+    return divergence(q, p, pair.student.base().sample((count,)))[2]
 
 
 def _followed(pair: StudentAndTeacher, batch_size: int, standardizes: bool) -> Regression | None:

@@ -43,9 +43,9 @@ class Regression(Objective):
         """A random index ``(batch_size,)`` of the teacher's draws."""
         return [torch.randint(len(self._stages[0]), (self._batch_size,), device=self._stages[0].device)]
 
-    def loss(self, *drawn: Tensor) -> tuple[Tensor, Figures]:
+    def loss(self, index: Tensor) -> tuple[Tensor, Figures]:
         """The mean error, layer by layer."""
-        return self.layer_by_layer(*drawn).mean(), {}
+        return self.layer_by_layer(index).mean(), {}
 
     def end_to_end(self, index: Tensor) -> Tensor:
         """The errors ``(B,)`` of draws x of an index ``(B,)``."""

@@ -50,6 +50,11 @@ class StudentAndTeacher:
         context = [] if self.contexts is None else [self.contexts[rows[0]]]
         return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
 
+    def estimated_at(self, *rows: Tensor) -> tuple[FlowDistribution, Any]:
+        """The same with the layers' own log-determinants, which may be estimates: for training."""
+        q, p = self.at(*rows)
+        return q.estimated(), p.estimated() if isinstance(self.teacher, Flow) else p
+
     def check_scores(self, count: int) -> None:
         """Raise if the teacher does not score draws of the student, or tells nothing of how to move them.
 

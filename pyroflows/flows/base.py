@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -55,11 +56,16 @@ class StudentT(nn.Module):
 
     def __init__(self, dim: int | Sequence[int], df: float = 10.0) -> None:
         super().__init__()
-        self.raw_df = nn.Parameter(torch.full(shape_of(dim), df - 1.0).expm1().log())
+        shape = shape_of(dim)
+        self.raw_df = nn.Parameter(torch.full(shape, df - 1.0).expm1().log())
+        self.law = DistributionModule(dist.StudentT(torch.full(shape, df)).to_event(len(shape)))
 
     def forward(self) -> Distribution:
-        df = 1 + F.softplus(self.raw_df)
-        return dist.StudentT(df, validate_args=is_validated()).to_event(df.dim())
+        # The constructor would make, and validate, a chi-square variable of its own, which torch.compile refuses.
+        law: Any = self.law()
+        law.base_dist.df = 1 + F.softplus(self.raw_df)
+        law.base_dist._chi2.concentration = 0.5 * law.base_dist.df
+        return law
 
 
 class DistributionModule(nn.Module):

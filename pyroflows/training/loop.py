@@ -56,7 +56,7 @@ class Trainer:
 
     Example:
         >>> objective = pf.fitting.ReverseKL(pf.flows.Planar(2), lambda x: -(x**2).sum(-1))
-        >>> trainer = pf.Trainer(objective, Plateau("elbo", 50), progress_bar=False)
+        >>> trainer = pf.Trainer(objective, pf.training.Plateau("elbo", 50), progress_bar=False)
         >>> trainer.run()
         History(50 steps: elbo, log_weight_variance, grad_norm, learning_rate)
     """
@@ -181,7 +181,7 @@ def train(
     num_steps: int | None = None,
     *,
     optimizer: OptimizerLike | None = None,
-    compile: str = "auto",
+    compile: str | Compiler = "auto",
     seed: int | None = None,
     progress_bar: bool = True,
 ) -> History:
@@ -194,7 +194,7 @@ def train(
         num_steps: number of steps; None for as many as it takes until the monitored figure has not got better for 300
             steps by more than its noise, and half as many again.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`.
+        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a compiler that is there.
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
         progress_bar: whether to show one.
 

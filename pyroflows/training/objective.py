@@ -51,6 +51,8 @@ class Objective:
     def __init__(self, flow: Flow, own_parameters: Iterable[Tensor] = ()) -> None:
         self.flow = flow
         self.own_parameters = list(own_parameters)
+        # Asked once: the answer takes a noticeable part of a short step.
+        self._trains_base = any(parameter.requires_grad for parameter in flow.base.parameters())
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -98,7 +100,3 @@ class Objective:
     def base_draws(self, noise: Tensor) -> Tensor:
         """For :meth:`loss`: the base draws of :meth:`noise`, with gradients where the base is trained."""
         return self.flow.base().rsample((len(noise),)) if self._trains_base else noise
-
-    @property
-    def _trains_base(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.flow.base.parameters())

@@ -64,7 +64,7 @@ FITS = """
         flow = lambda dim: pf.flows.IAF(dim, num_layers=4, hidden_dims=(16, 16))
         pf.FlowVI(model, flow, num_steps=3, num_particles=4, num_starts=1, progress_bar=False, seed=0).run()
 
-    print(growth(make, 3, 6))
+    print(growth(make, 10, 8))
 """
 
 

@@ -1,5 +1,6 @@
 """torch.compile makes one graph of a flow's call, its density and its draws, whatever the recipe."""
 
+import pyro
 import pytest
 import torch
 from torch.distributions import constraints
@@ -25,6 +26,7 @@ def test_compiles_without_graph_breaks(name):
     """The call of the flow, its density and its draws, so that nothing has to be written twice for compilation."""
     dim = 1 if name in ("naf", "sos") else 2  # root searches unroll
     torch.compiler.reset()
+    pyro.enable_validation(True)  # as a user has it, unless a compilation before has switched it off
     flow = COMPILED[name][0](dim, num_layers=1, hidden_dims=(4,))
     x = torch.rand(5, dim) + 0.1
 

@@ -958,10 +958,10 @@ def test_two_fits_share_nothing(guide):
         vi = FlowVI(
             normal_mean,
             guide=guide(),
-            num_steps=200,
+            num_steps=400,
             seed=0,
             progress_bar=False,
-            optimizer=partial(torch.optim.Adam, lr=0.05),
+            optimizer=partial(torch.optim.Adam, lr=0.02),
         )
         fits.append(vi.run(y))
         Predictive(normal_mean, guide=fits[-1].guide, num_samples=2)(y)

@@ -435,6 +435,21 @@ def test_the_restored_state_has_a_finite_objective(last_good):
     assert 0 <= parameter.item() < 5.0
 
 
+def test_after_divergence_buffers_are_those_of_the_good_state():
+    """A layer's state, such as that of a power iteration, follows its parameters."""
+
+    class Drifting(Scripted):
+        def before_step(self):
+            super().before_step()
+            self.flow.drift += 1.0
+
+    objective = Drifting(zeros(1), [*[0.0] * 60, math.nan])
+    objective.flow.register_buffer("drift", torch.zeros(()))
+    with pytest.raises(DivergedError):
+        quiet_train(objective, num_steps=1000)
+    assert objective.flow.drift == WINDOW
+
+
 # Optimizers
 
 
