@@ -24,7 +24,7 @@ class Graph:
     def __init__(self, num_inputs: int) -> None:
         self._graph: Any = torch._C.Graph()  # of whose methods torch's stubs know some
         self.inputs = [self._graph.addInput() for _ in range(num_inputs)]
-        self._literals: dict[tuple[Any, ...], Any] = {}
+        self._literals: dict[str, Any] = {}
 
     def constant(self, tensor: Tensor) -> Any:
         """The value that stands for a tensor which stays."""
@@ -81,8 +81,7 @@ class Graph:
             node = self._graph.create("prim::ListConstruct", parts)
             node.output().setType(type_)
             return self._graph.appendNode(node).output()
-        # -0.0 is another number than 0.0, and 1 another than True.
-        key = type(argument), repr(argument)
+        key = repr(argument)  # since 0.0 equals -0.0, and 1 equals 1.0 and True
         if key not in self._literals:
             is_format = isinstance(argument, torch.memory_format)
             self._literals[key] = self._graph.insertConstant(_MEMORY_FORMATS[argument] if is_format else argument)
