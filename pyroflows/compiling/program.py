@@ -33,7 +33,8 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
         examples: inputs.
         executor: "trace", the interpreter of TorchScript, costs little more than a few runs; "inductor" generates
             machine code, tens of seconds, for runs by the ten thousands; "none" is the function itself.
-        state: modules, of whose parameters and buffers the function may read some, and further such tensors.
+        state: modules, of whose parameters and buffers the function may read some, and further such tensors. Buffers
+            that are not persistent, in no state dict, are constants: they follow from what a module was made of.
 
     Where a matrix has no Cholesky factor the program gives NaN instead of an error: the rows beside it go on.
 
@@ -62,20 +63,23 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
 
 def _places(state: State, examples: Sequence[Tensor]) -> list[_Place]:
     """Where the tensors of the state stand, each once, without those that are given at each call."""
-    owners: list[dict[str, Any]] = []
+    places: list[_Place] = []
     for part in state:
         if isinstance(part, Tensor):
-            owners.append({"": part})
-        else:
-            owners += [tensors for module in part.modules() for tensors in (module._parameters, module._buffers)]
+            places.append(({"": part}, ""))
+            continue
+        for module in part.modules():
+            places += [(module._parameters, name) for name in module._parameters]
+            constant = module._non_persistent_buffers_set
+            places += [(module._buffers, name) for name in module._buffers if name not in constant]
     seen = {id(example) for example in examples}
-    places = []
-    for owner in owners:
-        for name, tensor in owner.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                places.append((owner, name))
-    return places
+    kept = []
+    for owner, name in places:
+        tensor = owner[name]
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept.append((owner, name))
+    return kept
 
 
 def _read(places: list[_Place]) -> list[Any]:

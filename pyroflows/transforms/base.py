@@ -125,7 +125,8 @@ class FlowTransform(TransformModule):
     def before_step(self) -> None:
         """Bring state up to date, such as power iterations; the trainer calls it before each step.
 
-        It runs in Python, outside of what is traced, and changes buffers in place.
+        It runs in Python, outside of what is traced, and changes buffers in place. They must be persistent: those in no
+        state dict are constants of a traced step.
         """
 
     @property
