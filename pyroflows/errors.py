@@ -1,16 +1,24 @@
-"""The exceptions a user of pyroflows meets.
+"""The exceptions that pyroflows raises.
 
-Each says what was wrong, where, and what to do. All of them are :class:`FlowError`, and also the built-in error that
-fits, so that ``except ValueError`` works as usual.
+Each message says what was wrong, where, and what to do. Every exception is a :class:`FlowError` and also the built-in
+error that fits, so that ``except ValueError`` works as usual.
 """
 
 
 class FlowError(Exception):
-    """Base class of every error that pyroflows raises on purpose."""
+    """The base class of every error that pyroflows raises on purpose.
+
+    Example:
+        >>> try:
+        ...     pf.transforms.Permutation([0, 0])
+        ... except pf.FlowError as error:
+        ...     print(error)
+        order must be a permutation of 0 to 1, got [0, 0]
+    """
 
 
 class ShapeError(FlowError, ValueError):
-    """A tensor has a shape that does not fit: event size, context size, batch shapes that do not broadcast."""
+    """The shape of a tensor does not fit: an event or a context has another one, or batch shapes do not broadcast."""
 
 
 class OptionError(FlowError, ValueError):
@@ -22,7 +30,7 @@ class InversionError(FlowError, RuntimeError):
 
 
 class InexactError(FlowError, RuntimeError):
-    """An exact log-determinant was asked for, and a layer has only an estimate of it."""
+    """An exact log-determinant was asked for, but a layer has only an estimate of it."""
 
 
 class ModelError(FlowError, ValueError):
@@ -30,7 +38,7 @@ class ModelError(FlowError, ValueError):
 
 
 class DataError(FlowError, ValueError):
-    """The data given to a model or a fit hold values that cannot be used, such as NaN."""
+    """The data given to a model or a fit contain values that cannot be used, such as NaN."""
 
 
 class DivergedError(FlowError, RuntimeError):
@@ -46,4 +54,4 @@ class CheckpointError(FlowError, ValueError):
 
 
 class PlotError(FlowError, ImportError):
-    """A picture was asked for, and matplotlib is not installed, or there is nothing to draw."""
+    """A plot was asked for, but matplotlib is not installed or there is nothing to draw."""

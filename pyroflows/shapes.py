@@ -1,15 +1,15 @@
-"""Shapes of events and contexts: a number for vectors, a sequence of numbers for what has more axes."""
+"""Shapes of events and contexts, which users give as a number for vectors and as a sequence for arrays of more axes."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyroflows.errors import OptionError
+from pyroflows.errors import OptionError, ShapeError
 
 
 def shape_of(dim: int | Sequence[int]) -> torch.Size:
-    """The shape that a user gave as ``dim``: ``(dim,)`` for a number.
+    """Return the shape that ``dim`` stands for: ``(dim,)`` for a number, the sequence itself otherwise.
 
     Example:
         >>> shape_of(3), shape_of((2, 8))
@@ -19,7 +19,7 @@ def shape_of(dim: int | Sequence[int]) -> torch.Size:
 
 
 def as_given(shape: torch.Size) -> int | tuple[int, ...]:
-    """What :func:`shape_of` made the shape of; 0 for the shape of no context.
+    """Return the ``dim`` from which :func:`shape_of` makes this shape, or 0 for the empty shape of no context.
 
     Example:
         >>> as_given(torch.Size([3])), as_given(torch.Size([2, 8])), as_given(torch.Size())
@@ -29,12 +29,17 @@ def as_given(shape: torch.Size) -> int | tuple[int, ...]:
 
 
 def described(shape: torch.Size) -> str:
-    """``"size 3"`` for vectors, ``"shape (2, 8)"`` otherwise, for messages."""
+    """Return a shape in the words of a message: as a size for vectors, as a shape otherwise.
+
+    Example:
+        >>> described(torch.Size([3])), described(torch.Size([2, 8]))
+        ('size 3', 'shape (2, 8)')
+    """
     return f"{'shape' if len(shape) > 1 else 'size'} {as_given(shape)}"
 
 
 def places(is_there: Tensor) -> list[int] | list[tuple[int, ...]]:
-    """Where a mask is True: indices of a vector, tuples of indices otherwise.
+    """Return the indices at which a mask is true, as numbers for a vector and as tuples otherwise.
 
     Example:
         >>> places(torch.tensor([True, False, True])), places(torch.eye(2, dtype=torch.bool))
@@ -45,12 +50,12 @@ def places(is_there: Tensor) -> list[int] | list[tuple[int, ...]]:
 
 
 def axis_from_the_end(axis: int, event_shape: torch.Size, layer: str) -> int:
-    """An axis of an event, counted from the end, so that it is the same whatever the batch shape.
+    """Return an axis of an event counted from the end, so that it is the same for every batch shape.
 
     Args:
         axis: the axis as the user gave it, counted from either end.
         event_shape: the shape of the event.
-        layer: who asks, for the message.
+        layer: the name of the layer, for the message.
 
     Raises:
         OptionError: if the event has no such axis.
@@ -66,3 +71,45 @@ def axis_from_the_end(axis: int, event_shape: torch.Size, layer: str) -> int:
             f"got {axis}"
         )
     return axis if axis < 0 else axis - num_axes
+
+
+def expanded_to_context(
+    value: Tensor, context: Tensor | None, event_shape: torch.Size, context_shape: torch.Size, layer: str
+) -> Tensor:
+    """Check the shapes of a layer's arguments, and return the value expanded to the batch shape of both.
+
+    Args:
+        value: ``(..., *event_shape)``.
+        context: ``(..., *context_shape)``, or None if the layer takes none.
+        event_shape: the shape of an event at that end of the layer.
+        context_shape: the shape of a context, empty for none.
+        layer: the name of the layer, for the message.
+
+    Raises:
+        ShapeError: if the value or the context has another shape, or their batch shapes do not broadcast.
+
+    Example:
+        >>> value, context = torch.zeros(2), torch.zeros(5, 3)
+        >>> expanded_to_context(value, context, torch.Size([2]), torch.Size([3]), "Planar").shape
+        torch.Size([5, 2])
+    """
+    num_axes, num_context_axes = len(event_shape), len(context_shape)
+    if value.shape[-num_axes:] != event_shape:
+        raise ShapeError(f"{layer} has event {described(event_shape)}, but got a tensor of shape {tuple(value.shape)}")
+    if not context_shape:
+        if context is not None:
+            raise ShapeError(f"{layer} takes no context, but got shape {tuple(context.shape)}: set its context_dim")
+        return value
+    if context is None:
+        raise ShapeError(f"{layer} needs a context of {described(context_shape)}: use t.condition(context)")
+    if context.shape[-num_context_axes:] != context_shape:
+        raise ShapeError(f"{layer} has context {described(context_shape)}, but got shape {tuple(context.shape)}")
+    value_batch, context_batch = value.shape[:-num_axes], context.shape[:-num_context_axes]
+    try:
+        batch_shape = torch.broadcast_shapes(value_batch, context_batch)
+    except RuntimeError:
+        raise ShapeError(
+            f"the batch shapes of the value, {tuple(value_batch)}, and of the context, {tuple(context_batch)}, do not "
+            f"broadcast in {layer}"
+        ) from None
+    return value.expand(batch_shape + event_shape)

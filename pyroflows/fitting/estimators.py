@@ -1,6 +1,6 @@
 r"""Gradient estimators of the reverse Kullback-Leibler divergence.
 
-Each maps base draws z, ``(S, dim)``, to draws :math:`x_i = T_\phi(z_i)` of the flow q and returns a loss, whose
+Each maps base draws z, ``(S, *base_shape)``, to draws :math:`x_i = T_\phi(z_i)` of the flow q and returns a loss, whose
 gradient trains the flow, and the log weights :math:`\log w_i = \log p(x_i, y) - \log q_\phi(x_i)`, ``(S,)`` without
 gradients, whose mean is the ELBO. Parameters of the model have the gradient of the ELBO, or for "iwae" and "dreg" of
 their bound.
@@ -45,7 +45,7 @@ def path_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     x, log_q, score = q.transport_and_score(z)
     log_p = log_joint(x)
     log_weights = (log_p - log_q).detach()
-    return _with_gradient_of(((score * x).sum(-1) - log_p).mean(), -log_weights.mean()), log_weights
+    return _with_gradient_of((_inner(score, x) - log_p).mean(), -log_weights.mean()), log_weights
 
 
 def iwae_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +77,8 @@ def dreg_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     log_weights = (log_p - log_q).detach()
     weights = torch.softmax(log_weights, 0)
     # Parameters of the model have the weights themselves, and what passes on to x their squares.
-    seen_by_model.register_hook(lambda gradient: weights[:, None] * gradient)
-    surrogate = (weights**2 * (score * x).sum(-1)).sum() - (weights * log_p).sum()
+    seen_by_model.register_hook(lambda gradient: weights.reshape(-1, *[1] * (x.dim() - 1)) * gradient)
+    surrogate = (weights**2 * _inner(score, x)).sum() - (weights * log_p).sum()
     return _with_gradient_of(surrogate, -_log_mean_exp(log_weights)), log_weights
 
 
@@ -97,7 +97,7 @@ def log_variance_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor)
     log_p = log_joint(x.detach())
     log_weights = (log_p - log_q).detach()
     # Along the draws log q changes by the score besides.
-    log_q_at_fixed_x = log_q - (score * x).sum(-1)
+    log_q_at_fixed_x = log_q - _inner(score, x)
     centered = log_weights - log_weights.mean()
     surrogate = -(centered * log_q_at_fixed_x).sum() / (len(z) - 1) - log_p.mean()
     return _with_gradient_of(surrogate, log_weights.var() / 2), log_weights
@@ -110,6 +110,11 @@ ESTIMATORS: dict[str, Estimator] = {
     "dreg": dreg_gradient,
     "vargrad": log_variance_gradient,
 }
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of events, ``(S,)``."""
+    return (a * b).flatten(1).sum(-1)
 
 
 def _with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Flows: transforms stacked on a base distribution, and the recipes of the literature, by class and by name."""
+"""Flows: layers stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.flow import Flow

@@ -1,4 +1,4 @@
-"""Base distributions of flows, as modules whose call returns a distribution."""
+"""Base distributions of flows, held by modules whose call returns the distribution."""
 
 import copy
 from collections.abc import Sequence
@@ -18,11 +18,19 @@ Base = Distribution | nn.Module | str | None
 
 
 def base_module(base: Base, shape: torch.Size) -> nn.Module:
-    """The module of a base of a flow whose first layer takes events of this shape, see :class:`pyroflows.Flow`.
+    """Return the module that holds the base of a flow.
+
+    Args:
+        base: a distribution, a module whose call returns one, "student_t" or None, see :class:`pyroflows.Flow`.
+        shape: the shape of the events that the first layer takes.
 
     Raises:
         OptionError: if the base is unknown.
-        ShapeError: if it has another event shape.
+        ShapeError: if the base has another event shape.
+
+    Example:
+        >>> base_module("student_t", torch.Size([2]))().event_shape
+        torch.Size([2])
     """
     if base is None:
         base = standard_normal(shape)
@@ -37,21 +45,29 @@ def base_module(base: Base, shape: torch.Size) -> nn.Module:
 
 
 def standard_normal(shape: torch.Size) -> Distribution:
-    """Independent standard normal variables, as one event of that shape."""
+    """Return the law of independent standard normal variables that form one event of this shape."""
     return dist.Normal(torch.zeros(shape), torch.ones(shape)).to_event(len(shape))
 
 
 def is_validated() -> bool:
-    """Whether distributions check their values: as Pyro was told, but never in what torch compiles into one graph."""
+    """Return whether distributions check their values: as Pyro is set, but never while torch compiles."""
     return not torch.compiler.is_compiling() and bool(is_validation_enabled())
 
 
 class StudentT(nn.Module):
-    r"""Independent standard Student-t variables with learned degrees of freedom :math:`\nu = 1 + \mathrm{softplus}(a)`.
+    r"""Independent standard Student-t variables, each with learned degrees of freedom
+    :math:`\nu = 1 + \mathrm{softplus}(a)`.
 
     Args:
         dim: the event size D, or the event shape.
         df: initial degrees of freedom, above 1.
+
+    Shapes: a draw is one event ``(*event_shape)``.
+
+    Example:
+        >>> base = StudentT(2, df=5.0)
+        >>> base().base_dist.df.tolist(), base().event_shape
+        ([5.0, 5.0], torch.Size([2]))
     """
 
     def __init__(self, dim: int | Sequence[int], df: float = 10.0) -> None:
@@ -69,15 +85,20 @@ class StudentT(nn.Module):
 
 
 class DistributionModule(nn.Module):
-    """A distribution whose tensors are buffers of a module, so that they move and cast with it.
+    """A module that holds the tensors of a distribution as buffers, so that they move and cast with it.
 
-    Parameters among its tensors stay parameters. A call returns the distribution, made of the tensors as they are now.
+    Parameters among the tensors stay parameters. A call returns the distribution with the tensors as they are then.
 
     Args:
         distribution: any torch or Pyro distribution.
 
     Raises:
-        OptionError: if a tensor is computed from parameters.
+        OptionError: if a tensor of the distribution is computed from parameters.
+
+    Example:
+        >>> base = DistributionModule(dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1))
+        >>> base.double()().sample().dtype
+        torch.float64
     """
 
     def __init__(self, distribution: Distribution) -> None:
@@ -88,8 +109,8 @@ class DistributionModule(nn.Module):
                 self.register_parameter(name, value)
             elif isinstance(value, Tensor) and value.requires_grad:
                 raise OptionError(
-                    f"{name} of the base {type(distribution).__name__} is computed from parameters, which would not be "
-                    "found: give as base a module whose call returns the distribution"
+                    f"{name} of the base {type(distribution).__name__} is computed from parameters, which the flow "
+                    "cannot find: give it as base a module whose call returns the distribution"
                 )
             elif isinstance(value, Tensor):
                 self.register_buffer(name, value.detach().clone())
@@ -97,7 +118,7 @@ class DistributionModule(nn.Module):
                 self.add_module(name, DistributionModule(value))
 
     def forward(self) -> Distribution:
-        # A shallow copy with today's tensors: its constructor would validate them again at every call.
+        # The distribution is a shallow copy, since its constructor would validate the tensors again at every call.
         distribution = copy.copy(self._template)
         distribution._validate_args = distribution._validate_args and is_validated()
         vars(distribution).update(self._parameters)
@@ -107,7 +128,7 @@ class DistributionModule(nn.Module):
 
 
 def _checked_event(base: Distribution, event_shape: torch.Size) -> Distribution:
-    """The base, if it is one of events of that shape."""
+    """Return the base if its events have this shape."""
     if base.event_shape != event_shape:
         raise ShapeError(
             f"the base of a flow of {as_given(event_shape)} dimensions must have event shape {tuple(event_shape)}, but "

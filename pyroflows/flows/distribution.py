@@ -1,4 +1,4 @@
-"""The distribution that a call of a flow makes."""
+"""The distribution that a call of a flow returns."""
 
 from typing import Any, ClassVar
 
@@ -7,24 +7,37 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyroflows.transforms.base import FlowTransform, Pair, Triple, pull_back
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
 
 
 class FlowDistribution(TorchDistribution):
-    r"""The law of ``x = t(z)``, z from a base distribution: :math:`\log q(x) = \log p(z) + \log|\det \partial
-    z/\partial x|`.
+    r"""The law of :math:`x = t(z)`, where z follows a base distribution p:
 
-    Log-densities are exact, also where the transform's own log-determinant is an estimate; :meth:`estimated` gives the
+    .. math:: \log q(x) = \log p(z) + \log\left|\det \frac{\partial z}{\partial x}\right|.
+
+    Log-densities are exact, even if the transform's own log-determinant is an estimate; :meth:`estimated` returns the
     law that uses the estimate. The distribution remembers its last sample with its log-density, so that scoring a fresh
-    sample is free, once. The memory is dropped by deepcopy and pickle, and does not count once the sample, a parameter
-    or a buffer of transform or base has changed.
+    sample once is free. Deepcopy and pickle drop the memory, and it is not used after the sample, or a parameter or a
+    buffer of transform or base, has changed.
 
     Args:
         base: the distribution of z, of the transform's base shape.
         transform: the map from base to data.
-        context: ``(..., *context_shape)``, if the transform takes one; what stands before belongs to the batch shape.
+        context: ``(..., *context_shape)``, if the transform takes one; its leading axes belong to the batch shape.
+        validate_args: whether values are checked; None for the setting of Pyro.
         is_estimate: whether log-densities use the transform's own log-determinant, exact or not.
+
+    Shapes: draws are ``(*sample_shape, *batch_shape, *event_shape)``; log-densities lack the event shape.
+
+    Raises:
+        InexactError: when it scores, if a layer has no exact log-determinant and ``is_estimate`` is false.
+
+    Example:
+        >>> q = pf.flows.MAF(3, context_dim=2)(torch.zeros(5, 2))
+        >>> q.batch_shape, q.event_shape, q.sample((7,)).shape
+        (torch.Size([5]), torch.Size([3]), torch.Size([7, 5, 3]))
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -62,9 +75,9 @@ class FlowDistribution(TorchDistribution):
         return getattr(self.base, "is_exact", True) and (not self._is_estimate or self.transform.ladj_is_exact)
 
     def estimated(self) -> "FlowDistribution":
-        """The same law with log-densities as its layers give them: unbiased estimates where these are not exact.
+        """Return the same law with the log-densities that its layers give, which may be unbiased estimates.
 
-        It is for training; where all layers are exact it is this object.
+        It is for training. If all layers are exact, the method returns this object.
         """
         # A base may be a law itself, such as that of a mixture of flows.
         base: Any = self.base.estimated() if hasattr(self.base, "estimated") else self.base
@@ -78,16 +91,22 @@ class FlowDistribution(TorchDistribution):
         return FlowDistribution(base, self.transform, self.context, self._validate_args, self._is_estimate)
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
-        """Draws ``(*sample_shape, *batch_shape, *event_shape)`` and their log-densities, in one pass.
+        """Return draws ``(*sample_shape, *batch_shape, *event_shape)`` and their log-densities, from one pass.
 
-        The draws carry gradients where the base has ``rsample``.
+        The draws carry gradients if the base has ``rsample``.
+
+        Args:
+            sample_shape: the shape of the sample.
         """
         base = self._expanded_base()
         draw = base.rsample if base.has_rsample else base.sample
         return self.transport(draw(torch.Size(sample_shape)))
 
     def transport(self, z: Tensor) -> Pair:
-        r"""``x = t(z)`` and :math:`\log q(x)`, for draws z of the base, ``(..., *base_shape)``.
+        r"""Return ``x = t(z)`` and :math:`\log q(x)`.
+
+        Args:
+            z: draws of the base, ``(..., *base_shape)``.
 
         Example:
             >>> q = pf.flows.IAF(3)()
@@ -99,10 +118,18 @@ class FlowDistribution(TorchDistribution):
         return x, self.base.log_prob(z) - ladj
 
     def transport_and_score(self, z: Tensor) -> Triple:
-        r"""As :meth:`transport`, and :math:`\nabla_x \log q(x)`, through which no gradients flow.
+        r"""Return ``x = t(z)``, :math:`\log q(x)`, and :math:`\nabla_x \log q(x)`, through which no gradients flow.
 
-        Its cost is that of :meth:`FlowTransform.forward_and_score`: no pass through the inverse where the forward
-        direction of all layers is parallel.
+        The score costs what :meth:`pyroflows.transforms.FlowTransform.forward_and_score` does for each layer.
+
+        Args:
+            z: draws of the base, ``(..., *base_shape)``.
+
+        Example:
+            >>> q = pf.flows.IAF(3)()
+            >>> x, log_q, score = q.transport_and_score(q.base.rsample((5,)))
+            >>> score.shape
+            torch.Size([5, 3])
         """
         with torch.enable_grad():
             at = z.detach().requires_grad_()
@@ -113,9 +140,9 @@ class FlowDistribution(TorchDistribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         if not self.has_rsample:
-            raise NotImplementedError(f"draws of {type(self.base).__name__} carry no gradients: use sample")
+            raise NotImplementedError(f"draws of the base {type(self.base).__name__} carry no gradients: use sample")
         if torch.compiler.is_compiling() or not (self._is_estimate or self.transform.ladj_is_exact):
-            # There is no memory while torch compiles, and an exact density may cost more than it is worth.
+            # While torch compiles there is no memory; and an exact density that nobody may ask for can be dear.
             z = self._expanded_base().rsample(torch.Size(sample_shape))
             return self.transform.forward_and_ladj(z, self.context)[0]
         x, log_q = self.rsample_and_log_prob(sample_shape)
@@ -129,7 +156,7 @@ class FlowDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and (last := self._memory.recall(value, None)) is not None:
-            # Once, since a second backward needs a second graph.
+            # It is used once, since a second backward pass needs a graph of its own.
             self._memory.forget()
             return last[1]
         if self._validate_args:
@@ -138,7 +165,11 @@ class FlowDistribution(TorchDistribution):
         return self.base.log_prob(z) + ladj
 
     def latent(self, value: Tensor) -> Tensor:
-        """The base value z of x, ``(..., *base_shape)``."""
+        """Return the base value z of x, ``(..., *base_shape)``.
+
+        Args:
+            value: x, ``(..., *event_shape)``.
+        """
         return self.transform.inverse_and_ladj(value, self.context)[0]
 
     def _scoring_transform(self) -> FlowTransform:

@@ -1,4 +1,4 @@
-"""A flow: transforms stacked on a base distribution."""
+"""A flow: layers stacked on a base distribution."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,14 +21,15 @@ from pyroflows.transforms.normalization import Standardize
 
 
 class Flow(nn.Module):
-    r"""A normalizing flow: a stack of transforms on a base distribution. A call makes its distribution.
+    r"""A normalizing flow: a stack of layers on a base distribution, whose call returns its distribution.
 
     .. math:: x = \mu + \sigma \odot t(z), \quad z \sim p, \qquad
         \log q(x) = \log p(z) - \log\left|\det \frac{\partial x}{\partial z}\right|
 
-    The location :math:`\mu` and scale :math:`\sigma` of data are a layer :class:`pyroflows.transforms.Standardize` at
-    the data end, before the map onto a bounded support. It is the identity until :meth:`adapt` sets it, which
-    :func:`pyroflows.fit_density` does, so that the other layers meet data of mean 0 and variance 1.
+    The location :math:`\mu` and scale :math:`\sigma` of the data belong to a layer
+    :class:`pyroflows.transforms.Standardize` at the data end, before the map onto a bounded support. It is the identity
+    until :meth:`adapt` sets it, which :func:`pyroflows.fit_density` does, so that the other layers see data of mean 0
+    and variance 1.
 
     Args:
         transforms: layers from base to data, the first next to the base: layers of this library, or any torch or Pyro
@@ -36,13 +37,14 @@ class Flow(nn.Module):
         base: a torch or Pyro distribution of the first layer's ``base_shape``, whose tensors become buffers; None for a
             standard normal; "student_t" for independent Student-t variables with learned degrees of freedom; or a
             module whose call returns a distribution.
-        support: where the data lie, a torch constraint such as ``constraints.positive``; Pyro's ``biject_to`` of it
-            follows the transforms. For one constraint a column, ``constraints.cat([...], dim=-1)``.
-        standardize: whether there is the layer of location and scale. There is none where a transform is a
-            ``Standardize`` itself, or where events are discrete.
+        support: where the data lie, a torch constraint such as ``constraints.positive``; the bijection that
+            ``biject_to`` has for it follows the transforms. With one constraint for each column it is
+            ``constraints.cat([...], dim=-1)``. None if the transforms map onto the support themselves.
+        standardize: whether the flow has the layer of location and scale. It never has if a transform is a
+            ``Standardize`` itself or if events are discrete.
 
-    Shapes: ``flow()`` has the event shape of the last layer, ``(dim,)`` for vectors; ``flow(context)`` the context's
-    batch shape as well, which is its shape without the axes of ``context_shape``.
+    Shapes: ``flow()`` has the event shape of the last layer, ``(dim,)`` for vectors; ``flow(context)`` also has the
+    batch shape of the context, which is its shape without the axes of ``context_shape``.
 
     Attributes:
         event_shape: the shape of an event x.
@@ -50,8 +52,8 @@ class Flow(nn.Module):
         dim: the number of elements of an event.
 
     Raises:
-        ShapeError: if sizes of layers, base or context do not agree.
-        OptionError: if the base is unknown, or there is no bijection onto the support.
+        ShapeError: if the shapes of layers, base, support or context do not agree, or the event size is unknown.
+        OptionError: if the base or a transform is none of these, or there is no bijection onto the support.
 
     Example:
         >>> flow = Flow([Planar(2), Planar(2)])
@@ -96,7 +98,7 @@ class Flow(nn.Module):
 
     @property
     def base_shape(self) -> torch.Size:
-        """The shape of the base value z of an event."""
+        """The shape of a base value z."""
         return self.transform.base_shape
 
     @property
@@ -106,22 +108,22 @@ class Flow(nn.Module):
 
     @property
     def context_dim(self) -> int:
-        """Number of elements of the context, 0 for none."""
+        """The number of elements of the context, 0 for none."""
         return self.transform.context_dim
 
     @property
     def context_shape(self) -> torch.Size:
-        """Shape of the context, ``(context_dim,)`` for vectors; empty for none."""
+        """The shape of the context, ``(context_dim,)`` for vectors and empty for none."""
         return self.transform.context_shape
 
     @property
     def standardization(self) -> Standardize | None:
-        """The layer of location and scale that this flow added at the data end, if it did."""
+        """The layer of location and scale that the flow itself added at the data end, or None."""
         return None if self._standardize_at is None else self.transform.layers[self._standardize_at]
 
     @property
     def layers(self) -> list[FlowTransform]:
-        """All layers from base to data, without the one of location and scale while that is the identity."""
+        """All layers from base to data, without the one of location and scale as long as that is the identity."""
         unused = self.standardization
         if unused is None or unused.is_adapted:
             return list(self.transform.layers)
@@ -129,33 +131,41 @@ class Flow(nn.Module):
 
     @property
     def components(self) -> Sequence["Flow"]:
-        """The flows of which this one is a mixture: itself alone, unless it is a mixture."""
+        """The flows of which this one is a mixture; a plain flow is its only component."""
         return (self,)
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
-        """The distribution, at a context ``(..., *context_shape)`` if the flow takes one."""
+        """Return the distribution.
+
+        Args:
+            context: ``(..., *context_shape)``, if the flow takes one.
+
+        Raises:
+            ShapeError: if the context has another shape, or is missing.
+        """
         shape = self.context_shape
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
         if isinstance(self, PyroModule):
-            _state_parameters(self)
+            _register_parameters(self)
         return FlowDistribution(self.base(), self.transform, context, is_validated())
 
     @property
     def adapts(self) -> bool:
-        """Whether a layer learns something from data before training."""
+        """Whether a layer learns from data before training."""
         return self.transform.adapts
 
     @property
     def is_adapted(self) -> bool:
-        """Whether all layers that learn from data before training have done so, here or in a state that was loaded."""
+        """Whether all layers that learn from data before training have done so; a state that is loaded counts."""
         return self.transform.is_adapted
 
     def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Let the layers learn from data before training: their location and scale first, then what others need.
+        """Let the layers learn from data before training, such as their location and scale, going from data to base.
 
-        Values change, never modules. ``log_prob`` stays that of the data as they are. A second call starts anew.
+        Only values of buffers and parameters change. ``log_prob`` scores the data as they are, before standardisation.
+        A second call starts anew.
 
         Args:
             x: rows of data ``(n, *event_shape)``.
@@ -163,8 +173,9 @@ class Flow(nn.Module):
             weights: weights of the rows ``(n,)``, not negative; None for equal weights.
 
         Raises:
-            DataError: if a column, an element of the event, does not vary, or holds values on the boundary of the
-                support or outside it.
+            ShapeError: if the rows or their contexts have another shape.
+            DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
+                the support or outside it.
 
         Example:
             >>> flow = pf.flows.MAF(2)
@@ -175,15 +186,15 @@ class Flow(nn.Module):
         self.transform.adapt(x, context, weights)
 
     def before_step(self) -> None:
-        """Let layers that keep a state during training bring it up to date; the trainer calls it before each step."""
+        """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""
         for layer in self._stateful:
             layer.before_step()
 
 
-def _state_parameters(flow: nn.Module) -> None:
-    """Read all parameters of a flow that ``to_pyro_module_`` has converted, which makes them part of the program.
+def _register_parameters(flow: nn.Module) -> None:
+    """Read all parameters of a flow that ``to_pyro_module_`` has converted, which registers them with the Pyro program.
 
-    Its networks read them only when a density is computed, and that is after the program has run.
+    The networks of the flow would read them only when a density is computed, and that is after the program has run.
     """
     for module in flow.modules():
         if isinstance(module, PyroModule):
@@ -197,7 +208,7 @@ def _state_parameters(flow: nn.Module) -> None:
 
 
 def _as_layers(parts: Sequence[Transform], base: Base) -> Iterator[FlowTransform]:
-    """The transforms as layers; those of other libraries take events of the shape that comes to them."""
+    """Yield the transforms as layers; one of another library takes events of the shape that the layer before gives."""
     first = next((part for part in parts if isinstance(part, FlowTransform)), None)
     if isinstance(base, Distribution) and base.event_shape:
         shape = base.event_shape
@@ -212,7 +223,7 @@ def _as_layers(parts: Sequence[Transform], base: Base) -> Iterator[FlowTransform
 
 
 def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
-    """The place before the first layer whose values are bounded; None where location and scale are not to be added."""
+    """Return the place before the first layer whose values are bounded, or None if no layer is to be added."""
     is_discrete = any(layer.domain.is_discrete or layer.codomain.is_discrete for layer in layers)
     if is_discrete or any(isinstance(layer, Standardize) for layer in layers):
         return None
@@ -220,11 +231,19 @@ def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
 
 
 def as_flow(flow: Any, dim: int) -> Flow:
-    """A :class:`Flow` of ``dim`` dimensions from a flow, a transform, a list of transforms, or a Zuko flow.
+    """Return a :class:`Flow` made of a flow, a transform, a list of transforms, or a Zuko flow.
+
+    Args:
+        flow: any of these, without a context.
+        dim: the event size D that it must have.
 
     Raises:
         OptionError: if it is none of these.
-        ShapeError: if it is not a flow of ``dim`` dimensions without a context.
+        ShapeError: if it has another event size, or takes a context.
+
+    Example:
+        >>> as_flow(torch.distributions.transforms.ExpTransform(), dim=2)().sample().shape
+        torch.Size([2])
     """
     zuko = sys.modules.get("zuko")
     if zuko is not None and isinstance(flow, zuko.lazy.Flow):
@@ -238,7 +257,7 @@ def as_flow(flow: Any, dim: int) -> Flow:
             f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
             f"dimensions and context {described(flow.context_shape)}"
         )
-    # Transforms of other libraries do not tell their sizes.
+    # Transforms of other libraries do not know their sizes, so a draw has to show whether they fit.
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             flow().sample()
@@ -248,7 +267,7 @@ def as_flow(flow: Any, dim: int) -> Flow:
 
 
 def _from_zuko(flow: Any) -> Flow:
-    # Zuko's import switches off argument validation for all distributions of the process; what Pyro was told stands.
+    # The import of Zuko switches off argument validation in the whole process; this restores the setting of Pyro.
     Distribution.set_default_validate_args(bool(dist.is_validation_enabled()))
     return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base)
 
@@ -260,12 +279,12 @@ def _is_unbounded(constraint: constraints.Constraint) -> bool:
 
 
 def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], shape: torch.Size) -> FlowTransform:
-    """The bijection of events of that shape onto a support."""
+    """Return the bijection of events of this shape onto a support."""
     if not all(_is_unbounded(layer.codomain) for layer in layers):
-        raise OptionError("a flow whose transforms are bounded themselves cannot have a support besides")
+        raise OptionError("a flow whose transforms are bounded themselves cannot have a support as well: leave one out")
     try:
         layer = Foreign(biject_to(support), shape)
-        # More rows than columns, so that parts along the wrong axis do not fit.
+        # There are more rows than columns, so that the parts of a constraint along the wrong axis do not fit.
         layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
     except NotImplementedError:
         raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {support}") from None

@@ -1,4 +1,4 @@
-"""What a law is: it samples, it scores, and it does both in one pass."""
+"""The protocol of laws: distributions that sample, score, and do both in one pass."""
 
 from typing import Any, Protocol
 
@@ -8,16 +8,18 @@ from torch.distributions import constraints
 
 
 class Law(Protocol):
-    r"""A distribution whose draws come with their log-densities, as a call of a flow makes it.
+    r"""A distribution whose draws come with their log-densities, such as a call of a flow returns.
 
-    Whoever reports a number asks for exact log-densities: weights, evidence, chains, held-out scores. A law gives them
-    by default. Training may use :meth:`estimated`, where log-densities may be unbiased estimates at less cost.
+    Every number that is reported needs exact log-densities: weights, evidence, chains, held-out scores. A law gives
+    them by default. Training may use :meth:`estimated`, whose log-densities may be unbiased estimates at less cost.
 
     Attributes:
-        batch_shape: as in torch.
-        event_shape: as in torch.
-        support: where the density is positive.
+        batch_shape: the shape of independent laws, as for a torch distribution.
+        event_shape: the shape of one draw from one law, as for a torch distribution.
+        support: the constraint that holds where the density is positive.
         has_rsample: whether gradients flow through draws.
+
+    Shapes: draws are ``(*sample_shape, *batch_shape, *event_shape)``; log-densities lack the event shape.
 
     Example:
         >>> law: Law = pf.flows.IAF(2)()
@@ -40,16 +42,16 @@ class Law(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """Whether its log-densities are exact, rather than unbiased estimates."""
+        """Whether log-densities are exact, rather than unbiased estimates."""
 
     def sample(self, sample_shape: Any = ...) -> Tensor:
-        """Draws ``(*sample_shape, *batch_shape, *event_shape)`` without gradients."""
+        """Return draws ``(*sample_shape, *batch_shape, *event_shape)`` without gradients."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-densities of ``(..., *event_shape)``, of the batch shape."""
+        """Return the log-densities ``(...)`` of values ``(..., *event_shape)``."""
 
     def rsample_and_log_prob(self, sample_shape: Any = ...) -> tuple[Tensor, Tensor]:
-        """Draws and their log-densities in one pass; the draws carry gradients where ``has_rsample``."""
+        """Return draws and their log-densities from one pass; the draws carry gradients if ``has_rsample`` is true."""
 
     def estimated(self) -> "Law":
-        """The law for training: log-densities as the layers give them, estimates where these are no exact ones."""
+        """Return the law for training, whose log-densities may be unbiased estimates."""

@@ -1,4 +1,7 @@
-"""A mixture of flows: for a law with several separate modes, which one flow joins by bridges of mass or misses."""
+"""Mixtures of flows, for laws with several separate modes.
+
+A single flow either misses some of these modes or connects them by bridges of mass.
+"""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,16 +19,20 @@ from pyroflows.transforms import Permutation
 
 
 class Mixture(Flow):
-    r""":math:`q(x) = \sum_k w_k q_k(x)`, each :math:`q_k` a flow.
+    r"""The mixture :math:`q(x) = \sum_k w_k q_k(x)` of K flows :math:`q_k`.
 
-    As a flow it is its own base, and its transform is the identity: the components have no base in common.
+    The components have no base in common. So the base of this flow is the mixture itself, and its transform is the
+    identity. Its weights are fixed, and its draws carry no gradients.
 
     Args:
-        flows: two or more flows of one size, without a context.
+        flows: one or more flows of vectors of one size, without a context.
         log_weights: logarithms of positive weights ``(K,)``, which need not sum to one.
 
+    Shapes: ``flow()`` has event shape ``(dim,)`` and no batch shape.
+
     Raises:
-        ShapeError: if the sizes of the flows, or their number and that of the weights, differ.
+        ShapeError: if the flows differ in size, take a context or are not of vectors, or the number of weights is not
+            that of the flows.
 
     Example:
         >>> q = Mixture([pf.flows.Gaussian(2), pf.flows.Gaussian(2)], torch.tensor([0.0, 1.0]))
@@ -38,8 +45,8 @@ class Mixture(Flow):
         are_vectors = len(dims) == 1 and isinstance(dims[0], int)
         if not are_vectors or log_weights.shape != (len(flows),) or any(flow.context_dim for flow in flows):
             raise ShapeError(
-                "a mixture needs flows of one size without a context and a weight for each, but got sizes "
-                f"{dims} and weights of shape {tuple(log_weights.shape)}"
+                "a mixture needs flows of one size without a context and a weight for each, but got "
+                f"{len(flows)} flows of sizes {dims} and weights of shape {tuple(log_weights.shape)}"
             )
         super().__init__([Permutation(range(flows[0].dim))], base=_Mixed(flows, log_weights), standardize=False)
 
@@ -51,6 +58,8 @@ class Mixture(Flow):
 
 
 class _Mixed(nn.Module):
+    """The base of a mixture: a module that holds the components and returns their mixture."""
+
     log_weights: Tensor
 
     def __init__(self, flows: Sequence[Flow], log_weights: Tensor) -> None:
@@ -63,11 +72,18 @@ class _Mixed(nn.Module):
 
 
 class MixtureDistribution(TorchDistribution):
-    """The law that a call of :class:`Mixture` makes. Its samples carry no gradients.
+    """The law of a mixture of laws, whose draws carry no gradients; it is the base of a :class:`Mixture`.
 
     Args:
         components: laws of event shape ``(dim,)``.
-        log_weights: their log weights, normalised.
+        log_weights: logarithms of their weights ``(K,)``, which sum to one.
+
+    Shapes: draws are ``(*sample_shape, dim)``; the batch shape is empty.
+
+    Example:
+        >>> parts = [pf.flows.Gaussian(2)(), pf.flows.Gaussian(2)()]
+        >>> MixtureDistribution(parts, torch.tensor([0.5, 0.5]).log()).sample((5,)).shape
+        torch.Size([5, 2])
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -81,7 +97,7 @@ class MixtureDistribution(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draws ``(*sample_shape, dim)``."""
+        """Return draws ``(*sample_shape, dim)`` without gradients."""
         shape = torch.Size(sample_shape)
         which = torch.multinomial(self.log_weights.exp(), shape.numel(), replacement=True)
         x = torch.empty(shape.numel(), *self.event_shape, dtype=self.log_weights.dtype, device=which.device)
@@ -91,6 +107,6 @@ class MixtureDistribution(TorchDistribution):
         return x.reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density ``(...)`` of ``(..., dim)``."""
+        """Return the log-densities ``(...)`` of values ``(..., dim)``."""
         parts = [w + q.log_prob(value) for w, q in zip(self.log_weights, self.components, strict=True)]
         return torch.logsumexp(torch.stack(parts), 0)

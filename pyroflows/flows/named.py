@@ -1,4 +1,4 @@
-"""A recipe as a value: its name and its options, which can be compared, printed and written to a file."""
+"""Recipes as values: a name and options, which can be compared, printed and written to a file."""
 
 import inspect
 import json
@@ -11,19 +11,23 @@ from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.recipes import IAF, MAF, NAF, NICE, NSF, SOS, Gaussian, Planar, Radial, RealNVP, Sylvester
 
-# Above, the score of an autoregressive layer, which goes dimension by dimension, costs more than its strength is worth.
+# In more dimensions the score of an autoregressive layer, which goes dimension by dimension, costs more than it gains.
 MAX_AUTOREGRESSIVE_DIM = 64
 
 
 def default_flow(dim: int, base: Base = None) -> Flow:
-    """The flow of a guide that was given none, as strong as its dimension allows at little cost.
+    """Return the flow that a guide uses by default, the strongest that is cheap in this dimension.
 
-    It is an :class:`IAF`; a :class:`RealNVP` above 64 dimensions, where scoring an IAF becomes dear; and a
-    :class:`Planar` flow of one dimension, where affine layers make a Gaussian.
+    It is an :class:`IAF` from 2 to 64 dimensions, a :class:`RealNVP` above, where scoring an IAF becomes dear, and a
+    :class:`Planar` flow in one dimension, where affine layers would make no more than a Gaussian.
 
     Args:
         dim: the event size D.
         base: base distribution, see :class:`pyroflows.Flow`.
+
+    Example:
+        >>> [type(default_flow(dim)).__name__ for dim in (1, 64, 65)]
+        ['Planar', 'IAF', 'RealNVP']
     """
     if dim == 1:
         return Planar(dim, base=base)
@@ -38,19 +42,20 @@ _RECIPES: dict[str, Callable[..., Flow]] = {"default": default_flow, **{flow.__n
 
 @dataclass(frozen=True, init=False, repr=False)
 class Recipe:
-    """A function ``dim -> flow`` that is known by its name and its options.
+    """A function from a dimension to a flow, given by the flow's name and options.
 
-    Guides and files keep a recipe where they cannot keep a function: two recipes are equal if their names and options
-    are, those that were left at their defaults included, and :meth:`to_json` is all that rebuilds the flow.
+    Guides and files keep recipes, since a file cannot hold a function. Two recipes are equal if their names and all of
+    their options are, including those that were left at their defaults. :meth:`to_json` returns all that is needed to
+    rebuild the flow.
 
     Args:
-        name: a flow of :mod:`pyroflows.flows`, such as "MAF"; or "default", which is :class:`IAF`, or
-            :class:`RealNVP` above 64 dimensions, or :class:`Planar` in a single one.
-        options: arguments of the flow besides ``dim``, of kinds that JSON has; "default" takes ``base`` alone.
+        name: a flow of :mod:`pyroflows.flows`, such as "MAF"; or "default", which is :class:`IAF` from 2 to 64
+            dimensions, :class:`RealNVP` above, and :class:`Planar` in one dimension.
+        options: arguments of the flow besides ``dim``, of types that JSON has; "default" takes ``base`` alone.
 
     Raises:
-        OptionError: if the name or an option is unknown, or an option is none that JSON can hold, such as a
-            distribution as ``base``.
+        OptionError: if the name or an option is unknown, or JSON cannot hold an option, such as a distribution as
+            ``base``.
 
     Example:
         >>> recipe = Recipe("MAF", num_layers=2, hidden_dims=(16, 16))
@@ -63,7 +68,7 @@ class Recipe:
     """
 
     name: str
-    # As text they cannot be changed, and what is equal in JSON is equal here, lists and tuples above all.
+    # They are JSON text, which cannot be changed, and in which equal lists and tuples are equal.
     _options: str
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -83,20 +88,20 @@ class Recipe:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All options, as JSON has them: sequences are lists."""
+        """All options, with their defaults, as JSON has them: sequences are lists."""
         return json.loads(self._options)
 
     def __call__(self, dim: int) -> Flow:
-        """The flow of ``dim`` dimensions."""
+        """Return a new flow of ``dim`` dimensions."""
         return _RECIPES[self.name](dim, **self.options)
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as a JSON object ``{"name": ..., "options": {...}}``."""
+        """Return the recipe as a JSON object ``{"name": ..., "options": {...}}``."""
         return {"name": self.name, "options": self.options}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Recipe":
-        """The recipe of which :meth:`to_json` made ``value``."""
+        """Return the recipe from the JSON object that :meth:`to_json` returned."""
         return cls(value["name"], **value["options"])
 
     def __repr__(self) -> str:
@@ -106,7 +111,7 @@ class Recipe:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """The options of a recipe besides ``dim``, with their defaults."""
+    """Return the options of a recipe besides ``dim``, with their defaults."""
     parameters = inspect.signature(_RECIPES[name]).parameters
     return {option: parameter.default for option, parameter in parameters.items() if option != "dim"}
 

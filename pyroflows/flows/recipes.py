@@ -1,6 +1,6 @@
-"""The recipes of the literature: which layer a flow stacks, and in which direction it is fast.
+"""The recipes of the literature: each class says which layer it stacks, and which of its directions are parallel.
 
-The arguments that they share are described once, at :class:`pyroflows.flows.stacking.StackedFlow`.
+:class:`pyroflows.flows.stacking.StackedFlow` describes the arguments that they share.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,13 @@ from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spe
 from pyroflows.transforms import Autoregressive, Coupling, Elementwise, FlowTransform, Triangular, masks
 from pyroflows.transforms.univariate import Affine, Spline, Univariate
 
-Layer = Callable[[bool, int], FlowTransform]
+# A factory of layers is called as ``factory(is_turned, context_dim)``, see StackedFlow.
+LayerFactory = Callable[[bool, int], FlowTransform]
 
 
 def _autoregressive(
     dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
-) -> Layer:
+) -> LayerFactory:
     def layer(is_turned: bool, context_dim: int) -> FlowTransform:
         order = range(dim)[:: -1 if is_turned else 1]
         return Autoregressive(dim, univariate, order, conditioner, hidden_dims, context_dim)
@@ -30,16 +31,18 @@ def _autoregressive(
 
 def _inverse_autoregressive(
     dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
-) -> Layer:
+) -> LayerFactory:
     layer = _autoregressive(dim, univariate, hidden_dims, conditioner)
     return lambda is_turned, context_dim: layer(is_turned, context_dim).inv
 
 
-def _coupling(dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner) -> Layer:
+def _coupling(
+    dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
+) -> LayerFactory:
     half = masks.half(dim)
 
     def layer(is_turned: bool, context_dim: int) -> FlowTransform:
-        # There is no other half of one dimension.
+        # A single dimension has no other half.
         mask = ~half if is_turned and dim > 1 else half
         return Coupling(dim, univariate, mask, conditioner, hidden_dims, context_dim)
 
@@ -47,7 +50,7 @@ def _coupling(dim: int, univariate: str | Univariate, hidden_dims: Sequence[int]
 
 
 class IAF(StackedFlow):
-    r"""Inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): layers
+    r"""The inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): layers
     :math:`x_j = t_j(z_{<j}, c) + e^{s_j(z_{<j}, c)} z_j`.
 
     Sampling and scoring a fresh sample are parallel, so it suits a guide; scoring another value goes dimension by
@@ -71,7 +74,7 @@ class IAF(StackedFlow):
 
 
 class MAF(StackedFlow):
-    r"""Masked autoregressive flow (Papamakarios et al. 2017, arXiv:1705.07057): layers
+    r"""The masked autoregressive flow (Papamakarios et al. 2017, arXiv:1705.07057): layers
     :math:`z_j = t_j(x_{<j}, c) + e^{s_j(x_{<j}, c)} x_j`, the inverses of those of :class:`IAF`.
 
     Scoring is parallel, so it suits a likelihood; sampling goes dimension by dimension. The arguments are those of
@@ -95,7 +98,7 @@ class MAF(StackedFlow):
 
 
 class NAF(StackedFlow):
-    r"""Neural autoregressive flow (Huang et al. 2018, arXiv:1804.00779): layers
+    r"""The neural autoregressive flow (Huang et al. 2018, arXiv:1804.00779): layers
     :math:`z_j = T(x_j; \theta_j(x_{<j}, c))` with a monotone network T.
 
     Scoring is parallel, so it suits a likelihood; sampling goes dimension by dimension, with a root search in each. The
@@ -119,8 +122,8 @@ class NAF(StackedFlow):
 
 
 class SOS(StackedFlow):
-    r"""Sum-of-squares polynomial flow (Jaini et al. 2019, arXiv:1905.02325): layers
-    :math:`z_j = T(x_j; \theta_j(x_{<j}, c))`, T the integral of a sum of squared polynomials.
+    r"""The sum-of-squares polynomial flow (Jaini et al. 2019, arXiv:1905.02325): layers
+    :math:`z_j = T(x_j; \theta_j(x_{<j}, c))`, where T is the integral of a sum of squared polynomials.
 
     Scoring is parallel, so it suits a likelihood; sampling goes dimension by dimension, with a root search in each. The
     arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
@@ -143,11 +146,12 @@ class SOS(StackedFlow):
 
 
 class NICE(StackedFlow):
-    r"""Non-linear independent components (Dinh et al. 2015, arXiv:1410.8516): couplings :math:`x_B = z_B + t(z_A, c)`.
+    r"""The flow of non-linear independent components (Dinh et al. 2015, arXiv:1410.8516): couplings
+    :math:`x_B = z_B + t(z_A, c)`.
 
-    A last layer shifts and scales each dimension, for the couplings keep volumes. Each coupling transforms the half of
-    the dimensions that the one before left. Sampling and scoring are parallel. The arguments are those of
-    :class:`pyroflows.flows.stacking.StackedFlow`.
+    A last layer shifts and scales each dimension, since the couplings preserve volume. Each coupling transforms the
+    half of the dimensions that the one before passed unchanged. Sampling and scoring are parallel. The arguments are
+    those of :class:`pyroflows.flows.stacking.StackedFlow`.
 
     Example:
         >>> NICE(3, num_layers=4)().log_prob(torch.zeros(5, 3)).shape
@@ -168,11 +172,11 @@ class NICE(StackedFlow):
 
 
 class RealNVP(StackedFlow):
-    r"""Real-valued non-volume-preserving flow (Dinh et al. 2017, arXiv:1605.08803): couplings
+    r"""The real-valued non-volume-preserving flow (Dinh et al. 2017, arXiv:1605.08803): couplings
     :math:`x_B = t(z_A, c) + e^{s(z_A, c)} z_B`.
 
-    Each coupling transforms the half of the dimensions that the one before left. Sampling and scoring are parallel. The
-    arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
+    Each coupling transforms the half of the dimensions that the one before passed unchanged. Sampling and scoring are
+    parallel. The arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
 
     Example:
         >>> x, log_q = RealNVP(3, mixing="lu")().rsample_and_log_prob((5,))
@@ -193,18 +197,18 @@ class RealNVP(StackedFlow):
 
 
 class NSF(StackedFlow):
-    r"""Neural spline flow (Durkan et al. 2019, arXiv:1906.04032): each dimension through a monotone rational-quadratic
-    spline on :math:`[-B, B]`, the identity outside, whose knots depend on the other dimensions.
+    r"""The neural spline flow (Durkan et al. 2019, arXiv:1906.04032): layers of monotone rational-quadratic splines on
+    :math:`[-B, B]`, which are the identity outside and whose knots depend on other dimensions.
 
     With couplings, sampling and scoring are parallel. With autoregressive layers, which are stronger, scoring is
     parallel and sampling goes dimension by dimension. The other arguments are those of
     :class:`pyroflows.flows.stacking.StackedFlow`.
 
     Args:
-        conditioner: as there; None for "made" with autoregressive layers, and for "mlp" with couplings.
-        bins: number of bins of a spline.
-        bound: B; what lies beyond is not bent, so data should be scaled to lie mostly within.
-        autoregressive: whether the layers are inverses of autoregressive ones, rather than couplings.
+        conditioner: the network of each layer; None for "made" in autoregressive layers and "mlp" in couplings.
+        bins: number of bins of a spline, from 2 to 999.
+        bound: B > 0; each layer leaves values beyond it as they are, so most of the data should lie within.
+        autoregressive: whether the layers are inverses of autoregressive layers, rather than couplings.
 
     Example:
         >>> NSF(3, bins=4)().rsample((5,)).shape
@@ -234,7 +238,8 @@ class NSF(StackedFlow):
 
 
 class Planar(StackedFlow):
-    """A stack of planar layers (Rezende and Mohamed 2015, arXiv:1505.05770); see :class:`pyroflows.transforms.Planar`.
+    """The planar flow, a stack of planar layers (Rezende and Mohamed 2015, arXiv:1505.05770), see
+    :class:`pyroflows.transforms.Planar`.
 
     Sampling and scoring a fresh sample are parallel; scoring another value costs one scalar root search a layer. The
     arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`. A planar layer sees all dimensions alike, so
@@ -251,7 +256,8 @@ class Planar(StackedFlow):
 
 
 class Radial(StackedFlow):
-    """A stack of radial layers (Rezende and Mohamed 2015, arXiv:1505.05770); see :class:`pyroflows.transforms.Radial`.
+    """The radial flow, a stack of radial layers (Rezende and Mohamed 2015, arXiv:1505.05770), see
+    :class:`pyroflows.transforms.Radial`.
 
     Both directions are parallel and in closed form. The arguments are those of
     :class:`pyroflows.flows.stacking.StackedFlow`. A radial layer sees all dimensions alike, so that "lu" as ``mixing``
@@ -268,7 +274,7 @@ class Radial(StackedFlow):
 
 
 class Sylvester(StackedFlow):
-    """A stack of Sylvester layers (van den Berg et al. 2018, arXiv:1803.05649); see
+    """The Sylvester flow, a stack of Sylvester layers (van den Berg et al. 2018, arXiv:1803.05649), see
     :class:`pyroflows.transforms.Sylvester`.
 
     Sampling and scoring a fresh sample are parallel; scoring another value costs ``rank`` scalar root searches a layer.
@@ -276,7 +282,7 @@ class Sylvester(StackedFlow):
     dimensions alike, so that "lu" as ``mixing`` adds to it and "permutation" does not.
 
     Args:
-        rank: number of columns of Q, 1 to D; None for the smaller of D and 8.
+        rank: number of columns of Q, from 1 to D; None for 8, or D if that is smaller.
 
     Example:
         >>> Sylvester(3, num_layers=2)().rsample((5,)).shape
@@ -290,14 +296,15 @@ class Sylvester(StackedFlow):
 
 
 class Gaussian(Flow):
-    """One triangular layer, hence a Gaussian of full covariance on a normal base; see
-    :class:`pyroflows.transforms.Triangular`. Sampling and scoring are parallel.
+    """The flow of one triangular layer, a Gaussian of full covariance if its base is normal.
+
+    Sampling and scoring are parallel, see :class:`pyroflows.transforms.Triangular`.
 
     Args:
         dim: the event size D.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`pyroflows.Flow`.
-        support: where the data lie, see :class:`pyroflows.Flow`.
+        support: the constraint that the data meet, see :class:`pyroflows.Flow`.
 
     Example:
         >>> Gaussian(2)().log_prob(torch.zeros(2))

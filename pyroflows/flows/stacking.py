@@ -1,19 +1,19 @@
-"""What the recipes have in common: a stack of layers of one kind, and what mixes the dimensions between them."""
+"""The base class of the recipes: a stack of layers of one kind, with layers between them that mix the dimensions."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import torch
-from torch import nn
 from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
+from pyroflows.nets.checks import ConditionerFactory
 from pyroflows.transforms import LU, FlowTransform, Permutation
 
-Conditioner = str | Callable[..., nn.Module]
+Conditioner = str | ConditionerFactory
 Init = TypeVar("Init", bound=Callable[..., None])
 
 _MIXING: dict[str, Callable[[list[int]], FlowTransform]] = {
@@ -23,7 +23,7 @@ _MIXING: dict[str, Callable[[list[int]], FlowTransform]] = {
 
 
 class StackOptions(TypedDict, total=False):
-    """The options that all recipes share, with the types that :class:`StackedFlow` gives them."""
+    """The options that all recipes share; :class:`StackedFlow` describes them and has their defaults."""
 
     context_dim: int
     base: Base
@@ -32,27 +32,36 @@ class StackOptions(TypedDict, total=False):
 
 
 class StackedFlow(Flow):
-    """A stack of layers of one kind, the common ground of the recipes; each recipe says which layer it stacks.
+    """The base class of the recipes: a stack of layers of one kind. Each recipe says which layer it stacks.
 
-    Every recipe takes the arguments below; ``hidden_dims`` and ``conditioner`` only where its layers have networks.
+    Every recipe takes the arguments below, except that ``hidden_dims`` and ``conditioner`` exist only for layers with
+    networks.
 
     Args:
         dim: the event size D.
-        num_layers: number of layers, at least 1, without those that mix.
+        num_layers: number of layers, at least 1, not counting those that mix.
         hidden_dims: widths of the hidden layers of each layer's network.
         conditioner: the network of each layer, "mlp" or "residual" in couplings, "made" or "residual" in autoregressive
             layers; or a factory, see :class:`pyroflows.transforms.Coupling` and
             :class:`pyroflows.transforms.Autoregressive`.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`pyroflows.Flow`.
-        support: where the data lie, see :class:`pyroflows.Flow`.
-        mixing: what mixes the dimensions between two layers, between two pairs of couplings: "permutation" for a fixed
-            random permutation; "lu" for a :class:`pyroflows.transforms.LU` layer that starts as one; or None. Without
-            mixing, the order of autoregressive layers turns from one to the next.
+        support: the constraint that the data meet, see :class:`pyroflows.Flow`.
+        mixing: the kind of layer that mixes the dimensions between two layers, or between two pairs of couplings:
+            "permutation" for a fixed random permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts
+            as one, or None. Without mixing, every second autoregressive layer has the reverse order.
+
+    Shapes: ``flow()`` has event shape ``(dim,)``; for a context ``(..., context_dim)``, ``flow(context)`` has batch
+    shape ``(...)``.
 
     Raises:
         OptionError: if there is no layer, or a name is unknown.
-        TypeError: for an argument that the recipe does not take.
+        TypeError: if an argument is one that the recipe does not take.
+
+    Example:
+        >>> flow = pf.flows.MAF(3, num_layers=2, mixing="lu", base="student_t")
+        >>> len(flow.layers), flow().event_shape
+        (3, torch.Size([3]))
     """
 
     def __init__(
@@ -68,9 +77,9 @@ class StackedFlow(Flow):
         support: constraints.Constraint | None = None,
         mixing: str | None = None,
     ) -> None:
-        # Stacks what layer(is_turned, context_dim) makes, mixes after every ``between`` layers, and ends with ``last``.
-        # Every second layer is turned: it transforms the other half, or takes the dimensions in the reverse order.
-        # Where dimensions are mixed after each layer, none is.
+        # A recipe gives ``layer``, a factory that is called as layer(is_turned, context_dim), the number of layers
+        # between two that mix, and the layers at the data end. Every second layer is turned: it transforms the other
+        # half, or has the reverse order. If dimensions are mixed after each layer, no layer is turned.
         if num_layers < 1:
             raise OptionError(f"a flow needs num_layers >= 1, got {num_layers}")
         if mixing is not None and mixing not in _MIXING:
@@ -84,9 +93,9 @@ class StackedFlow(Flow):
 
 
 def spell_out_options(init: Init) -> Init:
-    """Name the options of :class:`StackedFlow` in the signature of an ``__init__`` that passes ``**options`` to it.
+    """Put the options of :class:`StackedFlow` into the signature of an ``__init__`` that passes ``**options`` to it.
 
-    So ``help``, ``inspect.signature`` and completion show all arguments of a recipe, with their defaults.
+    Then ``help``, ``inspect.signature`` and completion show all arguments of a recipe, with their defaults.
     """
     own = inspect.signature(init)
     *parameters, _ = own.parameters.values()
@@ -97,6 +106,6 @@ def spell_out_options(init: Init) -> Init:
 
 
 def _random_cycle(dim: int, seed: int) -> list[int]:
-    """A permutation that leaves nothing in its place; the seed makes flows of the same arguments agree."""
+    """Return a random permutation of one cycle, which moves every index; flows of equal arguments get equal ones."""
     path = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))
     return path.roll(1)[path.argsort()].tolist()

@@ -242,7 +242,8 @@ class FlowVI:
         num_tempered = NUM_TEMPERED_STEPS if self.num_steps is None else self.num_steps // 3
         tempering = None if self.temper is None else Tempering(self.temper, num_tempered)
         objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, own, tempering)
-        schedule = Plateau("elbo", self.num_steps, _is_settled, hold=tempering.num_steps if tempering else 0)
+        hold = tempering.num_steps if tempering else 0
+        schedule = Plateau(objective.monitor, self.num_steps, _is_settled, hold, objective.falls)
         return Trainer(
             objective, schedule, self.optimizer, compile=log_joint.compiler, progress_bar=self.progress_bar
         ).run()

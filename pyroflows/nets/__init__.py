@@ -1,6 +1,6 @@
 """Conditioners: the networks that compute the parameters of a transform.
 
-Every conditioner starts with a zero output layer, so that what it conditions starts at its neutral parameters.
+The output layer of every conditioner starts at zero, so that a layer starts at ``theta = 0``, where it is the identity.
 """
 
 from pyroflows.nets.causal_conv import CausalConv

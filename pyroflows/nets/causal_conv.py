@@ -1,4 +1,4 @@
-"""Causal dilated convolutions: the parameters of every time of a sequence from the times before it."""
+"""Causal dilated convolutions, which compute the parameters at each time of a sequence from the times before it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,28 +22,28 @@ class CausalConv(nn.Module):
     .. math:: g_k = \tanh(W_k * h_k + V_k c) \odot \sigma(W_k' * h_k + V_k' c), \qquad h_{k+1} = h_k + R_k g_k,
 
     where :math:`*` is a causal convolution of dilation 1, 2, 4, ..., and the output is a perceptron of
-    :math:`\sum_k S_k g_k`, time by time. All :math:`h_k` have the first width, the inside of block k the k-th. The
-    weights do not depend on the length: those of one length load into a network of another.
+    :math:`\sum_k S_k g_k`, applied to each time alone. All :math:`h_k` have the first width; :math:`g_k` has the k-th.
+    The weights do not depend on the length, so that those of one length load into a network of another.
+
+    It offers :class:`pyroflows.nets.Incremental`.
 
     Args:
-        order: a permutation of ``range(length)``; ``order[i]`` is the time that stands at place i, and "before" refers
-            to places.
+        order: a permutation of ``range(length)``; ``order[i]`` is the time at place i, and "before" refers to places.
         num_params: number of parameters of each element of the sequence.
         hidden_dims: one or more widths, a block for each.
-        context_dim: size of a context vector, which every gate sees, 0 for none; or ``(context_channels, length)``, a
-            conditioning sequence, which the gates see each at its own time.
+        context_dim: size of a context vector that the gates see at all times, 0 for none; or ``(context_channels,
+            length)``, the shape of a conditioning sequence that the gates see each at its own time.
         channels: number of channels of the input; None for sequences ``(length,)`` without an axis of channels.
         kernel_size: number of taps of each causal convolution, 2 or more.
-        dilation_cycle: the dilation of block k is ``2 ** (k % dilation_cycle)``.
+        dilation_cycle: number of blocks after which dilations start anew at 1; that of block k, counted from 0, is
+            ``2 ** (k % dilation_cycle)``.
 
-    Shapes: ``(..., length)`` to ``(..., length, num_params)``, or ``(..., channels, length)`` to ``(..., channels,
-    length, num_params)``; a context is ``(..., context_dim)`` or ``(..., context_channels, length)``.
+    Shapes: it maps ``(..., length)`` to ``(..., length, num_params)``, or ``(..., channels, length)`` to ``(...,
+    channels, length, num_params)``; a context is ``(..., context_dim)`` or ``(..., context_channels, length)``.
 
     Attributes:
         dilations: the dilations of the blocks, in times.
-        receptive_field: how many inputs before t the parameters at t depend on.
-
-    It offers :class:`pyroflows.nets.Incremental`.
+        receptive_field: the number of inputs before t on which the parameters at t depend, in times.
 
     Raises:
         OptionError: if there is no hidden layer, a size is too small, or a conditioning sequence has another length.
@@ -85,7 +85,7 @@ class CausalConv(nn.Module):
         self.kernel_size = kernel_size
         self.dilations = [2 ** (k % dilation_cycle) for k in range(len(hidden_dims))]
         self.receptive_field = kernel_size + (kernel_size - 1) * sum(self.dilations)
-        # What follows from the constructor's arguments does not belong in a state_dict.
+        # The constructor's arguments determine these buffers, so they do not belong in a state_dict.
         self.register_buffer("index_of_place", torch.as_tensor(self.order), persistent=False)
         self.register_buffer("place", self.index_of_place.argsort(), persistent=False)
         self._is_ascending = self.order == sorted(self.order)
@@ -95,9 +95,9 @@ class CausalConv(nn.Module):
             nn.Conv1d(stream, 2 * width, kernel_size, dilation=dilation)
             for width, dilation in zip(hidden_dims, self.dilations, strict=True)
         )
-        # After the last block the stream is not read. A bias of the stream would be one of the gates.
+        # Nothing reads the stream after the last block. A bias of the stream would do what those of the gates do.
         self.residuals: Any = nn.ModuleList(nn.Conv1d(width, stream, 1, bias=False) for width in hidden_dims[:-1])
-        # The sum of all S_k g_k, and all V_k c, in one product each.
+        # One product gives the sum of all S_k g_k, and one gives all V_k c.
         self.skip = nn.Conv1d(total, stream, 1)
         self.context = nn.Conv1d(context_shape[0], 2 * total, 1, bias=False) if context_shape else None
         self.head = nn.Conv1d(stream, stream, 1)
@@ -106,7 +106,7 @@ class CausalConv(nn.Module):
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         batch_shape = z.shape[: z.dim() - (1 if self.channels is None else 2)]
         h = self._by_place(z.reshape(-1, self.channels or 1, z.shape[-1]))
-        # The convolution ends one step before the time that its output is for.
+        # The last tap reads the time before the one that the output belongs to.
         h = self.input(F.pad(h, (self.kernel_size, 0))[..., :-1])
         terms = self.context_terms(batch_shape, context)
         outputs = []
@@ -120,11 +120,11 @@ class CausalConv(nn.Module):
         theta = self.output(F.silu(h))
         if not self._is_ascending:
             theta = theta[..., self.place]
-        # Parameter-major in memory, so that each parameter is one contiguous block over the sequence.
+        # Memory stays parameter-major, so that each parameter is one contiguous block over the sequence.
         return theta.unflatten(1, (self.num_params, -1)).movedim(1, -1).reshape(*z.shape, self.num_params)
 
     def context_terms(self, batch_shape: torch.Size, context: Tensor | None) -> list[Tensor | None]:
-        """What each block's gates get from the context, ``(N, 2 * width, 1 or length)`` by place."""
+        """Return the terms of the context in each block's gates, ``(N, 2 * width, 1 or length)`` by place."""
         if self.context is None or context is None:
             return [None] * len(self.gates)
         sequence = self._by_place(context) if self.num_context_axes > 1 else context[..., None]
@@ -134,7 +134,9 @@ class CausalConv(nn.Module):
         return list(terms.split([gate.out_channels for gate in self.gates], 1))
 
     def incremental(self, num_rows: int, context: Tensor | None = None) -> ParameterSteps:
-        """The parameters of one time after the other, see :class:`pyroflows.nets.Incremental`.
+        """Return the steps that compute the parameters of one time after the other.
+
+        See :class:`pyroflows.nets.Incremental`.
 
         Example:
             >>> net = CausalConv(range(3), 2, [8, 8])
@@ -154,11 +156,11 @@ class CausalConv(nn.Module):
 
 
 class _ParameterSteps:
-    """A step computes each block at one time only: a few products of small matrices, not a pass over the sequence.
+    """The steps of a :class:`CausalConv`, each of which computes every block at one time only.
 
-    Each convolution keeps the part of its input's past that it still needs, and applies its taps in the past for as
-    many steps at once as its dilation allows, so that only the tap at the present is left to each step. Tensors are
-    laid out as (width, N).
+    So a step is a few products of small matrices, not a pass over the sequence. Each convolution keeps the part of its
+    input's past that it still needs. It applies its taps in the past for as many steps at once as its dilation allows,
+    so that each step applies only the tap at the present. Tensors are ``(width, N)``.
     """
 
     def __init__(self, net: CausalConv, num_rows: int, context: Tensor | None = None) -> None:
@@ -166,7 +168,7 @@ class _ParameterSteps:
         length, channels = len(net.order), net.channels or 1
         sources = weight.new_zeros(taps + length, channels, num_rows)
         self.inputs = sources[taps:] if net.channels else sources[taps:, 0]
-        # What stands before a time is one block of memory.
+        # The inputs that a time's taps read are one block of memory.
         size = (length, taps * channels, num_rows)
         self._windows = sources.as_strided(size, (channels * num_rows, num_rows, 1)).unbind()
         self._input = weight.transpose(1, 2).flatten(1)
@@ -175,7 +177,7 @@ class _ParameterSteps:
         terms = net.context_terms(torch.Size([1 if context is None else len(context)]), context)
         self._blocks = [_Block(net, k, from_context, num_rows) for k, from_context in enumerate(terms)]
         self._residuals = [-layer.weight[..., 0] for layer in net.residuals]
-        # The outputs of all blocks stand below each other, and below ones, whose weights are the biases.
+        # The outputs of all blocks are stacked below a row of ones, whose weights are the biases.
         widths = [block.width for block in self._blocks]
         self._sources = [weight.new_ones(1 + width, num_rows) for width in (sum(widths), len(weight), len(weight))]
         self._block_outputs = self._sources[0][1:].split(widths)
@@ -188,7 +190,7 @@ class _ParameterSteps:
         self._is_vector = net.channels is None
 
     def parameters_at(self, i: int) -> Tensor:
-        """``(num_params, N)`` or ``(num_params, channels, N)``, for the time at place i."""
+        """Return the parameters ``(num_params, N)`` or ``(num_params, channels, N)`` of the time at place i."""
         blocks, outputs = self._blocks, self._block_outputs
         h = torch.addmm(self._input_bias, self._input, self._windows[i], out=blocks[0].slot(i))
         for k, block in enumerate(blocks):
@@ -202,10 +204,10 @@ class _ParameterSteps:
 
 
 class _Block:
-    r"""One gated convolution.
+    r"""One gated convolution, evaluated time by time.
 
-    Since :math:`\tanh(a) = 2\, \sigma(2a) - 1`, one call of the sigmoid, which is several times as fast as tanh, makes
-    both factors of the gate; the block's output is kept with the sign changed.
+    Since :math:`\tanh(a) = 2\, \sigma(2a) - 1`, one call of the sigmoid, which is several times as fast as tanh, gives
+    both factors of the gate. The output has the opposite sign, which the weights that read it make up for.
     """
 
     def __init__(self, net: CausalConv, k: int, from_context: Tensor | None, num_rows: int) -> None:
@@ -213,28 +215,28 @@ class _Block:
         self.width, stream = gate.out_channels // 2, gate.in_channels
         factors = gate.bias.new_ones(2 * self.width, 1)
         factors[: self.width] = 2.0
-        # Oldest tap first. Products with weights that are not contiguous copy them each time.
+        # The oldest tap comes first. The weights are contiguous, since a product would copy them each time otherwise.
         self._past: list[Tensor]
         *self._past, self._present = (gate.weight * factors[..., None]).movedim(-1, 0).contiguous().unbind()
         # (2 width, 1 or length, 1 or N)
         self._terms = (_bias(gate) * factors)[..., None]
         if from_context is not None:
             self._terms = self._terms + (from_context * factors).permute(1, 2, 0)
-        # A longer dilation than the sequence reaches nothing.
+        # A dilation longer than the sequence reaches nothing.
         self.period = min(net.dilations[k], len(net.order))
-        # The stream of the present period and of those that the taps reach, a ring.
+        # This ring holds the stream of the present period and of those that the taps reach.
         self._stream = gate.bias.new_zeros(net.kernel_size, stream, self.period * num_rows).unbind()
         self._slots = [period.unflatten(1, (self.period, num_rows)).unbind(1) for period in self._stream]
         self._before_gate = gate.bias.new_empty(2 * self.width, self.period, num_rows)
         self._now = [(a, *a.split(self.width)) for a in self._before_gate.unbind(1)]
 
     def slot(self, i: int) -> Tensor:
-        """Where the stream at time i belongs."""
+        """Return the memory that holds the stream at time i."""
         period, step = divmod(i, self.period)
         return self._slots[period % len(self._slots)][step]
 
     def step(self, i: int, h: Tensor, out: Tensor) -> None:
-        """Minus the gate's output at time i, where the stream is h."""
+        """Write minus the block's output at time i to ``out``, where the stream is h."""
         period, step = divmod(i, self.period)
         if step == 0:
             self._start(period)
@@ -243,11 +245,11 @@ class _Block:
         torch.addcmul(openness, value, openness, value=-2, out=out)
 
     def _start(self, period: int) -> None:
-        """What the gates of a whole period get from the context and from the taps in the past."""
+        """Compute the terms of the context and of the taps in the past, for the gates of a whole period."""
         first = period * self.period
         terms = self._terms if self._terms.shape[1] == 1 else self._terms[:, first : first + self.period]
         a = self._before_gate
-        # Of the last period there may be less.
+        # The last period may be shorter.
         (a if terms.shape[1] == 1 else a[:, : terms.shape[1]]).copy_(terms)
         if period > 0:
             for ago, weight in enumerate(reversed(self._past), start=1):

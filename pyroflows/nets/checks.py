@@ -1,8 +1,13 @@
-"""Refusal of conditioners that are no functions of their input."""
+"""The type of factories of conditioners, and a check that the output of a conditioner is a function of its input."""
+
+from collections.abc import Callable
 
 from torch import nn
 
 from pyroflows.errors import OptionError
+
+# It makes the network of a layer from its sizes; Coupling and Autoregressive say with which arguments they call it.
+ConditionerFactory = Callable[..., nn.Module]
 
 
 def checked_conditioner(conditioner: nn.Module) -> nn.Module:
@@ -12,7 +17,14 @@ def checked_conditioner(conditioner: nn.Module) -> nn.Module:
     bijection, and no value that it returns would show it.
 
     Raises:
-        OptionError: if it is no module, or contains dropout, batch normalisation or the like.
+        OptionError: if it is not a module, or contains dropout, batch normalisation or the like.
+
+    Example:
+        >>> try:
+        ...     checked_conditioner(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1)))
+        ... except pf.FlowError as error:
+        ...     print(error)
+        a conditioner must not contain Dropout at '1': its output is random, which breaks the bijection; remove it
     """
     if not isinstance(conditioner, nn.Module):
         raise OptionError(f"a conditioner must be a torch.nn.Module, got {type(conditioner).__name__}")
@@ -26,11 +38,11 @@ def checked_conditioner(conditioner: nn.Module) -> nn.Module:
 
 
 def _effect(module: nn.Module) -> str | None:
-    """Say why a module's output is no function of its input, or return None if it is one."""
+    """Return why a module's output is not a function of its input, or None if it is."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "its output depends on the rest of the batch"
     is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    # Attention and recurrent networks drop out by a rate of their own.
+    # Attention and recurrent networks have a dropout rate of their own.
     rate = getattr(module, "p" if is_dropout else "dropout", 0.0)
     if isinstance(module, nn.RReLU) or (isinstance(rate, float) and rate > 0):
         return "its output is random"

@@ -1,14 +1,14 @@
-r"""What a conditioner offers that can be evaluated place by place, forwards and backwards.
+r"""Protocols of conditioners that can be evaluated place by place, forwards and backwards.
 
-The inverse of an autoregressive layer learns its inputs one after the other. Whatever the network, D passes through it
-do: pass i gives the parameters at place i. A network that offers :class:`Incremental` does better: it keeps what it has
-computed, so that all D steps together cost about one pass. The gradient of the inverse needs the inputs' gradients in
-the reverse order, from the last place to the first, and :class:`IncrementalGradient` is the same for it. A layer finds
-out by itself what its conditioner offers.
+The inverse of an autoregressive layer finds the inputs of its conditioner one after the other. D passes through the
+network are always enough: pass i gives the parameters at place i. A network that offers :class:`Incremental` keeps what
+it has computed, so that all D steps together cost about one pass. The gradient of the inverse needs the gradients of
+the inputs in reverse order, from the last place to the first; :class:`IncrementalGradient` computes these likewise. A
+layer uses what its conditioner offers, without being told.
 
-The rows of a batch stand last in every tensor here, ``(..., N)``, so that what a step reads and writes are contiguous
-blocks. An event's axes that are not ordered, such as the channels of a sequence, are called ``channels`` below; vectors
-have none.
+The rows of a batch are the last axis of every tensor here, ``(..., N)``, so that a step reads and writes contiguous
+blocks. The axes of an event that are not ordered, such as the channels of a sequence, are called ``channels`` below;
+vectors have none.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from torch import Tensor
 
 @runtime_checkable
 class ParameterSteps(Protocol):
-    """The parameters of one place after the other, while the inputs become known.
+    """Steps that compute the parameters of one place after the other, while the inputs become known.
 
-    For i = 0, 1, ..., D - 1, the layer asks for ``parameters_at(i)``, then fills ``inputs[i]``. It needs no gradients.
+    For i = 0, 1, ..., D - 1, the layer calls ``parameters_at(i)``, then writes ``inputs[i]``. It needs no gradients.
 
     Attributes:
-        inputs: ``(D, *channels, N)``, by place: ``inputs[i]`` is the input that stands at place i of the order.
+        inputs: ``(D, *channels, N)``, where ``inputs[i]`` is the input at place i of the order.
     """
 
     inputs: Tensor
 
     def parameters_at(self, i: int) -> Tensor:
-        """The parameters ``(num_params, *channels, N)`` at place i, from ``inputs[:i]``; the rest is not known yet."""
+        """Return the parameters ``(num_params, *channels, N)`` at place i; only ``inputs[:i]`` are known by then."""
         ...
 
 
@@ -38,12 +38,12 @@ class ParameterSteps(Protocol):
 class Incremental(Protocol):
     """A conditioner that can be evaluated place by place: a module with one more method, ``incremental``.
 
-    An autoregressive layer whose conditioner offers this uses it for its inverse. The steps must give what the
-    network's ``forward`` gives, so a subclass that changes one changes the other as well.
+    An autoregressive layer whose conditioner offers this uses it for its inverse. The steps must give the parameters
+    that the network's ``forward`` gives, so a subclass that changes one must change the other.
 
     Example:
         >>> class RunningSum(torch.nn.Module):
-        ...     '''Parameters that are linear in the sum of the inputs before.'''
+        ...     '''A network whose parameters at j are linear in the sum of the inputs before j.'''
         ...
         ...     def __init__(self, order, num_params, hidden_dims, context_dim):
         ...         super().__init__()
@@ -73,25 +73,25 @@ class Incremental(Protocol):
     """
 
     def incremental(self, num_rows: int, context: Tensor | None = None) -> ParameterSteps:
-        """Steps for N rows.
+        """Return the steps for N rows.
 
         Args:
             num_rows: N.
-            context: ``(N, *context_shape)``, or ``(1, *context_shape)`` where all rows have the same, or None.
+            context: ``(N, *context_shape)``, or ``(1, *context_shape)`` if all rows have the same; None for none.
         """
         ...
 
 
 @runtime_checkable
 class GradientSteps(Protocol):
-    """The gradients of one input after the other, from the last place to the first.
+    """Steps that complete the gradient of one input after the other, from the last place to the first.
 
-    For i = D - 1, ..., 1, the layer reads the inputs' gradient at place i, which is complete by then, and calls
-    ``pull_back(i, gradient)``.
+    For i = D - 1, ..., 1, the layer reads the gradient of the input at place i, which is complete by then, computes
+    from it the gradient of the parameters at place i, and calls ``pull_back(i, gradient)``.
     """
 
     def pull_back(self, i: int, gradient: Tensor) -> None:
-        """Add to the gradient of the inputs what the parameters at place i bring to the places before i.
+        """Add to the gradient of the inputs before place i what passes through the parameters at place i.
 
         Args:
             i: the place.
@@ -104,17 +104,21 @@ class GradientSteps(Protocol):
 class IncrementalGradient(Protocol):
     """A conditioner whose gradient with respect to its inputs can be computed place by place.
 
-    An autoregressive layer whose conditioner offers this solves triangular systems with it, for the gradient of its
-    inverse and for scores, by one backward substitution. With any other it iterates passes backwards through the
-    network until nothing changes.
+    An autoregressive layer whose conditioner offers this solves the triangular systems of its inverse's gradient and of
+    scores by one backward substitution. With any other conditioner it repeats backward passes of the network until
+    nothing changes.
     """
 
     def with_gradient_steps(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Callable[[Tensor], GradientSteps]]:
-        """The parameters at z, as ``forward`` gives them, and a function that makes the steps.
+        """Return the parameters at z, as ``forward`` gives them, and a function that makes the steps.
 
-        The function takes the gradient of the inputs, ``(D, *channels, N)``, to which the steps add in place. N is the
-        number of all rows of z. The first axis is that of z, not its order: place i has the gradient at ``order[i]``.
+        The function takes the gradient of the inputs, ``(D, *channels, N)``, to which the steps add in place. N counts
+        all rows of z. The first axis has the indices of z, not its places: that of place i is ``order[i]``.
+
+        Args:
+            z: ``(..., *channels, D)``.
+            context: ``(..., *context_shape)``, or None.
         """
         ...

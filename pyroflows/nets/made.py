@@ -1,8 +1,8 @@
-"""Masked autoregressive networks: one pass gives the parameters of every dimension from the dimensions before it.
+"""Masked autoregressive networks, which compute the parameters of each dimension from the dimensions before it.
 
-A hidden unit of degree d needs only the inputs at places below d. Where the inputs become known one after the other,
-each unit is computed once, as soon as its inputs are there, and the gradients of the inputs likewise from the last
-place to the first.
+A hidden unit of degree d depends on the inputs at places below d only. If the inputs become known one after the other,
+each unit can be computed once, as soon as its inputs are known; the gradients of the inputs can be computed likewise,
+from the last place to the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +18,29 @@ from pyroflows.nets.mlp import checked_widths, zero_initialized
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer whose weight is multiplied by a fixed 0/1 mask of shape ``(out, in)``."""
+    """A linear layer whose weight is multiplied by a fixed mask.
+
+    Args:
+        mask: ``(out_features, in_features)``, true where the output may depend on the input.
+
+    Shapes: it maps ``(..., in_features)`` to ``(..., out_features)``.
+
+    Example:
+        >>> layer = MaskedLinear(torch.eye(2, dtype=torch.bool))
+        >>> (layer.masked_weight != 0).tolist()
+        [[True, False], [False, True]]
+    """
 
     mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
-        # It follows from the constructor's arguments, so it does not belong in a state_dict.
+        # The constructor's argument determines this buffer, so it does not belong in a state_dict.
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
 
     @property
     def masked_weight(self) -> Tensor:
+        """The weight, with zeros where the mask is false."""
         return self.weight * self.mask
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,26 +48,26 @@ class MaskedLinear(nn.Linear):
 
 
 class MADE(nn.Module):
-    r"""Masked autoregressive network (Germain et al. 2015, arXiv:1502.03509).
+    r"""The masked autoregressive network (Germain et al. 2015, arXiv:1502.03509).
 
     One pass gives :math:`\theta_j = f_j(z_{<j}, c)` for all j, where :math:`z_{<j}` are the inputs before j in
-    ``order``. Input j carries the degree of its place in the order, 0 to D - 1; a hidden unit of degree d sees inputs
-    of degree below d, and the outputs for place j see hidden units of degree at most j. Hidden units are sorted by
-    degree. The context reaches every hidden unit; units of degree 0 see nothing else.
+    ``order``. The degree of an input is its place in the order, 0 to D - 1. A hidden unit of degree d depends on inputs
+    of degree below d, and the outputs for place i depend on hidden units of degree at most i. Hidden units are sorted
+    by degree. All of them see the context; those of degree 0 see nothing else.
 
     It offers :class:`pyroflows.nets.Incremental` and :class:`pyroflows.nets.IncrementalGradient`.
 
     Args:
-        order: a permutation of ``range(D)``; ``order[i]`` is the dimension that stands at place i.
+        order: a permutation of ``range(D)``; ``order[i]`` is the dimension at place i.
         num_params: number of parameters of each dimension.
-        hidden_dims: widths of the hidden layers; they may be smaller than D.
+        hidden_dims: one or more widths of hidden layers; they may be smaller than D.
         context_dim: size of the context, 0 for none.
 
     Shapes: ``(..., D)`` and a context ``(..., context_dim)`` give ``(..., D, num_params)``.
 
     Attributes:
         units: for each hidden layer, the number of units of each degree.
-        known: for each hidden layer, the number of units of each degree or a lower one.
+        known: for each hidden layer and each degree, the number of units of at most this degree.
 
     Raises:
         OptionError: if there is no hidden layer, or a width is not positive.
@@ -75,11 +87,11 @@ class MADE(nn.Module):
         dim = len(order)
         self.order = list(order)
         self.num_params = num_params
-        # What follows from the constructor's arguments does not belong in a state_dict.
+        # The constructor's arguments determine this buffer, so it does not belong in a state_dict.
         self.register_buffer("index_of_place", torch.as_tensor(self.order), persistent=False)
         place = self.index_of_place.argsort()
 
-        # Without a context a unit of degree 0 would be a constant: only D = 1 has nothing better.
+        # Without a context a unit of degree 0 is a constant, which only D = 1 has to make do with.
         lowest = 0 if context_dim or dim == 1 else 1
         widths = self._widths(checked_widths(hidden_dims))
         degrees = [_spread(lowest, dim - 1, width) for width in widths]
@@ -98,14 +110,14 @@ class MADE(nn.Module):
         return list(hidden_dims)
 
     def skip(self, k: int) -> int | None:
-        """The hidden layer whose pre-activation is added to that of hidden layer k."""
+        """Return the number of the hidden layer whose pre-activation is added to that of hidden layer k, or None."""
         return None
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return self.parameters_from(self.pre_activations(z, context))
 
     def pre_activations(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
-        """The hidden layers before their activations."""
+        """Return the hidden layers before their activations."""
         first = self.input(z)
         hidden = [first if self.context is None else first + self.context(context)]
         for k, layer in enumerate(self.hidden, start=1):
@@ -115,25 +127,25 @@ class MADE(nn.Module):
         return hidden
 
     def parameters_from(self, pre_activations: list[Tensor]) -> Tensor:
-        """``(..., D, num_params)`` from the hidden layers."""
+        """Return the parameters ``(..., D, num_params)``, given the hidden layers before their activations."""
         output = self.output(F.silu(pre_activations[-1]))
-        # Parameter-major in memory, so that each parameter is one contiguous block over the dimensions.
+        # Memory stays parameter-major, so that each parameter is one contiguous block over the dimensions.
         return output.unflatten(-1, (self.num_params, -1)).transpose(-1, -2)
 
     def incremental(self, num_rows: int, context: Tensor | None = None) -> ParameterSteps:
-        """The parameters of one place after the other, see :class:`pyroflows.nets.Incremental`."""
+        """Return the steps that compute the parameters place by place, see :class:`pyroflows.nets.Incremental`."""
         return _ParameterSteps(self, num_rows, context)
 
     def with_gradient_steps(
         self, z: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Callable[[Tensor], GradientSteps]]:
-        """Parameters and the gradients of the inputs, see :class:`pyroflows.nets.IncrementalGradient`."""
+        """Return the parameters and what makes the gradient steps, see :class:`pyroflows.nets.IncrementalGradient`."""
         hidden = self.pre_activations(z, context)
         rows = [h.detach().reshape(-1, h.shape[-1]) for h in hidden]
         return self.parameters_from(hidden), partial(_GradientSteps, self, rows)
 
     def weights_by_place(self) -> list[Tensor]:
-        """The masked weights of all layers, inputs and outputs by place; the last is ``(D, num_params, width)``."""
+        """Return the masked weights of all layers by place; those of the output are ``(D, num_params, width)``."""
         output = self.output.masked_weight.unflatten(0, (self.num_params, -1))
         return [
             self.input.masked_weight[:, self.index_of_place],
@@ -143,13 +155,13 @@ class MADE(nn.Module):
 
 
 class ResMADE(MADE):
-    r"""Residual masked autoregressive network (Durkan and Nash 2019, arXiv:1904.05626).
+    r"""The residual masked autoregressive network (Durkan and Nash 2019, arXiv:1904.05626).
 
     It is a :class:`MADE` with a block :math:`h_k = h_{k-1} + W_k'\, \sigma(W_k\, \sigma(h_{k-1}))` for every width in
-    ``hidden_dims``: all :math:`h_k` have the first width, the inside of block k has the k-th.
+    ``hidden_dims``. All :math:`h_k` have the first width; the hidden layer inside block k has the k-th.
 
     Args:
-        order: a permutation of ``range(D)``; ``order[i]`` is the dimension that stands at place i.
+        order: a permutation of ``range(D)``; ``order[i]`` is the dimension at place i.
         num_params: number of parameters of each dimension.
         hidden_dims: one or more widths, a block of two masked layers for each.
         context_dim: size of the context, 0 for none.
@@ -158,6 +170,11 @@ class ResMADE(MADE):
 
     Raises:
         OptionError: if there is no hidden layer, or a width is not positive.
+
+    Example:
+        >>> net = ResMADE([2, 0, 1], num_params=2, hidden_dims=(16, 16))
+        >>> net(torch.randn(5, 3)).shape
+        torch.Size([5, 3, 2])
     """
 
     def _widths(self, hidden_dims: Sequence[int]) -> list[int]:
@@ -165,17 +182,17 @@ class ResMADE(MADE):
         return [stream, *(width for inner in hidden_dims for width in (inner, stream))]
 
     def skip(self, k: int) -> int | None:
-        """The hidden layer whose pre-activation is added to that of hidden layer k."""
+        """Return the number of the hidden layer whose pre-activation is added to that of hidden layer k, or None."""
         return k - 2 if k > 0 and k % 2 == 0 else None
 
 
 class _ParameterSteps:
-    """Each hidden unit of a network is computed once, as soon as its inputs are known."""
+    """The steps of a :class:`MADE`, which compute each hidden unit once, as soon as its inputs are known."""
 
     def __init__(self, net: MADE, num_rows: int, context: Tensor | None = None) -> None:
         weights = net.weights_by_place()
-        # What does not depend on the inputs stands first among the sources: ones, whose weights are the biases, and
-        # for the first layer the context.
+        # The sources of each layer start with a row of ones, whose weights are the biases; those of the first layer
+        # have the context next.
         ones = weights[0].new_ones(1, num_rows)
         if net.context is not None and context is not None:
             weights[0] = torch.cat([net.context.weight, weights[0]], 1)
@@ -190,7 +207,7 @@ class _ParameterSteps:
         inputs = torch.cat([given, given.new_empty(len(net.order), num_rows)])
         active = [torch.cat([ones, ones.new_empty(len(weight), num_rows)]) for weight in weights[:-1]]
         self.inputs = inputs[len(given) :]
-        # One split makes the views of all steps.
+        # The views of all steps are made here at once, rather than one by one in the steps.
         self._weights = [w.split(units) for w, units in zip(weights, net.units, strict=False)]
         self._active = [a[1:].split(units) for a, units in zip(active, net.units, strict=True)]
         self._sources = [inputs, *active]
@@ -200,7 +217,7 @@ class _ParameterSteps:
         self._skips = [net.skip(k) for k in range(len(active))]
 
     def parameters_at(self, i: int) -> Tensor:
-        """``(num_params, N)``, for the dimension at place i."""
+        """Return the parameters ``(num_params, N)`` of the dimension at place i."""
         *widths, last = self._widths[i]
         before_activation: dict[int, Tensor] = {}
         for k, (units, width, skip) in enumerate(zip(self._units[i], widths, self._skips, strict=True)):
@@ -216,18 +233,18 @@ class _ParameterSteps:
 
 
 class _GradientSteps:
-    """The backward pass of a network reaches each hidden unit once, as soon as all that depends on the unit is there.
+    """The backward steps of a :class:`MADE`, which reach each hidden unit once, when its gradient is complete.
 
     Args:
         net: the network.
         hidden: its pre-activations ``(N, width)`` at the inputs.
-        inputs: ``(D, N)``, by dimension, to which the gradient is added in place.
+        inputs: the gradient ``(D, N)`` of the inputs, by dimension, to which the steps add in place.
     """
 
     def __init__(self, net: MADE, hidden: list[Tensor], inputs: Tensor) -> None:
         self._order = net.order
         self._output = net.output.masked_weight.unflatten(0, (net.num_params, -1)).permute(1, 2, 0).unbind()
-        # From the units of each degree to the layer before.
+        # The weights of the units of each degree lead back to the layer before.
         layers = [net.input, *net.hidden]
         self._weights = [layer.masked_weight.T.split(units, 1) for layer, units in zip(layers, net.units, strict=True)]
         slopes = [torch.ops.aten.silu_backward(torch.ones_like(h), h).T.contiguous() for h in hidden]
@@ -238,10 +255,10 @@ class _GradientSteps:
         self._skip_to = {skip: k for k in range(len(hidden)) if (skip := net.skip(k)) is not None}
 
     def pull_back(self, i: int, gradient: Tensor) -> None:
-        """Take in the gradient ``(num_params, N)`` of the parameters at place i."""
-        # In place, since an allocation would cost more than the arithmetic.
+        """Add what passes through the parameters at place i, given their gradient ``(num_params, N)``."""
+        # All sums are in place, since an allocation would cost more than the arithmetic.
         self._layers[-1].addmm_(self._output[self._order[i]], gradient)
-        # What reaches a hidden unit of degree i comes from parameters at places from i on, all of which are there.
+        # A hidden unit of degree i gets gradients from the parameters at places from i on, all of which are known.
         for k in reversed(range(len(self._units))):
             units = self._units[k][i]
             if len(units):
@@ -252,5 +269,5 @@ class _GradientSteps:
 
 
 def _spread(lowest: int, highest: int, width: int) -> Tensor:
-    """``width`` integers from lowest to highest, evenly spread, ascending."""
+    """Return ``width`` integers from lowest to highest, evenly spread and ascending."""
     return torch.linspace(lowest, highest + 1 - 1e-6, width, dtype=torch.float64).floor().long()

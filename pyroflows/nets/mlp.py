@@ -1,4 +1,4 @@
-"""Dense conditioners: plain and residual networks, and parameters that are held or computed from a context."""
+"""Dense conditioners: plain and residual networks, and parameters that may depend on a context."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,14 +13,14 @@ L = TypeVar("L", bound=nn.Module)
 
 
 class MLP(nn.Sequential):
-    """A multi-layer perceptron with SiLU activations and a zero output layer.
+    """A multi-layer perceptron with SiLU activations, whose output layer starts at zero.
 
     Args:
         in_dim: size of the input's last dimension.
         out_dim: size of the output's last dimension.
-        hidden_dims: widths of the hidden layers.
+        hidden_dims: widths of the hidden layers; if there is none, the network is linear.
 
-    Shapes: ``(..., in_dim)`` to ``(..., out_dim)``.
+    Shapes: it maps ``(..., in_dim)`` to ``(..., out_dim)``.
 
     Raises:
         OptionError: if a width is not positive.
@@ -39,21 +39,21 @@ class MLP(nn.Sequential):
 
 
 class ResidualMLP(nn.Module):
-    r"""A residual network with a zero output layer (He et al. 2016, arXiv:1603.05027).
+    r"""A residual network whose output layer starts at zero (He et al. 2016, arXiv:1603.05027).
 
-    From :math:`h_0 = W x + b` on, each width in ``hidden_dims`` adds a block,
+    Starting from :math:`h_0 = W x + b`, each width in ``hidden_dims`` adds a block,
 
     .. math:: h_k = h_{k-1} + W_k'\, \sigma(W_k\, \sigma(h_{k-1}) + b_k) + b_k',
 
-    with :math:`\sigma` = SiLU, and the output is linear in :math:`\sigma(h)`. All :math:`h_k` have the first width, the
-    inside of block k has the k-th.
+    where :math:`\sigma` is SiLU, and the output is linear in :math:`\sigma(h)`. All :math:`h_k` have the first width;
+    the hidden layer inside block k has the k-th.
 
     Args:
         in_dim: size of the input's last dimension.
         out_dim: size of the output's last dimension.
         hidden_dims: one or more widths, a block of two linear layers for each.
 
-    Shapes: ``(..., in_dim)`` to ``(..., out_dim)``.
+    Shapes: it maps ``(..., in_dim)`` to ``(..., out_dim)``.
 
     Raises:
         OptionError: if there is no hidden layer, or a width is not positive.
@@ -79,13 +79,13 @@ class ResidualMLP(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A network for vectors, applied along one axis at each place of the axes after it: a 1 x 1 convolution.
+    """A network for vectors, applied along one axis at each place of the axes after it, as a 1 x 1 convolution is.
 
     Args:
         net: maps ``(..., in_dim)`` to ``(..., out_dim)``.
         num_axes: the number of axes after the one that the network acts along; 2 for an image ``(C, H, W)``.
 
-    Shapes: ``(..., in_dim, *rest)`` to ``(..., out_dim, *rest)``, where ``rest`` has ``num_axes`` axes.
+    Shapes: it maps ``(..., in_dim, *rest)`` to ``(..., out_dim, *rest)``, where ``rest`` has ``num_axes`` axes.
 
     Example:
         >>> Pointwise(MLP(3, 8), num_axes=2)(torch.randn(5, 3, 4, 2)).shape
@@ -102,9 +102,10 @@ class Pointwise(nn.Module):
 
 
 class Parameters(nn.Module):
-    """The parameters of one layer, which are held or computed from a context.
+    """The parameters of one layer, which may depend on a context.
 
-    They are ``theta = value + net(context)``, where ``net`` exists only if ``context_dim > 0`` and starts at zero.
+    They are ``theta = value + net(context)``, where ``net`` exists only if ``context_dim > 0`` and its output starts at
+    zero.
 
     Args:
         value: initial value, of any shape.
@@ -131,14 +132,18 @@ class Parameters(nn.Module):
 
 
 def zero_initialized(layer: L) -> L:
-    """The layer, with weight and bias set to zero."""
+    """Set weight and bias of a layer to zero, and return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def checked_widths(hidden_dims: Sequence[int]) -> Sequence[int]:
-    """The widths, if there are any and all are positive."""
+    """Return the widths if there are any and all are positive.
+
+    Raises:
+        OptionError: otherwise.
+    """
     if not hidden_dims or min(hidden_dims) < 1:
         raise OptionError(f"hidden_dims must be one or more positive widths, got {tuple(hidden_dims)}")
     return hidden_dims

@@ -63,7 +63,7 @@ class Plateau:
         num_steps: int | None = None,
         settled: Callable[[History], bool] = lambda history: False,
         hold: int = 0,
-        falls: bool = False,
+        falls: bool = True,
     ) -> None:
         if num_steps is not None and num_steps < 1:
             raise OptionError(f"num_steps must be positive, got {num_steps}")

@@ -1,4 +1,4 @@
-"""Layers: bijections with parameters, from base to data."""
+"""Layers: bijections from base to data with parameters that are trained."""
 
 from pyroflows.transforms import univariate
 from pyroflows.transforms.base import Cached, Conditioned, FlowTransform, Inverse

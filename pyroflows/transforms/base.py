@@ -1,8 +1,9 @@
-"""What every layer is: a Pyro ``TransformModule`` whose value and log-determinant come in pairs.
+"""The base class of layers, a Pyro ``TransformModule`` that computes a value and its log-determinant in one pass.
 
-A transform maps base to data, ``x = t(z)``. A subclass writes ``_forward_and_ladj`` and ``_inverse_and_ladj``, and the
-other hooks where it has them; shape and context checks, ``t.inv``, ``t.condition``, ``log_abs_det_jacobian`` and
-caching are written here, once.
+A transform maps base to data, ``x = t(z)``. A subclass writes ``_forward_and_ladj`` and ``_inverse_and_ladj``, and
+further hooks where it needs them; shape and context checks, ``t.inv``, ``t.condition``, ``log_abs_det_jacobian`` and
+caching are written here, once. The views stand in this file because the base class makes them and they are layers
+themselves.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.errors import InexactError, OptionError, ShapeError
-from pyroflows.shapes import as_given, described, shape_of
+from pyroflows.shapes import as_given, described, expanded_to_context, shape_of
+from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
 
 Pair = tuple[Tensor, Tensor]
@@ -22,20 +24,22 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class FlowTransform(TransformModule):
-    r"""A bijection of vectors, or of arrays with more axes, with parameters, optionally dependent on a context.
+    r"""The base class of layers: a bijection :math:`x = t(z)` of vectors or arrays, which may depend on a context.
 
     A subclass writes :meth:`_forward_and_ladj` and :meth:`_inverse_and_ladj`. It may also write
-    :meth:`_forward_and_score`, where it has a cheaper score than by its inverse; :meth:`_exact`, where its own
-    log-determinant is an estimate; :meth:`_adapt`, where it learns from data before training; and
-    :meth:`before_step`, where it keeps up a state during training.
 
-    Layers are stateless: nothing is remembered between calls, so that copies, pickles and log-densities are never
-    stale. :meth:`with_cache` gives a view that remembers.
+    * :meth:`_forward_and_score`, if it can compute a score more cheaply than through its inverse;
+    * :meth:`_exact` and :attr:`ladj_is_exact`, if its log-determinant is an unbiased estimate;
+    * :meth:`_adapt`, if it learns from data before training;
+    * :meth:`before_step`, if it keeps a state that changes during training, such as that of power iterations.
+
+    A layer remembers nothing between calls, so that copies, pickles and log-densities are never stale.
+    :meth:`with_cache` returns a view that remembers.
 
     Args:
         dim: the event size D, or the event shape, such as ``(channels, height, width)``, at the data end.
         context_dim: size or shape of the context that the parameters depend on, 0 for none.
-        base_dim: the event size or shape at the base end, where the layer changes it; it has as many elements.
+        base_dim: the event size or shape at the base end, with as many elements; None if the layer does not change it.
 
     Shapes: z is ``(..., *base_shape)``, x is ``(..., *event_shape)``, a context is ``(..., *context_shape)``; batch
     shapes broadcast; a log-determinant has the batch shape.
@@ -44,11 +48,11 @@ class FlowTransform(TransformModule):
         event_shape: the shape of x without its batch shape, ``(D,)`` for vectors.
         base_shape: the shape of z without its batch shape; equal to ``event_shape`` in most layers.
         dim: the number of elements of an event.
-        context_shape: empty for none.
-        context_dim: the number of elements of a context, 0 for none.
+        context_shape: the shape of a context without its batch shape, empty if the layer takes none.
+        context_dim: the number of elements of a context, 0 if the layer takes none.
 
     Raises:
-        OptionError: if a size is not positive.
+        OptionError: if a size of events or contexts is not positive.
         ShapeError: if events have different numbers of elements at the two ends; at a call, if the event shape or the
             context does not fit.
 
@@ -79,7 +83,7 @@ class FlowTransform(TransformModule):
         self.base_shape = self.event_shape if base_dim is None else shape_of(base_dim)
         self.context_shape = shape_of(context_dim) if context_dim else torch.Size()
         if not self.event_shape or min(self.event_shape + self.base_shape + self.context_shape) < 1:
-            raise OptionError(f"{type(self).__name__} needs dim >= 1 and context_dim >= 0, got {dim}, {context_dim}")
+            raise OptionError(f"{type(self).__name__} needs dim >= 1 and context_dim >= 0, got {dim} and {context_dim}")
         self.dim = self.event_shape.numel()
         self.context_dim = self.context_shape.numel() if self.context_shape else 0
         if self.base_shape.numel() != self.dim:
@@ -94,18 +98,18 @@ class FlowTransform(TransformModule):
         if type(self)._adapt is not FlowTransform._adapt:
             self.register_buffer("adapted", torch.tensor(False))
 
-    # What a subclass writes.
+    # These are the hooks of a subclass: it must write the first two.
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        """``x = t(z)`` and ``log |det dx/dz|``."""
+        """Return ``x = t(z)`` and ``log |det dx/dz|``, for arguments that were checked."""
         raise NotImplementedError
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        """``z = t.inv(x)`` and ``log |det dz/dx|``."""
+        """Return ``z = t.inv(x)`` and ``log |det dz/dx|``, for arguments that were checked."""
         raise NotImplementedError
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        """The same as :meth:`forward_and_score`, for a z that requires gradients."""
+        """Return what :meth:`forward_and_score` does, for a z that requires gradients and under ``enable_grad``."""
         x, ladj = self._forward_and_ladj(z, context)
         at = x.detach().requires_grad_()
         z_again, inverse_ladj = self._inverse_and_ladj(at, context)
@@ -113,53 +117,53 @@ class FlowTransform(TransformModule):
         return x, ladj, score
 
     def _exact(self) -> "FlowTransform":
-        """The view that :meth:`exact` returns, where :attr:`ladj_is_exact` is false."""
+        """Return a view with the exact log-determinant; it is called only if :attr:`ladj_is_exact` is false."""
         raise InexactError(
             f"the log-determinant of {type(self).__name__} is an estimate, and the layer has no exact one: use it for "
             "training only, or choose a layer that has one"
         )
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
-        """Set buffers or parameters in place, from rows as they arrive at the layer's data end."""
+        """Set buffers or parameters in place from rows ``(n, *event_shape)`` at the layer's data end."""
 
     def before_step(self) -> None:
-        """Bring state up to date, such as power iterations; the trainer calls it before each step.
+        """Bring the layer's state up to date, by power iterations for example. The trainer calls it before each step.
 
-        It runs in Python, outside of what is traced, and changes buffers in place. They must be persistent: those in no
-        state dict are constants of a traced step.
+        It runs in Python, outside of what is traced, so it must change buffers in place, and persistent ones: buffers in
+        no state dict are constants of a traced step.
         """
 
     @property
     def ladj_is_exact(self) -> bool:
-        """Whether log-determinants are exact, rather than unbiased estimates."""
+        """Whether the log-determinants are exact, rather than unbiased estimates."""
         return True
 
-    # What is written once.
+    # What follows is the same for all layers.
 
     def exact(self) -> "FlowTransform":
-        """The layer with exact log-determinants: itself, or a view of the same parameters.
+        """Return this layer if its log-determinants are exact, else a view of the same parameters whose are.
 
         Raises:
-            InexactError: if the layer has none.
+            InexactError: if the layer has no exact log-determinant.
         """
         return self if self.ladj_is_exact else self._exact()
 
     @property
     def adapts(self) -> bool:
-        """Whether the layer learns something from data before training."""
+        """Whether the layer learns from data before training."""
         return "adapted" in self._buffers
 
     @property
     def is_adapted(self) -> bool:
-        """Whether :meth:`adapt` was called, or a state was loaded of a layer of which it was; true where none adapts.
+        """Whether the layer has learned from data before training; true if it never does.
 
-        The buffer ``adapted`` holds it, so that it is saved and copied with the layer.
+        The buffer ``adapted`` holds the answer, so that it is copied, saved and loaded with the layer.
         """
         return not self.adapts or bool(self.adapted)
 
     @torch.no_grad()
     def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Learn from data before training, such as their location and scale. A second call starts anew.
+        """Learn from data before training, for example their location and scale. A second call starts anew.
 
         Args:
             x: rows at the data end, ``(n, *event_shape)``.
@@ -167,29 +171,47 @@ class FlowTransform(TransformModule):
             weights: weights of the rows ``(n,)``, not negative; None for equal weights.
 
         Raises:
-            DataError: if the rows do not allow it; names their columns.
+            ShapeError: if the rows or their contexts have another shape.
+            DataError: if the layer cannot learn from these rows; the message names their columns.
         """
         if self.adapts:
             self._adapt(self._checked(x, context, self.event_shape), context, weights)
             self.adapted.fill_(True)
 
     def forward_and_ladj(self, z: Tensor, context: Tensor | None = None) -> Pair:
-        """``x = t(z)`` and ``log |det dx/dz|``."""
+        """Return ``x = t(z)`` and ``log |det dx/dz|``, from one pass.
+
+        Args:
+            z: ``(..., *base_shape)``.
+            context: ``(..., *context_shape)``, if the layer takes one.
+
+        Raises:
+            ShapeError: if z or the context has another shape, or their batch shapes do not broadcast.
+        """
         return self._forward_and_ladj(self._checked(z, context, self.base_shape), context)
 
     def inverse_and_ladj(self, x: Tensor, context: Tensor | None = None) -> Pair:
-        """``z = t.inv(x)`` and ``log |det dz/dx|``."""
+        """Return ``z = t.inv(x)`` and ``log |det dz/dx|``, from one pass.
+
+        Args:
+            x: ``(..., *event_shape)``.
+            context: ``(..., *context_shape)``, if the layer takes one.
+
+        Raises:
+            ShapeError: if x or the context has another shape, or their batch shapes do not broadcast.
+            InversionError: if the layer inverts by a search that misses its target.
+        """
         return self._inverse_and_ladj(self._checked(x, context, self.event_shape), context)
 
     def forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
-        r"""``x = t(z)``, ``log |det dx/dz|``, and the score of the law of x from that of the law of z.
+        r"""Return ``x = t(z)``, ``log |det dx/dz|``, and the score of the law of x, given that of the law of z.
 
         .. math:: \nabla_x \log q(x) = J^{-\top} (\nabla_z \log p(z) - \nabla_z \log|\det J|), \qquad
             J = \partial x / \partial z
 
-        (Vaitl et al. 2024, arXiv:2403.15881). It holds z and all parameters fixed: no gradients flow through a score.
-        Where a layer has nothing better, it costs a pass through the inverse and back. It does not run under
-        ``torch.func``.
+        (Vaitl et al. 2024, arXiv:2403.15881). The score treats z and all parameters as constants: no gradients flow
+        through it. By default it costs a pass through the inverse and a backward pass; layers with a cheaper formula
+        write it. The method does not run under ``torch.func``.
 
         Args:
             z: ``(..., *base_shape)``.
@@ -211,29 +233,29 @@ class FlowTransform(TransformModule):
         return (x, ladj, score) if torch.is_grad_enabled() else (x.detach(), ladj.detach(), score)
 
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
-        """``log |det dx/dz|`` at z; x is not needed."""
+        """Return ``log |det dx/dz|`` at z; x is an argument because torch passes it, and is not used."""
         return self.forward_and_ladj(z)[1]
 
     @property
     def inv(self) -> "FlowTransform":
-        """The inverse, a module with the same parameters. ``t.inv.inv is t``."""
+        """The inverse as a layer, a module with the same parameters; ``t.inv.inv is t``."""
         # A new object each time: it refers to its layer, and a layer that owned it in turn would recurse for ever.
         return Inverse(self)
 
     def condition(self, context: Tensor) -> "FlowTransform":
-        """The plain transform at one context ``(..., *context_shape)``."""
+        """Return the layer at one context ``(..., *context_shape)``, which takes no context itself."""
         return Conditioned(self, context)
 
     def with_cache(self, cache_size: int = 1) -> "FlowTransform":
-        """A view that remembers its last pair of values (``cache_size=1``), or the layer itself (0)."""
+        """Return a view that remembers its last pair of values for ``cache_size=1``, the layer itself for 0."""
         return Cached(self) if cache_size else self
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of x for a z of this shape."""
+        """Return the shape of x for a z of this shape."""
         return torch.Size(shape)[: len(shape) - len(self.base_shape)] + self.event_shape
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of z for an x of this shape."""
+        """Return the shape of z for an x of this shape."""
         return torch.Size(shape)[: len(shape) - len(self.event_shape)] + self.base_shape
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,30 +269,7 @@ class FlowTransform(TransformModule):
         return self.inverse_and_ladj(x)[0]
 
     def _checked(self, value: Tensor, context: Tensor | None, shape: torch.Size) -> Tensor:
-        """The value, whose events have this shape, expanded to the batch shape it has together with the context."""
-        name = type(self).__name__
-        num_axes = len(shape)
-        if value.shape[-num_axes:] != shape:
-            raise ShapeError(f"{name} has event {described(shape)}, but got a tensor of shape {tuple(value.shape)}")
-        if not self.context_dim:
-            if context is not None:
-                raise ShapeError(f"{name} takes no context, got one of shape {tuple(context.shape)}: set context_dim")
-            return value
-        if context is None:
-            raise ShapeError(f"{name} needs a context of {described(self.context_shape)}: use t.condition(context)")
-        num_context_axes = len(self.context_shape)
-        if context.shape[-num_context_axes:] != self.context_shape:
-            expected = described(self.context_shape)
-            raise ShapeError(f"{name} has context {expected}, but got shape {tuple(context.shape)}")
-        value_batch, context_batch = value.shape[:-num_axes], context.shape[:-num_context_axes]
-        try:
-            batch_shape = torch.broadcast_shapes(value_batch, context_batch)
-        except RuntimeError:
-            raise ShapeError(
-                f"{name}: batch shapes of the value, {tuple(value_batch)}, and of the context, "
-                f"{tuple(context_batch)}, do not broadcast"
-            ) from None
-        return value.expand(batch_shape + shape)
+        return expanded_to_context(value, context, shape, self.context_shape, type(self).__name__)
 
     def extra_repr(self) -> str:
         base = f", base_dim={as_given(self.base_shape)}" if self.base_shape != self.event_shape else ""
@@ -281,7 +280,7 @@ class FlowTransform(TransformModule):
 
 
 class _View(FlowTransform):
-    """A layer seen in another way; its parameters are the layer's."""
+    """The base class of views: a layer that computes by another one and shares its parameters."""
 
     def __init__(self, layer: FlowTransform, event_shape: torch.Size, context_dim: Any, base_shape: torch.Size) -> None:
         super().__init__(event_shape, context_dim, base_shape)
@@ -293,7 +292,20 @@ class _View(FlowTransform):
 
 
 class Inverse(_View):
-    """The inverse of a layer; its parameters are the layer's. It does not adapt to data, even if the layer does."""
+    r"""The inverse of a layer, with the same parameters: it maps z to :math:`t^{-1}(z)`. ``t.inv`` makes it.
+
+    It does not adapt to data, even if the layer does.
+
+    Args:
+        layer: the layer t.
+
+    Example:
+        >>> t = Planar(2)
+        >>> isinstance(t.inv, Inverse), t.inv.inv is t
+        (True, True)
+        >>> [name for name, _ in t.inv.named_parameters()]
+        ['layer.parameters_of.value']
+    """
 
     def __init__(self, layer: FlowTransform) -> None:
         super().__init__(layer, layer.base_shape, layer.context_shape, layer.event_shape)
@@ -307,7 +319,7 @@ class Inverse(_View):
     def _exact(self) -> FlowTransform:
         return self.layer.exact().inv
 
-    # Through the layer's own calls, so that one that remembers does so in both directions.
+    # These go through the layer's own calls, so that a cached layer remembers in both directions.
     def _call(self, z: Tensor) -> Tensor:
         return self.layer._inverse(z)
 
@@ -315,7 +327,7 @@ class Inverse(_View):
         return self.layer._call(x)
 
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
-        """``log |det dx/dz|``, from the layer's own forward direction at x."""
+        """Return ``log |det dx/dz|``, which the layer's own forward direction gives at x."""
         return -self.layer.log_abs_det_jacobian(x, z)
 
     @property
@@ -324,7 +336,19 @@ class Inverse(_View):
 
 
 class Conditioned(_View):
-    """A layer at one context. Gradients flow into the context."""
+    """A layer at one context, which takes no context itself. ``t.condition(context)`` makes it.
+
+    Gradients flow into the context.
+
+    Args:
+        layer: a layer that takes a context.
+        context: ``(..., *context_shape)``.
+
+    Example:
+        >>> t = Planar(2, context_dim=3).condition(torch.randn(5, 3))
+        >>> t(torch.zeros(2)).shape, t.context_dim
+        (torch.Size([5, 2]), 0)
+    """
 
     def __init__(self, layer: FlowTransform, context: Tensor) -> None:
         super().__init__(layer, layer.event_shape, (), layer.base_shape)
@@ -344,9 +368,19 @@ class Conditioned(_View):
 
 
 class Cached(_View):
-    """A view of a layer that remembers its last (z, x, log |det dx/dz|), as ``NeuTraReparam`` wants it.
+    """A view of a layer that remembers its last z, x and ``log |det dx/dz|``. ``t.with_cache()`` makes it.
 
-    The memory is dropped by deepcopy and pickle, and does not count once a value, a parameter or a buffer has changed.
+    Pyro's ``NeuTraReparam`` needs it. Deepcopy and pickle drop the memory, and it is not used after a value, a
+    parameter or a buffer has changed.
+
+    Args:
+        layer: the layer to call.
+
+    Example:
+        >>> t = Planar(2).with_cache()
+        >>> z = torch.randn(5, 2)
+        >>> t.inv(t(z)) is z  # without a root search
+        True
     """
 
     def __init__(self, layer: FlowTransform) -> None:
@@ -389,28 +423,11 @@ class Cached(_View):
         return self if cache_size else self.layer
 
 
-def pull_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The cotangents of the inputs, zero for what is not used; the graph of the outputs stays."""
-    pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(value) for value in inputs)
-    outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-
-
-def elementwise_score(z: Tensor, ladj: Tensor, score: Tensor) -> Tensor:
-    """The score of elementwise ``x_j = T(z_j)`` from that of z, ladj being ``log dx_j/dz_j``."""
-    with torch.no_grad():
-        (slope_of_ladj,) = pull_back((ladj,), (torch.ones_like(ladj),), (z,))
-        return (score - slope_of_ladj) * torch.exp(-ladj)
-
-
 def drop_param_store_references(module: nn.Module) -> None:
-    """Make the parameters of a module that stands in Pyro's param store fit for pickle.
+    """Make a module whose parameters are in Pyro's param store fit for pickle.
 
-    The store hangs a weak reference on each parameter that it hands out, and does so again at the next access.
+    The store attaches a weak reference, which pickle refuses, to each parameter that it returns. It does so again at
+    the next access, so that nothing is lost.
     """
     for parameter in module.parameters():
         vars(parameter).pop("unconstrained", None)

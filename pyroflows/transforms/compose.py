@@ -1,4 +1,4 @@
-"""Layers one after the other."""
+"""Composition of layers."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -15,19 +15,19 @@ from pyroflows.transforms.base import FlowTransform, Pair, Triple
 class Compose(FlowTransform):
     r"""Layers applied one after the other, :math:`x = t_n(\dots t_2(t_1(z)))`, the first next to the base.
 
-    The log-determinant is the sum of those of the layers, :math:`\log|\det J| = \sum_k \log|\det J_k|`. Its direction
-    is parallel where that of every layer is.
+    The log-determinant is the sum of those of the layers, :math:`\log|\det J| = \sum_k \log|\det J_k|`. A direction
+    is parallel if it is parallel in every layer.
 
     Args:
-        layers: one or more layers. Each takes events of the shape that the one before gives; those that take a context
-            take the same.
+        layers: one or more layers, from base to data. Each takes events of the shape that the one before gives; all
+            that take a context take one of the same shape, and get the same.
 
     Shapes: z is ``(..., *base_shape)`` of the first layer, x is ``(..., *event_shape)`` of the last, a context is
     ``(..., *context_shape)``.
 
     Raises:
         OptionError: if there is no layer.
-        ShapeError: if two layers in a row do not fit, or contexts differ; names the layers.
+        ShapeError: if the shapes of two layers in a row differ, or those of contexts; the message names the layers.
 
     Example:
         >>> t = Compose([Planar(2), Permutation([1, 0])])
@@ -85,7 +85,7 @@ class Compose(FlowTransform):
 
     @torch.no_grad()
     def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Let each layer that adapts learn from the rows as they arrive there, from data to base."""
+        """Let each layer that adapts learn from the rows as they arrive there, going from data to base."""
         x = self._checked(x, context, self.event_shape)
         count = sum(layer.adapts for layer in self.layers)
         for layer in reversed(self.layers):
@@ -100,9 +100,9 @@ class Compose(FlowTransform):
 
 
 def _through(method: str, layers: Iterable[FlowTransform], value: Tensor, context: Tensor | None) -> Pair:
-    """The value that a method of one layer after the other gives, and the sum of what each gives besides."""
+    """Send a value through one method of all layers in turn; return the result and the sum of the log-determinants."""
     total: Any = 0.0
     for layer in layers:
-        value, logarithm = getattr(layer, method)(value, context if layer.context_dim else None)
-        total = total + logarithm
+        value, ladj = getattr(layer, method)(value, context if layer.context_dim else None)
+        total = total + ladj
     return value, total

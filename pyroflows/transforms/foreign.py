@@ -1,4 +1,4 @@
-"""Transforms of other libraries as layers: any torch or Pyro transform, and the transform of a Zuko flow."""
+"""Adapters that make layers of torch and Pyro transforms and of the transform of a Zuko flow."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,30 +14,38 @@ from pyroflows.transforms.base import FlowTransform, Pair
 
 
 class Foreign(FlowTransform):
-    """A torch or Pyro transform as a layer.
+    """A layer that computes by a torch or Pyro transform.
 
-    The parameters of ``t.inv`` of a Pyro module, which Pyro does not show, are found here. Values that a Pyro transform
-    caches are dropped after each call, so that the layer can be copied and is never stale.
+    It finds the parameters of ``t.inv`` of a Pyro module, which Pyro itself does not. It drops the values that a Pyro
+    transform caches after each call, so that the layer can be copied and is never stale.
 
     Args:
-        transform: a bijection of vectors, or of scalars, which then acts on each dimension.
+        transform: a bijection of vectors; or of scalars, which is then applied to each dimension.
         dim: the event size D, or the event shape, at the base end; a transform such as torch's ``ReshapeTransform``
             gives events of another shape.
 
     Raises:
         OptionError: if the transform is not a bijection between vectors, or between events of fewer axes.
-        ShapeError: if it does not map vectors of ``dim`` components, or events of that shape, to such.
-        InversionError: at a call of the inverse, where the transform has none.
+        ShapeError: if the transform does not take events of this size or shape, or changes their number of elements.
+        InversionError: at a call of the inverse, if the transform has none.
+
+    Example:
+        >>> t = Foreign(torch.distributions.transforms.ExpTransform(), dim=2)
+        >>> x, ladj = t.forward_and_ladj(torch.tensor([0.0, 1.0]))
+        >>> x, ladj
+        (tensor([1.0000, 2.7183]), tensor(1.))
     """
 
     def __init__(self, transform: Transform, dim: int | Sequence[int]) -> None:
         base_shape = shape_of(dim)
         if not transform.bijective or transform.domain.event_dim > len(base_shape):
-            raise OptionError(f"a flow needs bijections of vectors, but {transform} is none")
+            raise OptionError(f"a flow needs bijections of vectors, but {transform} is not one")
         event_shape = _image_of(transform, base_shape)
         if event_shape is None or event_shape.numel() != base_shape.numel():
             size = as_given(base_shape)
-            raise ShapeError(f"a flow of dim={size} needs bijections of vectors of that size, but {transform} is none")
+            raise ShapeError(
+                f"a flow of dim={size} needs bijections of events of that size, but {transform} is not one"
+            )
         super().__init__(event_shape, base_dim=base_shape)
         self.transform = transform
         if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
@@ -47,8 +55,7 @@ class Foreign(FlowTransform):
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         x = self.transform(z)
-        ladj = self._ladj(z, x)
-        return x, ladj
+        return x, self._ladj(z, x)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         try:
@@ -64,7 +71,12 @@ class Foreign(FlowTransform):
 
 
 class Zuko(FlowTransform):
-    """The transform of a Zuko flow, which Zuko writes from data to base, as a layer from base to data."""
+    """A layer that computes by the transform of a Zuko flow, which Zuko writes from data to base.
+
+    Args:
+        transform: the lazy transform of the flow, a module whose call returns the bijection from data to base.
+        dim: the event size D.
+    """
 
     def __init__(self, transform: nn.Module, dim: int) -> None:
         super().__init__(dim)
@@ -78,13 +90,13 @@ class Zuko(FlowTransform):
 
 
 def on_events(constraint: constraints.Constraint, num_axes: int) -> constraints.Constraint:
-    """The constraint as one of events with that many axes."""
+    """Return the constraint on events with this number of axes, each element of which meets the given constraint."""
     rest = num_axes - constraint.event_dim
     return constraints.independent(constraint, rest) if rest else constraint
 
 
 def _image_of(transform: Transform, shape: torch.Size) -> torch.Size | None:
-    """The shape to which the transform maps events of a shape; None if it takes no such events."""
+    """Return the shape to which the transform maps events of this shape, or None if it does not take them."""
     try:
         return torch.Size(transform.forward_shape(shape))
     except (RuntimeError, ValueError):  # the sizes of its own tensors do not fit
@@ -92,7 +104,7 @@ def _image_of(transform: Transform, shape: torch.Size) -> torch.Size | None:
 
 
 def _forget(transform: Any) -> None:
-    """Drop what a Pyro transform, those it is made of, or the one it inverts, remember of the last call."""
+    """Drop what a Pyro transform, its parts, and the transform that it inverts cached at the last call."""
     for owner in (transform, transform._inv):
         parts = owner.modules() if isinstance(owner, nn.Module) else [owner]
         for part in parts:

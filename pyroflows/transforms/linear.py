@@ -1,4 +1,4 @@
-"""Linear layers."""
+"""Linear layers: permutations, LU factors, and a triangular matrix with a shift."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,17 @@ _SHIFT = math.log(math.expm1(1 - MIN_SCALE))
 
 
 class Permutation(FlowTransform):
-    """``x[i] = z[order[i]]``; the log-determinant is zero. Both directions are parallel.
+    r"""The permutation :math:`x_i = z_{\mathrm{order}_i}` of the dimensions of a vector.
+
+    It has no parameters, and its log-determinant is zero. Both directions are parallel.
 
     Args:
-        order: a permutation of ``range(dim)``.
+        order: a permutation of ``range(dim)``; ``order[i]`` is the dimension of z that becomes dimension i of x.
+
+    Shapes: z and x are ``(..., dim)``.
 
     Raises:
-        OptionError: if ``order`` is no permutation.
+        OptionError: if ``order`` is not a permutation.
 
     Example:
         >>> Permutation([2, 0, 1])(torch.tensor([10.0, 11.0, 12.0]))
@@ -51,22 +55,24 @@ class Permutation(FlowTransform):
 
 
 class LU(FlowTransform):
-    r""":math:`x = P L U z`, a linear map by its factors (Kingma and Dhariwal 2018, arXiv:1807.03039, eq. 10).
+    r"""The linear map :math:`x = P L U z`, parametrised by its factors (Kingma and Dhariwal 2018, arXiv:1807.03039,
+    eq. 10).
 
     P is a fixed permutation, L unit lower triangular and U upper triangular with the diagonal
     :math:`u_{ii} = \epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`, so that the map stays invertible
     whatever its parameters are; it starts at L = U = I. The log-determinant, :math:`\sum_i \log u_{ii}`, costs O(D).
-    Both directions are parallel: a product with each of the two factors, or a triangular solve.
+    Both directions are parallel: the forward one multiplies by each of the two factors, the inverse solves two
+    triangular systems.
 
     Args:
         dim: the event size D.
-        order: P as a permutation of ``range(dim)``, ``(P y)[i] = y[order[i]]``; ascending, P = I, by default.
-        context_dim: size of the context that L and U depend on.
+        order: P as a permutation of ``range(dim)``, ``(P y)[i] = y[order[i]]``; None for P = I.
+        context_dim: size of the context that L and U depend on, 0 for none.
 
     Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``.
 
     Raises:
-        OptionError: if ``order`` is no permutation of ``range(dim)``.
+        OptionError: if ``order`` is not a permutation of ``range(dim)``.
 
     Example:
         >>> t = LU(3, order=[2, 0, 1])
@@ -81,17 +87,17 @@ class LU(FlowTransform):
         if len(order) != dim:
             raise OptionError(f"order must be a permutation of 0 to {dim - 1}, got {list(order)}")
         self.permutation = Permutation(order)
-        # L below its diagonal, and U above and, through softplus, on it.
+        # It holds L below its diagonal, U above it, and the a_i on it.
         self.matrix = nn.Parameter(torch.zeros(dim, dim))
         self.net = MLP(context_dim, dim * dim, hidden_dims=(64,)) if context_dim else None
 
     def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """L, U, and the diagonal of U."""
+        """Return L, U and the diagonal of U."""
         raw = self.matrix
         if self.net is not None:
             # D x D outputs of order one would make triangular factors whose inverses grow like 2^D.
             raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
-        scale = MIN_SCALE + F.softplus(raw.diagonal(dim1=-2, dim2=-1) + _SHIFT)
+        scale = _positive_diagonal(raw)
         lower = raw.tril(-1) + torch.eye(self.dim, dtype=raw.dtype, device=raw.device)
         return lower, raw.triu(1) + torch.diag_embed(scale), scale
 
@@ -118,22 +124,25 @@ class LU(FlowTransform):
 
 
 class Triangular(FlowTransform):
-    r""":math:`x = \mu + S (b + T z)`: a lower triangular T and a shift b are learned, :math:`\mu` and S fixed.
+    r"""The affine map :math:`x = \mu + S (b + T z)`, where a lower triangular T and a shift b are learned.
 
-    The diagonal of T is :math:`\epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`; T starts at I,
-    b at 0. With S the Cholesky factor of a covariance, learning goes on in coordinates that this covariance whitens,
-    whatever the scales of x are. Both directions are parallel: a product or a triangular solve.
+    The location :math:`\mu` and the factor S are fixed. The diagonal of T is
+    :math:`\epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`; T starts at I and b at 0. If S is the
+    Cholesky factor of a covariance, T and b are learned in the coordinates that this covariance whitens, whatever the
+    scales of x are. The log-determinant is :math:`\sum_i (\log s_{ii} + \log t_{ii})`. Both directions are parallel:
+    the forward one multiplies by T and S, the inverse solves two triangular systems.
 
     Args:
         dim: the event size D.
-        context_dim: size of the context that b and T depend on.
-        loc: :math:`\mu`, ``(dim,)``; zero by default.
-        scale_tril: S, lower triangular ``(dim, dim)`` with a positive diagonal; the identity by default.
+        context_dim: size of the context that b and T depend on, 0 for none.
+        loc: :math:`\mu`, ``(dim,)``; None for zero.
+        scale_tril: S, lower triangular ``(dim, dim)`` with a positive diagonal; None for the identity.
 
     Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``.
 
     Raises:
-        OptionError: if ``scale_tril`` is not lower triangular with a positive diagonal, or has another size.
+        OptionError: if ``loc`` or ``scale_tril`` has another size, or ``scale_tril`` is not lower triangular with a
+            positive diagonal.
 
     Example:
         >>> t = Triangular(2, loc=torch.tensor([1.0, 0.0]), scale_tril=torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
@@ -159,17 +168,17 @@ class Triangular(FlowTransform):
             raise OptionError("scale_tril must be lower triangular with a positive diagonal")
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale_tril", scale_tril.detach().clone())
-        # The last column is b.
+        # It holds T with the a_i on its diagonal, and b in the last column.
         self.matrix = nn.Parameter(torch.zeros(dim, dim + 1))
         self.net = MLP(context_dim, dim * (dim + 1), hidden_dims=(64,)) if context_dim else None
 
     def _learned(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """b, T, and log |det S T|."""
+        """Return b, T and log |det S T|."""
         raw: Tensor = self.matrix
         if self.net is not None:
             raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
         shift, raw = raw[..., -1], raw[..., :-1]
-        scale = MIN_SCALE + F.softplus(raw.diagonal(dim1=-2, dim2=-1) + _SHIFT)
+        scale = _positive_diagonal(raw)
         ladj = scale.log().sum(-1) + self.scale_tril.diagonal().log().sum()
         return shift, raw.tril(-1) + torch.diag_embed(scale), ladj
 
@@ -192,9 +201,14 @@ class Triangular(FlowTransform):
         return *self._forward(z, shift, factor, ladj), score
 
 
+def _positive_diagonal(raw: Tensor) -> Tensor:
+    """Return the diagonal of a factor, which is positive, and one where the raw matrix is zero."""
+    return MIN_SCALE + F.softplus(raw.diagonal(dim1=-2, dim2=-1) + _SHIFT)
+
+
 def _solve(matrix: Tensor, y: Tensor, upper: bool) -> Tensor:
-    """The z with ``matrix z = y`` for a triangular matrix."""
-    # One matrix for all: rows of one right-hand side, since a batch of solves would copy the matrix.
+    """Return the z with ``matrix z = y`` for a triangular matrix."""
+    # If all rows share one matrix they form one right-hand side, since a batch of solves would copy the matrix.
     rows = y.reshape(-1, y.shape[-1]) if matrix.dim() == 2 else y[..., None, :]
     # There is no triangular solve in half precision.
     dtype = torch.promote_types(y.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""A memory of the last result of a computation, which cannot go stale."""
+"""A memory of the last result of a computation that cannot return stale values."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,14 +10,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Memory:
-    """The tensors that a computation gave last, for as long as nothing that they depend on has changed.
+    """A memory of the tensors that a computation returned last, valid while nothing that they depend on has changed.
 
-    What was kept counts until one of the tensors themselves, or a parameter or buffer of a source, is replaced or
-    changed in place, until an optimiser of the process makes a step, and until gradients are switched on or off. It is
-    dropped by deepcopy and pickle.
+    What was kept becomes invalid once one of its tensors is changed in place, once a parameter or buffer of a source is
+    changed or replaced, once any optimiser of the process makes a step, and once gradients are switched on or off.
+    Deepcopy and pickle drop it.
 
     Args:
-        sources: modules and distributions that the computation reads.
+        sources: the modules and distributions that the computation reads.
 
     Example:
         >>> layer = torch.nn.Linear(1, 1)
@@ -36,11 +36,15 @@ class Memory:
         self._kept: tuple[tuple[Tensor, ...], Any] | None = None
 
     def keep(self, *tensors: Tensor) -> None:
-        """Remember tensors instead of those before."""
+        """Remember these tensors and forget those before."""
         self._kept = tensors, self._state_with(tensors)
 
     def recall(self, *known: Tensor | None) -> tuple[Tensor, ...] | None:
-        """What was kept, if it holds these very tensors at their places, where None stands for any."""
+        """Return what was kept if it is valid and matches what is known, else None.
+
+        Args:
+            known: one argument for each tensor that was kept: the very tensor that must stand there, or None for any.
+        """
         if self._kept is None:
             return None
         tensors, state = self._kept
@@ -52,7 +56,7 @@ class Memory:
         self._kept = None
 
     def _state_with(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """An object that compares equal only while all tensors are the same ones with the same values."""
+        """Return an object that stays equal only while all tensors are the same objects with the same values."""
         versions = tuple((id(tensor), tensor._version) for tensor in _tensors_of(self._sources))
         return _num_optimizer_steps, torch.is_grad_enabled(), tuple(t._version for t in tensors), versions
 
@@ -61,6 +65,7 @@ class Memory:
 
 
 def _tensors_of(source: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a module, distribution or transform, or of a sequence of these."""
     if isinstance(source, Tensor):
         yield source
     elif isinstance(source, nn.Module):

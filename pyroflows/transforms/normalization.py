@@ -12,11 +12,12 @@ from pyroflows.transforms.triangular.base import TriangularTransform
 
 
 class Standardize(TriangularTransform):
-    r""":math:`x = \mu + \sigma \odot z`, with fixed :math:`\mu` and :math:`\sigma > 0`; its inverse standardises data.
+    r"""The layer :math:`x = \mu + \sigma \odot z` with fixed :math:`\mu` and :math:`\sigma > 0`; its inverse
+    standardises data.
 
     It starts as the identity; :meth:`adapt` sets :math:`\mu` and :math:`\sigma` to the mean and the standard deviation
-    of data. Both directions are parallel. Location and scale are buffers: they move, cast and are saved with the layer,
-    and do not train.
+    of data. Its log-determinant is :math:`\sum_j \log \sigma_j`, and both directions are parallel. Location and scale
+    are buffers: they move, cast and are saved with the layer, but are not trained.
 
     Args:
         dim: the event size D, or the event shape.
@@ -24,8 +25,11 @@ class Standardize(TriangularTransform):
         scale: :math:`\sigma`, positive, of the event's shape; None for one. A layer that is given loc or scale counts
             as adapted, so that a fit leaves it as it is.
 
+    Shapes: z and x are ``(..., *event_shape)``.
+
     Raises:
         OptionError: if loc or scale is not finite or has another shape, or a scale is not positive.
+        DataError: from :meth:`adapt`, if a column of the data is constant, or its scale is not a finite number.
 
     Example:
         >>> t = Standardize(2, loc=torch.tensor([1.0, -1.0]), scale=torch.tensor([2.0, 0.5]))
@@ -50,7 +54,9 @@ class Standardize(TriangularTransform):
                 f"{tuple(loc.shape)} and {tuple(scale.shape)}"
             )
         if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
-            raise OptionError(f"loc must be finite and scale positive, got {loc.tolist()} and {scale.tolist()}")
+            raise OptionError(
+                f"loc must be finite, and scale positive and finite, got {loc.tolist()} and {scale.tolist()}"
+            )
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale", scale.detach().clone())
         self.adapted.fill_(is_given)
@@ -66,8 +72,8 @@ class Standardize(TriangularTransform):
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():
             raise DataError(
-                f"columns {places(is_bad)} of x have no positive finite standard deviation: leave "
-                "out what is constant, and use units in which the numbers are of ordinary size"
+                f"columns {places(is_bad)} of x have no positive finite standard deviation: leave out constant "
+                "columns, and use units in which the numbers are of ordinary size"
             )
         self.loc.copy_(loc)
         self.scale.copy_(scale)

@@ -1,4 +1,4 @@
-"""Planar flow."""
+"""The planar layer."""
 
 import math
 
@@ -15,7 +15,7 @@ _SHIFT = math.log(math.expm1(1 - EPS))
 
 
 class Planar(FlowTransform):
-    r"""Planar flow (Rezende and Mohamed 2015, arXiv:1505.05770, eq. 10 and appendix A.1).
+    r"""The planar layer (Rezende and Mohamed 2015, arXiv:1505.05770, eq. 10 and appendix A.1).
 
     .. math::
         x = z + \hat u \tanh(w^\top z + b), \qquad
@@ -27,7 +27,9 @@ class Planar(FlowTransform):
 
     Args:
         dim: the event size D.
-        context_dim: size of the context that u, w and b depend on.
+        context_dim: size of the context that u, w and b depend on, 0 for none.
+
+    Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``.
 
     Example:
         >>> t = Planar(3)
@@ -46,7 +48,7 @@ class Planar(FlowTransform):
         self.parameters_of = Parameters(torch.cat([torch.zeros(dim), w, torch.zeros(1)]), context_dim)
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u-hat, w, b, and w.u-hat, which is not recomputed from u-hat: rounding must not take it below -1."""
+        """Return u-hat, w, b and w.u-hat, which is not computed from u-hat: rounding must not take it below -1."""
         u, w, b = self.parameters_of(context).split([self.dim, self.dim, 1], dim=-1)
         wu = (w * u).sum(-1, keepdim=True)
         constrained_wu = above_minus_one(wu)
@@ -77,12 +79,27 @@ class Planar(FlowTransform):
 
 
 def above_minus_one(s: Tensor) -> Tensor:
-    r"""A smooth increasing map of the reals onto :math:`(-1 + \epsilon, \infty)` that leaves 0 where it is."""
+    r"""Map the reals smoothly and increasingly onto :math:`(-1 + \epsilon, \infty)`, so that 0 stays 0.
+
+    .. math:: m(s) = \mathrm{softplus}(s + a) - \mathrm{softplus}(a), \qquad \mathrm{softplus}(a) = 1 - \epsilon
+
+    Example:
+        >>> above_minus_one(torch.tensor([-100.0, 0.0, 1.0]))
+        tensor([-0.9990,  0.0000,  0.7350])
+    """
     return F.softplus(s + _SHIFT) - F.softplus(torch.full_like(s, _SHIFT))
 
 
 def tanh_root(m: Tensor, c: Tensor) -> Tensor:
-    """The a with ``a + m tanh(a) = c``, for m > -1."""
+    """Return the root a of ``a + m tanh(a) = c``, for m > -1, where the left side increases.
+
+    Raises:
+        InversionError: see :func:`pyroflows.transforms.root.increasing_root`.
+
+    Example:
+        >>> tanh_root(torch.tensor(1.0), torch.tensor(2.0) + torch.tensor(2.0).tanh())
+        tensor(2.)
+    """
 
     def function(a: Tensor) -> Pair:
         h = torch.tanh(a)

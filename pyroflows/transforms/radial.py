@@ -1,4 +1,4 @@
-"""Radial flow."""
+"""The radial layer."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from pyroflows.transforms.planar import EPS, above_minus_one
 
 
 class Radial(FlowTransform):
-    r"""Radial flow (Rezende and Mohamed 2015, arXiv:1505.05770, eq. 14 and appendix A.2).
+    r"""The radial layer (Rezende and Mohamed 2015, arXiv:1505.05770, eq. 14 and appendix A.2).
 
     .. math::
         x = z + \hat\beta \, h \, (z - z_0), \qquad h = 1 / (\alpha + r), \qquad r = |z - z_0|
@@ -18,13 +18,15 @@ class Radial(FlowTransform):
         \log\left|\det \frac{\partial x}{\partial z}\right|
         = (D - 1) \log(1 + \hat\beta h) + \log(1 + \hat\beta \alpha h^2)
 
-    It is invertible where :math:`\hat\beta > -\alpha`; here :math:`\hat\beta = \alpha m(\beta)` with
-    :math:`m \ge -1 + \epsilon`, m(0) = 0, and :math:`\alpha \ge \epsilon = 10^{-3}`. Both directions are parallel and
-    in closed form.
+    It is invertible where :math:`\hat\beta > -\alpha`. Here :math:`\hat\beta = \alpha m(\beta)`, with the increasing
+    map :math:`m > -1 + \epsilon`, m(0) = 0, of :class:`Planar`, and :math:`\alpha \ge \epsilon = 10^{-3}`. Both
+    directions are parallel and in closed form.
 
     Args:
         dim: the event size D.
-        context_dim: size of the context that z0, alpha and beta depend on.
+        context_dim: size of the context that :math:`z_0`, :math:`\alpha` and :math:`\beta` depend on, 0 for none.
+
+    Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``.
 
     Example:
         >>> t = Radial(3)
@@ -50,8 +52,8 @@ class Radial(FlowTransform):
         return z + beta * h * offset, self._ladj(alpha, beta, h)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        # |x - z0| =: s = r + beta r / (alpha + r), that is r^2 + (alpha + beta - s) r - alpha s = 0; the positive root
-        # is written without cancellation in either sign of the linear coefficient p.
+        # With s = |x - z0| the radius r solves s = r + beta r / (alpha + r), that is r^2 + p r - alpha s = 0 with
+        # p = alpha + beta - s. Its positive root is written so that nothing cancels, whatever the sign of p.
         center, alpha, beta = self._constrained(context)
         offset = x - center
         s = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Roots of increasing scalar functions: bracketed, vectorised, to float precision, with exact gradients."""
+"""A bracketed, vectorised search for roots of increasing scalar functions, with exact gradients."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import InversionError
 
-# Each step halves the bracket or the Newton step before it. The number is fixed, so that the search traces and runs
-# under vmap; no case was found that needs more than three quarters of it, brackets of width 1e8 included.
+# Each iteration halves the bracket or the Newton step before it. Their number is fixed, so that the search traces and
+# runs under vmap; no case was found that needs more than three quarters of them, brackets of width 1e8 included.
 NUM_ITERATIONS = {torch.float64: 100, torch.float32: 60}
 
 
@@ -18,24 +18,31 @@ def increasing_root(
 ) -> Tensor:
     r"""Solve ``function(a) = target`` for a in ``[lower, upper]``, elementwise.
 
-    ``function`` returns its value and its derivative, which must be positive. Newton's method, safeguarded by
-    bisection, finds the root without gradients; then two Newton steps follow with gradients. Since the function's value
-    is already the target's there, they change the root by rounding only, and the derivative of the first is the
-    implicit one,
+    Newton's method, safeguarded by bisection, finds the root without gradients. Two Newton steps with gradients follow.
+    They move the root by rounding only, since ``function(a)`` already equals the target. The first gives the root the
+    derivative of the implicit function :math:`a(y, \theta)`,
 
-    .. math:: \mathrm{d}a = (\mathrm{d}y - \partial_\theta f\, \mathrm{d}\theta) / f'(a);
+    .. math:: \mathrm{d}a = (\mathrm{d}y - \partial_\theta f\, \mathrm{d}\theta) / f'(a),
 
-    the second makes second derivatives exact as well.
+    and the second makes second derivatives exact as well.
 
     Args:
-        function: maps a to ``(f(a), f'(a))``; gradients flow into whatever it closes over.
-        target: y; any shape.
+        function: maps a to ``(f(a), f'(a))``, where f' must be positive; gradients flow into whatever it closes over.
+        target: y, of any shape.
         lower: lower end of a bracket of the root, of the target's shape.
-        upper: its upper end.
+        upper: upper end of the bracket, of the target's shape.
+
+    Returns:
+        The root, of the target's shape. It is NaN where the target or the bracket is not finite, and, in a traced call
+        or under vmap, where the search missed the target.
 
     Raises:
-        InversionError: in eager execution, where the residual exceeds rounding; traced or under vmap the result is NaN
-            there. Where target or bracket are not finite the result is NaN.
+        InversionError: in eager execution, if a residual exceeds rounding.
+
+    Example:
+        >>> cubic = lambda a: (a + a**3, 1 + 3 * a**2)
+        >>> increasing_root(cubic, torch.tensor([2.0, 10.0]), torch.zeros(2), torch.full((2,), 10.0))
+        tensor([1., 2.])
     """
     with torch.no_grad():
         low, high = lower.detach(), upper.detach()
@@ -55,7 +62,7 @@ def increasing_root(
         # does not count: beside a wide one a root that was missed would look like rounding.
         scale = 1 + target.abs() + a.abs() * slope
         solved = residual <= 100 * torch.finfo(a.dtype).eps * scale
-        # What is not finite came so, from a fit that diverges: its NaN passes on to the training guard.
+        # Values that are not finite come from a fit that diverges: their NaN passes on to the training guard.
         finite = torch.isfinite(scale + lower + upper)
         failed = ~solved & finite
     if runs_in_python() and failed.any():

@@ -1,4 +1,4 @@
-"""Sylvester flow."""
+"""The Sylvester layer."""
 
 import torch
 from torch import Tensor
@@ -11,23 +11,28 @@ from pyroflows.transforms.planar import above_minus_one, tanh_root
 
 
 class Sylvester(FlowTransform):
-    r"""Householder Sylvester flow (van den Berg et al. 2018, arXiv:1803.05649, eq. 13 and theorem 2).
+    r"""The Householder Sylvester layer (van den Berg et al. 2018, arXiv:1803.05649, eq. 13 and theorem 2).
 
     .. math::
         x = z + Q R \tanh(\tilde R Q^\top z + b), \qquad
         \log\left|\det \frac{\partial x}{\partial z}\right|
         = \sum_i \log(1 + (1 - \tanh_i^2) \, r_{ii} \tilde r_{ii})
 
-    with Q of M orthonormal columns, the first M of a product of M Householder reflections, and upper triangular R and
-    :math:`\tilde R`. It is invertible where :math:`r_{ii} \tilde r_{ii} > -1`. A sign of :math:`\tilde r_{ii}` can be
-    moved into R and b, so it is taken positive, at least 0.1, and :math:`r_{ii} \tilde r_{ii} \ge -1 + \epsilon` by the
-    same map as in :class:`Planar`; R = 0 is the identity. Both directions are parallel over the batch; the inverse
-    solves M scalar equations, one after the other.
+    where Q has M orthonormal columns, the first M of a product of M Householder reflections, and R and
+    :math:`\tilde R` are upper triangular. It is invertible where :math:`r_{ii} \tilde r_{ii} > -1`. The sign of
+    :math:`\tilde r_{ii}` can be moved into R and b, so it is positive here and at least 0.1; and
+    :math:`r_{ii} \tilde r_{ii} > -1 + \epsilon` by the same map as in :class:`Planar`. R = 0 is the identity. Both
+    directions are parallel over the batch; the inverse solves M scalar equations, one after the other.
 
     Args:
         dim: the event size D.
-        rank: M, the number of columns, 1 to D; M = 1 is close to a planar flow.
-        context_dim: size of the context that all parameters depend on.
+        rank: M, the number of columns, from 1 to D; with M = 1 the layer is close to a planar one.
+        context_dim: size of the context that all parameters depend on, 0 for none.
+
+    Shapes: z and x are ``(..., dim)``, a context is ``(..., context_dim)``.
+
+    Raises:
+        OptionError: if ``rank`` is outside its range.
 
     Example:
         >>> t = Sylvester(5, rank=2)
@@ -47,7 +52,7 @@ class Sylvester(FlowTransform):
         self.parameters_of = Parameters(torch.cat(value), context_dim)
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The reflections' unit vectors, R, R~, b, and the diagonal of R R~, exactly as constrained."""
+        """Return the unit vectors of the reflections, R, R~, b, and the constrained diagonal of R R~."""
         raw = self.parameters_of(context)
         v, r, r_tilde, b = raw.split(self._sizes, dim=-1)
         v = _unit(v.unflatten(-1, (self.rank, self.dim)))
@@ -78,8 +83,8 @@ class Sylvester(FlowTransform):
             return x, ladj, score - self._embed(v, _apply(r_tilde.mT, c + slope * y))
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        # With y = Q'x and a = R~ Q'z + b: R~ y + b = a + (R~ R) tanh(a), triangular and increasing in each a_i, so it
-        # is solved from the last component up.
+        # With y = Q^T x and a = R~ Q^T z + b: R~ y + b = a + (R~ R) tanh(a). Equation i increases in a_i and has no
+        # earlier component, so the system is solved from the last component up.
         v, r, r_tilde, b, product = self._constrained(context)
         c = _apply(r_tilde, self._project(v, x)) + b
         mixing = r_tilde @ r
@@ -93,13 +98,13 @@ class Sylvester(FlowTransform):
         return x - self._embed(v, _apply(r, h)), -torch.log1p((1 - h**2) * product).sum(-1)
 
     def _project(self, v: Tensor, z: Tensor) -> Tensor:
-        """Q'z: all reflections, then the first M components."""
+        """Return Q^T z: all reflections of z, then the first M components."""
         for i in range(self.rank):
             z = _reflect(v[..., i, :], z)
         return z[..., : self.rank]
 
     def _embed(self, v: Tensor, h: Tensor) -> Tensor:
-        """Qh: zeros appended to h, then the reflections in the reverse order."""
+        """Return Q h: zeros appended to h, then the reflections in reverse order."""
         h = F.pad(h, (0, self.dim - self.rank))
         for i in reversed(range(self.rank)):
             h = _reflect(v[..., i, :], h)
@@ -110,13 +115,13 @@ class Sylvester(FlowTransform):
 
 
 def _unit(v: Tensor) -> Tensor:
-    """Vectors of length one, or zero; scaled first, since the square of a small one underflows."""
+    """Return vectors scaled to length one; zero stays zero. They are scaled twice, since small squares underflow."""
     tiny = torch.finfo(v.dtype).tiny
     return F.normalize(v / v.detach().abs().amax(-1, keepdim=True).clamp_min(tiny), dim=-1, eps=tiny)
 
 
 def _reflect(unit: Tensor, z: Tensor) -> Tensor:
-    """The Householder reflection of z; a zero vector reflects nothing."""
+    """Return the Householder reflection of z; a zero vector reflects nothing."""
     return z - 2 * unit * (unit * z).sum(-1, keepdim=True)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import pyro
 import pytest
 import torch
-from torch.distributions import Independent, Laplace, MultivariateNormal
+from torch.distributions import Independent, Laplace, MultivariateNormal, ReshapeTransform
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.fitting.estimators import ESTIMATORS
@@ -255,3 +255,16 @@ def test_traced_gradients_equal_eager_ones(name, flow_fn):
 
 def test_names():
     assert list(ESTIMATORS) == ["total", "path", "iwae", "dreg", "vargrad"]
+
+
+@ALL
+@pytest.mark.parametrize("num_particles", [2, 7])
+def test_events_with_more_axes(name, num_particles):
+    """The gradients are those of the same events as vectors."""
+    layers = perturbed(IAF(6, num_layers=2, hidden_dims=(8,))).layers
+    flat, folded = (Flow([*layers, *more]) for more in ([], [ReshapeTransform(torch.Size([6]), torch.Size([2, 3]))]))
+    z = torch.randn(num_particles, 6, dtype=torch.float64)
+    expected = ESTIMATORS[name](flat.double()(), target, z)
+    found = ESTIMATORS[name](folded.double()(), lambda x: target(x.flatten(-2)), z)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient_of(found[0], folded), gradient_of(expected[0], flat))

@@ -68,7 +68,7 @@ class Scripted(Plain):
 
 
 def quiet_train(objective, optimizer=None, **options):
-    schedule = Plateau("objective", **options)
+    schedule = Plateau("objective", **{"falls": False, **options})
     return Trainer(objective, schedule, optimizer, compile="none", progress_bar=False).run()
 
 

@@ -70,7 +70,7 @@ class Cycling(pf.Objective):
 
 def users(seed):
     torch.manual_seed(seed)
-    return Cycling(pf.flows.IAF(2, num_layers=1, hidden_dims=(8,))), Plateau("loss", NUM_STEPS, falls=True)
+    return Cycling(pf.flows.IAF(2, num_layers=1, hidden_dims=(8,))), Plateau("loss", NUM_STEPS)
 
 
 def trainer_of(make, seed, **options):
@@ -140,7 +140,7 @@ def test_a_plateau_that_was_found_is_kept():
 
     def settled(seed):
         objective, _ = users(seed)
-        return objective, Plateau("loss", settled=lambda history: True, falls=True)
+        return objective, Plateau("loss", settled=lambda history: True)
 
     objective, trainer = trainer_of(settled, 1)
     (state,) = states_of(objective, trainer, 120)

@@ -1,4 +1,4 @@
-"""Layers with a triangular Jacobian: a univariate map, a structure, and a conditioner where the structure has one."""
+"""Layers with a triangular Jacobian, made of a univariate map, a structure and, except elementwise, a conditioner."""
 
 from pyroflows.transforms.triangular import masks
 from pyroflows.transforms.triangular.autoregressive import Autoregressive

@@ -1,58 +1,60 @@
-"""Autoregressive structure: the parameters of each dimension depend on those before it."""
+"""The autoregressive structure: the parameters of each dimension depend on the dimensions before it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE
-from pyroflows.nets.checks import checked_conditioner
+from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import as_given, axis_from_the_end, described
-from pyroflows.transforms.base import Pair, Triple, pull_back
+from pyroflows.transforms.base import Pair, Triple
+from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
 
-Conditioner = Callable[..., nn.Module]
-_CONDITIONERS: dict[str, Conditioner] = {"made": MADE, "residual": ResMADE, "causal_conv": CausalConv}
+_CONDITIONERS: dict[str, ConditionerFactory] = {"made": MADE, "residual": ResMADE, "causal_conv": CausalConv}
 
 
 class Autoregressive(TriangularTransform):
-    r"""The autoregressive layer :math:`x_j = T(z_j; \theta_j(z_{<j}, c))`, with all :math:`\theta_j` from one network.
+    r"""The autoregressive layer :math:`x_j = T(z_j; \theta_j(z_{<j}, c))`; one network computes all :math:`\theta_j`.
 
     Events are vectors, or have more axes, one of which is ordered: then :math:`z_j` are all elements at index j of that
     axis, and their parameters depend on all elements at earlier indices. In a sequence ``(channels, length)``, j is a
     time.
 
-    The forward direction is parallel; the inverse fills in one index after the other. If the conditioner can be
-    evaluated place by place (:class:`pyroflows.nets.Incremental`), as the named ones can, the whole inverse costs about
-    one pass through it, otherwise one pass for each index. With the affine map, a stack of these layers is an inverse
-    autoregressive flow (Kingma et al. 2016, arXiv:1606.04934), and a stack of their inverses a masked autoregressive
-    flow (Papamakarios et al. 2017, arXiv:1705.07057).
+    The log-determinant is :math:`\sum_j \log T'(z_j; \theta_j)`. The forward direction is parallel; the inverse
+    computes one index after the other. If the conditioner can be evaluated place by place
+    (:class:`pyroflows.nets.Incremental`), as the named ones can, the whole inverse costs about one pass through it,
+    otherwise one pass for each index. With the affine map, a stack of these layers is an inverse autoregressive flow
+    (Kingma et al. 2016, arXiv:1606.04934), and a stack of their inverses a masked autoregressive flow (Papamakarios et
+    al. 2017, arXiv:1705.07057).
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T, a name or an instance.
-        order: a permutation of ``range(D)``, or of the indices of the ordered axis; ``order[i]`` is the index that
-            stands at place i, and it sees those at the places before. Ascending by default.
+        univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
+        order: a permutation of ``range(D)``, or of the indices of the ordered axis; ``order[i]`` is the index at
+            place i, and its parameters depend on those at the places before. None for ascending order.
         conditioner: "made" or "residual" for vectors, "causal_conv" for vectors and events with two axes, such as
-            ``(channels, length)``; or a factory called as ``factory(order, num_params, hidden_dims, context_dim)``,
-            whose module maps ``(z, context)`` to ``(*z.shape, num_params)``, autoregressively in that order along the
-            last axis of z. Where the event has more axes, the layer moves the ordered one to the end: the network sees
-            ``(..., *channels, length)``, and the factory is also given ``channels=``, a number if there is one such
-            axis and a tuple if there are several.
+            ``(channels, length)``; or a factory that is called as ``factory(order, num_params, hidden_dims,
+            context_dim)``. Its module maps ``(z, context)`` to ``(*z.shape, num_params)``, autoregressively in that
+            order along the last axis of z. If the event has more axes, the layer moves the ordered one to the end: the
+            network sees ``(..., *channels, length)``, and the factory also gets ``channels=``, a number if there is one
+            such axis and a tuple if there are several.
         hidden_dims: widths of the conditioner's hidden layers.
-        context_dim: size of the context c; with "causal_conv" also ``(context_channels, length)``, a sequence that is
-            known in full.
+        context_dim: size of the context c, 0 for none; with "causal_conv" also ``(context_channels, length)``, a
+            sequence that is known in full.
         axis: the ordered axis of the event.
 
     Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., *context_shape)``.
 
     Raises:
-        OptionError: if ``order`` is no permutation, a name is unknown, the event has no such axis, the conditioner
+        OptionError: if ``order`` is not a permutation, a name is unknown, the event has no such axis, the conditioner
             contains dropout or batch normalisation, or it does not take the event or the context.
+        ShapeError: at a call, if the conditioner gives parameters of another shape.
 
     Example:
         >>> iaf = Autoregressive(3)          # samples in one pass
@@ -73,7 +75,7 @@ class Autoregressive(TriangularTransform):
         dim: int | Sequence[int],
         univariate: str | Univariate = "affine",
         order: Sequence[int] | None = None,
-        conditioner: str | Conditioner = "made",
+        conditioner: str | ConditionerFactory = "made",
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int | Sequence[int] = 0,
         axis: int = -1,
@@ -84,7 +86,7 @@ class Autoregressive(TriangularTransform):
         length = channels.pop(self.axis)
         order = list(range(length)) if order is None else list(order)
         if sorted(order) != list(range(length)):
-            raise OptionError(f"Autoregressive needs as order a permutation of 0 to {length - 1}, got {order}")
+            raise OptionError(f"the order of Autoregressive must be a permutation of 0 to {length - 1}, got {order}")
         self.order = order
         self.univariate = univariate_named(univariate)
         options = {"channels": as_given(torch.Size(channels))} if channels else {}
@@ -92,8 +94,8 @@ class Autoregressive(TriangularTransform):
         net = factory(order, self.univariate.num_params, hidden_dims, as_given(self.context_shape), **options)
         self.conditioner = checked_conditioner(net)
 
-    def _factory(self, conditioner: str | Conditioner) -> Conditioner:
-        """The factory of a name, if its networks take the event and the context."""
+    def _factory(self, conditioner: str | ConditionerFactory) -> ConditionerFactory:
+        """Return the factory of this name if its networks take the event and the context, or the user's own factory."""
         if not isinstance(conditioner, str):
             return conditioner
         if conditioner not in _CONDITIONERS:
@@ -116,7 +118,7 @@ class Autoregressive(TriangularTransform):
 
     @property
     def triangular_order(self) -> tuple[int, ...]:
-        # No index is negative, so orders along different axes differ.
+        # The axis is negative and indices are not, so orders along different axes differ.
         return tuple(self.order) if self.axis == -1 else (*self.order, self.axis)
 
     @property
@@ -141,7 +143,7 @@ class Autoregressive(TriangularTransform):
     def _axis_back(self, t: Tensor) -> Tensor:
         return t if self.axis == -1 else t.movedim(-1, self.axis)
 
-    # In what follows the ordered axis of every tensor is its last.
+    # In the methods below the ordered axis of every tensor is its last.
 
     def _forward_along_last_axis(self, z: Tensor, context: Tensor | None) -> Pair:
         theta = self.conditioner(z, context)
@@ -154,7 +156,7 @@ class Autoregressive(TriangularTransform):
 
     def _score_along_last_axis(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         theta, solve = self._parameters_and_solver(z, context)
-        direct = z.view_as(z)  # what T sees, apart from what the network sees
+        direct = z.view_as(z)  # the argument of T, apart from the input of the network
         x, log_slopes = self.univariate.forward_and_ladj(direct, theta)
         with torch.no_grad():
             ones = torch.ones_like(x)
@@ -173,8 +175,8 @@ class Autoregressive(TriangularTransform):
         return z, log_slopes
 
     def _inverse_by_passes(self, x: Tensor, context: Tensor | None) -> Pair:
-        """One pass of the network for each place, which works for any conditioner, and where the inverse is traced."""
-        # theta_j needs z_<j only, so the zeros that stand for later places do not matter.
+        """Invert by one pass of the network for each place, which works for any conditioner and can be traced."""
+        # theta_j depends on z_<j only, so it does not matter that later places hold zeros.
         columns = [torch.zeros_like(x[..., 0])] * len(self.order)
         log_slopes = columns.copy()
         for j in self.order:
@@ -183,7 +185,7 @@ class Autoregressive(TriangularTransform):
         return torch.stack(columns, -1), torch.stack(log_slopes, -1)
 
     def _solve(self, x: Tensor, context: Tensor | None) -> Pair:
-        """The inverse without gradients, by steps of the network if it has them."""
+        """Invert without gradients, by incremental evaluation of the network if it offers that."""
         incremental = getattr(self.conditioner, "incremental", None)
         if incremental is None:
             with torch.no_grad():
@@ -196,14 +198,14 @@ class Autoregressive(TriangularTransform):
         return z.reshape(x.shape), log_slopes.reshape(x.shape)
 
     def _context_rows(self, x: Tensor, context: Tensor | None) -> Tensor | None:
-        """``(N, *context_shape)``, or ``(1, *context_shape)`` where all have the same."""
+        """Return the context as ``(N, *context_shape)``, or ``(1, *context_shape)`` if all rows have the same."""
         if context is not None and context.numel() != self.context_dim:
             context = context.expand(*x.shape[: -len(self.event_shape)], *self.context_shape)
         return None if context is None else context.reshape(-1, *self.context_shape)
 
     def _solve_by_steps(self, x: Tensor, steps: ParameterSteps) -> Pair:
-        """The inverse of rows ``(N, *channels, length)``."""
-        # Row i of what follows stands for place i.
+        """Invert rows ``(N, *channels, length)``."""
+        # The first axis of the tensors below counts places.
         index_of_place = torch.as_tensor(self.order, device=x.device)
         values = x.transpose(0, -1)[index_of_place]
         parameters_last = (*range(1, x.dim()), 0)
@@ -216,7 +218,7 @@ class Autoregressive(TriangularTransform):
         return steps.inputs[place].transpose(0, -1), torch.stack(log_slopes)[place].transpose(0, -1)
 
     def _attached(self, z: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        """z with the gradients of the inverse."""
+        """Return z with the gradients of the inverse."""
         theta, solve = self._parameters_and_solver(z, context)
         residual = self.univariate.forward_and_ladj(z, theta)[0] - x
 

@@ -1,6 +1,6 @@
-"""Coupling structure: one part of the dimensions passes unchanged and parametrises the rest."""
+"""The coupling structure: one part of the dimensions passes unchanged and determines the parameters of the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -8,49 +8,49 @@ from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, Parameters, Pointwise, ResidualMLP
-from pyroflows.nets.checks import checked_conditioner
+from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import axis_from_the_end, described
-from pyroflows.transforms.base import FlowTransform, Pair, Triple, elementwise_score, pull_back
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.gradients import elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
-Conditioner = Callable[..., nn.Module]
-_CONDITIONERS: dict[str, Conditioner] = {"mlp": MLP, "residual": ResidualMLP}
+_CONDITIONERS: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP}
 
 
 class Coupling(FlowTransform):
-    r"""The coupling :math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`: what the mask marks, A, passes unchanged.
+    r"""The coupling :math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`, where the mask marks A.
 
-    A and B are two parts of the dimensions of a vector, or of the indices of one axis of an event with more axes, such
-    as the channels of an image ``(C, H, W)``.
+    Part A passes unchanged and determines the parameters of the map of part B. A and B are parts of the dimensions of a
+    vector, or of the indices of one axis of an event with more axes, such as the channels of an image ``(C, H, W)``.
 
-    Both directions are parallel, at one pass of the conditioner each. With the additive map this is a layer of NICE
-    (Dinh et al. 2015, arXiv:1410.8516), with the affine map one of RealNVP (Dinh et al. 2017, arXiv:1605.08803).
+    The log-determinant is :math:`\sum_{j \in B} \log T'(z_j; \theta_j)`. Both directions are parallel and cost one pass
+    of the conditioner each. With the additive map this is a layer of NICE (Dinh et al. 2015, arXiv:1410.8516), with the
+    affine map one of RealNVP (Dinh et al. 2017, arXiv:1605.08803).
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T, a name or an instance.
-        mask: as many booleans as the masked axis has indices, true for those that pass, see
-            :mod:`pyroflows.transforms.masks`; by default the first half passes, and of a single index, which is then
-            transformed, nothing does.
-        conditioner: "mlp", "residual", or a factory called as ``factory(in_dim, out_dim, hidden_dims)``, whose module
-            maps z_A and the context, one after the other along the masked axis, to the parameters. Where there is
-            neither, each element has parameters of its own, without a network. The named networks act along the masked
-            axis, at each place of the others alike, as 1 x 1 convolutions do.
+        univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
+        mask: one boolean for each index of the masked axis, true for those that pass, see
+            :mod:`pyroflows.transforms.masks`; None lets the first half pass, which is nothing if there is one index.
+        conditioner: "mlp", "residual", or a factory that is called as ``factory(in_dim, out_dim, hidden_dims)``. Its
+            module maps :math:`z_A` and the context, one after the other along the masked axis, to the parameters. If
+            there is neither, each element has parameters of its own, without a network. The named networks act along
+            the masked axis and treat all places of the other axes alike, as 1 x 1 convolutions do.
         hidden_dims: widths of the conditioner's hidden layers.
-        context_dim: size of the context vector c, which the conditioner sees at all places.
+        context_dim: size of the context vector c, 0 for none; the conditioner sees it at all places.
         axis: the masked axis of the event.
 
     Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., context_dim)``. The conditioner maps
-    ``(..., in_dim)`` to ``(..., out_dim)``. Where the event has axes after the masked one, ``rest``, it maps
-    ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, as convolutions do: all axes before the masked one, those of the
-    batch and those of the event, are then one. ``in_dim`` is the number of indices that pass plus ``context_dim``;
-    ``out_dim`` is the number of indices that are transformed times the number of parameters of T, and the first
-    parameter of all these indices comes before the second.
+    ``(..., in_dim)`` to ``(..., out_dim)``. If the event has axes after the masked one, ``rest``, it maps
+    ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, as convolutions do; N counts all places of the axes before the
+    masked one, those of the batch and those of the event. ``in_dim`` is the number of indices that pass plus
+    ``context_dim``. ``out_dim`` is the number of indices that are transformed times the number of parameters of T; the
+    first parameter of all these indices comes before the second.
 
     Raises:
         OptionError: if the mask does not fit or leaves nothing to pass or to transform, if the event has no such axis,
-            if a name is unknown, if the context is no vector, or if the conditioner contains dropout or batch
+            if a name is unknown, if the context is not a vector, or if the conditioner contains dropout or batch
             normalisation.
         ShapeError: at a call, if the conditioner gives parameters of another shape.
 
@@ -75,7 +75,7 @@ class Coupling(FlowTransform):
         dim: int | Sequence[int],
         univariate: str | Univariate = "affine",
         mask: Sequence[bool] | Tensor | None = None,
-        conditioner: str | Conditioner = "mlp",
+        conditioner: str | ConditionerFactory = "mlp",
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         axis: int = 0,
@@ -90,7 +90,7 @@ class Coupling(FlowTransform):
         size = self.event_shape[self.axis]
         self.mask = _checked_mask(half(size) if mask is None else torch.as_tensor(mask), self.event_shape, self.axis)
         mask = torch.tensor(self.mask)
-        # These follow from the constructor's arguments, so they do not belong in a state_dict.
+        # The constructor's arguments determine these buffers, so they do not belong in a state_dict.
         self.register_buffer("passing", mask.nonzero().squeeze(-1), persistent=False)
         self.register_buffer("transformed", (~mask).nonzero().squeeze(-1), persistent=False)
         self.register_buffer("place", torch.cat([self.passing, self.transformed]).argsort(), persistent=False)
@@ -122,19 +122,19 @@ class Coupling(FlowTransform):
         x_b, log_slopes = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
         score_a, score_b = self._split(score)
         score_b = elementwise_score(z_b, log_slopes, score_b)
-        # What z_A does to log q through x_B and through the log-determinant, by one pass back through the conditioner.
+        # log q depends on z_A through x_B and the log-determinant; one backward pass of the conditioner gives both.
         (through_b,) = pull_back((x_b, log_slopes), (score_b, torch.ones_like(log_slopes)), (z_a,))
         return self._join(z_a, x_b), log_slopes.sum(self.event_axes), self._join(score_a - through_b, score_b)
 
     def _theta(self, z_a: Tensor, context: Tensor | None) -> Tensor:
-        """The parameters of z_B, ``(*z_b.shape, num_params)``."""
+        """Return the parameters of T at z_B, ``(*z_b.shape, num_params)``."""
         given = z_a if context is None else torch.cat([z_a, self._at_all_places(context, z_a)], self.axis)
         theta = self._parameters_at(given) if len(self.mask) > 1 or context is not None else self.conditioner()
-        # Parameter-major in memory, so that each parameter is one contiguous block over the elements.
+        # Memory stays parameter-major, so that each parameter is one contiguous block over the elements.
         return theta.unflatten(self.axis, (self.univariate.num_params, -1)).movedim(self.axis - 1, -1)
 
     def _at_all_places(self, context: Tensor, z_a: Tensor) -> Tensor:
-        """The context along the masked axis, the same at each place of the other axes."""
+        """Return the context along the masked axis, repeated at each place of the other axes."""
         if len(self.event_shape) > 1:
             others = [1] * (len(self.event_shape) - 1)
             others.insert(self.axis + len(self.event_shape), self.context_dim)
@@ -142,7 +142,7 @@ class Coupling(FlowTransform):
         return context.expand(*z_a.shape[: self.axis], self.context_dim, *self.rest)
 
     def _parameters_at(self, given: Tensor) -> Tensor:
-        """What the conditioner computes, ``(..., out_dim, *rest)``."""
+        """Return what the conditioner computes, ``(..., out_dim, *rest)``."""
         batch = given.reshape(-1, *given.shape[self.axis :]) if self.rest else given
         theta = self.conditioner(batch)
         if theta.shape[self.axis :] != self.theta_shape:
@@ -150,7 +150,7 @@ class Coupling(FlowTransform):
             raise ShapeError(f"the conditioner of Coupling must map {shapes}, but gave {tuple(theta.shape)}")
         return theta.reshape(*given.shape[: self.axis], *self.theta_shape) if self.rest else theta
 
-    # Where A and B are a block each, splitting and joining take half the time that they take by index.
+    # If A and B are one block each, split and cat take half the time of selection by index.
     def _split(self, z: Tensor) -> Pair:
         if self.num_blocks > 2:
             return z.index_select(self.axis, self.passing), z.index_select(self.axis, self.transformed)
@@ -168,9 +168,9 @@ class Coupling(FlowTransform):
 
 
 def _network(
-    conditioner: str | Conditioner, in_dim: int, out_dim: int, hidden_dims: Sequence[int], num_axes: int
+    conditioner: str | ConditionerFactory, in_dim: int, out_dim: int, hidden_dims: Sequence[int], num_axes: int
 ) -> nn.Module:
-    """The network of a factory or a name; a named one acts at each place of the axes after the masked one."""
+    """Return the network of a factory or a name; a named one acts at each place of the axes after the masked one."""
     if not isinstance(conditioner, str):
         return checked_conditioner(conditioner(in_dim, out_dim, hidden_dims))
     net = _CONDITIONERS[conditioner](in_dim, out_dim, hidden_dims)
@@ -178,7 +178,7 @@ def _network(
 
 
 def _checked_mask(mask: Tensor, event_shape: torch.Size, axis: int) -> list[bool]:
-    """The mask as a list, if it has a boolean for each index and leaves some to pass and some to transform."""
+    """Return the mask as a list if it has a boolean for each index and lets some pass, but not all."""
     values, size = mask.tolist(), event_shape[axis]
     num_axes = len(event_shape)
     where = "dimensions" if num_axes == 1 else f"indices of axis {num_axes + axis}"

@@ -1,4 +1,4 @@
-"""Elementwise structure: each element has its own univariate map."""
+"""The elementwise structure: each element has its own univariate map."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,22 @@ from torch import Tensor
 
 from pyroflows.errors import ShapeError
 from pyroflows.nets import Parameters
-from pyroflows.transforms.base import Pair, Triple, elementwise_score
+from pyroflows.transforms.base import Pair, Triple
+from pyroflows.transforms.gradients import elementwise_score
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
 
 
 class Elementwise(TriangularTransform):
-    r"""The elementwise layer :math:`x_j = T(z_j; \theta_j)`: each element has a univariate map of its own.
+    r"""The elementwise layer :math:`x_j = T(z_j; \theta_j)`, in which each element has a univariate map of its own.
 
-    Both directions are parallel.
+    The log-determinant is :math:`\sum_j \log T'(z_j; \theta_j)`. Both directions are parallel.
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T, a name or an instance.
+        univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
         context_dim: size of the context that the parameters depend on, 0 for none.
-        init: initial parameters ``(*event_shape, univariate.num_params)``; zeros, the identity, by default.
+        init: initial parameters ``(*event_shape, univariate.num_params)``; None for zeros, which make the identity.
 
     Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., context_dim)``.
 

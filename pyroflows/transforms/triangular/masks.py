@@ -1,7 +1,7 @@
 """Masks of coupling layers: boolean tensors, true for the dimensions that pass unchanged.
 
 A coupling with ``~mask`` transforms what one with ``mask`` passes. ``dim`` is the number of dimensions of a vector, or
-of indices of the axis that a coupling masks, such as the channels of an image. Of a single one nothing passes.
+of indices of the axis that a coupling masks, such as the channels of an image. If ``dim`` is 1, nothing passes.
 """
 
 import torch
@@ -19,7 +19,7 @@ def half(dim: int) -> Tensor:
 
 
 def alternating(dim: int) -> Tensor:
-    """Let every second dimension pass, from the second on.
+    """Let every second dimension pass, starting with the second.
 
     Example:
         >>> alternating(5)
@@ -29,11 +29,11 @@ def alternating(dim: int) -> Tensor:
 
 
 def random(dim: int, seed: int) -> Tensor:
-    """Let ``dim // 2`` dimensions pass that are drawn at random.
+    """Let ``dim // 2`` dimensions pass, which are drawn at random.
 
     Args:
         dim: the number of dimensions.
-        seed: the seed of the draw, which leaves torch's own random state alone.
+        seed: the seed of the draw; torch's own random state is neither read nor changed.
 
     Example:
         >>> random(5, seed=0).sum()
@@ -43,9 +43,9 @@ def random(dim: int, seed: int) -> Tensor:
 
 
 def channelwise(channels: int, height: int, width: int) -> Tensor:
-    """Let the first half of the channels pass, of an image ``(channels, height, width)`` flattened to a vector.
+    """Let the first half of the channels of an image pass, for an image ``(channels, height, width)`` as a flat vector.
 
-    A coupling of images as they are, ``Coupling((C, H, W))``, takes the mask of its channels alone, ``half(C)``.
+    For images that keep their axes, ``Coupling((C, H, W))`` takes the mask of the channels, ``half(C)``.
 
     Example:
         >>> channelwise(2, 1, 2)
@@ -55,9 +55,9 @@ def channelwise(channels: int, height: int, width: int) -> Tensor:
 
 
 def growing(dim: int, num_masks: int) -> list[Tensor]:
-    """Make a mask for each of several layers, of which each transforms more of the last dimensions than the one before.
+    """Make masks for a stack of layers, each of which transforms more of the last dimensions than the layer before.
 
-    The first mask transforms the last dimension alone, and the first dimension passes all of them.
+    With the first mask the last dimension alone is transformed; the first dimension passes every layer.
 
     Args:
         dim: the number of dimensions.

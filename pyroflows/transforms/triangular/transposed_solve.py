@@ -1,13 +1,13 @@
 r"""Linear systems with the transposed Jacobian of an autoregressive layer :math:`x_j = T(z_j; \theta_j(z_{<j}))`.
 
-They give the gradient of its inverse, by the implicit function theorem, and the score of what it maps. With the
-cotangents :math:`c` of :math:`\theta`, the system is :math:`J^\top v + (\partial\theta/\partial z)^\top c = g`; its
+Their solutions are the gradient of the inverse, by the implicit function theorem, and the score of the law of x. With
+cotangents :math:`c` of :math:`\theta`, the system is :math:`J^\top v + (\partial\theta/\partial z)^\top c = g`. Its
 component j reads
 
 .. math:: T_j' v_j + \sum_{k>j} \partial_{z_j} \theta_k \cdot (c_k + v_k\, \partial_\theta T_k) = g_j.
 
-Indices j and k run along the last axis, in the layer's order; where an event has further axes, all elements at one
-index are one block of the system.
+Indices j and k run along the last axis, in the layer's order. If an event has further axes, all elements at one index
+are one block of the system.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,22 +20,23 @@ from torch import Tensor, nn
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import FlowError
 from pyroflows.nets import GradientSteps
-from pyroflows.transforms.base import pull_back
+from pyroflows.transforms.gradients import pull_back
 
-# It maps g, T', the derivative of T by theta, and c, to v.
+# A solver maps g, T', the derivative of T by theta, and c to the solution v.
 Solver: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def parameters_and_solver(
     net: nn.Module, z: Tensor, context: Tensor | None, order: Sequence[int], num_axes: int
 ) -> tuple[Tensor, Solver]:
-    r"""The parameters :math:`\theta` that a network computes at z, and what solves the system there.
+    r"""Return the parameters :math:`\theta` that a network computes at z, and a solver of the system there.
 
     Args:
-        net: the network; if it is an :class:`pyroflows.nets.IncrementalGradient`, the solver uses it.
+        net: the network; if it offers :class:`pyroflows.nets.IncrementalGradient`, the solver substitutes backwards,
+            and otherwise it iterates.
         z: ``(..., *channels, D)``.
-        context: what the network takes as such.
-        order: ``order[i]`` is the index along the last axis that stands at place i.
+        context: the context of the network, or None.
+        order: ``order[i]`` is the index along the last axis at place i.
         num_axes: the number of axes of an event, 1 for vectors.
     """
     # isinstance with a protocol takes as long as a step.
@@ -56,16 +57,17 @@ def _by_substitution(
     x_by_theta: Tensor,
     by_theta: Tensor,
 ) -> Tensor:
-    """Backward substitution: the sum is what the network's backward pass brings to input j once all later v_k are
-    known."""
+    """Solve by backward substitution: the network's backward pass gives the sum in equation j once all later v_k are
+    known.
+    """
 
     def by_index(t: Tensor) -> tuple[Tensor, ...]:
-        """D blocks ``(num_params, *channels, N)`` of memory of their own."""
+        """Return D contiguous blocks ``(num_params, *channels, N)``."""
         rows = t.reshape(-1, *t.shape[-num_axes - 1 :])
         return rows.permute(-2, -1, *range(1, num_axes), 0).contiguous().unbind()
 
-    # What is left of g, (D, *channels, N): from the last place on each v_k, known by then, takes its share from those
-    # before.
+    # This is what remains of g, (D, *channels, N). From the last place to the first, each v_k is known by its turn and
+    # subtracts its terms from the equations before.
     rest = (
         gradient.reshape(-1, *gradient.shape[-num_axes:]).transpose(0, -1).clone(memory_format=torch.contiguous_format)
     )
@@ -80,10 +82,10 @@ def _by_substitution(
 def _by_iteration(
     z: Tensor, theta: Tensor, gradient: Tensor, slope: Tensor, x_by_theta: Tensor, by_theta: Tensor
 ) -> Tensor:
-    """Fixed-point iteration: each iteration is a backward pass of the whole network and makes one more place exact.
+    """Solve by fixed-point iteration: each backward pass of the whole network makes one more place exact.
 
-    It ends as soon as nothing changes by more than rounding, which is long before the last place where later places
-    depend on earlier ones weakly.
+    The iteration ends as soon as nothing changes by more than rounding. If later places depend on earlier ones weakly,
+    that is long before the last place.
     """
     v = gradient / slope
     rounding = 4 * torch.finfo(v.dtype).eps
@@ -96,21 +98,21 @@ def _by_iteration(
 
 
 def attached(z: Tensor, residual: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
-    r"""z with the gradients of the implicit function :math:`F(z; c, \mathrm{weights}) = x`.
+    r"""Return z with the gradients of the implicit function that :math:`F(z; c, \mathrm{weights}) = x` defines.
 
-    As in :func:`pyroflows.transforms.root.increasing_root`, by a Newton step :math:`z - J^{-1} (F(z) - x)`, which
-    changes no value.
+    As in :func:`pyroflows.transforms.root.increasing_root`, they are those of a Newton step
+    :math:`z - J^{-1} (F(z) - x)`, which does not change the value.
 
     Args:
         z: the solution, without gradients.
-        residual: :math:`F(z) - x`, zero to rounding, with the gradients of everything but z.
-        solve_transposed: gives the v with :math:`J^\top v = g`.
+        residual: :math:`F(z) - x`, which is zero up to rounding and has the gradients of everything but z.
+        solve_transposed: a function that maps g to the v with :math:`J^\top v = g`.
     """
     return _NewtonStep.apply(residual, z, solve_transposed)
 
 
 class _NewtonStep(torch.autograd.Function):
-    """``z - J^{-1} residual`` where the residual is zero but has gradients."""
+    """The step ``z - J^{-1} residual``, whose residual is zero but has gradients."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, z: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
@@ -122,7 +124,7 @@ class _NewtonStep(torch.autograd.Function):
         # once_differentiable would not do: torch.autograd.functional.hessian then returns zeros.
         if torch.is_grad_enabled():
             raise FlowError(
-                "create_graph=True has no second derivatives of this direction of Autoregressive: use torch.func, or a "
-                "flow that goes here in one pass, which is MAF for a density and IAF for a sample"
+                "create_graph=True gives no second derivatives of the inverse of Autoregressive: use torch.func, or a "
+                "flow that is parallel in this direction, which is MAF for log_prob and IAF for rsample"
             )
         return -ctx.solve_transposed(gradient), None, None

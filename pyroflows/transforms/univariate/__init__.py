@@ -1,7 +1,7 @@
-"""Univariate maps: increasing functions of one variable, with their parameters in the last dimension.
+"""Univariate maps: increasing functions of one variable, whose parameters stand in the last dimension of ``theta``.
 
-A map knows scalars and nothing of dimensions; structures (elementwise, coupling, autoregressive) apply it. At
-``theta = 0`` a map is the identity.
+A map knows scalars and nothing of dimensions; structures (elementwise, coupling, autoregressive) apply it to each
+element. At ``theta = 0`` a map is the identity.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,15 @@ _NAMES: dict[str, Callable[[], Univariate]] = {
 
 
 def univariate_named(univariate: str | Univariate) -> Univariate:
-    """The map of a name, or the map itself."""
+    """Return the map of this name with its default options, or the map itself if it is not a name.
+
+    Raises:
+        OptionError: if the name is unknown.
+
+    Example:
+        >>> univariate_named("spline"), univariate_named(Spline(bins=4))
+        (Spline(bins=8, bound=5.0), Spline(bins=4, bound=5.0))
+    """
     if not isinstance(univariate, str):
         return univariate
     if univariate not in _NAMES:

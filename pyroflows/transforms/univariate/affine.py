@@ -10,7 +10,10 @@ from pyroflows.transforms.univariate.base import Pair
 
 
 class Additive:
-    r"""Shift, :math:`x = z + t` with :math:`\theta = t`; the log-derivative is zero.
+    r"""The shift :math:`x = z + t` with :math:`\theta = t`; the log-derivative is zero (Dinh et al. 2015,
+    arXiv:1410.8516).
+
+    Shapes: z and x are ``(...)``, theta is ``(..., 1)``.
 
     Example:
         >>> Additive().forward_and_ladj(torch.tensor(2.0), torch.tensor([1.0]))
@@ -30,16 +33,21 @@ class Additive:
 
 
 class Affine:
-    r"""Affine map, :math:`x = t + e^{s} z` with :math:`\theta = (t, s_0)`.
+    r"""The affine map :math:`x = t + e^{s} z` with :math:`\theta = (t, s_0)`; the log-derivative is s.
 
-    The log-scale is soft-clamped, :math:`s = c_\pm \tanh(s_0 / c_\pm)`, where the bound on expansion, :math:`c_+`, is
-    tighter than the one on contraction, :math:`c_-`: with networks of unbounded output deep stacks explode
-    (Andrade 2024, arXiv:2402.16408).
+    The log-scale is soft-clamped (Andrade 2024, arXiv:2402.16408): :math:`s = c_+ \tanh(s_0 / c_+)` for
+    :math:`s_0 \ge 0` and :math:`s = c_- \tanh(s_0 / c_-)` for :math:`s_0 < 0`. Without a bound, deep stacks whose
+    networks compute large log-scales explode, so the bound on expansion, :math:`c_+`, is the tighter one.
 
     Args:
         max_contraction: :math:`c_- > 0`; the scale is at least :math:`e^{-c_-}`.
-        max_expansion: :math:`c_+ > 0`; the scale is at most :math:`e^{c_+}`. ``None`` for both: no clamp, for
-            parameters that no network computes.
+        max_expansion: :math:`c_+ > 0`; the scale is at most :math:`e^{c_+}`. If both are None, :math:`s = s_0`, which
+            suits parameters that no network computes.
+
+    Shapes: z and x are ``(...)``, theta is ``(..., 2)``.
+
+    Raises:
+        OptionError: if a bound is not positive and finite, or only one of them is None.
 
     Example:
         >>> x, ladj = Affine().forward_and_ladj(torch.tensor(2.0), torch.tensor([1.0, 0.0]))

@@ -1,4 +1,4 @@
-"""What a univariate map is."""
+"""The protocol of univariate maps."""
 
 from typing import Protocol
 
@@ -8,14 +8,35 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Univariate(Protocol):
-    """What a structure asks of a map. z, x and the log-derivatives have one shape, theta one dimension more."""
+    r"""An increasing function of one variable, :math:`x = T(z; \theta)`, applied to each element of a tensor.
+
+    A user's own map is any object with the attribute and the two methods below. Every structure takes it as its
+    ``univariate``. It should be the identity at :math:`\theta = 0`, where conditioners start.
+
+    Attributes:
+        num_params: the number of parameters of one element.
+
+    Shapes: z, x and the log-derivatives are ``(...)``, theta is ``(..., num_params)``.
+
+    Example:
+        >>> class Scale:
+        ...     num_params = 1
+        ...
+        ...     def forward_and_ladj(self, z, theta):
+        ...         return z * theta[..., 0].exp(), theta[..., 0].expand_as(z)
+        ...
+        ...     def inverse_and_ladj(self, x, theta):
+        ...         return x * (-theta[..., 0]).exp(), -theta[..., 0].expand_as(x)
+        >>> pf.transforms.Elementwise(2, Scale(), init=torch.tensor([[0.0], [1.0]]))(torch.ones(2))
+        tensor([1.0000, 2.7183], grad_fn=<MulBackward0>)
+    """
 
     num_params: int
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
-        """``x = T(z; theta)`` and ``log dx/dz``."""
+        """Return ``x = T(z; theta)`` and ``log dx/dz``."""
         ...
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
-        """``z = T^{-1}(x; theta)`` and ``log dz/dx``."""
+        """Return ``z = T^{-1}(x; theta)`` and ``log dz/dx``."""
         ...

@@ -1,4 +1,4 @@
-"""Sum-of-squares polynomial map."""
+"""The sum-of-squares polynomial map."""
 
 import math
 
@@ -15,7 +15,7 @@ EPS = 1e-3
 
 
 class SOS:
-    r"""Sum-of-squares polynomial (Jaini et al. 2019, arXiv:1905.02325), with linear tails.
+    r"""The sum-of-squares polynomial (Jaini et al. 2019, arXiv:1905.02325), continued by linear tails.
 
     .. math::
         x = t + \int_0^z s(u) \, du, \qquad
@@ -24,22 +24,24 @@ class SOS:
 
     for :math:`|u| \le B`, and :math:`s(u) = s(\pm B)` beyond, with :math:`\epsilon = 10^{-3}`, fixed centres
     :math:`m_k` spread over (-1, 1), and :math:`\theta = (t, a_{10}, \ldots, a_{Kd})`. The log-derivative is
-    :math:`\log s(z)`, and the inverse a root search.
+    :math:`\log s(z)`, and the inverse is a root search.
 
-    The paper's polynomials go on for ever, and a stack of L layers grows like :math:`z^{(2d + 1)^L}`, which overflows
-    on the first outlier. With linear tails x grows like z, times the squares of the coefficients, which are free.
+    The paper has no tails. A stack of L of its layers grows like :math:`z^{(2d + 1)^L}`, which overflows on the first
+    outlier. With linear tails x grows like z, by a factor that is quadratic in the coefficients and has no bound.
 
     Args:
-        num_polynomials: K; two squares suffice for every polynomial that is nowhere negative.
-        degree: d, of each polynomial; inside the bound the map has degree 2d + 1.
-        bound: B; beyond :math:`\pm B` the map is linear. A large bound learns slowly, since powers
-            of z / B vanish where the data are.
+        num_polynomials: K, at least 1; two squares suffice for every polynomial that is nowhere negative.
+        degree: d, the degree of each polynomial, at least 1; inside the bound the map has degree 2d + 1.
+        bound: B > 0; beyond :math:`\pm B` the map is linear. With a large bound it learns slowly, since the powers of
+            z / B vanish where the data are.
 
     Shapes: z and x are ``(...)``, theta is ``(..., 1 + K (d + 1))``; batch dimensions that theta lacks on the left
     broadcast.
 
     Raises:
         OptionError: if ``num_polynomials`` or ``degree`` is below 1, or ``bound`` is not positive and finite.
+        InversionError: from the inverse, if the root search misses its target, see
+            :func:`pyroflows.transforms.root.increasing_root`.
 
     Example:
         >>> sos = SOS(num_polynomials=2, degree=3)
@@ -61,9 +63,9 @@ class SOS:
         self.bound = bound
         self.num_params = 1 + num_polynomials * (degree + 1)
         self._nodes, self._weights = _radau(degree + 1)
-        # A sum of squares does not change when the vector (p_1, ..., p_K) is rotated. Were all p_k written in the same
-        # powers, gradient descent would not see it either: from constants, equal or not, they would stay multiples of
-        # one another, one square in all. Powers about different centres have no such symmetry.
+        # A sum of squares does not change when the vector (p_1, ..., p_K) is rotated. If all p_k had the same powers,
+        # gradient descent would keep this symmetry: starting from constants, equal or not, they would stay multiples of
+        # one another, which is one square in all. Powers about different centres have no such symmetry.
         k = num_polynomials
         self._centers = [(2 * i + 1 - k) / k for i in range(k)]
 
@@ -79,23 +81,23 @@ class SOS:
             end = torch.full_like(target, self.bound)
             bottom, bottom_slope = self._integral(-end, coefficients)
             top, top_slope = self._integral(end, coefficients)
-            # In the tails the outer end of the bracket is the root itself.
+            # If the root lies in a tail, the outer end of the bracket is the root itself.
             lower = -end + (target - bottom).clamp_max(0) / bottom_slope
             upper = end + (target - top).clamp_min(0) / top_slope
         z = increasing_root(lambda z: self._integral(z, coefficients), target, lower, upper)
         return z, -self._integral(z, coefficients)[1].log()
 
     def _shift_and_coefficients(self, theta: Tensor, num_dims: int) -> Pair:
-        """t, and a of shape ``(K, d + 1, ...)``, with the dimensions of z."""
+        """Return t ``(...)`` and a ``(K, d + 1, ...)``, with the dimensions of z."""
         padding = (1,) * (num_dims + 1 - theta.dim())
         theta = theta.reshape(*padding, *theta.shape).movedim(-1, 0)
         return theta[0], theta[1:].unflatten(0, (self.num_polynomials, self.degree + 1))
 
     def _integral(self, z: Tensor, coefficients: Tensor) -> Pair:
-        """The integral of s from 0 to z, and s(z).
+        """Return the integral of s from 0 to z, and s(z).
 
-        s has degree 2d, so Radau's quadrature with d + 1 nodes is exact; its weights are positive, so rounding leaves
-        the sum of squares positive; and its last node is z itself, where s is the derivative.
+        Radau's quadrature with d + 1 nodes is exact, since s has degree 2d. Its weights are positive, so that the sum
+        stays positive under rounding. Its last node is z itself, so that the derivative s(z) comes with it.
         """
         inside = z.clamp(-self.bound, self.bound)
         nodes, weights, centers = (
@@ -114,9 +116,9 @@ class SOS:
 
 
 def _radau(num_nodes: int) -> tuple[list[float], list[float]]:
-    """Nodes in (0, 1], the last of them 1, and weights of the quadrature on [0, 1] exact to degree 2 num_nodes - 2.
+    """Return nodes in (0, 1], the last of them 1, and weights of the quadrature on [0, 1] of degree 2 num_nodes - 2.
 
-    Abramowitz and Stegun 25.4.31: on [-1, 1] with the fixed node -1 the nodes are the roots of P_{n-1} + P_n.
+    On [-1, 1] with the fixed node -1, the nodes are the roots of P_{n-1} + P_n (Abramowitz and Stegun, 25.4.31).
     """
     last, both = [0.0] * (num_nodes - 1) + [1.0], [0.0] * (num_nodes - 1) + [1.0, 1.0]
     x = np.sort(legendre.legroots(both))

@@ -12,26 +12,39 @@ from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.base import Pair
 
-MIN_WIDTH = 1e-3  # of a bin, in units of the whole interval
+MIN_WIDTH = 1e-3  # the least width and height of a bin, in units of the whole interval
 MIN_DERIVATIVE = 1e-3
-_SHIFT = math.log(math.expm1(1 - MIN_DERIVATIVE))  # makes the derivative of a raw 0 one
+_SHIFT = math.log(math.expm1(1 - MIN_DERIVATIVE))  # where the raw parameter is 0, the derivative is 1
 
 
 class Spline:
-    r"""Monotone rational-quadratic spline on :math:`[-B, B]`, the identity outside (Durkan et al. 2019,
+    r"""The monotone rational-quadratic spline on :math:`[-B, B]`, which is the identity outside (Durkan et al. 2019,
     arXiv:1906.04032).
 
-    Between knots :math:`(x_k, y_k)` and :math:`(x_{k+1}, y_{k+1})` with derivatives :math:`d_k, d_{k+1}`, width w,
-    height h, slope :math:`s = h / w` and :math:`\xi = (z - x_k) / w`,
+    Between two knots :math:`(x_k, y_k)` and :math:`(x_{k+1}, y_{k+1})` with derivatives :math:`d_k` and
+    :math:`d_{k+1}` there, let w be the width and h the height of the bin, :math:`s = h / w` its slope, and
+    :math:`\xi = (z - x_k) / w \in [0, 1]`. With :math:`\eta = \xi (1 - \xi)` the map and its derivative are (eq. 4, 5)
 
-    .. math:: x = y_k + \frac{h (s \xi^2 + d_k \xi (1 - \xi))}{s + (d_k + d_{k+1} - 2 s) \xi (1 - \xi)}.
+    .. math::
+        x = y_k + h\, r, \quad r = \frac{s \xi^2 + d_k \eta}{q}, \quad q = s + (d_k + d_{k+1} - 2 s)\, \eta,
+        \qquad
+        \frac{dx}{dz} = \frac{s^2 p}{q^2}, \quad p = d_{k+1} \xi^2 + 2 s \eta + d_k (1 - \xi)^2.
 
-    The parameters are unnormalised widths and heights, K each, and K - 1 derivatives at the inner knots; at the bounds
-    the derivative is 1.
+    The inverse is in closed form, since r = (x - y_k) / h is a quadratic equation in :math:`\xi` (eq. 6 to 8).
+
+    The parameters :math:`\theta` are K raw widths, K raw heights, and K - 1 raw derivatives at the inner knots. Widths
+    and heights are :math:`2B(\epsilon + (1 - K \epsilon) \operatorname{softmax})`, derivatives
+    :math:`\epsilon + \operatorname{softplus}`, shifted so that zero gives 1, with :math:`\epsilon = 10^{-3}`. At
+    :math:`\pm B` the derivative is 1, so that dx/dz is continuous there.
+
+    Gradients of both directions are computed by formula, not by recording the operations; the docstring of
+    ``_Analytic`` in this file derives them.
 
     Args:
-        bins: K, the number of bins, 2 or more.
-        bound: B > 0.
+        bins: K, the number of bins, from 2 to 999.
+        bound: B, positive and finite, in units of z.
+
+    Shapes: z and x are ``(...)``, theta is ``(..., 3 K - 1)``; batch dimensions that theta lacks on the left broadcast.
 
     Raises:
         OptionError: if ``bins`` or ``bound`` is outside its range.
@@ -63,14 +76,14 @@ class Spline:
     def _map(self, direction: "Direction", value: Tensor, theta: Tensor) -> Pair:
         if theta.shape[:-1] != value.shape:
             theta = theta.expand(*value.shape, self.num_params)
-        # Function transforms differentiate the formula itself.
+        # The transforms of torch.func cannot see into the analytic derivative: they differentiate the formula itself.
         if not is_transformed() or torch.compiler.is_compiling():
             return _Analytic.apply(direction, value, theta, self.bins, self.bound)
         return _evaluate(direction, value, theta, self.bins, self.bound)[0]
 
 
 class _Bin(NamedTuple):
-    """What a value needs to know of its bin, each of the value's shape, and how it came out of theta."""
+    """The bin of each value, in tensors of the value's shape, and the quantities by which theta determines it."""
 
     left: Tensor
     width: Tensor
@@ -78,15 +91,15 @@ class _Bin(NamedTuple):
     height: Tensor
     d0: Tensor
     d1: Tensor
-    raw_derivatives: Tensor  # (2, ...), before the softplus
+    raw_derivatives: Tensor  # (2, ...), the arguments of the softplus at the two knots
     shares: Tensor  # (2, K, ...), the normalised widths and heights of all bins
-    share: Tensor  # (2, ...), those of the bin
-    below: Tensor  # (2, ...), the sums of those of the bins before it
-    number: Tensor  # (1, ...), from 0 to K - 1
+    share: Tensor  # (2, ...), the normalised width and height of the bin
+    below: Tensor  # (2, ...), the sums of the shares of all bins before it
+    number: Tensor  # (1, ...), the number of the bin, from 0 to K - 1
 
 
 class _Point(NamedTuple):
-    """Where in its bin a value lies, and the parts of the formula there."""
+    """The place xi of each value in its bin, and s, r, p and q of the formula of :class:`Spline` there."""
 
     xi: Tensor
     slope: Tensor
@@ -101,8 +114,9 @@ Direction = Callable[[Tensor, _Bin], tuple[Tensor, Tensor, _Point]]
 def _evaluate(
     direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float
 ) -> tuple[Pair, Tensor, _Bin, _Point]:
+    """Return the map's value and log-derivative, where the value is inside the bounds, its bin and its place there."""
     inside = value.abs() < bound
-    # What is computed outside must stay finite, so that it gives a zero, and no NaN, to the gradient.
+    # Outside the bounds the formula must stay finite, so that its gradient there is zero rather than NaN.
     clamped = value.clamp(-bound, bound)
     bin = _bin_of(clamped, theta, bins, bound, axis=0 if direction is _forward else 1)
     result, ladj, point = direction(clamped, bin)
@@ -110,7 +124,8 @@ def _evaluate(
 
 
 def _bin_of(value: Tensor, theta: Tensor, bins: int, bound: float, axis: int) -> _Bin:
-    # Parameters first: what runs over them then vectorises over the values. Large tensors, of all bins, cost most.
+    """Return the bin of each value, found by its left end (axis 0) or by its bottom (axis 1)."""
+    # Parameters come first, so that sums over them vectorise over the values. Tensors over all bins cost most.
     raw = theta.movedim(-1, 0)
     shares = torch.softmax(raw[: 2 * bins].unflatten(0, (2, bins)), 1)
     sums = shares.cumsum(1)
@@ -125,7 +140,7 @@ def _bin_of(value: Tensor, theta: Tensor, bins: int, bound: float, axis: int) ->
     below = sums.gather(1, both)[:, 0] - share
     width, height = share * rest + smallest
     left, bottom = torch.add(number.to(value.dtype) * smallest - bound, below, alpha=rest)
-    # At the bounds the derivative is 1, which belongs to a raw 0.
+    # At the bounds the derivative is 1, which a raw 0 gives.
     zeros = torch.zeros_like(raw[:1])
     raw_derivatives = torch.cat([zeros, raw[2 * bins :], zeros]).gather(0, torch.cat([number, number + 1])) + _SHIFT
     d0, d1 = F.softplus(raw_derivatives) + MIN_DERIVATIVE
@@ -133,22 +148,22 @@ def _bin_of(value: Tensor, theta: Tensor, bins: int, bound: float, axis: int) ->
 
 
 def _forward(z: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, _Point]:
-    """The image of z, and the log-derivative."""
+    """Return x, the log-derivative, and the place of z in its bin."""
     point = _point_at(((z - bin.left) / bin.width).clamp(0, 1), bin.height / bin.width, bin)
     return torch.addcmul(bin.bottom, bin.height, point.ratio), _log_derivative(point), point
 
 
 def _inverse(x: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, _Point]:
-    """The preimage of x, where xi is the root of a xi^2 + b xi + c (eq. 6 to 8), and the inverse's log-derivative."""
+    """Return z, the log-derivative of the inverse, and z's place xi, the root of a xi^2 + b xi + c (eq. 6 to 8)."""
     slope = bin.height / bin.width
     rise = x - bin.bottom
     bend = bin.d0 + bin.d1 - 2 * slope
     a = bin.height * (slope - bin.d0) + rise * bend
     b = bin.height * bin.d0 - rise * bend
     minus_c = slope * rise
-    # Rounding must not take the discriminant below 0, nor its root to where that has no derivative.
+    # Rounding must not take the discriminant to 0 or below, where its square root has no derivative.
     q = b.abs() + (b**2 + 4 * a * minus_c).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-    # The two forms of the root: either cancels where b has the wrong sign.
+    # There are two forms of the root; each loses digits by cancellation for one sign of b.
     negative = b < 0
     xi = (torch.where(negative, q, 2 * minus_c) / torch.where(negative, 2 * a, q)).clamp(0, 1)
     point = _point_at(xi, slope, bin)
@@ -156,7 +171,7 @@ def _inverse(x: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, _Point]:
 
 
 def _point_at(xi: Tensor, slope: Tensor, bin: _Bin) -> _Point:
-    """With x = bottom + height * ratio, and dx/dz = numerator * (slope / denominator)^2."""
+    """Return the parts of x = bottom + height * ratio and of dx/dz = numerator * (slope / denominator)^2."""
     xi_squared = xi * xi
     eta = xi - xi_squared
     denominator = torch.addcmul(slope, torch.sub(bin.d0 + bin.d1, slope, alpha=2), eta)
@@ -171,7 +186,47 @@ def _log_derivative(point: _Point) -> Tensor:
 
 
 class _Analytic(torch.autograd.Function):
-    """The map with the derivative of its formula written out, which costs a third of what recording it does."""
+    r"""The map with its gradient written out, which costs a third of what recording the operations does.
+
+    In the symbols of :class:`Spline`, with :math:`\delta = d_k + d_{k+1} - 2s`, a value depends on
+    :math:`(z, x_k, y_k, w, h, d_k, d_{k+1})` only, by :math:`\xi = (z - x_k)/w`, :math:`s = h/w` and
+
+    .. math::
+        x = y_k + h\, r(\xi, s, d_k, d_{k+1}), \qquad
+        \ell = \log\frac{dx}{dz} = \log p + 2 \log s - 2 \log q.
+
+    **Forward.** Let :math:`G` and :math:`L` be the gradients of the loss by x and :math:`\ell`. The gradients by p and
+    q are :math:`L / p` and :math:`-Q`, with :math:`Q = (G h r + 2 L) / q`. Since
+    :math:`\partial_\xi r = s p / q^2` and :math:`\partial_\xi \eta = 1 - 2\xi`, the chain rule gives
+
+    .. math::
+        g_\xi &= G h\, s p / q^2 + L\, \ell_\xi, \qquad
+        \tfrac12 \ell_\xi = \frac{d_{k+1} \xi + s (1 - 2 \xi) - d_k (1 - \xi)}{p} - \frac{\delta (1 - 2 \xi)}{q}, \\
+        g_s &= G h\, \xi^2 / q - (1 - 2 \eta)\, Q + 2 L / s + 2 \eta\, L / p, \\
+        g_{d_k} &= G h\, \eta / q - \eta\, Q + (1 - \xi)^2 L / p, \qquad
+        g_{d_{k+1}} = -\eta\, Q + \xi^2 L / p,
+
+    and, through :math:`\xi` and s,
+
+    .. math::
+        g_z = -g_{x_k} = g_\xi / w, \quad g_{y_k} = G, \quad
+        g_w = -(\xi g_\xi + s g_s) / w, \quad g_h = G r + g_s / w.
+
+    **Inverse.** Let now G and L be the gradients by :math:`z = T^{-1}(x; \theta)` and by its log-derivative
+    :math:`-\ell(z, \theta)`. From :math:`x = T(z; \theta)` follows
+    :math:`dz = (dx - \partial_\theta T\, d\theta) / T'`, so that
+
+    .. math::
+        G\, dz - L\, (\partial_z \ell\, dz + \partial_\theta \ell\, d\theta)
+        = -G'\, dx + (G'\, \partial_\theta T + L'\, \partial_\theta \ell)\, d\theta, \qquad
+        L' = -L, \quad G' = -(G + L'\, \partial_z \ell) / T'.
+
+    Hence :math:`\theta` gets the forward gradient at z with G' and L' in place of G and L, and x gets :math:`-G'`.
+
+    **Outside** the bounds the map is the identity: G passes, and :math:`\theta` gets zero.
+    :func:`_gradient_of_theta` leads from the bin to :math:`\theta`. Second derivatives are those of the formula,
+    recorded.
+    """
 
     @staticmethod
     def forward(ctx: Any, direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float) -> Pair:
@@ -184,7 +239,7 @@ class _Analytic(torch.autograd.Function):
     def backward(ctx: Any, g_result: Tensor, g_ladj: Tensor) -> tuple[Any, ...]:
         value, theta, inside, ladj, *fields = ctx.saved_tensors
         direction, bins, bound = ctx.arguments
-        if torch.is_grad_enabled():  # second derivatives are asked for
+        if torch.is_grad_enabled():  # by create_graph=True: the caller wants second derivatives
             outputs, *_ = _evaluate(direction, value, theta, bins, bound)
             gradients = torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True)
             return None, *gradients, None, None
@@ -197,19 +252,18 @@ class _Analytic(torch.autograd.Function):
         rest_xi = 1 - xi
         eta, twist = xi * rest_xi, rest_xi - xi
         bend = torch.sub(d0 + d1, slope, alpha=2)
-        # Half of the derivative of the log-derivative by xi.
+        # This is half of the derivative of the log-derivative by xi.
         ladj_xi = torch.addcmul(torch.addcmul(d1 * xi, slope, twist), d0, rest_xi, value=-1) * over_numerator
         ladj_xi = torch.addcmul(ladj_xi, bend * twist, over_denominator, value=-1)
         if direction is _inverse:
-            # With u = T^-1(x): du = (dx - dT) / T', so the gradient of theta is that of the forward direction with
-            # these two in place of the gradients of x and of the log-derivative.
+            # From here on they are L' and G', which the forward formulas take in place of L and G. ladj is -log T'.
             g_ladj = -g_ladj
             g_result = -(g_result + 2 * g_ladj * ladj_xi / bin.width) * torch.exp(ladj)
         g_rise = g_result * bin.height
         g_ratio = g_rise * over_denominator
         twice_g_ladj = 2 * g_ladj
         g_numerator, g_denominator = g_ladj * over_numerator, twice_g_ladj * over_denominator
-        g_denominator = torch.addcmul(g_denominator, g_ratio, ratio)  # up to its sign
+        g_denominator = torch.addcmul(g_denominator, g_ratio, ratio)  # this is Q, minus the gradient by q
         g_xi = g_ratio * slope * point.numerator * over_denominator
         g_xi = torch.addcmul(g_xi, twice_g_ladj, ladj_xi)
         xi_squared = xi * xi
@@ -228,9 +282,24 @@ class _Analytic(torch.autograd.Function):
 
 
 def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tensor, bins: int, bound: float) -> Tensor:
-    """From the gradients of left end and bottom, of width and height, and of both derivatives, each ``(2, ...)``."""
+    r"""Return the gradient by theta, given those by the quantities of the bin, each ``(2, ...)``.
+
+    With :math:`\pi = \operatorname{softmax}` of the raw widths and :math:`\rho = 2B (1 - K \epsilon)`, bin k has width
+    :math:`2B\epsilon + \rho \pi_k` and starts at :math:`-B + 2B\epsilon k + \rho \sum_{i<k} \pi_i`. So the gradient by
+    :math:`\pi_i` is :math:`a_i = \rho\, g_\mathrm{start}` for i < k, :math:`a_k = \rho\, g_\mathrm{size}`, and zero for
+    i > k; and that by raw width i is :math:`\pi_i (a_i - \sum_j \pi_j a_j)`, where the sum is
+    :math:`\rho (g_\mathrm{start} \sum_{j<k} \pi_j + g_\mathrm{size} \pi_k)`. Heights are the same. A raw
+    derivative gets the gradient by :math:`d_k` or :math:`d_{k+1}` times a sigmoid, the derivative of the softplus.
+
+    Args:
+        bin: the bin of each value.
+        g_starts: gradients by its left end and bottom.
+        g_sizes: gradients by its width and height.
+        g_ds: gradients by the derivatives at its two knots.
+        bins: K.
+        bound: B.
+    """
     rest = 2 * bound * (1 - bins * MIN_WIDTH)
-    # All bins below the value's own add to its start. sum_k share_k g_k, for the softmax, needs no sum over bins.
     g_starts, g_sizes = rest * g_starts, rest * g_sizes
     mean = torch.addcmul(bin.below * g_starts, bin.share, g_sizes)
     numbers = torch.arange(bins, dtype=mean.dtype, device=mean.device).view(-1, *[1] * (mean.dim() - 1))
@@ -241,5 +310,5 @@ def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tenso
     g_derivatives = mean.new_zeros(bins + 1, *mean.shape[1:])
     ends = torch.cat([bin.number, bin.number + 1])
     g_derivatives.scatter_(0, ends, torch.sigmoid(bin.raw_derivatives) * g_ds)
-    # Reshaped, not flattened, so that batches of gradients, as for a Jacobian, work.
+    # A reshape, unlike flatten, works for batches of gradients, as those of a Jacobian.
     return torch.cat([g_shares.reshape(2 * bins, *mean.shape[1:]), g_derivatives[1:-1]]).movedim(0, -1)
