@@ -1,4 +1,4 @@
-"""Pictures of a fit."""
+"""Plots of how a fit went, as matplotlib figures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,18 @@ from pyroflows.training.history import History
 
 
 def plot_training(history: History) -> Any:
-    """The ELBO and the variance of the log weights over the steps; a matplotlib figure.
+    """Plot the ELBO and the variance of the log weights over the steps, each step and running medians.
 
-    The ELBO's axis leaves out the climb from the start, which would flatten the rest.
+    The range of the ELBO's axis leaves out its rise in the first steps, which would flatten the rest.
+
+    Args:
+        history: the history of a fit to a model, with "elbo" and "log_weight_variance".
+
+    Returns:
+        A matplotlib figure.
 
     Raises:
-        PlotError: if no flow was trained on the model.
+        PlotError: if matplotlib is not installed, or no flow was trained on the model.
     """
     plt = require_matplotlib()
     if not history:
@@ -30,7 +36,7 @@ def plot_training(history: History) -> Any:
     top.set_ylim(*_robust_range(elbo))
     top.set_ylabel("ELBO (nats)")
     variance = history["log_weight_variance"]
-    if np.isfinite(variance).any():  # one particle a step has none
+    if np.isfinite(variance).any():  # the variance of one particle a step is NaN
         bottom.semilogy(steps, variance, color="C1", alpha=0.25, linewidth=0.8)
         bottom.semilogy(steps, _smooth(variance), color="C1")
     bottom.set_ylabel("variance of log weights")
@@ -41,9 +47,19 @@ def plot_training(history: History) -> Any:
 
 
 def plot_density_fit(history: History, best_epoch: int) -> Any:
-    """Log-density of training and validation rows over the epochs, and which epoch was kept; a matplotlib figure.
+    """Plot the mean log-density of training and validation rows over the epochs, and mark the epoch that was kept.
 
-    As in :func:`plot_training`, the axis leaves out the climb from the start.
+    As in :func:`plot_training`, the range of the axis leaves out the rise in the first epochs.
+
+    Args:
+        history: the history of a density fit, with "log_prob", "validation_log_prob" and "learning_rate".
+        best_epoch: the epoch whose state was kept, counted from 1.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        PlotError: if matplotlib is not installed.
     """
     plt = require_matplotlib()
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -67,17 +83,28 @@ def plot_density_fit(history: History, best_epoch: int) -> Any:
 
 
 def plot_distillation(history: History, kl: float) -> Any:
-    """The KL divergence over the steps, on a logarithmic axis, and its value after training; a matplotlib figure."""
+    """Plot the KL divergence over the steps, on a logarithmic axis, and its value after training.
+
+    Args:
+        history: the history of a distillation, with "kl".
+        kl: the KL divergence after training, in nats.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        PlotError: if matplotlib is not installed.
+    """
     plt = require_matplotlib()
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     values = history["kl"]
     steps = np.arange(1, len(values) + 1)
-    # Close to zero the estimate of a step can be negative.
+    # If the divergence is close to zero, the estimate of a step can be negative, which the axis cannot show.
     axis.semilogy(steps, np.where(values > 0, values, np.nan), color="C0", alpha=0.25, lw=0.8, label="draws of a step")
     mean = _smooth(values, np.nanmean)
     axis.semilogy(steps, mean, color="C0", label="running mean")
     axis.axhline(kl, color="black", linestyle=":", linewidth=1.0, label=f"after training: {kl:.3g} nats")
-    # Small estimates by chance would take up most of the axis.
+    # Estimates that are small by chance would take up most of the axis.
     axis.set_ylim(bottom=max(kl, 1e-4 * values.max()) / 10)
     axis.set_xlabel("step")
     axis.set_ylabel("KL(student || teacher) (nats)")
@@ -87,7 +114,11 @@ def plot_distillation(history: History, kl: float) -> Any:
 
 
 def require_matplotlib() -> Any:
-    """The module ``matplotlib.pyplot``, or an error that says how to get it."""
+    """Import ``matplotlib.pyplot``.
+
+    Raises:
+        PlotError: if matplotlib is not installed.
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -96,12 +127,13 @@ def require_matplotlib() -> Any:
 
 
 def _smooth(values: np.ndarray, statistic: Callable[[np.ndarray], Any] = np.nanmedian, window: int = 25) -> np.ndarray:
-    """Running median, or another statistic, with a shorter window at the ends."""
+    """The running median, or another statistic, with a shorter window at both ends."""
     half = window // 2
     return np.array([statistic(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _robust_range(values: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis for all but extreme values, without the first tenth."""
     settled = values[len(values) // 10 :]
     low, high = np.nanquantile(settled[np.isfinite(settled)], [0.02, 0.98])
     margin = 0.15 * (high - low) + 1e-3

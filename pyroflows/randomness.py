@@ -1,4 +1,4 @@
-"""Reproducible random numbers that leave the caller's generators as they were."""
+"""Seeds that leave the caller's random generators as they were."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,19 @@ from torch import Tensor
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Inside, torch's generators start at ``seed``; after, they are as before. None changes nothing."""
+    """Start torch's generators at a seed inside a ``with`` block, and restore them after it.
+
+    Args:
+        seed: the seed; None to leave the generators alone, so that draws inside advance them as usual.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.rand(2)
+        >>> with seeded(0):
+        ...     second = torch.rand(2)
+        >>> torch.equal(first, second)
+        True
+    """
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
@@ -18,11 +30,15 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def random_state() -> list[Tensor]:
-    """The state of torch's generators, of the CPU and of each GPU."""
+    """The states of torch's generators, that of the CPU first, then those of all GPUs."""
     return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
 
 
 def set_random_state(state: Sequence[Tensor]) -> None:
-    """Put torch's generators into a state that :func:`random_state` gave, on as many GPUs."""
+    """Set torch's generators to states from :func:`random_state`.
+
+    Args:
+        state: the states, from a machine with the same number of GPUs.
+    """
     torch.set_rng_state(state[0])
     torch.cuda.set_rng_state_all(state[1:])

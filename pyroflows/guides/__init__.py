@@ -1,4 +1,4 @@
-"""Pyro autoguides whose distribution is a flow."""
+"""Pyro autoguides whose distribution over the latents is a flow."""
 
 from pyroflows.guides.packed import AutoFlow
 from pyroflows.guides.recipes import AutoIAF, AutoPlanar, AutoRadial, AutoRealNVP, AutoSpline, AutoSylvester

@@ -1,4 +1,4 @@
-"""The flow guide: a Pyro ``AutoContinuous`` whose distribution is a flow."""
+"""The flow guide, a Pyro ``AutoContinuous`` whose distribution over all latents is one flow."""
 
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -30,22 +30,27 @@ FlowFn = Callable[[int], Any]
 NUM_QUANTILE_SAMPLES = 10_000
 NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model's arguments"
 
-# The parameters that guides have put into Pyro's store. A tensor there that is none of them was loaded: nothing else
-# tells them apart, since a loaded state holds parameters too, under the same names.
+# The parameters that guides have put into Pyro's store. Any other tensor there under a guide's name was loaded from a
+# file. Nothing else tells the two apart, since loaded tensors are parameters too, under the same names.
 _PARAMETERS: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
 def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
-    r"""The flow of a guide: that of a recipe under a last affine layer, :math:`x = \mu + S\, t(z)`.
+    r"""Build the flow of a guide, :math:`x = \mu + S\, T(z)`, where T is the flow that a function makes.
 
     Args:
-        flow_fn: ``latent_dim -> flow``.
-        loc: :math:`\mu`, ``(latent_dim,)``, whose dtype and device are the flow's.
+        flow_fn: ``latent_dim -> flow``, which makes T.
+        loc: :math:`\mu`, ``(latent_dim,)``; the flow gets its dtype and device.
         scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``.
 
     Raises:
         OptionError: if S is not lower triangular with a positive diagonal.
         ShapeError: if ``flow_fn`` gives a flow of another dimension.
+
+    Example:
+        >>> flow = flow_near(Recipe("Gaussian"), loc=torch.tensor([1.0, 2.0]), scale=torch.tensor([1e-3, 1e-3]))
+        >>> flow().sample().round()
+        tensor([1., 2.])
     """
     dim = len(loc)
     flow = as_flow(flow_fn(dim), dim)
@@ -58,27 +63,27 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
 
 
 class AutoFlow(AutoContinuous):
-    r"""A guide whose law over all latents, packed into one unconstrained vector, is a flow.
+    r"""A guide whose distribution over all latents, packed into one unconstrained vector, is a flow.
 
     .. math:: x = \mu + \sigma \odot T(z)
 
-    where T is the flow of ``flow_fn`` and :math:`\mu, \sigma` are a last affine layer that starts at ``init_loc_fn``
-    and ``init_scale``. Layers start close to the identity, so the guide starts as a narrow version of the base around
-    the initial values. It works wherever Pyro's own autoguides do: ``SVI`` with any ELBO, ``Predictive``,
-    ``AutoGuideList``, ``NeuTraReparam``, the param store. The flow is built at the first call with the model's
-    arguments, or by ``load_state_dict``.
+    T is the flow that ``flow_fn`` makes; :math:`\mu` and :math:`\sigma` belong to a last affine layer, which starts at
+    ``init_loc_fn`` and ``init_scale``. Layers start close to the identity, so the guide starts as a narrow version of
+    the base around the initial values. It works wherever Pyro's own autoguides do: ``SVI`` with any ELBO,
+    ``Predictive``, ``AutoGuideList``, ``NeuTraReparam``, the param store. The flow is built at the first call with the
+    model's arguments, or by ``load_state_dict``.
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
         flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
-            of these, or a Zuko flow; or a :class:`pyroflows.flows.Recipe`, which a saved posterior remembers; None for
-            ``Recipe("default")``, an affine IAF, or couplings above 64 latents, or planar layers for a single one.
-        init_loc_fn: initial values by site, one of Pyro's ``init_to_...`` functions.
+            of these, or a Zuko flow; or a :class:`pyroflows.flows.Recipe`, which a saved posterior can rebuild; None
+            for ``Recipe("default")``: affine IAF layers for 2 to 64 latents, couplings for more, planar layers for one.
+        init_loc_fn: function that gives the initial values by site, one of Pyro's ``init_to_...`` functions.
         init_scale: initial standard deviation in the unconstrained space, positive.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
 
     Raises:
-        ModelError: at the first call, if the model cannot have a flow guide; names the site.
+        ModelError: at the first call, if a flow cannot fit the model; names the site.
         OptionError: if ``flow_fn`` is no function or ``init_scale`` is not positive.
 
     Example:
@@ -112,22 +117,28 @@ class AutoFlow(AutoContinuous):
         self.dtype = dtype
         self.layout: Layout | None = None
         self.flow: Flow | None = None
-        # Whether the flow was given its values, by a state dict, a start or a fit, since the last call. Then they count
-        # more than what has been loaded into Pyro's store.
-        self.own_values_count = False
+        # Whether the flow got new values from a state dict, a start or a fit since the last call. They then take
+        # precedence over values that were loaded into Pyro's store.
+        self._holds_new_values = False
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw all latents, with the same arguments as the model; a dict by site."""
+        """Draw all latents, as a dictionary by site.
+
+        Args:
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._claim_parameters()
         return super().forward(*args, **kwargs)
 
     def _claim_parameters(self) -> None:
-        """Make Pyro's store hold this guide's own parameters under this guide's names.
+        """Put this guide's own parameters into Pyro's store under this guide's names.
 
-        ``pyro.module`` leaves a tensor that stands there already, and a step of SVI would then train that one. It is
-        another guide's of this name, which has its turn when it is called; or it was loaded, and its value counts.
+        ``pyro.module`` keeps a tensor that is already there under the same name, and a step of SVI would then train
+        that tensor instead. Either it belongs to another guide of this name, which puts it back when it is called, or
+        it was loaded from a file, and its value goes into this guide's parameter.
         """
         flow = self._modules.get("flow")
         if flow is None or pyro.settings.get("module_local_params"):
@@ -137,11 +148,11 @@ class AutoFlow(AutoContinuous):
             full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
             if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
                 is_loaded = stored not in _PARAMETERS
-                if is_loaded and not self.own_values_count and stored.shape == parameter.shape:
+                if is_loaded and not self._holds_new_values and stored.shape == parameter.shape:
                     parameter.data.copy_(stored.detach())
                 del store[full_name]
             _PARAMETERS[parameter] = None
-        self.own_values_count = False
+        self._holds_new_values = False
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         structure, trace = describe_run(self.model, args, kwargs)
@@ -156,14 +167,14 @@ class AutoFlow(AutoContinuous):
         self.layout = layout
         self._keep_prototype(trace)
         if self.master is None:
-            # NeuTraReparam wants them, also of a guide that was trained without being called.
+            # NeuTraReparam needs the plates even if the guide was trained without being called.
             with poutine.block():
                 self._create_plates(*args, **kwargs)
         if flow is None:
             self.flow = self._flow_at(self._init_loc().to(self.dtype or layout.dtype))
 
     def _keep_prototype(self, trace: Trace) -> None:
-        """Keep what Pyro's own version of ``_setup_prototype`` keeps, without a second run of the model."""
+        """Set the attributes that Pyro's own ``_setup_prototype`` sets, without a second run of the model."""
         for name, node in list(trace.nodes.items()):
             if node["type"] in ("sample", "param") and self._prototype_hide_fn(node):
                 trace.remove_node(name)
@@ -176,7 +187,7 @@ class AutoFlow(AutoContinuous):
 
     @property
     def structure(self) -> ModelStructure | None:
-        """What the model's first run showed; None before it."""
+        """The structure of the model; None before the guide is built."""
         return None if self.layout is None else self.layout.structure
 
     def _built_layout(self) -> Layout:
@@ -194,7 +205,7 @@ class AutoFlow(AutoContinuous):
         return layout.unconstrain({site.name: nodes[site.name]["value"] for site in layout.structure.latents})
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Each site's node and unconstrained value, where plates around the guide share dimensions with the site's."""
+        """Iterate over the sites' nodes and unconstrained values, broadcast over plates around the guide."""
         for site, part in self._built_layout().split(latent):
             assert site.unconstrained_shape is not None
             event_dim = site.event_dim + len(site.unconstrained_shape) - len(site.shape)
@@ -205,17 +216,22 @@ class AutoFlow(AutoContinuous):
         return flow_near(self.flow_fn, loc, torch.full_like(loc, self._init_scale) if scale is None else scale)
 
     def hold(self, flow: Flow, flow_fn: FlowFn) -> None:
-        """Take over a flow that was fitted elsewhere and what made it; its last layer is one of :func:`flow_near`."""
+        """Take over a flow that was fitted elsewhere.
+
+        Args:
+            flow: a flow that :func:`flow_near` built, or a mixture of such flows.
+            flow_fn: the function or recipe that made it.
+        """
         self.flow, self.flow_fn = flow, flow_fn
-        self.own_values_count = True
+        self._holds_new_values = True
 
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
-        r"""Build the flow anew, close to :math:`\mu + S z` instead of ``init_loc_fn`` and ``init_scale``.
+        r"""Build the flow anew so that it starts close to :math:`\mu + S z`, whatever it has learnt before.
 
         Args:
             loc: :math:`\mu`, a packed unconstrained vector ``(latent_dim,)``.
-            scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``; what a triangular one
-                whitens, the flow learns in whitened coordinates.
+            scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``; with a triangular
+                scale the other layers learn in whitened coordinates.
             args: the model's arguments.
             kwargs: the model's keyword arguments.
 
@@ -227,21 +243,24 @@ class AutoFlow(AutoContinuous):
         layout = self._built_layout()
         dtype = self.dtype or layout.dtype
         self.flow = self._flow_at(loc.to(dtype), scale.to(dtype))
-        self.own_values_count = True
+        self._holds_new_values = True
 
     @property
     def _recipe(self) -> Recipe | None:
         return self.flow_fn if isinstance(self.flow_fn, Recipe) else None
 
     def get_extra_state(self) -> Tensor:
-        """How the flow was built, for the state dict; nothing for a guide that was not called yet."""
+        """Note in the state dict how the flow was built; an empty tensor if it is not built yet."""
         flow = self.flow
         if flow is None:
             return torch.zeros(0, dtype=torch.uint8)
         return FlowState.of(flow, self._recipe).to_tensor().to(next(flow.parameters()).device)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Build the flow that a state dict belongs to, or compare it with the flow that this guide holds.
+        """Build the flow of a state dict, or check that it is built like the flow that this guide holds.
+
+        Args:
+            state: what :meth:`get_extra_state` gave.
 
         Raises:
             CheckpointError: if this guide makes, or holds, another flow; names the first difference.
@@ -256,7 +275,7 @@ class AutoFlow(AutoContinuous):
             scale = torch.eye(saved.dim).to(zeros) if saved.last_layer == "triangular" else None
             parts = [self._flow_at(zeros, scale) for _ in range(saved.num_components)]
             self.flow = parts[0] if len(parts) == 1 else Mixture(parts, zeros.new_zeros(len(parts)))
-        self.own_values_count = True
+        self._holds_new_values = True
 
     def _built(self) -> Flow:
         flow = self.flow
@@ -265,24 +284,38 @@ class AutoFlow(AutoContinuous):
         return flow
 
     def get_base_dist(self) -> Distribution:
-        """The base distribution z of the flow."""
+        """The base distribution of the flow."""
         return self._built().base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """The map from z to the unconstrained latent; it remembers its last pair of values."""
+        """The map from base values z to unconstrained latents, with a cache of its last pair of values."""
         return self._built().transform.with_cache()
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
-        """The law of the unconstrained latent, of event shape ``(latent_dim,)``."""
+        """The distribution of the packed unconstrained latents, with event shape ``(latent_dim,)``."""
         return self._built()()
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal posterior medians by site, from samples; those of a simplex need not sum to one."""
+        """Marginal posterior medians by site, from samples; the medians of a simplex need not sum to one.
+
+        Args:
+            args: the model's arguments, needed only if the guide is not built yet.
+            kwargs: the model's keyword arguments.
+        """
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal posterior quantiles by site and component, from samples; ``(len(quantiles), *site shape)``."""
+        """Marginal posterior quantiles of every component, from samples.
+
+        Args:
+            quantiles: probabilities between 0 and 1.
+            args: the model's arguments, needed only if the guide is not built yet.
+            kwargs: the model's keyword arguments.
+
+        Returns:
+            Tensors ``(len(quantiles), *site shape)`` by site.
+        """
         if self.layout is None:
             self._setup_prototype(*args, **kwargs)
         latents = self.get_posterior().sample((NUM_QUANTILE_SAMPLES,))
@@ -291,14 +324,14 @@ class AutoFlow(AutoContinuous):
         return {name: torch.quantile(value, levels, dim=0) for name, value in values.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's version also forgets the model of the guide that is copied. Functions are left out, since those that
-        # users write at the prompt cannot be pickled.
+        # Pyro's version also removes the model from the guide that is copied. Functions are left out, since functions
+        # that users write at the prompt cannot be pickled.
         return {**self.__dict__, "_model": None, "master": None, "flow_fn": self._recipe}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AutoFlow":
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        # Through __dict__, since a module would register what it is given.
+        # Attributes are set through __dict__, since a module would register a model that is a module.
         copied.__dict__.update(_model=self.__dict__["_model"], flow_fn=self.flow_fn)
         return copied

@@ -1,4 +1,4 @@
-"""Flow guides by name: :class:`AutoFlow` with one of the recipes of :mod:`pyroflows.flows`."""
+"""Flow guides by name, each :class:`AutoFlow` with one recipe of :mod:`pyroflows.flows`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,17 @@ from pyroflows.models.structure import Model
 
 
 class AutoPlanar(AutoFlow):
-    """A guide of planar layers; see :class:`pyroflows.flows.Planar`. Good at few dimensions and several modes.
+    """A guide of planar layers, which suits few dimensions and several modes; see :class:`pyroflows.flows.Planar`.
 
     Args:
         model: a Pyro model.
-        num_layers: number of layers.
+        num_layers: number of layers, at least 1.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+
+    Example:
+        >>> guide = AutoPlanar(lambda: pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+        >>> guide()["x"].shape
+        torch.Size([3])
     """
 
     def __init__(self, model: Model, num_layers: int = 16, **options: Any) -> None:
@@ -26,8 +31,13 @@ class AutoRadial(AutoFlow):
 
     Args:
         model: a Pyro model.
-        num_layers: number of layers.
+        num_layers: number of layers, at least 1.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+
+    Example:
+        >>> guide = AutoRadial(lambda: pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+        >>> guide()["x"].shape
+        torch.Size([3])
     """
 
     def __init__(self, model: Model, num_layers: int = 16, **options: Any) -> None:
@@ -39,9 +49,14 @@ class AutoSylvester(AutoFlow):
 
     Args:
         model: a Pyro model.
-        num_layers: number of layers.
-        rank: number of columns of Q, 1 to the latent dimension; by default the smaller of it and 8.
+        num_layers: number of layers, at least 1.
+        rank: number of columns of Q, from 1 to the latent dimension; None for 8, or the dimension if smaller.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+
+    Example:
+        >>> guide = AutoSylvester(lambda: pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+        >>> guide()["x"].shape
+        torch.Size([3])
     """
 
     def __init__(self, model: Model, num_layers: int = 8, rank: int | None = None, **options: Any) -> None:
@@ -49,15 +64,20 @@ class AutoSylvester(AutoFlow):
 
 
 class AutoIAF(AutoFlow):
-    """A guide of affine inverse autoregressive layers; see :class:`pyroflows.flows.IAF`. The best first choice.
+    """A guide of affine inverse autoregressive layers, the best first choice; see :class:`pyroflows.flows.IAF`.
 
-    With its defaults it is what :class:`AutoFlow` makes by itself for 2 to 64 latents.
+    With these defaults the flow is that of :class:`AutoFlow` without ``flow_fn`` for 2 to 64 latents.
 
     Args:
         model: a Pyro model.
-        num_layers: number of layers.
+        num_layers: number of layers, at least 1.
         hidden_dims: widths of the hidden layers of the masked networks.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+
+    Example:
+        >>> guide = AutoIAF(lambda: pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+        >>> guide()["x"].shape
+        torch.Size([3])
     """
 
     def __init__(
@@ -67,13 +87,18 @@ class AutoIAF(AutoFlow):
 
 
 class AutoRealNVP(AutoFlow):
-    """A guide of affine couplings; see :class:`pyroflows.flows.RealNVP`. Fast at drawing and at scoring any value.
+    """A guide of affine couplings, quick both to draw and to score; see :class:`pyroflows.flows.RealNVP`.
 
     Args:
-        model: a Pyro model. Of a single latent the guide stays an affine map of the base: a Gaussian.
-        num_layers: number of layers.
+        model: a Pyro model; if it has a single latent, the guide is a Gaussian.
+        num_layers: number of layers, at least 1.
         hidden_dims: widths of the hidden layers of the conditioners.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+
+    Example:
+        >>> guide = AutoRealNVP(lambda: pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+        >>> guide()["x"].shape
+        torch.Size([3])
     """
 
     def __init__(
@@ -83,15 +108,20 @@ class AutoRealNVP(AutoFlow):
 
 
 class AutoSpline(AutoFlow):
-    """A guide of spline couplings; see :class:`pyroflows.flows.NSF`. Stronger and dearer a layer than affine ones.
+    """A guide of spline couplings, more flexible and slower than affine ones; see :class:`pyroflows.flows.NSF`.
 
     Args:
         model: a Pyro model.
-        num_layers: number of layers.
+        num_layers: number of layers, at least 1.
         hidden_dims: widths of the hidden layers of the conditioners.
-        bins: number of bins of a spline.
-        bound: splines act where a component of the standardised latent is below this in size.
+        bins: number of bins of a spline, at least 2.
+        bound: half the width of the interval around zero on which splines act, in the standardised space, positive.
         options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+
+    Example:
+        >>> guide = AutoSpline(lambda: pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+        >>> guide()["x"].shape
+        torch.Size([3])
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the state dict of a guide says of its flow, so that a guide that was never called can build it."""
+"""How a guide's flow was built, noted in its state dict, so that a guide that was never called can build it."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +17,16 @@ class FlowState:
     """How the flow of a guide was built.
 
     Args:
-        recipe: what made the flow; None for a function of the user's.
-        dim: number of unconstrained latents.
-        last_layer: "diagonal" or "triangular", the scale of the guide's own layer of location and scale.
-        num_components: number of flows of a mixture, 1 for a flow that is none.
+        recipe: the recipe of the flow; None for a function of the user's.
+        dim: the number of unconstrained latents, at least 1.
+        last_layer: "diagonal" or "triangular", the kind of scale in the guide's own last layer.
+        num_components: the number of flows in a mixture; 1 for a single flow.
         dtype: the dtype of the flow, such as "float32".
+
+    Example:
+        >>> state = FlowState(Recipe("IAF"), dim=3, last_layer="diagonal", num_components=1, dtype="float32")
+        >>> FlowState.from_tensor(state.to_tensor()) == state
+        True
     """
 
     recipe: Recipe | None
@@ -32,22 +37,22 @@ class FlowState:
 
     @classmethod
     def of(cls, flow: Flow, recipe: Recipe | None) -> "FlowState":
-        """How a flow, which ends in a guide's own layer, was built."""
+        """Describe a flow that ends in a guide's own layer."""
         is_triangular = isinstance(flow.components[0].layers[-1], Triangular)
         dtype = str(next(flow.parameters()).dtype).removeprefix("torch.")
         return cls(recipe, flow.dim, "triangular" if is_triangular else "diagonal", len(flow.components), dtype)
 
     def to_tensor(self) -> Tensor:
-        """JSON as bytes, a tensor of dtype ``uint8``, since a state dict is to hold tensors alone."""
+        """Write JSON as bytes into a tensor of dtype ``uint8``, since a state dict should hold tensors alone."""
         text = json.dumps({**asdict(self), "recipe": self.recipe and self.recipe.to_json()})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "FlowState":
-        """What :meth:`to_tensor` wrote.
+        """Read what :meth:`to_tensor` wrote.
 
         Raises:
-            CheckpointError: if it cannot be read.
+            CheckpointError: if the tensor cannot be read.
         """
         try:
             fields: dict[str, Any] = json.loads(bytes(tensor.to(torch.uint8).tolist()))
@@ -57,10 +62,13 @@ class FlowState:
             raise CheckpointError(f"the state does not say how its flow was built: {error}") from error
 
     def check_same(self, guide: "FlowState") -> None:
-        """Raise if a state of this flow cannot be loaded into a guide that holds the other.
+        """Raise if a state of this flow cannot be loaded into a guide with another flow.
+
+        Args:
+            guide: how the flow of the guide was built.
 
         Raises:
-            CheckpointError: names the first difference.
+            CheckpointError: if the two differ; names the first difference.
         """
         if self.recipe != guide.recipe:
             raise CheckpointError(

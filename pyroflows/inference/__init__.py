@@ -1,4 +1,4 @@
-"""What a Bayesian gets: a posterior from a model, its diagnosis and correction."""
+"""Bayesian inference: fit a posterior to a Pyro model, diagnose it, and correct it."""
 
 from pyroflows.inference.bridge import BridgeEstimate
 from pyroflows.inference.diagnosis import Diagnosis

@@ -1,7 +1,7 @@
-"""ArviZ, the only place that knows it: conversion to its data, Pareto-smoothed importance sampling, R-hat and ESS.
+"""The interface to ArviZ: conversion to its data, Pareto-smoothed importance sampling, R-hat, ESS and pair plots.
 
-Both generations are supported, and whichever ``arviz`` is installed decides: 0.x with ``InferenceData``, 1.x with
-xarray's ``DataTree``. Everything here takes NumPy arrays, and neither torch nor the rest of pyroflows is needed, so
+No other file uses ArviZ. Both generations are supported: 0.x with ``InferenceData``, and 1.x with xarray's
+``DataTree``. Everything here takes NumPy arrays, and neither torch nor the rest of pyroflows is needed, so
 that each generation can be tested in an environment of its own. ArviZ is imported where it is first used: importing
 0.x takes seconds.
 """
@@ -23,12 +23,12 @@ SAMPLED_GROUPS = ("posterior", "sample_stats", "log_likelihood", "posterior_pred
 DATA_GROUPS = ("observed_data", "constant_data")
 
 SAMPLE_DIMS = ("chain", "draw")
-MAX_PAIRS = 6  # of components: ArviZ 1.x refuses more than 40 panels
+MAX_PAIRS = 6  # components, since ArviZ 1.x refuses more than 40 panels
 
-# Fewer weights leave the tail less than six of them, to which ArviZ 1.x fits nothing.
+# Of fewer weights less than six belong to the tail, to which ArviZ 1.x fits nothing.
 MIN_WEIGHTS = 30
-# Log weights this close are equal: float32 rounds a log density of 1e4 that coarsely, and to an estimate a part in a
-# thousand of a weight is nothing, whatever the tail of those parts.
+# Log weights that differ by less count as equal: float32 rounds a log density of 1e4 as coarsely, and changes of a
+# weight by a thousandth do not matter to an estimate, whatever their tail is.
 EQUAL = 1e-3
 
 
@@ -38,15 +38,15 @@ def to_arviz_data(
     dims: Mapping[str, str | Sequence[str]] | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> "InferenceData | DataTree":
-    """Arrays, by group and variable, as the data of the installed ArviZ.
+    """Convert arrays, by group and variable, to the data of the installed ArviZ.
 
     Args:
-        groups: of :data:`SAMPLED_GROUPS`, arrays (chain, draw, ...); of :data:`DATA_GROUPS`, arrays of any shape.
-            Empty groups are left out.
-        coords: dimension -> its labels.
-        dims: variable -> names of its dimensions, chain and draw excepted; they hold for it in every group. A log
-            likelihood, which lacks the event dimensions of its data, takes as many of the names as it needs.
-        attrs: facts noted on the posterior, such as ``inference_library``.
+        groups: arrays ``(chain, draw, ...)`` by variable for each of :data:`SAMPLED_GROUPS`, and arrays of any shape
+            for each of :data:`DATA_GROUPS`; empty groups are left out.
+        coords: labels by dimension.
+        dims: names of dimensions by variable, without chain and draw, in every group. A log likelihood, which lacks the
+            event dimensions of its data, takes as many of the names as it needs.
+        attrs: attributes of the posterior, such as ``inference_library``.
 
     Raises:
         ValueError: for a group not among these, or shapes that do not fit the group, the names or each other.
@@ -81,7 +81,7 @@ def to_arviz_data(
 
 
 def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    r"""Pareto-smoothed log weights, and :math:`\hat k`, the tail index of the weights.
+    r"""Smooth log weights by a Pareto tail, and give :math:`\hat k`, the tail index of the weights.
 
     A generalised Pareto distribution F is fitted to the M largest of S weights, about :math:`\min(S/5, 3\sqrt S)`.
     Its quantiles :math:`F^{-1}((i - 1/2) / M)`, cut off at the largest raw weight, replace them (Vehtari et al. 2024,
@@ -95,11 +95,11 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     - zero weights (-inf) stay zero and are left out of S: only the others tell the tail.
 
     Args:
-        log_weights: log p - log q, (S,).
+        log_weights: log p - log q, ``(S,)``.
 
     Returns:
-        The smoothed log weights in float64, (S,), and :math:`\hat k`. It is infinite, and the weights are as they
-        were, where nothing can be fitted: fewer than 30 weights that are not zero, or too many ties among the largest.
+        The smoothed log weights in float64, ``(S,)``, and :math:`\hat k`. If fewer than 30 weights are not zero, or too
+        many of the largest are tied, nothing can be fitted: :math:`\hat k` is infinite, and the weights are unchanged.
 
     Raises:
         ValueError: for weights that are NaN or +inf.
@@ -126,17 +126,20 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def rhat(draws: np.ndarray) -> np.ndarray:
-    r"""Rank-normalised split :math:`\hat R` of draws (chain, draw, ...), of each component.
+    r"""Compute the rank-normalised split :math:`\hat R` of each component (Vehtari et al. 2021, arXiv:1903.08008).
 
-    See Vehtari et al. (2021, arXiv:1903.08008). Of a single chain it compares the halves. Infinite where every chain
-    stands still, each at another value; NaN where all draws are equal, or not all finite.
+    It compares the halves of a single chain. It is infinite if every chain stays at one value, and these differ; it is
+    NaN if all draws are equal, or some are not finite.
+
+    Args:
+        draws: draws ``(chain, draw, ...)``, at least 4 of each chain.
 
     Examples:
         >>> draws = np.random.default_rng(0).normal(size=(4, 250, 3))
         >>> rhat(draws).shape, bool((rhat(draws) < 1.05).all())
         ((3,), True)
     """
-    # ArviZ refuses one chain, though the halves are what is compared.
+    # ArviZ refuses a single chain, although it would compare its halves.
     if len(draws) == 1:
         half = draws.shape[1] // 2
         draws = np.concatenate([draws[:, :half], draws[:, -half:]])
@@ -144,11 +147,16 @@ def rhat(draws: np.ndarray) -> np.ndarray:
 
 
 def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
-    """Effective sample size (Vehtari et al. 2021, arXiv:1903.08008) of draws (chain, draw, ...), of each component.
+    """Compute the effective sample size of each component, over all chains (Vehtari et al. 2021, arXiv:1903.08008).
 
     Args:
-        draws: of all chains, four at least of each.
-        method: "bulk" for ranks, "mean" for the values themselves.
+        draws: draws ``(chain, draw, ...)``, at least 4 of each chain.
+        method: "bulk" for that of the ranks, "mean" for that of the values.
+
+    Examples:
+        >>> draws = np.random.default_rng(0).normal(size=(4, 250, 3))
+        >>> bool((ess(draws) > 500).all())
+        True
     """
     return _by_component(lambda component: _backend().ess(component, method), draws)
 
@@ -159,16 +167,16 @@ def plot_pairs(
     coords: Mapping[str, Sequence] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Marginals and pairs of two to six components of the posterior, by ArviZ's ``plot_pair``.
+    """Plot marginals and pairs of two to six components of the posterior, by ArviZ's ``plot_pair``.
 
     Args:
-        data: of :func:`to_arviz_data`.
-        var_names: variables to show; all by default.
-        coords: dimension -> the labels to show.
-        kwargs: more for ``plot_pair`` of the installed ArviZ.
+        data: the result of :func:`to_arviz_data`.
+        var_names: variables to show; None for all.
+        coords: labels to show by dimension; a dimension that is left out is shown in full.
+        kwargs: further options of ``plot_pair`` of the installed ArviZ.
 
     Returns:
-        What has ``savefig``: a matplotlib figure (0.x) or ArviZ's ``PlotMatrix`` (1.x).
+        A matplotlib figure (0.x) or ArviZ's ``PlotMatrix`` (1.x); both have ``savefig``.
 
     Raises:
         ValueError: if there are fewer than two components to show, or more than six.
@@ -213,19 +221,19 @@ def _by_component(function: Callable[[np.ndarray], Any], draws: np.ndarray) -> n
 
 def _smoothed_finite(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     size = log_weights.size
-    # Where there are too few for a tail, all of them must be equal to be without one.
+    # If there are too few weights for a tail, all of them must be equal to count as without one.
     num_tail = math.ceil(min(size / 5, 3 * math.sqrt(size))) if size >= MIN_WEIGHTS else size
-    # The fit starts at the largest weight below the tail, hence one more.
+    # The fit starts at the largest weight below the tail, which is hence compared too.
     if size > 1 and np.ptp(_largest(log_weights, min(num_tail + 1, size))) <= EQUAL:
         return log_weights, 0.0
     if size < MIN_WEIGHTS:
         return log_weights, math.inf
-    # Ties, or one weight that dwarfs the rest by more than float64's range, make the fit divide by zero: NaN below.
+    # Ties, or one weight that exceeds the others by more than float64's range, make the fit divide by zero: NaN below.
     with np.errstate(all="ignore"):
         smoothed, khat = _backend().psislw(log_weights)
     if not (np.isfinite(khat) and np.isfinite(smoothed).all()):
         return log_weights, math.inf
-    # ArviZ normalises. Most weights are below the tail and untouched, so the median change is what it subtracted.
+    # ArviZ normalises the weights. Most are below the tail and otherwise unchanged, so the median change undoes that.
     return smoothed + np.median(log_weights - smoothed), float(khat)
 
 
@@ -243,7 +251,7 @@ def _check_ranks(group: str, arrays: dict[str, np.ndarray], sample_dims: list[st
 
 
 def _check_aligned(group: str, arrays: dict[str, np.ndarray], dataset: "Dataset") -> None:
-    """Xarray fills up arrays that share a dimension and differ in its length with NaN."""
+    """Raise if arrays share a dimension and differ in its length, since xarray fills the shorter ones with NaN."""
     for variable, values in arrays.items():
         if dataset[variable].size != values.size:
             raise ValueError(
@@ -254,7 +262,7 @@ def _check_aligned(group: str, arrays: dict[str, np.ndarray], dataset: "Dataset"
 
 
 class _Backend(NamedTuple):
-    """What is used of ArviZ, in the same terms for both generations."""
+    """The functions of ArviZ that are used, with the same signatures for both generations."""
 
     dataset: Callable[..., "Dataset"]
     container: Callable[[dict[str, "Dataset"]], Any]
@@ -269,7 +277,7 @@ def _backend() -> _Backend:
     try:
         generation = int(importlib.metadata.version("arviz").split(".")[0])
     except importlib.metadata.PackageNotFoundError:
-        # ArviZ 1.x is three packages, two of which do without the one named arviz.
+        # ArviZ 1.x is three packages, and the two that compute can be installed without the one named arviz.
         generation = 1
     try:
         return _arviz_0() if generation == 0 else _arviz_1()
@@ -279,13 +287,13 @@ def _backend() -> _Backend:
 
 def _arviz_0() -> _Backend:
     with warnings.catch_warnings():
-        # It announces ArviZ 1, which is nothing a user of pyroflows has to act on.
+        # The import warns of ArviZ 1, about which a user of pyroflows has nothing to do.
         warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
         import arviz
 
     def dataset(arrays: dict[str, np.ndarray], sample_dims: list[str], **options: Any) -> "Dataset":
         with warnings.catch_warnings():
-            # A guess that the axes are swapped, which here they never are.
+            # ArviZ warns that the axes may be swapped, which here they never are.
             warnings.filterwarnings("ignore", "More chains", UserWarning)
             return arviz.dict_to_dataset(arrays, default_dims=sample_dims, **options)
 
@@ -294,7 +302,7 @@ def _arviz_0() -> _Backend:
         # Faint points, since thousands of them overlap.
         look = {"kind": "scatter", "marginals": True, "figsize": size, "scatter_kwargs": {"alpha": 0.2}}
         with warnings.catch_warnings():
-            # It uses a call that matplotlib 3.11 deprecates.
+            # ArviZ uses a call that matplotlib 3.11 deprecates.
             warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping")
             axes = arviz.plot_pair(data, **{**look, **options})
         figure = axes.flat[0].figure
@@ -313,11 +321,11 @@ def _arviz_1() -> _Backend:
     from xarray import DataTree
 
     def dataset(arrays: dict[str, np.ndarray], sample_dims: list[str], **options: Any) -> "Dataset":
-        # The conventions are the guess that _arviz_0 silences.
+        # The check of conventions gives the warning that _arviz_0 silences.
         return arviz_base.dict_to_dataset(arrays, sample_dims=sample_dims, check_conventions=False, **options)
 
     def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, Any]:
-        # Unlike 0.x it takes negated log weights: a log likelihood, as leave-one-out has it.
+        # Unlike 0.x, this function takes log likelihoods, as in leave-one-out, which are negated log weights.
         return array_stats.psislw(-log_weights)
 
     def rhat(draws: np.ndarray) -> Any:
@@ -330,7 +338,7 @@ def _arviz_1() -> _Backend:
         import arviz_plots
 
         options.pop("num_components")
-        # Without a backend it draws nothing, and says so only when the figure is saved.
+        # Without a backend ArviZ draws nothing, and fails only when the figure is saved.
         return arviz_plots.plot_pair(data, **{"backend": "matplotlib", **options})
 
     return _Backend(dataset, DataTree.from_dict, psislw, rhat, ess, plot_pair)

@@ -1,4 +1,4 @@
-"""Bridge sampling: the evidence from draws of both the flow and the exact posterior."""
+"""Bridge sampling, which estimates the evidence from draws of both the flow and the exact posterior."""
 
 import math
 import warnings
@@ -16,21 +16,26 @@ from pyroflows.randomness import seeded
 
 MIN_SAMPLES = 1000
 MAX_CHAINS = 64
-MIN_DRAWS = 100  # of a chain, for its autocorrelation
-MAX_RHAT = 1.1  # many short chains that have mixed can have 1.05
+MIN_DRAWS = 100  # a chain, which its autocorrelation needs
+MAX_RHAT = 1.1  # many short chains can have 1.05 although they have mixed
 NUM_HALVINGS = 80
 
 
 @dataclass(frozen=True)
 class BridgeEstimate:
-    """A log evidence by bridge sampling.
+    """An estimate of the log evidence by bridge sampling.
 
     Args:
-        log_evidence: the estimate.
-        log_evidence_se: its standard error.
-        num_samples: draws from the posterior.
-        ess: how many independent draws they are worth.
-        rhat: of the chains' log weights; what is above 1.1 has not mixed, and the standard error is too small.
+        log_evidence: the estimate, in nats.
+        log_evidence_se: its standard error, in nats.
+        num_samples: the number of draws from the posterior.
+        ess: the effective sample size of these draws.
+        rhat: R-hat of the log weights along the chains; above 1.1 they have not mixed, and the standard error is too
+            small.
+
+    Example:
+        >>> BridgeEstimate(log_evidence=-3.2, log_evidence_se=0.01, num_samples=10_000, ess=8000.0, rhat=1.002)
+        BridgeEstimate(log_evidence=-3.2000 +- 0.0100, ess=8000 of 10000, rhat=1.002)
     """
 
     log_evidence: float
@@ -49,16 +54,21 @@ class BridgeEstimate:
 def bridge_estimate(
     flow: Flow, log_joint: LogJoint, num_samples: int, num_warmup: int, seed: int | None, progress_bar: bool
 ) -> BridgeEstimate:
-    """Run chains and draw from the flow; see :meth:`pyroflows.Posterior.bridge_sample`.
+    """Run chains, draw from the flow, and bridge between them; see :meth:`pyroflows.Posterior.bridge_sample`.
 
-    The flow was trained, and the chains were tuned, on other draws than those that enter the estimate.
+    The draws that enter the estimate are neither those on which the flow was trained nor those of the warm-up, since
+    these would bias it.
+
+    Raises:
+        OptionError: for an option outside its range.
+        ModelError: if the log joint is finite at too few draws from the flow to start chains from.
     """
     if not isinstance(num_samples, int) or num_samples < MIN_SAMPLES:
         raise OptionError(f"num_samples must be an integer of at least {MIN_SAMPLES}, got {num_samples!r}")
     num_chains = min(MAX_CHAINS, num_samples // MIN_DRAWS)
     num_draws = math.ceil(num_samples / num_chains)
     with seeded(seed), torch.no_grad():
-        # Trajectories alone do not go from mode to mode.
+        # Trajectories alone do not move between the modes of a mixture.
         method = "hmc" if len(flow.components) == 1 else "independence"
         chains = sample_latents(flow, log_joint, method, num_draws, num_chains, num_warmup, None, progress_bar)
         _, log_q = flow().transport(chains.z.unflatten(-1, flow.base_shape))
@@ -68,10 +78,11 @@ def bridge_estimate(
 
 
 def bridge(of_posterior: np.ndarray, of_flow: np.ndarray) -> BridgeEstimate:
-    r"""The evidence from log weights :math:`\ell = \log p(x, y) - \log q(x)` at draws from the posterior and from q.
+    r"""Estimate the log evidence from log weights at draws from the posterior and from q.
 
-    With the optimal bridge function of Meng and Wong (1996, Statistica Sinica 6), of :math:`n_1` draws from the
-    posterior, counted at their effective sample size, and :math:`n_2` from q, :math:`r` solves
+    The log weights are :math:`\ell = \log p(x, y) - \log q(x)`. Of :math:`N_1` draws from the posterior with effective
+    sample size :math:`n_1`, and :math:`n_2` draws from q, the optimal bridge function of Meng and Wong (1996,
+    Statistica Sinica 6) makes the evidence r the solution of
 
     .. math:: \sum_{i=1}^{n_2} \frac{n_1 e^{\ell_i}}{n_1 e^{\ell_i} + n_2 r} = \frac{n_1}{N_1} \sum_{j=1}^{N_1}
         \frac{n_2 r}{n_1 e^{\ell_j} + n_2 r}
@@ -82,15 +93,15 @@ def bridge(of_posterior: np.ndarray, of_flow: np.ndarray) -> BridgeEstimate:
     .. math:: \frac{\mathrm{Var}_p f_1}{\mathrm{ESS}(f_1)\, (E_p f_1)^2} + \frac{\mathrm{Var}_q f_2}{n_2\, (E_q f_2)^2}
 
     Args:
-        of_posterior: log weights at draws of chains, (chain, draw).
-        of_flow: log weights at independent draws from q, (S,); NaN counts as zero weight.
+        of_posterior: log weights at the draws of chains, ``(chain, draw)``.
+        of_flow: log weights at independent draws from q, ``(S,)``; NaN counts as zero weight.
     """
     of_flow = np.nan_to_num(of_flow, nan=-np.inf, neginf=-np.inf)
     ess = _ess(of_posterior)
     num_flow = len(of_flow)
     offset = math.log(ess / num_flow)
     log_r = _root(of_posterior + offset, of_flow + offset, ess)
-    # f_1 and f_2 up to constants: probabilities that a draw is from the flow, or from the posterior.
+    # Up to constants f_1 and f_2 are the probabilities that a draw is from the flow, and from the posterior.
     f_1, f_2 = _sigmoid(log_r - of_posterior - offset), _sigmoid(of_flow + offset - log_r)
     variance = _relative_variance(f_1) / _ess(f_1) + _relative_variance(f_2) / num_flow
     rhat = float(np.nan_to_num(arviz.rhat(of_posterior), nan=1.0, posinf=np.inf))
@@ -104,7 +115,7 @@ def bridge(of_posterior: np.ndarray, of_flow: np.ndarray) -> BridgeEstimate:
 
 
 def _root(of_posterior: np.ndarray, of_flow: np.ndarray, ess: float) -> float:
-    """log r, at which the expected numbers of draws on the wrong side agree; by bisection, for they are monotone."""
+    """Solve the equation of :func:`bridge` for log r by bisection; its two sides are monotone in r."""
     finite = np.concatenate([of_posterior.ravel(), of_flow[np.isfinite(of_flow)]])
     low, high = finite.min() - 50.0, finite.max() + 50.0
     for _ in range(NUM_HALVINGS):
@@ -123,7 +134,7 @@ def _relative_variance(x: np.ndarray) -> float:
 
 
 def _ess(x: np.ndarray) -> float:
-    """Of chains (chain, draw); at most the number of draws, since estimates above it are noise where they are large."""
+    """Effective sample size of chains ``(chain, draw)``, cut off at the number of draws, above which it is noise."""
     ess = float(arviz.ess(x, method="mean"))
     return min(ess, float(x.size)) if math.isfinite(ess) else float(x.size)
 

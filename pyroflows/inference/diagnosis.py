@@ -1,4 +1,4 @@
-"""The verdict on a fit, in words, with the figures behind it."""
+"""The verdict on a fit in words, and the figures and the draws behind it."""
 
 import math
 from dataclasses import dataclass
@@ -7,47 +7,63 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyroflows.flows import Flow
 from pyroflows.inference.arviz import pareto_k_threshold
+from pyroflows.inference.starts import Starts
 from pyroflows.inference.weights import Weights
+from pyroflows.models.log_joint import LogJoint
+from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 
 Verdict = Literal["good", "correct it", "do not use"]
 
+NUM_DIAGNOSTIC_SAMPLES = 10_000
+
 MAX_LOG_WEIGHT_VARIANCE = 0.1
 MAX_MEAN_SHIFT = 0.1
 MAX_SD_CHANGE = 0.1
-# Up to this variance q is p to a KL of a fortieth of a nat, and k-hat, fitted to what is left, says little: unless a
-# few weights are so large that they lower the effective sample size all the same.
+# Up to this variance of the log weights KL(q || p) is below a fortieth of a nat, and k-hat, an estimate from the small
+# differences that are left, says little, unless a few large weights lower the effective sample size all the same.
 NEARLY_EXACT, MIN_RELATIVE_ESS = 0.05, 0.95
-# Between Gaussians the weights of a proposal that is narrower by this factor have a Pareto shape of 0.7, which k-hat
-# from a few thousand draws may miss.
+# A Gaussian proposal that is narrower than its Gaussian target by this factor has weights of Pareto shape 0.7, which an
+# estimate of k-hat from a few thousand draws may miss.
 MAX_WIDENING = 0.3**-0.5
-# In sds: what means may move for the weights to be trusted with it.
+# If the weights move a mean by more standard deviations than this, they cannot be trusted to correct it.
 MAX_CORRECTION = 1.0
-MAX_GROWTH = 0.05  # nats, of the ELBO in the last tenth of the training
+MAX_GROWTH = 0.05  # of the ELBO, in nats, over the last tenth of the training
 MIN_STEPS_OF_TREND = 100
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    r"""Whether a flow posterior can be trusted, and why.
+    r"""A verdict on whether a flow posterior can be trusted, with its reasons and the figures behind them.
 
     Args:
-        verdict: "good": use the draws; "correct it": use ``importance_sample``; "do not use": its weights cannot be
-            trusted either.
-        reasons: sentences.
+        verdict: "good" if the draws can be used as they are; "correct it" if importance weights are needed, and can be
+            trusted; "do not use" if the weights cannot be trusted either.
+        reasons: sentences that explain the verdict and say what to do.
         khat: Pareto k-hat of the importance weights.
-        khat_threshold: what it should stay below, :math:`\min(1 - 1/\log_{10} S, 0.7)` (Vehtari et al. 2024).
-        ess: effective sample size of the weights.
-        num_samples: number of draws S.
+        khat_threshold: the threshold :math:`\min(1 - 1/\log_{10} S, 0.7)`, above which weights cannot be trusted
+            (Vehtari et al. 2024, JMLR 25(72)).
+        ess: effective sample size of the weights, between 1 and S.
+        num_samples: the number of draws S.
         log_weight_variance: variance of the log weights; about twice the KL divergence where it is small.
-        mean_shift: largest change of a mean under the weights, in standard deviations, over the unconstrained
-            components.
-        sd_ratio: the standard deviation under the weights over that of the draws, of the component where it is farthest
-            from 1.
-        num_non_finite: draws whose log joint was not finite.
-        elbo_growth: of the ELBO over the last tenth of the training, in nats, where it is more than its noise; else 0.
-        num_other_modes: separate modes that the starts found and the fit leaves out.
+        mean_shift: the largest change of a mean under the weights, over the unconstrained components, in standard
+            deviations of the draws.
+        sd_ratio: the ratio of the standard deviation under the weights to that of the draws, for the unconstrained
+            component where it is farthest from 1.
+        num_non_finite: the number of draws at which the log joint is not finite.
+        elbo_growth: the growth of the ELBO over the last tenth of the training, in nats; 0 if it is within noise.
+        num_other_modes: the number of separate modes that the starts found and the fit leaves out.
+
+    Example:
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> posterior = pf.FlowVI(model, seed=0, progress_bar=False).run(torch.tensor(1.0))
+        >>> diagnosis = posterior.diagnose()
+        >>> diagnosis.verdict, diagnosis.reasons[-2]
+        ('good', 'the draws can be used as they are')
     """
 
     verdict: Verdict
@@ -75,15 +91,15 @@ def diagnose(
     modes: str | None = None,
     num_other_modes: int = 0,
 ) -> Diagnosis:
-    """The verdict on a fit.
+    """Judge a fit by its importance weights, its training and its starts.
 
     Args:
-        raw_log_weights: of draws, ``(S,)``.
-        weights: their smoothed version.
-        latents: the unconstrained draws, ``(S, dim)``.
-        history: of the training, for the trend of the ELBO.
-        modes: what the starts found, in words.
-        num_other_modes: how many separate modes they found besides those that the fit covers.
+        raw_log_weights: the log weights of draws from the flow, ``(S,)``.
+        weights: the same weights, smoothed.
+        latents: the draws, unconstrained, ``(S, dim)``.
+        history: the history of the training, which shows whether the ELBO still grows.
+        modes: a sentence on what the starts found, which becomes one of the reasons.
+        num_other_modes: the number of separate modes that the starts found and the fit does not cover.
     """
     finite = torch.isfinite(raw_log_weights)
     num_samples, num_bad = len(finite), int((~finite).sum())
@@ -150,8 +166,41 @@ _ADVICE: dict[Verdict, str] = {
 }
 
 
+@dataclass(frozen=True)
+class DiagnosticDraws:
+    r"""The draws from a flow on which the figures and the verdict of a posterior rest.
+
+    Args:
+        latents: unconstrained draws ``(S, dim)``.
+        raw_log_weights: their log weights :math:`\log p(x, y) - \log q(x)`, ``(S,)``.
+        weights: the same weights, smoothed.
+    """
+
+    latents: Tensor
+    raw_log_weights: Tensor
+    weights: Weights
+
+    @classmethod
+    def drawn(cls, flow: Flow, log_joint: LogJoint, num_samples: int) -> "DiagnosticDraws":
+        """Draw from a flow under a fixed seed, so that every call gives the same figures."""
+        with seeded(0), torch.no_grad():
+            latents, log_q = flow().rsample_and_log_prob((num_samples,))
+            raw = log_joint.in_chunks(latents) - log_q
+        return cls(latents, raw, Weights.smoothed(raw))
+
+    def diagnosis(self, flow: Flow, history: History, starts: Starts | None) -> Diagnosis:
+        """Judge the flow by these draws, its training, and its starts where it had several."""
+        modes, num_other_modes = None, 0
+        if starts is not None:
+            modes, num_other_modes = str(starts), len(starts.modes) - len(flow.components)
+        return diagnose(self.raw_log_weights, self.weights, self.latents, history, modes, num_other_modes)
+
+
 def _elbo_growth(history: History | None) -> float:
-    """Of its mean from the last but one to the last tenth of the steps, if more than three standard errors."""
+    """By how much the mean ELBO of the last tenth of the steps exceeds that of the tenth before, or 0.
+
+    The growth counts only if it is more than three standard errors.
+    """
     if history is None or history.num_steps < MIN_STEPS_OF_TREND:
         return 0.0
     size = history.num_steps // 10
@@ -162,7 +211,12 @@ def _elbo_growth(history: History | None) -> float:
 
 
 def _moment_change(latents: Tensor, weights: Tensor) -> tuple[float, float, float]:
-    """Largest move of a mean in sds, the most extreme and the largest ratio of sds, under the weights."""
+    """Compare moments of the draws with and without weights.
+
+    Returns:
+        The largest move of a mean in standard deviations, the ratio of standard deviations that is farthest from 1, and
+        the largest of these ratios.
+    """
     mean, sd = latents.mean(0), latents.std(0)
     weighted_mean = weights @ latents
     weighted_sd = (weights @ (latents - weighted_mean) ** 2).sqrt()

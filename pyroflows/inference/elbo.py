@@ -1,4 +1,4 @@
-"""The objective that fits a flow to a model: the ELBO, of subsampled rows and tempered where that is asked for."""
+"""The objective that fits a flow to a model: the ELBO, estimated from subsampled rows, and tempered on demand."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,25 +18,30 @@ class Tempering:
 
     Args:
         first: :math:`\beta_0`, between 0 and 1.
-        num_steps: T.
+        num_steps: T, the number of steps.
+
+    Example:
+        >>> [round(Tempering(0.01, num_steps=2)(step), 2) for step in range(4)]
+        [0.01, 0.1, 1.0, 1.0]
     """
 
     first: float
     num_steps: int
 
     def __call__(self, step: int) -> float:
+        """The inverse temperature :math:`\beta_t` of a step, counted from 0."""
         return self.first ** (1 - min(1.0, step / max(1, self.num_steps)))
 
 
 class ModelELBO(ReverseKL):
-    r"""Maximises the ELBO of a flow for a model's log joint, :math:`E_q[\beta_t \log p(x, y) - \log q(x)]`.
+    r"""The ELBO of a flow for a model, :math:`E_q[\beta_t \log p(x, y) - \log q(x)]`, which training maximises.
 
     Args:
         flow: the flow q.
-        log_joint: that of the model; rows of subsampled plates are drawn anew in each step.
-        estimator: of the gradient.
-        num_particles: draws a step.
-        own_parameters: parameters of the model, trained along.
+        log_joint: the log joint of the model; the rows of subsampled plates are drawn anew in each step.
+        estimator: the gradient estimator.
+        num_particles: number of draws a step, at least 1.
+        own_parameters: parameters of the model, which are trained with the flow.
         tempering: the inverse temperatures :math:`\beta_t`; None for 1 throughout.
     """
 
@@ -55,7 +60,7 @@ class ModelELBO(ReverseKL):
         self._num_drawn = 0
 
     def draw(self) -> list[Tensor]:
-        """Base draws, the inverse temperature, and rows of each subsampled plate."""
+        """Draw base values and the rows of each subsampled plate, and give the inverse temperature of the step."""
         beta = 1.0 if self._tempering is None else self._tempering(self._num_drawn)
         self._num_drawn += 1
         return [
@@ -65,7 +70,7 @@ class ModelELBO(ReverseKL):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps, which the temperature depends on."""
+        """The number of steps so far, on which the temperature depends."""
         return {"num_drawn": self._num_drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Draws, and what the model says of them, as ArviZ data."""
+"""Convert draws, with the model's predictions and likelihoods at them, to ArviZ data."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -32,21 +32,24 @@ def to_arviz(
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """ArviZ data of draws: InferenceData (ArviZ 0.x) or DataTree (1.x), whichever is installed.
+    """Convert draws to ArviZ data: InferenceData (ArviZ 0.x) or DataTree (1.x), whichever is installed.
 
     Args:
-        draws: site to tensor ``(S, *site shape)``.
-        model: the Pyro model of the draws; without it there are no groups but the posterior.
+        draws: tensors ``(S, *site shape)`` by site.
+        model: the Pyro model of the draws; None for a posterior group alone.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        num_chains: number of chains that the draws are, one after the other, all of one length.
-        sample_stats: name to tensor ``(S,)``.
+        num_chains: number of chains of equal length, whose draws follow one another; must divide S.
+        sample_stats: tensors ``(S,)`` by name.
         log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
         posterior_predictive: whether to add posterior predictive draws.
         prior: whether to add S prior and prior predictive draws; priors that cannot be drawn from are left out with a
             warning.
         coords: coordinates by dimension.
-        dims: dimension names by site; plates name theirs.
+        dims: dimension names by site; a dimension of a plate has the plate's name by default.
+
+    Raises:
+        ModelError: if a flow could not fit the model, or the draws do not fit its sites; names the site.
 
     Example:
         >>> data = to_arviz({"mu": torch.zeros(100)})
@@ -87,7 +90,7 @@ def arviz_data(
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """As :func:`to_arviz`, for a model that has been described and runs in batches; None for both without a model."""
+    """Convert draws as :func:`to_arviz` does, with a model that was described before, or None for both."""
     groups: dict[str, Arrays] = {
         "posterior": _in_chains(draws, num_chains),
         "sample_stats": _in_chains(_double(sample_stats or {}), num_chains),
@@ -115,7 +118,7 @@ def arviz_data(
 
 
 def _dims(structure: ModelStructure) -> dict[str, list[str]]:
-    """Dimension names of the sites in plates; dimensions without a plate are numbered, as ArviZ does."""
+    """Name the dimensions of sites in plates; dimensions without a plate are numbered, as ArviZ does."""
     sites: tuple[Site, ...] = (*structure.latents, *structure.deterministic, *structure.observed)
     named = {}
     for site in sites:
@@ -126,7 +129,7 @@ def _dims(structure: ModelStructure) -> dict[str, list[str]]:
 
 
 def _double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In float64: ArviZ's own sums in float32 can come out NaN."""
+    """Cast to float64, since ArviZ's own sums in float32 can be NaN."""
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 

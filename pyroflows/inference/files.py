@@ -1,4 +1,4 @@
-"""Posteriors as safetensors files: no pickle."""
+"""Write posteriors to safetensors files, and read them; no pickle is involved."""
 
 import json
 from dataclasses import asdict
@@ -26,7 +26,18 @@ FORMAT = "pyroflows posterior 2"
 def save(
     guide: AutoFlow, parameters: dict[str, Tensor], history: History, starts: Starts | None, path: str | Path
 ) -> None:
-    """Write a guide's flow, the model's own parameters, the history and the starts, with what rebuilds the flow."""
+    """Write a guide's flow with its recipe, the model's parameters, the history and the result of the starts.
+
+    Args:
+        guide: a flow guide, built.
+        parameters: the unconstrained parameters of the model, by name.
+        history: the history of the training.
+        starts: the result of the search for modes, if there was one.
+        path: the path of the file.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
     tensors = {f"flow.{name}": value for name, value in guide.state_dict().items()}
     tensors |= {f"param.{name}": value.detach() for name, value in parameters.items()}
     tensors |= {f"history.{name}": torch.from_numpy(values) for name, values in history.items()}
@@ -49,7 +60,17 @@ def save(
 def load(
     path: str | Path, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn | None
 ) -> tuple[AutoFlow, History, Starts | None]:
-    """A built guide, the history and what the starts found, from a file that :func:`save` wrote.
+    """Read a file that :func:`save` wrote, and put the saved values into the model's parameters.
+
+    Args:
+        path: the path of the file.
+        model: the Pyro model that was fitted.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        flow_fn: the function that made the flow, if it was the user's own.
+
+    Returns:
+        The guide, built, the history of its training, and the result of the search for modes.
 
     Raises:
         CheckpointError: if the file cannot be read, belongs to another model, or needs ``flow_fn``.
@@ -63,13 +84,14 @@ def load(
         raise CheckpointError(f"{path} holds another flow than flow_fn makes: {error}") from error
     guide._setup_prototype(*args, **kwargs)
     assert guide.layout is not None
-    sites = {site.name: list(site.shape) for site in guide.layout.structure.latents}
+    structure = guide.layout.structure
+    sites = {site.name: list(site.shape) for site in structure.latents}
     if sites != header["sites"]:
         raise CheckpointError(
             f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
         )
     init_fn = init_to_value(values=guide.layout.constrain(guide._init_loc())[0])
-    parameters = model_parameters(in_dtype(model, dtype), args, kwargs, init_fn)
+    parameters = model_parameters(structure, in_dtype(model, dtype), args, kwargs, init_fn)
     saved = _part(tensors, "param.")
     if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in saved.items()}:
         raise CheckpointError(f"{path} belongs to a model with parameters {sorted(saved)}, not {sorted(parameters)}")

@@ -1,4 +1,4 @@
-"""Importance sampling of a model with any proposal: a Pyro guide, a flow, a posterior."""
+"""Importance sampling of a model with any proposal, be it a Pyro guide, a flow or a posterior."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +20,10 @@ from pyroflows.models.layout import Layout
 from pyroflows.models.requirements import require_flow, require_full_plates
 from pyroflows.models.structure import Model, ModelStructure, describe, in_dtype
 
-# Draws at once, fewer where sites are large: tensors of a small model then stay in the processor's cache.
+# The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
 BATCH_SIZE = 16_384
 
-# A number of draws -> values by latent site (S, *site shape), and log q (S,), a density on the constrained space.
+# Maps a number S of draws to values (S, *site shape) by latent site, and to log q (S,) on the constrained space.
 Proposal = Callable[[int], tuple[SiteValues, Tensor]]
 
 
@@ -36,17 +36,18 @@ def importance_sample(
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> WeightedDraws:
-    r"""Draws from a proposal q with Pareto-smoothed importance weights :math:`p(x, y) / q(x)`.
+    r"""Draw from a proposal q, and weight the draws by Pareto-smoothed importance weights :math:`p(x, y) / q(x)`.
 
-    Model and guide run for many draws at once, with the meaning that they have for one.
+    Model and guide run for many draws at once, each of which gets what a run for it alone gives.
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
-        proposal: any Pyro guide of the model, trained or not, an autoguide or a function with ``pyro.sample``
-            statements for the same sites; or a :class:`pyroflows.Flow` over the latents, made unconstrained, flattened
-            and joined in the order of the model; or a :class:`pyroflows.Posterior`.
+        proposal: any Pyro guide of the model, trained or not, which may be an autoguide or a function with
+            ``pyro.sample`` statements for the same sites; or a :class:`pyroflows.Flow` over the vector of the latents,
+            which are made unconstrained, flattened and joined in the order of the model; or a
+            :class:`pyroflows.Posterior`.
         args: arguments of model and guide.
-        num_samples: number of draws.
+        num_samples: number of draws, at least 1.
         progress_bar: whether to show one.
         kwargs: keyword arguments of model and guide.
 
@@ -131,14 +132,14 @@ def _of_flow(flow: Flow, layout: Layout) -> Proposal:
 
 
 def _of_packed(guide: AutoContinuous, layout: Layout, args: Any, kwargs: Any) -> Proposal:
-    """Of Pyro's guides over one vector, which may not know how to score a value that they did not just draw."""
+    """Propose from a Pyro guide over one vector, which may be unable to score values that it did not just draw."""
     sizes = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
 
     def draw(num_draws: int) -> tuple[SiteValues, Tensor]:
         law = guide.get_posterior(*args, **kwargs)
         vectors = law.rsample((num_draws,))
         log_q = law.log_prob(vectors)
-        # In the order of the guide's model, which need not be that of this one.
+        # The guide's vector has the order of the guide's model, which may be another one.
         by_name = dict(zip(sizes, vectors.split(list(sizes.values()), -1), strict=True))
         values, ladj = layout.constrain(torch.cat([by_name[name] for name in layout.slices], -1))
         return values, log_q - ladj
@@ -147,7 +148,7 @@ def _of_packed(guide: AutoContinuous, layout: Layout, args: Any, kwargs: Any) ->
 
 
 def _of_program(guide: Callable[..., Any], structure: ModelStructure, args: Any, kwargs: Any) -> Proposal:
-    # A guide is a model without data: auxiliary sites, and the densities of Delta sites that go with them, count too.
+    # A guide runs like a model without data; auxiliary sites and the densities of Delta sites count in its log q.
     batched = BatchedModel(guide, args, kwargs, {}, draw=True)
 
     def draw(num_draws: int) -> tuple[SiteValues, Tensor]:

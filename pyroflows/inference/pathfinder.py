@@ -1,64 +1,54 @@
-r"""A Gaussian near a density, found in one to three hundred evaluations: where a fit starts, or all that it needs.
+r"""Fit Gaussians to a log density at its modes, in one to three hundred evaluations.
 
-A search for modes from several starts at once gives a first Gaussian each, as in Pathfinder (Zhang, Carpenter, Gelman,
-Vehtari 2022, arXiv:2108.03782), which variational steps then bring to the Gaussian of the least KL divergence. The
-density is seen through one function with a fixed number of rows, which has to be traced only once.
+A search for modes from several starts at once gives a first Gaussian for each, as in Pathfinder (Zhang, Carpenter,
+Gelman and Vehtari 2022, arXiv:2108.03782). Variational steps then bring it to the Gaussian of the least KL divergence.
+The density is evaluated by one function with a fixed number of rows, so that it has to be compiled only once.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+from pyroflows.models.log_joint import ValueAndGrad
 
 PLAIN_SCALE = 0.1
-# Beyond it, squares would come near to overflow.
+# The squares of larger values would come near to overflow.
 LARGEST_VALUE = 1e60
-# Of the search. Its Gaussians need not be good, only near enough for the variational steps.
+# Constants of the search, whose Gaussians need only be near enough for the variational steps.
 GAIN, NUM_STALLS, SHORTEST = 1e-3, 5, 1e-7
 NUM_FIRST, THINNING, PATIENCE = 12, 3, 20
-# Of the variational steps.
+# Constants of the variational steps.
 ROWS_PER_DIM = 4
 MAX_STEPS = 50
 FIRST_BOUND, LEAST_BOUND, LARGEST_BOUND = 4.0, 1.2, 1e4
 NUM_HALF, NUM_SETTLED, NUM_SETTLED_IF_EXACT = 4, 12, 2
-# Of the log weights: below the first the Gaussian is exact, above the second another start may find a better one.
+# Variances of the log weights: below the first the Gaussian counts as exact; above the second, another start may find a
+# better one.
 EXACT_VARIANCE, POOR_VARIANCE = 0.01, 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianApproximation:
-    r""":math:`N(\mathrm{loc}, L L^\top)` beside a log density.
+    r"""A Gaussian :math:`q = N(\mathrm{loc}, L L^\top)` that approximates a density p.
 
     Args:
-        loc: mean, ``(D,)``.
+        loc: the mean, ``(D,)``.
         scale_tril: L, lower triangular with a positive diagonal, ``(D, D)``.
-        elbo: estimate of :math:`E_q[\log p - \log q]`.
+        elbo: an estimate of :math:`E_q[\log p - \log q]`, in nats.
     """
 
     loc: Tensor
     scale_tril: Tensor
     elbo: float
 
-    def rsample(self, num_draws: int) -> Tensor:
-        """Draws ``(num_draws, D)``."""
-        noise = torch.randn(num_draws, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + noise @ self.scale_tril.mT
-
-    def log_prob(self, vectors: Tensor) -> Tensor:
-        """Log density of ``(M, D)``, ``(M,)``."""
-        noise = torch.linalg.solve_triangular(self.scale_tril, (vectors - self.loc).mT, upper=False).mT
-        return _log_normal(noise) - self.scale_tril.diagonal().log().sum()
-
 
 def pathfinder(
     value_and_grad: ValueAndGrad, starts: Tensor, *, num_rows: int = 64, max_iterations: int = 150
 ) -> list[GaussianApproximation]:
-    r"""The Gaussian :math:`q = N(m, J J^\top)` of the largest ELBO that is reached from each start.
+    r"""Search from each start for the Gaussian :math:`q = N(m, J J^\top)` of the largest ELBO.
 
     From all starts at once, BFGS climbs the log density p, keeping a square root J of the inverse Hessian. Of the
     Gaussians :math:`N(u + J J^\top g, J J^\top)` at its iterates u with gradients g, and of the plain
@@ -76,13 +66,13 @@ def pathfinder(
         value_and_grad: vectors ``(num_rows, D)`` in the dtype of the starts to log densities ``(num_rows,)``, up to a
             constant, and gradients ``(num_rows, D)``. Never called with another number of rows. Where one of them is
             not finite, the density is taken as zero.
-        starts: ``(S, D)``, S at most ``num_rows``; a few, since they share the rows of a call.
-        num_rows: draws, or trial steps of all starts together, that are evaluated in one call.
-        max_iterations: of the search for modes, at most two calls each.
+        starts: ``(S, D)``, S at most ``num_rows``; they should be few, since they share the rows of a call.
+        num_rows: number of vectors in one call, which are draws, or trial steps of all starts together.
+        max_iterations: number of iterations of the search for modes, with at most two calls each.
 
     Returns:
-        One Gaussian a start with a finite density, the best ELBO first, in the dtype of the starts. A start that
-        ends inside another's Gaussian shares it, the same object, if that has a variance of log weights below 0.5.
+        A Gaussian for each start with a finite density, the best ELBO first, in the dtype of the starts. A start that
+        ends inside another's Gaussian shares that object, if the variance of its log weights is below 0.5.
 
     Raises:
         ValueError: if the starts do not fit the rows, or none has a finite density.
@@ -118,7 +108,7 @@ def pathfinder(
 
 
 class _Approximation(NamedTuple):
-    """N(loc, root root^T) in float64; the root need not be triangular."""
+    """A Gaussian N(loc, root root^T) in float64, whose root need not be triangular."""
 
     loc: Tensor
     root: Tensor
@@ -127,7 +117,7 @@ class _Approximation(NamedTuple):
 
 
 class _Density:
-    """The log density in float64 of any number of vectors, -inf with gradient zero where it is not finite."""
+    """The log density of any number of vectors in float64; where it is not finite, it is -inf with gradient zero."""
 
     def __init__(self, value_and_grad: ValueAndGrad, num_rows: int, starts: Tensor) -> None:
         self.value_and_grad = value_and_grad
@@ -136,7 +126,7 @@ class _Density:
         self.eps = torch.finfo(starts.dtype).eps
 
     def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors ``(..., D)`` to values ``(...)`` and gradients ``(..., D)``."""
+        """Map vectors ``(..., D)`` to values ``(...)`` and gradients ``(..., D)``."""
         flat = vectors.reshape(-1, vectors.shape[-1])
         padding = flat[-1:].expand(-len(flat) % self.num_rows, -1)
         rows = torch.cat([flat, padding]).to(self.starts)
@@ -148,13 +138,13 @@ class _Density:
         return value.reshape(vectors.shape[:-1]), grad.reshape(vectors.shape)
 
     def log_weights(self, loc: Tensor, root: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """log p - log q at the draws that the noise ``(..., M, D)`` makes, and the gradients of log p there."""
+        """Give log p - log q at the draws that the noise ``(..., M, D)`` makes, and the gradients of log p there."""
         value, grad = self(loc[..., None, :] + noise @ root.mT)
         return value - _log_normal(noise) + torch.linalg.slogdet(root)[1][..., None], grad
 
 
 class _Search:
-    """BFGS from all starts at once, each with its own line search: a call tries several step lengths of every start."""
+    """BFGS from all starts at once; one call of the density tries several step lengths of every start."""
 
     def __init__(self, density: _Density, starts: Tensor) -> None:
         num_starts, dim = starts.shape
@@ -169,17 +159,17 @@ class _Search:
         self._restart(self.active)
 
     def gaussians(self) -> tuple[Tensor, Tensor]:
-        """Pathfinder's: what a quadratic with this gradient and inverse Hessian would have."""
+        """Pathfinder's Gaussians, which are exact if the log density is quadratic."""
         return self.loc + _times(self.root, _times(self.root.mT, self.grad)), self.root
 
     def advance(self) -> None:
-        """One step of each active start, or the same again with shorter ones where none was good."""
+        """Make one step of each active start; if no length was good, the next call tries shorter ones."""
         pull = _times(self.root.mT, self.grad)
         slope = pull.square().sum(-1)
         lengths = self.reach[:, None] * self.lengths
         trials = self.loc[:, None] + lengths[..., None] * _times(self.root, pull)[:, None]
         values, grads = self.density(trials)
-        # A sum of many terms is not more exact than this; without it the search would end on rounding errors.
+        # A log density is a sum of many terms with this rounding error, on which the search would otherwise stop.
         rounding = 10 * self.density.eps * self.value.abs()
         enough = values >= (self.value - rounding)[:, None] + 1e-4 * lengths * slope[:, None]
         value, best = values.where(enough, -torch.inf).max(-1)
@@ -199,7 +189,7 @@ class _Search:
             self._restart(lost & self.active)
 
     def _restart(self, which: Tensor) -> None:
-        """A first step of length one along the gradient."""
+        """Forget the curvature, so that the next step goes along the gradient."""
         scale = self.grad.norm(dim=-1).clamp(min=1e-100).rsqrt()
         identity = torch.eye(self.loc.shape[-1]).to(self.loc)
         self.root = torch.where(which[:, None, None], scale[:, None, None] * identity, self.root)
@@ -207,20 +197,21 @@ class _Search:
         self.unscaled = self.unscaled | which
 
     def _learn_curvature(self, moved: Tensor, length: Tensor, slope: Tensor, step: Tensor, change: Tensor) -> None:
-        """BFGS as a product J <- (I - s v^T) J, so that J J^T stays positive definite (Brodlie et al. 1973).
+        """Update the inverse Hessian J J^T by BFGS in product form, which keeps it positive definite.
 
-        With s the step, y the change of the negative gradient, B the inverse of J J^T:
-        v = y / (s.y) - B s / sqrt(s.y s.B s), and B s is the step length times the gradient.
+        The update is J <- (I - s v^T) J with v = y / (s.y) - B s / sqrt(s.y s.B s) (Brodlie et al. 1973), where s is
+        the step, y the change of the negative gradient, and B the inverse of J J^T. B s is the step length times the
+        gradient.
         """
         curvature = (step * change).sum(-1)
-        # Of the identity that it starts from (Nocedal and Wright 2006, eq. 6.20).
+        # The identity from which J starts is scaled once (Nocedal and Wright 2006, eq. 6.20).
         rescaled = moved & self.unscaled & (curvature > 0)
         scale = torch.where(rescaled, curvature / _times(self.root.mT, change).square().sum(-1), 1.0)
         self.root = self.root * scale.sqrt()[:, None, None]
         self.unscaled = self.unscaled & ~rescaled
         expected_change = (length / scale)[:, None] * self.grad
         expected = length.square() * slope / scale
-        # Powell's damping, where the curvature is negative or small: nothing shrinks to less than a fifth at once.
+        # Where the curvature is negative or small, Powell's damping keeps it above a fifth of the expected one.
         damping = torch.where(curvature >= 0.2 * expected, 1.0, 0.8 * expected / (expected - curvature))
         change = expected_change + damping[:, None] * (change - expected_change)
         curvature = (step * change).sum(-1)
@@ -231,7 +222,7 @@ class _Search:
 
 
 def _best_on_paths(density: _Density, search: _Search, max_iterations: int) -> list[_Approximation]:
-    """The Gaussian of the best ELBO, from few draws, on the path of each start."""
+    """Choose on the path of each start the Gaussian of the best ELBO, estimated from few draws."""
     num_starts, dim = search.loc.shape
     noise = _antithetic(density.num_rows // num_starts, search.loc)
     identity = torch.eye(dim).to(search.loc)
@@ -251,13 +242,13 @@ def _best_on_paths(density: _Density, search: _Search, max_iterations: int) -> l
         loc = new_loc.where(better[:, None], loc)
         root = new_root.where(better[:, None, None], root)
         last_gain = torch.where(better, i, last_gain)
-        # Into the neck of a funnel the density grows without end, and the Gaussians get worse.
+        # Towards the neck of a funnel the density grows without bound while the Gaussians get worse.
         search.active = search.active & (i - last_gain < PATIENCE)
     return [_Approximation(loc[i], root[i], elbo[i].item()) for i in range(num_starts)]
 
 
 class _Look(NamedTuple):
-    """A Gaussian with what its draws say."""
+    """A Gaussian with estimates from its draws: ELBO and standard error, and moments of the whitened score."""
 
     loc: Tensor
     root: Tensor
@@ -269,7 +260,7 @@ class _Look(NamedTuple):
 
 
 def _look(density: _Density, loc: Tensor, root: Tensor) -> _Look:
-    """The ELBO and the regression of the whitened score on the noise."""
+    """Estimate the ELBO of a Gaussian, and the regression of the whitened score on the noise."""
     dim = len(loc)
     num_draws = max(density.num_rows, ROWS_PER_DIM * dim)
     noise = _antithetic(num_draws + -num_draws % density.num_rows, loc)
@@ -279,7 +270,7 @@ def _look(density: _Density, loc: Tensor, root: Tensor) -> _Look:
     noise, score = noise[finite], score[finite]
     center, mean_score = noise.sum(0) / max(len(noise), 1), score.sum(0) / max(len(score), 1)
     noise = noise - center
-    # The ridge towards the present precision matters only where too few draws are left.
+    # The ridge pulls towards the present precision, and matters only if few draws have a finite density.
     ridge = 1e-6 * torch.eye(dim).to(loc)
     precision = torch.linalg.solve(noise.mT @ noise + ridge, ridge - noise.mT @ score)
     precision = (precision + precision.mT) / 2
@@ -289,18 +280,21 @@ def _look(density: _Density, loc: Tensor, root: Tensor) -> _Look:
 
 
 def _refine(density: _Density, start: _Approximation, found: list[_Approximation]) -> _Approximation:
-    """Natural gradient steps on the ELBO, full ones until it settles, then averaging; or the one found on the way."""
+    """Raise the ELBO by natural gradient steps, in full until it settles, then with falling rates.
+
+    A Gaussian that was found before is returned as soon as the steps end up inside it.
+    """
     now = _look(density, start.loc, start.root)
     bound, num_settled = FIRST_BOUND, 0
     for _ in range(MAX_STEPS):
         if same := _containing(now.loc, found):
             return same
-        # Full steps overshoot where the curvature is not constant, and need not come to rest.
+        # If the curvature is not constant, full steps overshoot, and need not converge.
         rate = 1 / max(2, 2 + num_settled - NUM_HALF) if num_settled else 1.0
         new = _look(density, *_step(now, bound, rate))
         if new.elbo < now.elbo - 3 * now.error - 0.1:
             bound = max(math.sqrt(bound), LEAST_BOUND)
-            # With other draws, lest a lucky estimate stay for ever.
+            # A new estimate from other draws replaces the old one, which may have been high by chance.
             now = _look(density, now.loc, now.root)
             continue
         if new.elbo < now.elbo + now.error + new.error:
@@ -315,7 +309,7 @@ def _refine(density: _Density, start: _Approximation, found: list[_Approximation
 
 
 def _step(now: _Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
-    """Mean and root after a step that changes no variance by more than the bound."""
+    """Mean and root after a natural gradient step, which changes no variance by more than the factor ``bound``."""
     identity = torch.eye(len(now.loc)).to(now.loc)
     precision, axes = torch.linalg.eigh((1 - rate) * identity + rate * now.precision)
     precision = precision.clamp(1 / bound, bound)
@@ -325,7 +319,11 @@ def _step(now: _Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
 
 
 def _containing(vector: Tensor, found: list[_Approximation]) -> _Approximation | None:
-    """The first that fits and in which the vector is no further from the mean than draws (five deviations) are."""
+    """The first good Gaussian that contains a vector.
+
+    A Gaussian is good if the variance of its log weights is small, and contains a vector whose squared Mahalanobis
+    distance is within five standard deviations of its mean over draws.
+    """
     far = len(vector) + 5 * math.sqrt(2 * len(vector))
     for q in found:
         fits = q.log_weight_variance < POOR_VARIANCE

@@ -1,38 +1,29 @@
-"""What a fit returns: a posterior that samples, scores, corrects and judges itself."""
+"""The result of a fit: a posterior that samples, scores, judges and corrects itself."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from pyro.infer.autoguide import init_to_value
-from torch import Tensor
-
 from pyroflows import plots
-from pyroflows.compiling.check import Compiler
-from pyroflows.errors import ModelError, OptionError
+from pyroflows.errors import OptionError
 from pyroflows.fitting import DensityFit, Distillation
-from pyroflows.flows import Flow, Recipe
+from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference import files, refit
+from pyroflows.inference.approximation import Approximation
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
-from pyroflows.inference.candidates import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws, diagnosed
-from pyroflows.inference.diagnosis import Diagnosis
+from pyroflows.inference.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.inference.export import arviz_data
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
-from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.inference.starts import Starts
 from pyroflows.inference.summary import summary_table
 from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
-from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.requirements import check_static, require_flow, require_full_plates
-from pyroflows.models.structure import Model, describe, in_dtype, model_parameters
+from pyroflows.models.structure import Model, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 
@@ -40,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Posterior:
+class Posterior(Approximation):
     """A flow as the posterior of a Pyro model.
 
     Args:
@@ -48,16 +39,21 @@ class Posterior:
         guide: a flow guide, built and trained.
         args: the model's positional arguments.
         kwargs: the model's keyword arguments.
-        history: of the training; empty where none was needed.
-        starts: what the starts of the fit found, where it had several.
-        num_diagnostic_samples: number of draws behind ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict.
-        compile: as for :class:`FlowVI`; of the log joint on which chains move.
-        log_joint: of the model with these arguments, where a fit has made one; None to make it.
-        draws: the draws behind its own figures, where a fit has made them; None to make them.
+        history: the history of the training; empty if the flow was not trained on the model.
+        starts: the result of the search for modes, if the fit made one.
+        num_diagnostic_samples: number of draws from which ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict
+            are computed, at least 100.
+        compile: how the log joint is compiled for chains, as for :class:`FlowVI`.
+        log_joint: the log joint of the model with these arguments, if a fit has made it; None to make it when needed.
+        draws: the draws behind the figures, if a fit has made them; None to make them when needed.
 
     Attributes:
-        refitted: what fitted the guide, where :meth:`distill` or :meth:`fit_proposal` did: with its KL divergence or
-            log-density, and ``plot()``.
+        refitted: the result of :meth:`distill` or :meth:`fit_proposal`, if one of them fitted the guide; it holds the
+            KL divergence or the log-density, and has ``plot()``.
+
+    Raises:
+        ModelError: if the guide is not built yet, or the model shows other latents than the guide's.
+        OptionError: if ``num_diagnostic_samples`` is below 100.
 
     Example:
         >>> def model(y):
@@ -84,31 +80,13 @@ class Posterior:
         log_joint: LogJoint | None = None,
         draws: DiagnosticDraws | None = None,
     ) -> None:
-        if guide.layout is None or guide.flow is None:
-            raise ModelError("this guide is not built yet: call guide(*args) once with the model's arguments")
         if num_diagnostic_samples < 100:
             raise OptionError(f"num_diagnostic_samples must be at least 100, got {num_diagnostic_samples}")
-        self.model = model
-        self.guide = guide
+        super().__init__(model, guide, args, kwargs, compile, log_joint)
         self.history = history
         self.starts = starts
         self.num_diagnostic_samples = num_diagnostic_samples
         self.refitted: Distillation | DensityFit | None = None
-        self._model = in_dtype(model, guide.dtype)
-        self._args, self._kwargs = args, kwargs
-        self._compile = compile
-        self._flow = guide.flow
-        self._center = _median(self._flow)
-        self._init_fn = init_to_value(values=guide.layout.constrain(self._center)[0])
-        if log_joint is None:
-            structure = describe(self._model, self._args, self._kwargs, self._init_fn)
-            require_flow(structure)
-            check_static(guide.layout.structure, structure)
-            self.layout = Layout(structure)
-        else:
-            self.log_joint = log_joint
-            self.layout = log_joint.layout
-        self.structure = self.layout.structure
         if draws is not None:
             self._diagnostics = draws
 
@@ -117,54 +95,55 @@ class Posterior:
         """Whether a Gaussian was enough, so that no flow was trained."""
         return not self.history and self.guide.flow_fn == Recipe("Gaussian")
 
-    @cached_property
-    def log_joint(self) -> LogJoint:
-        """The model's log joint at these arguments, as a function of unconstrained vectors."""
-        with seeded(0), torch.no_grad():
-            examples = self._flow().sample((NUM_EXAMPLES,))
-        return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
-
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
-        """The same posterior with other arguments of the model, for instance without subsampling."""
+        """The same flow as the posterior at other arguments of the model, for instance without subsampling.
+
+        Args:
+            args: the model's arguments, for which it must have the same latents.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            ModelError: if the model has other latents at these arguments.
+        """
         return Posterior(
             self.model, self.guide, args, kwargs, self.history, self.starts, self.num_diagnostic_samples, self._compile
         )
 
-    def sample(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws by site, ``(num_samples, *site shape)``, in the constrained space; deterministic sites too."""
-        return self._sites(self._latents(num_samples)[0])
+    def importance_sample(self, num_samples: int) -> WeightedDraws:
+        """Draw from the flow and weight the draws by Pareto-smoothed importance weights.
 
-    def log_prob(self, draws: Mapping[str, Tensor]) -> Tensor:
-        """``log q`` of draws ``(S, *site shape)`` of all latent sites, a density on the constrained space; ``(S,)``.
+        Args:
+            num_samples: number of draws, at least 1.
 
         Raises:
-            ShapeError: if a latent site is missing or has another shape.
-            DataError: if a value is outside of its site's support.
-        """
-        self.layout.check_draws(draws)
-        vectors = self.layout.unconstrain(draws).to(self._center)
-        _, ladj = self.layout.constrain(vectors)
-        with torch.no_grad():
-            return self._flow().log_prob(vectors) - ladj
+            OptionError: if ``num_samples`` is not a positive integer.
+            ModelError: if a plate is subsampled.
 
-    def importance_sample(self, num_samples: int) -> WeightedDraws:
-        """Draws corrected by Pareto-smoothed importance weights."""
+        Example:
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            >>> posterior = pf.FlowVI(model, seed=0, progress_bar=False).run(torch.tensor(1.0))
+            >>> weighted = posterior.importance_sample(1000)
+            >>> weighted.draws["mu"].shape, weighted.log_weights.shape
+            (torch.Size([1000]), torch.Size([1000]))
+        """
         self._require_full_plates()
         latents, log_q = self._latents(num_samples)
         weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
         return WeightedDraws(self._sites(latents), weights)
 
     def distill(self, flow_fn: FlowFn | None = None, **options: Any) -> "Posterior":
-        """A posterior whose guide is distilled from this one's: for a flow that is slow to sample, one that is quick.
+        """Distill the flow into another one, for instance a slow sampler into a quick one.
 
-        It judges itself against the model, as any posterior does.
+        The new posterior judges itself against the model, as any posterior does.
 
         Args:
             flow_fn: ``latent_dim -> flow``, as for :class:`pyroflows.guides.AutoFlow`; None for the default recipe.
-            options: of :func:`pyroflows.distill`.
+            options: options of :func:`pyroflows.distill`.
 
         Raises:
-            OptionError: for an option outside its range, or a student that cannot be trained through its draws.
+            OptionError: for an option outside its range, or a student whose draws carry no gradients.
             DivergedError: if the loss stays non-finite.
 
         Example:
@@ -183,18 +162,20 @@ class Posterior:
     def fit_proposal(
         self, flow_fn: FlowFn | None = None, num_samples: int = 20_000, seed: int | None = None, **options: Any
     ) -> "Posterior":
-        r"""A posterior whose guide is fitted by maximum likelihood to this one's importance-weighted draws.
+        r"""Fit another flow by maximum likelihood to this posterior's importance-weighted draws.
 
-        It maximises :math:`\sum_i w_i \log q(x_i)`, which for good weights is the forward KL divergence from the exact
-        posterior: where the fit by reverse KL is too narrow, such a guide covers what the weights show, and is the
-        better proposal for importance sampling and independence chains. It cannot find what no draw has visited.
+        The fit maximises :math:`\sum_i w_i \log q(x_i)`. If the weights are good, it minimises the forward KL
+        divergence from the exact posterior to q. Where the fit by reverse KL is too narrow, the new flow covers what
+        the weights show, and is the better proposal for importance sampling and for independence chains. It cannot find
+        a region that no draw has visited.
 
         Args:
-            flow_fn: ``latent_dim -> flow``, quick to score; None for :class:`pyroflows.flows.MAF`, or a spline for a
-                single latent.
-            num_samples: number of weighted draws.
-            seed: makes draws and fit reproducible and leaves the global generator as it was; None to draw from it.
-            options: of :func:`pyroflows.fit_density`; ``patience`` is 5.
+            flow_fn: ``latent_dim -> flow``, which should be quick to score; None for :class:`pyroflows.flows.MAF`, or
+                :class:`pyroflows.flows.NSF` for a single latent.
+            num_samples: number of weighted draws, at least 1.
+            seed: seed that makes draws and fit reproducible and leaves the global generator as it was; None to use the
+                global generator.
+            options: options of :func:`pyroflows.fit_density`, whose ``patience`` is 5 here by default.
 
         Raises:
             OptionError: for an option outside its range.
@@ -207,7 +188,7 @@ class Posterior:
             guide, found = refit.weighted_guide(
                 self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, options
             )
-        # What the draws have shown of the modes that starts found, it covers.
+        # The new flow covers those modes that the draws have visited, so the modes of the first fit say nothing of it.
         return self._with_guide(guide, None, found)
 
     def _with_guide(self, guide: AutoFlow, starts: Starts | None, found: Distillation | DensityFit) -> "Posterior":
@@ -234,19 +215,21 @@ class Posterior:
         seed: int | None = None,
         progress_bar: bool = True,
     ) -> Chains:
-        """Draws from the exact posterior by Markov chains in the flow's base space, where it is close to the base.
+        """Draw from the exact posterior by Markov chains in the flow's base space (NeuTra, arXiv:1903.03704).
 
-        A flow that is off makes the chains slower, not wrong; ``rhat`` and ``ess`` of the result tell. The base space
-        of a mixture of flows is the unconstrained space itself.
+        There the posterior is close to the base, so that chains mix quickly. A poor flow makes the chains slower, not
+        wrong; ``rhat`` and ``ess`` of the result show it. The base space of a mixture of flows is the unconstrained
+        space itself.
 
         Args:
-            num_samples: kept draws of each chain, four at least.
+            num_samples: number of draws that are kept of each chain, at least 4.
             num_chains: number of chains; None for 64, or 4 for "nuts".
-            method: "hmc": many chains in one batch, tuned together; "nuts": Pyro's NUTS, chain after chain, which is
-                NeuTra; "independence": as "hmc", with a draw from the flow proposed after each trajectory, for several
-                modes that the flow has found.
-            num_warmup: iterations before, from which nothing is kept.
-            seed: makes the chains reproducible and leaves the global generator as it was; None to draw from it.
+            method: "hmc" runs many chains in one batch, tuned together; "nuts" runs Pyro's NUTS, one chain after the
+                other; "independence" runs "hmc" and proposes a draw from the flow after each trajectory, which moves
+                chains between separate modes if the flow covers them.
+            num_warmup: number of iterations before the kept draws, in which the sampler is tuned, at least 1.
+            seed: seed that makes the chains reproducible and leaves the global generator as it was; None to use the
+                global generator.
             progress_bar: whether to show one.
 
         Raises:
@@ -259,20 +242,22 @@ class Posterior:
         )
         sites = self._sites(found.latents.flatten(0, 1))
         draws = {name: value.unflatten(0, found.latents.shape[:2]) for name, value in sites.items()}
-        return Chains(draws, found.stats, method, self._model, self._args, self._kwargs)
+        return Chains(draws, found.stats, method, self.structure, self.log_joint.batched)
 
     def bridge_sample(
         self, num_samples: int = 10_000, num_warmup: int = 300, seed: int | None = None, progress_bar: bool = True
     ) -> BridgeEstimate:
-        """Log evidence by bridge sampling between the flow and the exact posterior.
+        """Estimate the log evidence by bridge sampling between the flow and the exact posterior.
 
-        Where the flow is off, or too narrow, its error is far smaller than that of ``log_evidence``, and known.
+        If the flow is poor, or too narrow, the error is far smaller than that of ``log_evidence``, and its standard
+        error can be trusted.
 
         Args:
-            num_samples: draws from the posterior, by :meth:`mcmc` with "hmc", or "independence" for a mixture of flows;
-                and as many from the flow. At least 1000.
-            num_warmup: iterations of the chains before, from which nothing is kept.
-            seed: makes the estimate reproducible and leaves the global generator as it was; None to draw from it.
+            num_samples: number of draws from the posterior, by :meth:`mcmc` with "hmc", or "independence" for a mixture
+                of flows, and of as many draws from the flow; at least 1000.
+            num_warmup: number of iterations of the chains before the kept draws, at least 1.
+            seed: seed that makes the estimate reproducible and leaves the global generator as it was; None to use the
+                global generator.
             progress_bar: whether to show one.
 
         Raises:
@@ -282,18 +267,6 @@ class Posterior:
         self._require_full_plates()
         return bridge_estimate(self._flow, self.log_joint, num_samples, num_warmup, seed, progress_bar)
 
-    def predictive(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior predictive draws ``(num_samples, ...)`` of observed and deterministic sites.
-
-        At the fit's own arguments, or at new ones where given; observed sites are drawn anew whatever they are given.
-        """
-        values, _ = self.layout.constrain(self._latents(num_samples)[0])
-        if args or kwargs:
-            batched = BatchedModel(self._model, args, kwargs, values, draw=True)
-        else:
-            batched = self.log_joint.batched.drawing(values)
-        return posterior_predictive(batched, values, num_samples)
-
     @cached_property
     def _diagnostics(self) -> DiagnosticDraws:
         self._require_full_plates()
@@ -301,44 +274,48 @@ class Posterior:
 
     @property
     def elbo(self) -> float:
-        """Evidence lower bound, the mean log weight."""
+        """Evidence lower bound in nats, the mean log weight."""
         return self._diagnostics.raw_log_weights.double().mean().item()
 
     @property
     def elbo_se(self) -> float:
-        """Standard error of the ELBO."""
+        """Standard error of the ELBO, in nats."""
         return self._diagnostics.raw_log_weights.double().std().item() / self.num_diagnostic_samples**0.5
 
     @property
     def khat(self) -> float:
-        """Pareto k-hat of the importance weights."""
+        """Pareto k-hat of the importance weights; below 0.7 they can be trusted (Vehtari et al. 2024)."""
         return self._diagnostics.weights.khat
 
     @property
     def ess(self) -> float:
-        """Effective sample size of ``num_diagnostic_samples`` weighted draws."""
+        """Effective sample size of the weighted draws, between 1 and ``num_diagnostic_samples``."""
         return self._diagnostics.weights.ess
 
     @property
     def log_evidence(self) -> float:
-        """Log evidence by importance sampling."""
+        """Log evidence in nats, by importance sampling."""
         return self._diagnostics.weights.log_evidence
 
     @property
     def log_evidence_se(self) -> float:
-        """Standard error of the log evidence."""
+        """Standard error of the log evidence, in nats."""
         return self._diagnostics.weights.log_evidence_se
 
     def diagnose(self) -> Diagnosis:
-        """The verdict, and why."""
-        return diagnosed(self._diagnostics, self._flow, self.history, self.starts)
+        """Judge whether the draws can be used as they are, need to be corrected, or should not be used.
+
+        Raises:
+            ModelError: if a plate is subsampled.
+        """
+        return self._diagnostics.diagnosis(self._flow, self.history, self.starts)
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
-        """Mean, sd and quantiles of every component, straight from the flow, as a pandas table.
+        """Tabulate mean, standard deviation and quantiles of every component of uncorrected draws, with pandas.
 
         Args:
-            var_names: sites to show; by default all but deterministic sites with a value for each observation, that is
-                in plates without latents.
+            var_names: sites to show; None for all, except deterministic sites in plates without latents, which have a
+                value for each observation.
         """
         with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
@@ -366,18 +343,21 @@ class Posterior:
         coords: Mapping[str, Sequence[Any]] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
     ) -> Any:
-        """ArviZ data of one chain of draws from the flow: InferenceData or DataTree, as the installed ArviZ has it.
+        """Convert one chain of draws from the flow to ArviZ data: InferenceData (ArviZ 0.x) or DataTree (1.x).
 
-        ``sample_stats`` holds ``lp`` and ``log_q`` in the unconstrained space, and ``log_weight``. There is no R-hat:
-        the draws are independent, and R-hat could say nothing of their error.
+        ``sample_stats`` holds ``lp`` and ``log_q`` in the unconstrained space, and ``log_weight``. R-hat means nothing
+        here: the draws are independent, whether or not the flow fits.
 
         Args:
-            num_samples: number of draws.
+            num_samples: number of draws, at least 1.
             log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
             posterior_predictive: whether to add posterior predictive draws.
             prior: whether to add prior and prior predictive draws.
             coords: coordinates by dimension.
-            dims: dimension names by site; plates name theirs.
+            dims: dimension names by site; a dimension of a plate has the plate's name by default.
+
+        Raises:
+            ModelError: if a plate is subsampled.
         """
         self._require_full_plates()
         latents, log_q = self._latents(num_samples)
@@ -395,7 +375,11 @@ class Posterior:
         )
 
     def plot_training(self) -> Any:
-        """The ELBO and the variance of the log weights over the steps; a matplotlib figure."""
+        """Plot the ELBO and the variance of the log weights over the steps, as a matplotlib figure.
+
+        Raises:
+            PlotError: if matplotlib is not installed, or no flow was trained on the model.
+        """
         return plots.plot_training(self.history)
 
     def plot_pairs(
@@ -405,13 +389,17 @@ class Posterior:
         num_samples: int = 2000,
         **kwargs: Any,
     ) -> Any:
-        """Marginals and pairs of two to six components, by ArviZ; the figure has ``savefig``.
+        """Plot marginals and pairs of two to six components, by ArviZ; the figure has ``savefig``.
 
         Args:
-            var_names: sites to show; all by default.
+            var_names: sites to show; None for all.
             coords: labels to show by dimension; plates are dimensions, whose rows are numbered.
-            num_samples: number of draws.
-            kwargs: more for ArviZ's ``plot_pair``.
+            num_samples: number of draws, at least 1.
+            kwargs: further options of ArviZ's ``plot_pair``.
+
+        Raises:
+            PlotError: if matplotlib is not installed.
+            ValueError: if there are fewer than two components to show, or more than six.
         """
         plots.require_matplotlib()
         data = arviz_data(
@@ -425,43 +413,18 @@ class Posterior:
         return plot_pairs(data, var_names, coords, **kwargs)
 
     def save(self, path: str | Path) -> None:
-        """Write the flow, the model's own parameters, the history and what the starts found to a safetensors file.
+        """Write the flow, the model's parameters, the history and the search for modes to a safetensors file.
 
-        :func:`pyroflows.load_posterior` reads it.
+        :func:`pyroflows.load_posterior` reads the file.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
         """
-        parameters = model_parameters(self._model, self._args, self._kwargs, self._init_fn)
+        parameters = model_parameters(self.structure, self._model, self._args, self._kwargs, self._init_fn)
         files.save(self.guide, parameters, self.history, self.starts, path)
-
-    @torch.no_grad()
-    def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Unconstrained draws ``(S, dim)`` and their ``log q``."""
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
-        return self._flow().rsample_and_log_prob((num_samples,))
-
-    def _sites(self, latents: Tensor) -> dict[str, Tensor]:
-        """Latent and deterministic sites, without those that a subsampled plate makes another in each run."""
-        values, _ = self.layout.constrain(latents)
-        subsampled = {plate.name for plate in self.structure.subsampled}
-        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plate_names)]
-        if not names:
-            return values
-        recorded = self.log_joint.batched.in_chunks(values, len(latents)).values
-        return {**values, **{name: recorded[name] for name in names}}
 
     def _summary_names(self) -> list[str]:
         structure = self.structure
         local = {plate for site in structure.latents for plate in site.plate_names} | {None}
         deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plate_names)]
         return [*(site.name for site in structure.latents), *deterministic]
-
-    def _require_full_plates(self) -> None:
-        require_full_plates(
-            self.structure, "use posterior.with_data(...) with arguments for which the model runs on all rows"
-        )
-
-
-@torch.no_grad()
-def _median(flow: Flow) -> Tensor:
-    with seeded(0):
-        return flow().sample((100,)).median(0).values

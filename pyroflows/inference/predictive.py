@@ -1,4 +1,4 @@
-"""Draws of a whole model: posterior predictive and prior."""
+"""Draws from a whole model: posterior predictive, prior and prior predictive."""
 
 import warnings
 
@@ -9,11 +9,11 @@ from pyroflows.models.structure import ModelStructure
 
 
 def posterior_predictive(batched: BatchedModel, latents: SiteValues, num_samples: int) -> dict[str, Tensor]:
-    """Draws ``(num_samples, ...)`` of the observed and deterministic sites, given draws of the latents.
+    """Draw the observed and deterministic sites given draws of the latents, ``(num_samples, *site shape)`` by site.
 
     Args:
-        batched: the model, drawing what has no value.
-        latents: draws by site ``(num_samples, *site shape)``.
+        batched: the model, in a form that draws every site without a given value.
+        latents: draws ``(num_samples, *site shape)`` by site.
         num_samples: the number of draws.
     """
     values = batched.in_chunks(latents, num_samples).values
@@ -23,7 +23,15 @@ def posterior_predictive(batched: BatchedModel, latents: SiteValues, num_samples
 def prior_draws(
     batched: BatchedModel, structure: ModelStructure, num_samples: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Prior draws of latent and deterministic sites, and of observed sites; both empty where a prior has no sampler."""
+    """Draw from the prior: the latent and deterministic sites, and apart from them the observed sites.
+
+    Where a prior cannot be drawn from, a warning says so, and both results are empty.
+
+    Args:
+        batched: the model.
+        structure: its structure.
+        num_samples: the number of draws.
+    """
     flat = [site.name for site in structure.latents if site.is_flat]
     if flat:
         warnings.warn(
@@ -33,7 +41,8 @@ def prior_draws(
         return {}, {}
     try:
         values = batched.drawing({}).in_chunks({}, num_samples).values
-    except (NotImplementedError, ValueError) as error:  # no sampler, or a draw that the rest of the model refuses
+    # A prior may have no sampler, and the rest of the model may refuse what is drawn.
+    except (NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"prior and prior predictive draws are left out, since drawing fails: {reason}", stacklevel=2)
         return {}, {}

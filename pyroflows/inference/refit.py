@@ -1,4 +1,4 @@
-"""Guides fitted to a posterior that is there already: one that is quicker to sample, one that covers more."""
+"""Fit another guide to a posterior: one that is quicker to sample, or one that covers more."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,16 @@ PATIENCE = 5
 def distilled_guide(
     model: Model, teacher: AutoFlow, flow_fn: FlowFn | None, args: Any, kwargs: Any, options: Mapping[str, Any]
 ) -> tuple[AutoFlow, Distillation]:
-    """A guide of the model whose flow is distilled from another's; options are those of :func:`pyroflows.distill`."""
+    """Make a guide of the model, and distill the flow of another guide into its flow.
+
+    Args:
+        model: the Pyro model.
+        teacher: the guide whose flow is distilled.
+        flow_fn: ``latent_dim -> flow``; None for the default recipe.
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+        options: options of :func:`pyroflows.distill`.
+    """
     flow: Any = teacher.flow
     with torch.no_grad():
         draws = flow().sample((NUM_CORRELATION_DRAWS,))
@@ -38,9 +47,20 @@ def weighted_guide(
     kwargs: Any,
     options: Mapping[str, Any],
 ) -> tuple[AutoFlow, DensityFit]:
-    """A guide of the model fitted to weighted draws; options are those of :func:`pyroflows.fit_density`."""
+    """Make a guide of the model, and fit its flow to weighted draws by maximum likelihood.
+
+    Args:
+        model: the Pyro model.
+        proposal: the guide from which the draws are.
+        flow_fn: ``latent_dim -> flow``; None for a MAF, or a spline for a single latent.
+        latents: unconstrained draws ``(S, dim)``.
+        weights: their weights.
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+        options: options of :func:`pyroflows.fit_density`.
+    """
     normalized = weights.normalized.to(latents)
-    # Affine maps go on growing where a spline ends, and so cover tails that the draws hardly show.
+    # Beyond its bounds a spline is the identity, while an affine map goes on and covers tails with few draws.
     default = Recipe("MAF" if latents.shape[1] > 1 else "NSF")
     guide = AutoFlow(model, flow_fn or default, dtype=proposal.dtype)
     flow = _start_near(guide, latents, normalized, args, kwargs)
@@ -48,13 +68,13 @@ def weighted_guide(
 
 
 def _start_near(guide: AutoFlow, latents: Tensor, weights: Tensor, args: Any, kwargs: Any) -> Flow:
-    """The flow of a guide, built at the mean and the covariance of weighted latents ``(n, dim)``."""
+    """Build the flow of a guide at the mean and the covariance of weighted latents ``(n, dim)``."""
     dim = latents.shape[1]
     mean = (weights / weights.sum()).double() @ latents.double()
     covariance = torch.cov(latents.T.double(), aweights=weights.double()).reshape(dim, dim)
     sd = covariance.diagonal().sqrt()
     num_effective = weights.sum() ** 2 / (weights**2).sum()
-    # Fewer draws than dimensions have no invertible covariance.
+    # The covariance of fewer draws than dimensions is singular.
     shrinkage = dim / (dim + num_effective.double())
     correlation = torch.lerp(covariance / sd / sd[:, None], torch.eye(dim).to(covariance), shrinkage)
     guide.start_at(mean, sd[:, None] * torch.linalg.cholesky(correlation), *args, **kwargs)

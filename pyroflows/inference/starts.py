@@ -1,4 +1,4 @@
-"""Where a fit starts: Gaussians at the modes of the log joint, and whether one of them is all that it needs."""
+"""Where a fit starts: points, the modes of the log joint to which they lead, and a Gaussian at each."""
 
 import math
 from dataclasses import dataclass
@@ -10,35 +10,36 @@ from torch import Tensor
 
 from pyroflows.compiling.check import is_singular
 from pyroflows.errors import ModelError
-from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.pathfinder import GaussianApproximation, pathfinder
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint, ValueAndGrad
 from pyroflows.models.structure import Model, trace_model
 
 NUM_ROWS = 64
-# In standard deviations of either Gaussian: nearer ones are two views of one mode.
+# Gaussians whose means are nearer than this many standard deviations of either describe the same mode.
 SEPARATION = 4.0
-# In nats, of the log joint between two modes: what falls less is one mode with a bend, or a funnel.
+# Between two modes the log joint falls by at least this many nats; where it falls less, a single mode is bent, or a
+# funnel.
 MIN_DIP = 3.0
-# In nats below the best: a mode of less than a hundredth of its mass, if the Gaussians are good.
+# A Gaussian whose ELBO lies this many nats below the best stands for less than a hundredth of the best mode's mass, if
+# both fit well.
 MAX_DEFICIT = math.log(100.0)
-# Of the Gaussian's log weights, k-hat, moves of means in sds and relative changes of sds under the weights.
-MAX_VARIANCE, MAX_KHAT, MAX_MOVE = 0.05, 0.5, 0.05
-# Half the width of the cube from which flat priors are drawn, in the unconstrained space.
+# Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space.
 WIDE = 10.0
-# Below this variance of the log weights k-hat is fitted to next to nothing.
-EXACT_VARIANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Starts:
-    """What the starts of a fit found.
+    """The result of the search for modes from several starts.
 
     Args:
-        elbos: of the best Gaussian of each start that found a finite log joint, the best first.
-        modes: the ELBO of each separate mode of some mass, the best first.
-        num_starts: how many were tried.
+        elbos: the ELBO of the best Gaussian of each start with a finite log joint, in nats, the best first.
+        modes: the ELBO of the Gaussian at each separate mode that is not negligible, in nats, the best first.
+        num_starts: the number of starts that were tried.
+
+    Example:
+        >>> print(Starts(elbos=(-3.0, -3.1, -9.0), modes=(-3.0,), num_starts=3))
+        2 of 3 starts ended within 1 nat of the best Gaussian
     """
 
     elbos: tuple[float, ...]
@@ -56,14 +57,22 @@ class Starts:
 
 
 def starting_points(model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor, num_starts: int) -> Tensor:
-    """The initial values, and in equal parts points near zero and draws from the prior; ``(num_starts, dim)``.
+    """Choose points from which a search for modes starts, ``(num_starts, dim)``.
 
-    Those near zero are where Pyro's and Stan's chains start; those from the prior find modes that lie apart. Where a
-    prior is flat, they are uniform over a wider range.
+    The first is the center. The others are, in turn, points near zero, where Pyro's and Stan's chains start, and draws
+    from the prior, which find modes that lie far apart. Where a prior is flat, they are uniform over a wider range.
+
+    Args:
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        layout: the layout of its latents.
+        center: the initial values, packed, ``(dim,)``.
+        num_starts: the number of points, at least 1.
     """
     starts = [center, *_uniform(num_starts - 1, center)]
     for i in range(2, num_starts, 2):
-        # Far out in a vague prior a scale may underflow, and a matrix be singular.
+        # At an extreme draw from a vague prior a scale may underflow, or a matrix be singular.
         with pyro.validation_enabled(False):
             try:
                 trace = trace_model(model, args, kwargs)
@@ -81,14 +90,22 @@ def starting_points(model: Model, args: Any, kwargs: Any, layout: Layout, center
 
 
 def _uniform(num: int, like: Tensor) -> Tensor:
-    """Points ``(num, dim)`` of the cube from -1 to 1."""
+    """Draw points ``(num, dim)`` uniformly from the cube between -1 and 1."""
     return 2 * torch.rand(num, len(like)).to(like) - 1
 
 
 def find_start(
     log_joint: LogJoint, starts: Tensor, inverse_temperature: float | None = None
 ) -> tuple[list[GaussianApproximation], Starts]:
-    """A Gaussian at each separate mode of some mass, the best ELBO first, from starts ``(S, dim)``.
+    """Find the separate modes of a log joint, and fit a Gaussian at each.
+
+    Args:
+        log_joint: the log joint of a model.
+        starts: packed unconstrained vectors ``(S, dim)``.
+        inverse_temperature: a factor of the log joint, between 0 and 1; None for 1.
+
+    Returns:
+        The Gaussians at all modes that are not negligible, the best ELBO first; and a summary of the search.
 
     Raises:
         ModelError: if the log joint is finite at none of them.
@@ -109,16 +126,6 @@ def find_start(
     return modes, Starts(tuple(g.elbo for g in found), tuple(g.elbo for g in modes), len(starts))
 
 
-def is_enough(gaussian: Diagnosis) -> bool:
-    """Whether nothing is left for a flow to do."""
-    return (
-        gaussian.verdict == "good"
-        and gaussian.log_weight_variance < MAX_VARIANCE
-        and (gaussian.khat < MAX_KHAT or gaussian.log_weight_variance < EXACT_VARIANCE)
-        and max(gaussian.mean_shift, abs(gaussian.sd_ratio - 1)) < MAX_MOVE
-    )
-
-
 def _separate(
     gaussians: list[GaussianApproximation], value_and_grad: ValueAndGrad, num_rows: int
 ) -> list[GaussianApproximation]:
@@ -134,14 +141,14 @@ def _separate(
 
 
 def _distance(a: GaussianApproximation, b: GaussianApproximation) -> float:
-    """Between the means, in the wider one's standard deviations."""
+    """The distance between the means, in standard deviations of the wider Gaussian along that direction."""
     gap = (a.loc - b.loc)[:, None]
     solved = [torch.linalg.solve_triangular(g.scale_tril, gap, upper=False) for g in (a, b)]
     return min(s.norm().item() for s in solved)
 
 
 def _dip(a: GaussianApproximation, b: GaussianApproximation, value_and_grad: ValueAndGrad, num_rows: int) -> float:
-    """How far the log joint falls between the means, below the lower of the two; inf where it is not finite."""
+    """How far the log joint falls between the means, below its lower end; inf where it is not finite."""
     weight = torch.linspace(0, 1, num_rows).to(a.loc)[:, None]
     values, _ = value_and_grad(a.loc + weight * (b.loc - a.loc))
     return (torch.minimum(values[0], values[-1]) - values.nan_to_num(nan=-torch.inf).min()).item()

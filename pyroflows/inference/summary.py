@@ -1,4 +1,4 @@
-"""Draws as a table."""
+"""A table of means, standard deviations and quantiles."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,18 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 
 def summary_table(draws: Mapping[str, Tensor], names: Sequence[str]) -> "pd.DataFrame":
-    """Mean, sd and quantiles of every component of draws ``(S, *shape)``."""
+    """Tabulate mean, standard deviation and quantiles of every component.
+
+    Args:
+        draws: tensors ``(S, *site shape)`` by site.
+        names: the sites to show.
+
+    Example:
+        >>> summary_table({"x": torch.tensor([[1.0, 5.0], [3.0, 5.0]])}, ["x"])
+              mean        sd   5%  50%  95%
+        x[0]   2.0  1.414214  1.1  2.0  2.9
+        x[1]   5.0  0.000000  5.0  5.0  5.0
+    """
     import pandas as pd
 
     rows = {}

@@ -1,4 +1,4 @@
-"""Importance sampling: Pareto-smoothed weights and what they tell."""
+"""Pareto-smoothed importance weights, and the figures that follow from them."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,16 @@ class Weights:
     r"""Pareto-smoothed log weights :math:`\log w_i`, not normalised, and the figures that follow from them.
 
     Args:
-        log_weights: smoothed log weights ``(S,)``, float64; their offset is kept.
-        khat: Pareto shape of the raw weights' tail (Vehtari et al. 2024, JMLR 25(72)); 0 for constant weights.
-        ess: effective sample size, :math:`(\sum w)^2 / \sum w^2`.
-        log_evidence: :math:`\log \frac1S \sum_i w_i` of the raw weights.
-        log_evidence_se: its standard error, by the delta method.
+        log_weights: smoothed log weights ``(S,)`` in float64, with the offset of the raw ones.
+        khat: Pareto shape of the tail of the raw weights (Vehtari et al. 2024, JMLR 25(72)); 0 for constant weights.
+        ess: effective sample size :math:`(\sum_i w_i)^2 / \sum_i w_i^2`, between 1 and S.
+        log_evidence: :math:`\log \frac1S \sum_i w_i` of the raw weights, in nats.
+        log_evidence_se: standard error of the log evidence, by the delta method.
+
+    Example:
+        >>> weights = Weights.smoothed(torch.tensor([1.0, 1.0, 2.0]).double().log())
+        >>> weights.normalized, round(weights.ess, 2)
+        (tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64), 2.67)
     """
 
     log_weights: Tensor
@@ -30,7 +35,7 @@ class Weights:
 
     @classmethod
     def smoothed(cls, raw: Tensor) -> "Weights":
-        """From raw log weights ``(S,)``; one that is NaN counts as zero weight."""
+        """Smooth raw log weights ``(S,)``; one that is NaN counts as zero weight."""
         values = np.nan_to_num(raw.detach().cpu().double().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         smoothed, khat = pareto_smoothed(values)
         log_weights = torch.from_numpy(smoothed)
@@ -56,8 +61,15 @@ class WeightedDraws:
     """Draws from a proposal with their Pareto-smoothed importance weights.
 
     Args:
-        draws: site to tensor ``(S, *site shape)``.
+        draws: tensors ``(S, *site shape)`` by site.
         weights: the weights and their figures.
+
+    Example:
+        >>> weighted = WeightedDraws({"x": torch.arange(3.0)}, Weights.smoothed(torch.zeros(3)))
+        >>> weighted
+        WeightedDraws(3 draws, ess=3, khat=0.00, log_evidence=0.000 +- 0.000)
+        >>> weighted.resample(5)["x"].shape
+        torch.Size([5])
     """
 
     draws: dict[str, Tensor]
@@ -70,7 +82,7 @@ class WeightedDraws:
 
     @property
     def khat(self) -> float:
-        """Pareto k-hat."""
+        """Pareto k-hat of the weights."""
         return self.weights.khat
 
     @property
@@ -80,16 +92,23 @@ class WeightedDraws:
 
     @property
     def log_evidence(self) -> float:
-        """Log evidence."""
+        """Log evidence in nats, the log of the mean raw weight."""
         return self.weights.log_evidence
 
     @property
     def log_evidence_se(self) -> float:
-        """Standard error of the log evidence."""
+        """Standard error of the log evidence, in nats."""
         return self.weights.log_evidence_se
 
     def resample(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws with equal weights, site to tensor ``(num_samples, *site shape)``, drawn with replacement."""
+        """Draw with replacement by the weights, so that the result has equal weights.
+
+        Args:
+            num_samples: number of draws, at least 1.
+
+        Returns:
+            Tensors ``(num_samples, *site shape)`` by site.
+        """
         indices = torch.multinomial(self.weights.normalized, num_samples, replacement=True)
         return {name: value[indices.to(value.device)] for name, value in self.draws.items()}
 

@@ -1,1 +1,1 @@
-"""A Pyro model as data: its structure, its runs for a batch of draws, its log joint."""
+"""What pyroflows knows of a Pyro model: its structure, its runs for batches of draws, and its log joint."""

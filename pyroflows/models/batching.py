@@ -1,10 +1,10 @@
-"""Running a model for a batch of draws at once, with the meaning it has for one draw.
+"""Run a model for a batch of draws at once, so that every draw gets what a run for it alone gives.
 
-Three ways are tried, and the first that gives what single draws give is taken:
+Three ways are tried, and the first whose results agree with single runs is taken:
 
-- "plate": one run under an outer ``pyro.plate``, right for models written to broadcast;
-- "vmap": ``torch.func.vmap`` of a run, right for any model whose operations vmap knows;
-- "loop": one run a draw.
+- "plate" is one run under an outer ``pyro.plate``, which is right for models that are written to broadcast;
+- "vmap" is ``torch.func.vmap`` of a run, which is right for any model whose operations vmap supports;
+- "loop" is one run for each draw.
 """
 
 import time
@@ -28,20 +28,20 @@ from pyroflows.models.structure import Model
 Mode = Literal["plate", "vmap", "loop"]
 SiteValues = Mapping[str, Tensor]
 
-# A batch is cut into chunks so that its sites hold about so many numbers at once: what stays in a processor's cache is
-# up to four times as fast as what does not.
+# A batch is cut into chunks whose sites hold about this many numbers, since work that stays in a processor's cache is
+# up to four times as fast as work that does not.
 MAX_NUMBERS = 2**19
 NUM_EXAMPLES = 5
-LONG = 5.0  # seconds of drawing one by one before a word is said
+LONG = 5.0  # a warning says how long draws one by one take, if it is more than this many seconds
 
 
 @dataclass
 class RunRecord:
-    """What one run shows at every site, or a batch of runs with the draws in the first dimension.
+    """The values and log-densities of all sites in one run, or in a batch of runs along the first dimension.
 
     Args:
         values: values by site, ``pyro.deterministic`` included.
-        log_probs: log-densities by site, scaled and masked, in the site's batch shape; factors included.
+        log_probs: log-densities by site, ``pyro.factor`` included, scaled and masked, in the batch shape of the site.
     """
 
     values: dict[str, Tensor]
@@ -49,22 +49,37 @@ class RunRecord:
 
 
 class BatchedModel:
-    """A model with its arguments, run for a batch of draws.
+    """A model with its arguments, which runs for a batch of draws at once.
 
     Args:
         model: a Pyro model.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        examples: latent values ``(n, *site shape)``, at some of which the ways of running are compared with single
-            draws; may be empty if ``draw``.
-        draw: draw what has no value, observed sites included; otherwise a latent without a value is an error.
-        subsample: row indices by subsampled plate, for the examples.
-        zero_outside_support: give log-density -inf to given values outside a univariate support, where ``log_prob``
-            without validation says anything.
+        examples: values ``(n, *site shape)`` by latent site, n at least 1, at which the ways of running a batch are
+            compared with single runs; may be empty if ``draw`` is True.
+        draw: whether every site without a given value is drawn, observed sites included; otherwise a latent without a
+            value is an error.
+        subsample: row indices by subsampled plate, for the runs at the examples.
+        zero_outside_support: whether a given value outside a univariate support has log-density -inf; without
+            validation the distribution's ``log_prob`` may give any number there.
 
     Attributes:
-        mode: the way that was found right.
+        mode: the way of running that agrees with single runs: "plate", "vmap" or "loop".
         reference: the single run at the first example.
+
+    Raises:
+        ModelError: if a latent has no value, or a given value has another shape than its site.
+
+    Example:
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     pyro.deterministic("length", x.norm())
+        >>> batched = BatchedModel(model, (), {}, {"x": torch.randn(5, 2)})
+        >>> batched.mode  # under a plate the norm would be that of the whole batch
+        'vmap'
+        >>> record = batched({"x": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}, num_draws=2)
+        >>> record.values["length"], record.log_probs["x"].shape
+        (tensor([5., 1.]), torch.Size([2]))
     """
 
     def __init__(
@@ -89,17 +104,23 @@ class BatchedModel:
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
     def __call__(self, values: SiteValues, num_draws: int, subsample: SiteValues | None = None) -> RunRecord:
-        """Run for latents ``(num_draws, *site shape)``. Gradients flow into the values."""
+        """Run the model for a batch of draws, with gradients.
+
+        Args:
+            values: values ``(num_draws, *site shape)`` by site.
+            num_draws: the number of draws, at least 1.
+            subsample: row indices by subsampled plate; None to let each run draw them.
+        """
         return self._batch(self.mode, values, num_draws, subsample or {})
 
     @property
     def chunk_size(self) -> int:
-        """How many draws to run at once."""
+        """The number of draws that one run should hold, so that they fit into a processor's cache."""
         return max(1, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values()))
 
     @torch.no_grad()
     def in_chunks(self, values: SiteValues, num_draws: int) -> RunRecord:
-        """As a call, without gradients, for any number of draws."""
+        """Run the model for any number of draws, chunk by chunk and without gradients."""
         if self.mode == "loop" and num_draws * self._seconds > LONG:
             self._warn(f"draw by draw, which takes about {num_draws * self._seconds:.0f} seconds for {num_draws} draws")
         size = self.chunk_size
@@ -110,10 +131,10 @@ class BatchedModel:
         return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
 
     def drawing(self, examples: SiteValues) -> "BatchedModel":
-        """The same model, drawing what has no value: made once for each set of sites that are given.
+        """The same model with ``draw=True``, made once for each set of sites with given values.
 
         Args:
-            examples: values of the given sites, as for the model itself; may be empty.
+            examples: values ``(n, *site shape)`` by given site, as for the class; may be empty.
         """
         given = frozenset(examples)
         if given not in self._drawing:
@@ -125,7 +146,7 @@ class BatchedModel:
         for mode in modes:
             try:
                 record = self._batch(mode, examples, NUM_EXAMPLES, subsample)
-            except Exception as error:  # whatever a model written for one draw raises in a batch
+            except Exception as error:  # a model that is written for one draw may raise anything in a batch
                 self._failures[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
             if self._agrees(record, subsample):
@@ -147,7 +168,7 @@ class BatchedModel:
         )
 
     def _agrees(self, record: RunRecord, subsample: SiteValues) -> bool:
-        """Whether single runs at the values of a batch give the batch's values and log-densities."""
+        """Whether single runs at the values of a batch give the same values and log-densities as the batch."""
         for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
             is_known = i == 0 and not self._draw
@@ -167,13 +188,13 @@ class BatchedModel:
         plate: Any = nullcontext(),  # noqa: B008
         single: bool = False,
     ) -> "_Handler":
-        # The plate stands inside, so that the handler sees distributions as the plate expands them.
+        # The plate is the inner context, so that the handler sees the distributions that it has expanded.
         with _Handler(values, subsample, self._draw, single, self._zero_outside_support) as handler, plate:
             self._model(*self._args, **self._kwargs)
         return handler
 
     def _batch(self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
-        # Arguments were validated in the single run; vmap cannot look at values, and validation costs time.
+        # The single run has validated the arguments; vmap cannot look at values, and validation costs time.
         with pyro.validation_enabled(False):
             if mode == "plate":
                 return self._plate(values, num_draws, subsample)
@@ -199,7 +220,7 @@ class BatchedModel:
 
         run = torch.func.vmap(single, randomness="different")
         with warnings.catch_warnings():
-            # An operation that torch itself runs one by one; the user can do nothing about it.
+            # Torch warns of operations that it runs one by one, about which a user can do nothing.
             warnings.filterwarnings("ignore", "There is a performance drop")
             return RunRecord(*run(dict(values), torch.arange(num_draws)))
 
@@ -219,7 +240,7 @@ class BatchedModel:
 
 
 class _Handler(Messenger):
-    """Substitutes values at the sites of a run, and records."""
+    """An effect handler that gives sites their values, and records values and log-densities."""
 
     def __init__(
         self, values: SiteValues, subsample: SiteValues, draw: bool, single: bool, zero_outside_support: bool
@@ -228,7 +249,7 @@ class _Handler(Messenger):
         self._zero_outside_support = zero_outside_support
         self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
         self.record = RunRecord({}, {})
-        self.event_dims: dict[str, int] = {}  # of the sites that can be given a value
+        self.event_dims: dict[str, int] = {}  # by site, for sites that can be given a value
         self.max_plate_nesting = 0
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -244,7 +265,7 @@ class _Handler(Messenger):
             msg["value"] = self._subsample[name]
         elif self._draw:
             if not _is_fixed(msg) and type(fn).__name__ != "_Subsample":
-                # Not a call of fn: rsample fills tensors in place in many distributions, which vmap refuses.
+                # A call of fn would use rsample, which in many distributions fills tensors in place; vmap refuses that.
                 msg["is_observed"], msg["value"] = False, fn.sample()
         elif not msg["is_observed"] and type(fn).__name__ != "_Subsample":
             raise ModelError(
@@ -269,19 +290,22 @@ class _Handler(Messenger):
 
 
 def _is_fixed(msg: Any) -> bool:
-    """Whether the site's value follows from others: factors and ``pyro.deterministic``."""
+    """Whether the value of a site follows from others, as for factors and ``pyro.deterministic``."""
     return isinstance(msg["fn"], dist.Unit) or bool(msg["infer"].get("_deterministic"))
 
 
 def _can_be_left(support: constraints.Constraint) -> bool:
-    """Whether to check it: real is all numbers, and those of vectors are met up to rounding, which float32 passes."""
+    """Whether a support has to be checked.
+
+    All numbers are in the real line; and supports of vectors, such as a simplex, are met only up to rounding.
+    """
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support.event_dim == 0 and not isinstance(support, type(constraints.real))
 
 
 def _draws_first(tensor: Tensor, num_draws: int, shape: torch.Size) -> Tensor:
-    """``(num_draws, *shape)`` of a tensor that came out of an outer plate, or does not depend on the draws."""
+    """Bring a tensor from a run under an outer plate to ``(num_draws, *shape)``, also if no draw affects it."""
     if tensor.numel() == num_draws * shape.numel():
         return tensor.reshape((num_draws, *shape))
     return tensor.expand((num_draws, *shape))

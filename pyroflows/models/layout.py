@@ -1,4 +1,4 @@
-"""How the latents of a model stand in one unconstrained vector."""
+"""The layout of a model's latents in one unconstrained vector."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from pyroflows.models.structure import ModelStructure, Site
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Sites that stand side by side in the packed vector.
+    """Latent sites that are adjacent in the packed vector.
 
     Args:
-        sites: in the order of packing.
-        start: the first entry of the block.
-        stop: the entry after its last.
+        sites: the sites, in the order in which they are packed.
+        start: the index of the block's first entry.
+        stop: the index after its last entry.
     """
 
     sites: tuple[Site, ...]
@@ -29,21 +29,23 @@ class Block:
 
 
 class Layout:
-    r"""Packs the latents of a model into one unconstrained vector: the one place that knows the order and the sizes.
+    r"""Maps the latents of a model to one unconstrained vector, and back.
 
-    The sites stand in the order of the model, each mapped to the reals by the bijection of its support and flattened.
+    The value of each site is mapped to the reals by the bijection of its support and flattened; the sites follow one
+    another in the order of the model. Nothing else in the package depends on this order.
 
     Args:
-        structure: of a model that :func:`pyroflows.models.requirements.require_flow` accepts.
+        structure: the structure of a model that :func:`pyroflows.models.requirements.require_flow` accepts.
 
     Attributes:
+        structure: the structure of the model.
         dim: the size of the vector.
-        dtype: its dtype.
-        blocks: the parts of the vector; so far one, of all latents.
-        slices: the entries of each latent, by site.
+        dtype: the dtype of the vector.
+        blocks: the blocks of the vector, so far a single one with all latents.
+        slices: the entries of each latent in the vector, by site.
 
     Shapes:
-        vectors are ``(*batch, dim)``, and values ``(*batch, *site.shape)``.
+        Vectors are ``(*batch, dim)``, and values ``(*batch, *site shape)``.
 
     Example:
         >>> from pyroflows.models.structure import describe
@@ -70,13 +72,30 @@ class Layout:
         self.blocks = (Block(structure.latents, 0, self.dim),)
 
     def split(self, vector: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        """Each site with its part ``(*batch, size)`` of a vector."""
+        """Iterate over the sites, each with its part ``(*batch, size)`` of a vector ``(*batch, dim)``."""
         for block in self.blocks:
             for site in block.sites:
                 yield site, vector[..., self.slices[site.name]]
 
     def constrain(self, vector: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Values by site, and :math:`\log|\det \partial x / \partial u|` of them, ``(*batch,)``."""
+        r"""Map an unconstrained vector u to the values x of the latents.
+
+        Args:
+            vector: u, ``(*batch, dim)``.
+
+        Returns:
+            The values ``(*batch, *site shape)`` by site, and :math:`\log|\det \partial x / \partial u|` of all
+            sites together, ``(*batch,)``. Where x has fewer free entries than entries, as on a simplex, the determinant
+            is that of the free ones.
+
+        Example:
+            >>> from pyroflows.models.structure import describe
+            >>> def model():
+            ...     pyro.sample("scale", dist.HalfNormal(1.0))
+            >>> values, ladj = Layout(describe(model, (), {})).constrain(torch.tensor([[0.0], [1.0]]))
+            >>> values["scale"], ladj
+            (tensor([1.0000, 2.7183]), tensor([0., 1.]))
+        """
         batch_shape = vector.shape[:-1]
         values = {}
         ladj = vector.new_zeros(batch_shape)
@@ -90,7 +109,14 @@ class Layout:
         return values, ladj
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The packed vector of values by site."""
+        """Pack values of the latents into an unconstrained vector, the inverse of :meth:`constrain`.
+
+        Args:
+            values: tensors ``(*batch, *site shape)`` by site, inside the supports of the sites.
+
+        Returns:
+            The vector, ``(*batch, dim)``.
+        """
         parts = []
         for site in self.structure.latents:
             value = torch.as_tensor(values[site.name], dtype=self.dtype)
@@ -99,7 +125,10 @@ class Layout:
         return torch.cat(parts, -1)
 
     def check_draws(self, draws: Mapping[str, Tensor]) -> None:
-        """Raise if draws ``(S, *site.shape)`` are not those of all latent sites.
+        """Raise if draws are not values ``(S, *site shape)`` of all latent sites, with the same S.
+
+        Args:
+            draws: tensors by site.
 
         Raises:
             ShapeError: if a latent site is missing or has another shape.

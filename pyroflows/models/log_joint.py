@@ -1,4 +1,4 @@
-"""The log joint of a model as a function of one unconstrained vector."""
+"""The log joint of a model as a function of unconstrained vectors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,17 +16,32 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class LogJoint:
-    r""":math:`\log p(x, y) + \log|\det \partial x / \partial u|` of unconstrained vectors u, for a batch at once.
+    r"""The log joint density of a model in the unconstrained space, for a batch of vectors.
+
+    .. math:: u \mapsto \log p(x(u), y) + \log\left|\det \frac{\partial x}{\partial u}\right|
 
     Args:
         model: a Pyro model.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        layout: of the model's latents with these arguments.
-        examples: unconstrained vectors ``(n, dim)`` at which ways of running a batch are compared with single draws.
-        compiler: of functions of the log joint; by default they run as they are.
+        layout: the layout of the model's latents with these arguments.
+        examples: unconstrained vectors ``(n, dim)``, n at least 1, at which running a batch is compared with single
+            draws.
+        compiler: compiles :meth:`value_and_grad`; None to run it as it is.
 
-    Shapes: ``(S, dim)`` to ``(S,)``.
+    Attributes:
+        batched: the model, run for batches of draws.
+
+    Shapes:
+        The log joint maps ``(S, dim)`` to ``(S,)``.
+
+    Example:
+        >>> from pyroflows.models.structure import describe
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> log_joint = LogJoint(model, (), {}, Layout(describe(model, (), {})), examples=torch.zeros(1, 1))
+        >>> log_joint(torch.tensor([[0.0], [1.0]]))
+        tensor([-0.9189, -1.4189])
     """
 
     def __init__(
@@ -45,10 +60,16 @@ class LogJoint:
         self.batched = BatchedModel(model, args, kwargs, values, subsample=self.draw_subsample())
 
     def draw_subsample(self) -> dict[str, Tensor]:
-        """Random rows of each subsampled plate, the same for all draws of a batch."""
+        """Draw rows of each subsampled plate, which all vectors of a batch share; indices by plate."""
         return {p.name: torch.randperm(p.size)[: p.subsample_size] for p in self.structure.subsampled}
 
     def __call__(self, vectors: Tensor, subsample: SiteValues | None = None) -> Tensor:
+        """The log joint ``(S,)`` of vectors ``(S, dim)``, with gradients.
+
+        Args:
+            vectors: unconstrained vectors.
+            subsample: row indices by subsampled plate; None to let each run of the model draw them.
+        """
         num_draws = len(vectors)
         values, ladj = self.layout.constrain(vectors)
         log_probs = self.batched(values, num_draws, subsample).log_probs
@@ -56,7 +77,7 @@ class LogJoint:
 
     @torch.no_grad()
     def in_chunks(self, vectors: Tensor) -> Tensor:
-        """As a call, without gradients, for any number of vectors; -inf where a matrix of the model is singular."""
+        """The log joint of any number of vectors, without gradients; -inf where a matrix of the model is singular."""
 
         def function(part: Tensor) -> tuple[Tensor]:
             return (self(part),)
@@ -66,15 +87,20 @@ class LogJoint:
     def value_and_grad(
         self, examples: Tensor, transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> ValueAndGrad:
-        r"""The log joint ``(S,)`` and its gradient ``(S, dim)``, compiled for vectors of the examples' shape.
+        r"""Compile a function that gives the log joint ``(S,)`` of vectors ``(S, dim)``, and its gradient ``(S, dim)``.
 
-        Rows of subsampled plates are drawn once. With ``transform``, a map to u with its log-determinant, it is that of
-        the vectors before it, :math:`\log p(T(z), y) + \log|\det \partial T / \partial z|`: the base's own log density
-        up to the log evidence, where T is exact (NeuTra, Hoffman et al. 2019, arXiv:1903.03704). It is that of the
-        transform as it is now, since a chain needs a target that stays: what follows from parameters alone, such as
-        masked weights, is computed once, which makes a step of a chain a tenth faster.
+        The rows of subsampled plates are drawn once, here. With a transform T the function is that of the vectors z
+        before it, :math:`\log p(T(z), y) + \log|\det \partial T / \partial z|`; if T is the map of a perfect flow, this
+        is the base's log density plus the log evidence (NeuTra, Hoffman et al. 2019, arXiv:1903.03704). The function
+        keeps the transform as it is now, since a chain needs a fixed target: what follows from its parameters alone,
+        such as masked weights, is computed once, which makes a step of a chain a tenth faster.
 
-        Where a matrix of the model is singular the log joint is not finite; only the vector that it belongs to notices.
+        At a vector for which a matrix of the model is singular the log joint is not finite; other vectors of the batch
+        are not affected.
+
+        Args:
+            examples: vectors of the shape for which the function is compiled; it also takes other numbers of vectors.
+            transform: a map from z to u and its log-determinant; None for the identity.
         """
         subsample = self.draw_subsample()
 
@@ -90,14 +116,14 @@ class LogJoint:
         compiled = self.compiler(function, [examples], [others])
 
         def run(vectors: Tensor) -> tuple[Tensor, Tensor]:
-            # A program is made for one number of vectors.
+            # The program was made for this one number of vectors.
             return compiled(vectors) if vectors.shape == examples.shape else function(vectors)
 
         return lambda vectors: _row_by_row(run, vectors, torch.zeros_like(vectors[:1]))
 
 
 def _row_by_row(function: Callable[[Tensor], Any], vectors: Tensor, *rest: Tensor) -> Any:
-    """A function's values, with -inf and the rest for a vector at which a matrix is singular."""
+    """Call a function for a batch; where a matrix is singular for a vector, its results are -inf and ``rest``."""
     try:
         return function(vectors)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a flow asks of a model: refusals over facts, each with the site and the way out."""
+"""The requirements on a model that a flow can fit; each error names the site, and says what to do."""
 
 from pyroflows.errors import DataError, ModelError
 from pyroflows.models.structure import ModelStructure, Site
@@ -7,10 +7,21 @@ from pyroflows.models.structure import ModelStructure, Site
 def require_flow(structure: ModelStructure) -> None:
     """Raise if one flow over all latents cannot be the posterior of a model.
 
+    Args:
+        structure: the structure of the model.
+
     Raises:
-        ModelError: for a model without latents, with discrete latents, with a support that has no bijection to the
-            reals, with latents in sequential plates, local to a subsampled plate, or masked in part; names the site.
+        ModelError: if the model has no latents, or a latent is discrete, has a support without a bijection to the
+            reals, stands in a sequential plate, is local to a subsampled plate, or is masked in part; names the site.
         DataError: if observed values are NaN.
+
+    Example:
+        >>> from pyroflows.models.structure import describe
+        >>> def model():
+        ...     pyro.sample("k", dist.Poisson(3.0))
+        >>> require_flow(describe(model, (), {}))
+        Traceback (most recent call last):
+        pyroflows.errors.ModelError: latent site 'k' is discrete (Poisson): a flow needs continuous latents. ...
     """
     for site in structure.latents:
         _require_continuous(site)
@@ -28,14 +39,14 @@ def require_flow(structure: ModelStructure) -> None:
 
 
 def require_full_plates(structure: ModelStructure, advice: str) -> None:
-    """Raise if a plate is subsampled: importance weights, k-hat and evidence need all rows.
+    """Raise if a plate is subsampled, since importance weights, k-hat and evidence need all rows.
 
     Args:
-        structure: of the model.
-        advice: what to do, the end of the message.
+        structure: the structure of the model.
+        advice: the end of the message, which says what to do.
 
     Raises:
-        ModelError: names the plate.
+        ModelError: if a plate is subsampled; names the plate.
     """
     for plate in structure.subsampled:
         raise ModelError(
@@ -45,10 +56,14 @@ def require_full_plates(structure: ModelStructure, advice: str) -> None:
 
 
 def check_static(structure: ModelStructure, other: ModelStructure) -> None:
-    """Raise if two runs with other values do not show the same latents.
+    """Raise if two runs of a model, at different values, do not show the same latents.
+
+    Args:
+        structure: what the first run shows.
+        other: what the second run shows.
 
     Raises:
-        ModelError: names the site.
+        ModelError: if a latent appears in one run alone, or has different shapes; names the site.
     """
     first = {site.name: site for site in structure.latents}
     second = {site.name: site for site in other.latents}

@@ -1,4 +1,4 @@
-"""A Pyro model as facts: what one run shows of its sites and plates, whether or not a flow can have it."""
+"""The structure of a Pyro model: what one run shows of its sites and plates, whether or not a flow can fit it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,13 +24,18 @@ InitFn = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Plate:
-    """A ``pyro.plate``.
+    """A ``pyro.plate`` of a model.
 
     Args:
-        name: its name.
+        name: the name of the plate.
         size: the number of its rows.
-        subsample_size: the number of rows that one run of the model sees.
-        dim: its batch dimension, counted from the right; None for a sequential plate, and for one without sites.
+        subsample_size: the number of rows that one run of the model sees, at most ``size``.
+        dim: its batch dimension, negative, counted from the right; None for a sequential plate, and for a plate without
+            sites.
+
+    Example:
+        >>> Plate("rows", size=100, subsample_size=10, dim=-1).is_subsampled
+        True
     """
 
     name: str
@@ -49,20 +54,20 @@ class Site:
     """A ``pyro.sample`` or ``pyro.deterministic`` site of one run.
 
     Args:
-        name: its name.
-        family: the class of its distribution.
-        shape: of its value.
+        name: the name of the site.
+        family: the name of the class of its distribution.
+        shape: the shape of its value.
         event_dim: the number of its event dimensions; 0 for a deterministic site.
-        support: of its distribution, or None where the distribution has none.
-        plates: the plates in which it stands, from the outermost to the innermost, sequential ones included.
-        masks: first that of the handlers around it, then those of its distribution; booleans, or tensors of them.
-        scale: the factor of its log-density, positive.
+        support: the support of its distribution; None if the distribution declares none.
+        plates: the plates around it, from the outermost to the innermost, sequential ones included.
+        masks: the mask of the effect handlers around it, then those of its distribution; booleans, or tensors of them.
+        scale: the factor by which its log-density is multiplied, positive.
         is_discrete: whether its support is discrete.
-        is_enumerable: whether its distribution can list its support.
-        is_flat: whether its density is constant, by ``ImproperUniform`` or by a mask, so that nothing can be drawn.
+        is_enumerable: whether its distribution can enumerate its support.
+        is_flat: whether its density is constant, by ``ImproperUniform`` or by a mask, so that it cannot be drawn.
         num_nan: the number of NaN in its value.
-        unconstrained_shape: of a latent's value under the bijection of its support to the reals; None where it has no
-            bijection, and for sites that are not latent.
+        unconstrained_shape: the shape of a latent's value after the bijection from its support to the reals; None if
+            there is no bijection, and for sites that are not latent.
     """
 
     name: str
@@ -81,12 +86,12 @@ class Site:
 
     @property
     def is_masked_in_part(self) -> bool:
-        """Whether a mask hides some entries; one that is False hides all of them."""
+        """Whether a mask hides some of the entries; the mask ``False`` hides all of them."""
         return any(isinstance(mask, Tensor) and not mask.all() for mask in self.masks)
 
     @property
     def plate_names(self) -> tuple[str | None, ...]:
-        """The plate of each batch dimension from left to right, None where no plate stands."""
+        """The names of the plates of the batch dimensions, from left to right; None for a dimension without a plate."""
         batch_shape = self.shape[: len(self.shape) - self.event_dim]
         names: list[str | None] = [None] * len(batch_shape)
         for plate in self.plates:
@@ -98,16 +103,16 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class ModelStructure:
-    """What one run of a model shows of it.
+    """The sites, plates and parameters that one run of a model shows; made by :func:`describe`.
 
     Args:
-        latents: sites without a value of their own, in the order of the model.
-        observed: observed sites, without factors.
-        deterministic: ``pyro.deterministic`` sites.
-        plates: plates by name.
-        parameters: names of ``pyro.param`` statements, those of ``pyro.module`` included.
-        max_plate_nesting: the number of batch dimensions that any site uses.
-        dtype: the widest floating dtype of the latents, or the default dtype where none is floating.
+        latents: the sites that are not observed, in the order of the model.
+        observed: the observed sites, without ``pyro.factor`` statements.
+        deterministic: the ``pyro.deterministic`` sites.
+        plates: the plates by name.
+        parameters: the names of the ``pyro.param`` statements, including those of ``pyro.module``.
+        max_plate_nesting: the largest number of batch dimensions of a site.
+        dtype: the widest floating dtype of the latents; torch's default dtype if none of them is floating.
         reads_values: whether the model's code read the value of a tensor, so that other values may lead to other sites.
     """
 
@@ -127,7 +132,7 @@ class ModelStructure:
 
 
 def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> ModelStructure:
-    """Run a model once, and say what it shows: of any model, whether or not a flow can have it.
+    """Describe a model by one run of it. Any model that runs can be described, whether or not a flow can fit it.
 
     Args:
         model: a Pyro model.
@@ -153,29 +158,57 @@ def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
 
 
 def describe_run(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> tuple[ModelStructure, Trace]:
-    """As :func:`describe`, with the trace of the run."""
+    """Describe a model as :func:`describe` does, and also give the trace of the run."""
     with ValueReads() as reads:
         trace = trace_model(model, args, kwargs, init_fn)
     return _structure_of(trace, reads.any), trace
 
 
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
-    """One run of the model with latents at ``init_fn``, or drawn from the prior where that can be drawn."""
+    """Run a model once without gradients and trace it, with latents from ``init_fn``, or drawn from their priors."""
     init = InitMessenger(latent_init(init_fn or _drawn))
     with torch.no_grad():
         return poutine.block(poutine.trace(init(model)).get_trace)(*args, **kwargs)
 
 
-def model_parameters(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> dict[str, Tensor]:
-    """The unconstrained tensors behind the ``pyro.param`` and ``pyro.module`` statements of a model."""
+def model_parameters(
+    structure: ModelStructure, model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
+) -> dict[str, Tensor]:
+    """Find the parameters of a model, those of its ``pyro.param`` and ``pyro.module`` statements, by one more run.
+
+    Args:
+        structure: the structure of the model; if it shows no parameters, the model does not run.
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        init_fn: initial values of the latents, by site; None to draw them from their priors.
+
+    Returns:
+        The unconstrained tensors by name.
+    """
+    if not structure.parameters:
+        return {}
     trace = trace_model(model, args, kwargs, init_fn)
     values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
-    # With module-local parameters those of plain modules come as they are.
+    # With Pyro's module-local parameters, those of plain modules have no unconstrained tensor behind them.
     return {name: value.unconstrained() if hasattr(value, "unconstrained") else value for name, value in values.items()}
 
 
 def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
-    """The model as it runs in another floating dtype: arguments are cast, and numbers become tensors of that dtype."""
+    """Make a model run in another floating dtype.
+
+    Floating arguments are cast, and the dtype is torch's default while the model runs.
+
+    Args:
+        model: a Pyro model.
+        dtype: a floating dtype; None to give the model as it is.
+
+    Example:
+        >>> def model():
+        ...     return pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> in_dtype(model, torch.float64)().dtype
+        torch.float64
+    """
     if dtype is None:
         return model
 
@@ -194,20 +227,23 @@ def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
 
 
 def latent_init(init_fn: InitFn) -> InitFn:
-    """``init_fn``, with a value also where it has none.
+    """Complete an init function of Pyro's, so that it gives a value at every site.
 
-    Pyro's init functions know neither priors without a sampler, such as ``dist.ImproperUniform``, nor supports without
-    a bijection to the reals. There the value is a feasible point, or else a draw, or else zero.
+    Pyro's init functions fail at priors without a sampler, such as ``dist.ImproperUniform``, and at supports without a
+    bijection to the reals. There the value is a feasible point, or else a draw, or else zero.
+
+    Args:
+        init_fn: an init function of Pyro's, such as ``init_to_median``.
 
     Raises:
-        ModelError: when it is called, if ``init_fn`` gives a value of another shape than the site's distribution has.
+        ModelError: if the result is called and ``init_fn`` gives a value of another shape than the site's distribution.
     """
 
     def init(site: Any = None) -> Any:
         # Pyro's init functions return a configured version of themselves when called without a site.
         if site is None:
             return init
-        # What init functions read of values is no business of the model's.
+        # An init function may read values; only the model's own reads count.
         with _disable_current_modes():
             value = _initial_value(init_fn, site)
         if value.shape != site["fn"].shape():
@@ -249,7 +285,7 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
         nesting = max([nesting, len(node["fn"].batch_shape), *frames])
         site = _site(node)
         if node["infer"].get("_deterministic"):
-            # Pyro counts all of its dimensions as event, and hides its density by a mask.
+            # Pyro counts all dimensions of a deterministic site as event dimensions, and masks its density.
             deterministic.append(replace(site, event_dim=0, masks=(), is_flat=False))
         elif not node["is_observed"]:
             latents.append(replace(site, unconstrained_shape=_unconstrained_shape(node)))
@@ -276,7 +312,7 @@ def _sample_nodes(trace: Trace) -> Iterator[Any]:
 
 
 def _plates(trace: Trace) -> dict[str, Plate]:
-    """Those of all sites, also where their own statements are blocked, and those without sites."""
+    """The plates by name: those around sites, even if their own statements are blocked, and those without sites."""
     plates = {
         name: Plate(name, node["fn"].size, len(node["value"]))
         for name, node in trace.nodes.items()
@@ -333,7 +369,7 @@ def _is_improper(fn: Any) -> bool:
 
 
 def _masks(node: Any) -> tuple[bool | Tensor, ...]:
-    """Those of the site itself and of the distributions that its distribution wraps."""
+    """The masks of a site, and of the distributions that its distribution wraps."""
     fn, masks = node["fn"], [node["mask"]]
     while hasattr(fn, "base_dist"):
         masks.append(getattr(fn, "_mask", None))

@@ -1,4 +1,4 @@
-"""Whether Python code reads the values of tensors, on which its course may then depend."""
+"""Notice when Python code reads the value of a tensor, so that what it does next may depend on it."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-# They depend on values only where they are given a mask.
+# These operations read values only if they are given a mask.
 _SELECTIONS = {_aten.index.Tensor, _aten.masked_select.default}
 _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -15,8 +15,8 @@ _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 class ValueReads(TorchDispatchMode):
     """A context that notices an ``if`` on a tensor, a ``float()``, an ``.item()`` or a boolean mask.
 
-    The validation of distributions reads values as well, and raises or changes nothing; it does not count. Code that
-    goes through numpy or ``.tolist()`` is not seen.
+    The validation of distributions reads values too, but does not count, since it either raises or changes nothing.
+    Reads through numpy or ``.tolist()`` go unnoticed.
 
     Attributes:
         any: whether a value was read.

@@ -62,7 +62,7 @@ def setup(model, mode="trace", flow_fn=small_iaf, estimator="path", tempering=No
     if flow_fn is small_iaf:
         disturb(list(flow.parameters()), 0.3)
     log_joint = LogJoint(model, (), {}, layout, 0.1 * torch.randn(5, layout.dim), Compiler(mode))
-    own = list(model_parameters(model, (), {}).values())
+    own = list(model_parameters(describe(model, (), {}), model, (), {}).values())
     objective = ModelELBO(flow, log_joint, ESTIMATORS[estimator], num_particles, own, tempering)
     return Step(objective, log_joint.compiler), flow, log_joint, own
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyroflows.inference.pathfinder import GaussianApproximation, _Density, _Search, pathfinder
+from pyroflows.inference.pathfinder import _Density, _Search, pathfinder
 
 NUM_ROWS = 64
 
@@ -202,15 +202,3 @@ def test_errors():
     for shape in [(3,), (65, 2), (0, 2)]:
         with pytest.raises(ValueError, match="starts must be"):
             pathfinder(Traced(log_density), torch.zeros(shape))
-
-
-def test_density_and_draws():
-    torch.manual_seed(0)
-    scale_tril = torch.tensor([[2.0, 0.0], [-3.0, 0.5]])
-    gaussian = GaussianApproximation(torch.tensor([1.0, -1.0]), scale_tril, elbo=0.0)
-    exact = torch.distributions.MultivariateNormal(gaussian.loc, scale_tril=scale_tril)
-    draws = gaussian.rsample(20_000)
-    torch.testing.assert_close(gaussian.log_prob(draws), exact.log_prob(draws))
-    whitened = torch.linalg.solve_triangular(scale_tril, (draws - gaussian.loc).mT, upper=False)
-    assert whitened.mean(1).abs().max() < 4 / math.sqrt(20_000)
-    assert (torch.cov(whitened) - torch.eye(2)).abs().max() < 4 * math.sqrt(2 / 20_000)

@@ -11,9 +11,10 @@ from torch.distributions import constraints
 
 from pyroflows import ModelError
 from pyroflows.compiling.check import Compiler
+from pyroflows.inference.candidates import is_enough
 from pyroflows.inference.diagnosis import Diagnosis
 from pyroflows.inference.pathfinder import GaussianApproximation
-from pyroflows.inference.starts import WIDE, Starts, _separate, find_start, is_enough, starting_points
+from pyroflows.inference.starts import WIDE, Starts, _separate, find_start, starting_points
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe

@@ -167,7 +167,7 @@ def test_a_student_base_that_diverges_is_left_out(monkeypatch):
         return History({"elbo": [-1.0]})
 
     monkeypatch.setattr(FlowVI, "_train", briefly)
-    with pytest.warns(UserWarning, match="heavier tails were tried, and left out: 25 steps in a row"):
+    with pytest.warns(UserWarning, match="heavier tails was tried, and left out: 25 steps in a row"):
         posterior = fit(very_heavy)
     assert posterior.guide.flow is flows[0] and posterior.guide.flow_fn == Recipe("default")
     assert [hasattr(flow.base, "raw_df") for flow in flows] == [False, True]

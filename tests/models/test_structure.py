@@ -529,7 +529,7 @@ def test_model_parameters():
         z = pyro.sample("z", dist.Normal(0.0, scale))
         pyro.sample("y", dist.Normal(net(x).squeeze(-1) + z, 1.0).to_event(1), obs=torch.zeros(len(x)))
 
-    parameters = model_parameters(model, (torch.zeros(3, 2),), {})
+    parameters = model_parameters(describe(model, (torch.zeros(3, 2),), {}), model, (torch.zeros(3, 2),), {})
     assert parameters.keys() == {"net$$$weight", "net$$$bias", "scale"}
     assert parameters["net$$$weight"] is net.weight
     assert parameters["scale"].item() == pytest.approx(math.log(2.0))
@@ -537,4 +537,4 @@ def test_model_parameters():
 
 
 def test_model_without_parameters():
-    assert model_parameters(everything, (), {}) == {}
+    assert model_parameters(describe(everything, (), {}), everything, (), {}) == {}

@@ -1,4 +1,4 @@
-"""Draws of many chains, and whether they have mixed."""
+"""Draws of several chains, with the figures that show whether they have mixed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from pyroflows.inference import arviz
-from pyroflows.inference.export import to_arviz
-from pyroflows.models.structure import Model
+from pyroflows.inference.export import arviz_data
+from pyroflows.models.batching import BatchedModel
+from pyroflows.models.structure import ModelStructure
 
 MAX_RHAT = 1.05
 
@@ -20,14 +21,13 @@ class Chains:
     r"""Draws from the exact posterior, in chains; see :meth:`pyroflows.Posterior.mcmc`.
 
     Args:
-        draws: site to tensor ``(chain, draw, *site shape)``, constrained; deterministic sites too.
-        sample_stats: figures of each draw ``(chain, draw)``: ``lp``, the log joint in the unconstrained space;
-            ``acceptance_rate`` of trajectories (of "nuts" the mean of the chain); ``diverging``; of "independence" also
-            ``flow_acceptance_rate``.
-        method: that made them.
-        model: the Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        draws: tensors ``(chain, draw, *site shape)`` by site, constrained; deterministic sites too.
+        sample_stats: figures ``(chain, draw)`` by name: ``lp``, the log joint in the unconstrained space;
+            ``acceptance_rate``, the acceptance probability of the trajectory ("nuts": the mean over the chain);
+            ``diverging``; and for "independence" also ``flow_acceptance_rate``.
+        method: the method that made them.
+        structure: the structure of the model.
+        batched: the model, run for batches of draws.
 
     Example:
         >>> def model():
@@ -43,9 +43,8 @@ class Chains:
     draws: dict[str, Tensor]
     sample_stats: dict[str, Tensor]
     method: str
-    model: Model
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
+    structure: ModelStructure
+    batched: BatchedModel
 
     @cached_property
     def rhat(self) -> dict[str, np.ndarray]:
@@ -57,17 +56,17 @@ class Chains:
 
     @cached_property
     def ess(self) -> dict[str, np.ndarray]:
-        """Bulk effective sample size of every component, by site: of all chains together (same reference)."""
+        """Bulk effective sample size of every component, by site, over all chains (Vehtari et al. 2021)."""
         return {name: arviz.ess(_array(value)) for name, value in self.draws.items()}
 
     @property
     def acceptance_rate(self) -> float:
-        """Mean acceptance probability of trajectories."""
+        """Mean acceptance probability of trajectories, between 0 and 1."""
         return self.sample_stats["acceptance_rate"].double().mean().item()
 
     @property
     def num_divergences(self) -> int:
-        """Trajectories whose energy error was beyond all bounds: where they are, the chains may not have been."""
+        """Number of divergent trajectories, whose energy error is so large that chains may miss the region around."""
         return int(self.sample_stats["diverging"].sum())
 
     def to_arviz(
@@ -78,20 +77,19 @@ class Chains:
         coords: Mapping[str, Sequence[Any]] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
     ) -> Any:
-        """ArviZ data of all chains: InferenceData or DataTree, as the installed ArviZ has it.
+        """Convert all chains to ArviZ data: InferenceData (ArviZ 0.x) or DataTree (1.x), whichever is installed.
 
         Args:
             log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
             posterior_predictive: whether to add posterior predictive draws.
             prior: whether to add prior and prior predictive draws.
             coords: coordinates by dimension.
-            dims: dimension names by site; plates name theirs.
+            dims: dimension names by site; a dimension of a plate has the plate's name by default.
         """
-        return to_arviz(
+        return arviz_data(
             {name: value.flatten(0, 1) for name, value in self.draws.items()},
-            self.model,
-            self.args,
-            self.kwargs,
+            self.structure,
+            self.batched,
             num_chains=len(self.sample_stats["lp"]),
             sample_stats={name: value.flatten(0, 1) for name, value in self.sample_stats.items()},
             log_likelihood=log_likelihood,
@@ -121,7 +119,7 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def _labelled(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Components by name, such as ``theta[0, 1]``."""
+    """Values of all components by their names, such as ``theta[0, 1]``."""
     return {
         f"{name}[{', '.join(map(str, index))}]" if index else name: float(value[index])
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo, many chains in one batch."""
+"""Hamiltonian Monte Carlo for many chains in one batch."""
 
 import math
 from collections.abc import Callable
@@ -13,25 +13,25 @@ from pyroflows.errors import ModelError
 from pyroflows.models.log_joint import ValueAndGrad
 
 TARGET_ACCEPTANCE = 0.8
-# Of a trajectory in a standard normal: positions at its end are independent of those at its start.
+# In a standard normal the position at the end of a trajectory of this length is independent of that at its start.
 QUARTER_PERIOD = math.pi / 2
 MAX_LEAPFROG_STEPS = 256
 MIN_INSIDE = 0.1
-DIVERGENCE = 1000.0  # an energy error that no rounding explains
-# Of the warm-up; at each end the scales become those of the draws of the window.
+DIVERGENCE = 1000.0  # an energy error too large for rounding to explain
+# Fractions of the warm-up, at which windows end; the scales then become those of the draws in the window.
 WINDOW_ENDS = (0.1, 0.2, 0.4, 0.8)
 MAX_STARTS = 100
 
 
 class State(NamedTuple):
-    """Where the chains are: base values ``(C, D)``, their log densities ``(C,)`` and gradients ``(C, D)``."""
+    """The positions z of the chains ``(C, D)``, with log densities ``(C,)`` and gradients ``(C, D)``."""
 
     z: Tensor
     log_density: Tensor
     gradient: Tensor
 
     def moved(self, accepted: Tensor, proposal: "State") -> "State":
-        """With the proposal in those chains that accept it."""
+        """The next state, which is the proposal in those chains that accept it."""
         return State(
             torch.where(accepted[:, None], proposal.z, self.z),
             torch.where(accepted, proposal.log_density, self.log_density),
@@ -39,8 +39,8 @@ class State(NamedTuple):
         )
 
 
-class Proposal(NamedTuple):
-    """The end of a trajectory: its state, whitened momentum ``(C, D)``, and acceptance probability ``(C,)``."""
+class TrajectoryEnd(NamedTuple):
+    """The end of a trajectory: its state, the whitened momentum ``(C, D)``, and whether to accept it, ``(C,)``."""
 
     state: State
     momentum: Tensor
@@ -49,13 +49,13 @@ class Proposal(NamedTuple):
 
 
 class BaseChains(NamedTuple):
-    """Draws in the base space ``(C, N, D)``, and what is known of each draw, ``(C, N)``."""
+    """Draws in the base space ``(C, N, D)``, and figures of each draw ``(C, N)`` by name."""
 
     z: Tensor
     stats: dict[str, Tensor]
 
 
-# A further move after each trajectory, given the scales of the target: the new state and its acceptance probability.
+# Makes a further move after each trajectory, and gives the new state and the acceptance probability of the move.
 Move = Callable[[State, "Tuner"], tuple[State, Tensor]]
 
 
@@ -68,16 +68,16 @@ def run_hmc(
     progress_bar: bool = True,
     move: Move | None = None,
 ) -> BaseChains:
-    """Chains that start at draws from the base.
+    """Run chains that start at draws from the base.
 
     Args:
-        value_and_grad: of the target's log density.
-        base: of the flow.
-        num_samples: kept draws of each chain.
-        num_chains: number of chains.
-        num_warmup: iterations before, in which the sampler is tuned.
+        value_and_grad: function from ``(C, D)`` to the target's log densities ``(C,)`` and gradients ``(C, D)``.
+        base: the base distribution of the flow.
+        num_samples: number of draws that are kept of each chain.
+        num_chains: number of chains C.
+        num_warmup: number of iterations before the kept draws, in which the sampler is tuned.
         progress_bar: whether to show one.
-        move: made after each trajectory.
+        move: a further move after each trajectory; None for none.
     """
     state = start(value_and_grad, base, num_chains)
     tuner = Tuner(state.z, num_warmup)
@@ -112,10 +112,10 @@ def run_hmc(
 
 
 def start(value_and_grad: ValueAndGrad, base: Distribution, num_chains: int) -> State:
-    """Draws from the base where the target is positive.
+    """Start each chain at a draw from the base at which the target is positive.
 
     Raises:
-        ModelError: if a hundred times as many draws as there are chains do not find so many.
+        ModelError: if a hundred times as many draws as chains do not give enough such starts.
     """
     parts: list[State] = []
     num_found = 0
@@ -133,13 +133,22 @@ def start(value_and_grad: ValueAndGrad, base: Distribution, num_chains: int) -> 
     )
 
 
-def trajectory(value_and_grad: ValueAndGrad, state: State, step_size: float, num_steps: int, scale: Tensor) -> Proposal:
-    r"""Leapfrog steps from a momentum :math:`r \sim N(0, I)`, in the coordinates :math:`z / \mathrm{scale}`.
+def trajectory(
+    value_and_grad: ValueAndGrad, state: State, step_size: float, num_steps: int, scale: Tensor
+) -> TrajectoryEnd:
+    r"""Take leapfrog steps from a momentum :math:`r \sim N(0, I)`, in the coordinates :math:`z / s`.
 
-    Each is :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, :math:`z \mathrel{+}= \epsilon s \odot r`,
-    :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, g the gradient of the log density; the end is accepted with
-    probability :math:`\min(1, e^{H_0 - H_1})`, :math:`H = \frac12 |r|^2 - \log p(z)`. Scales s are the same as a
-    diagonal mass matrix :math:`s^{-2}`.
+    A step is :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, :math:`z \mathrel{+}= \epsilon s \odot r`,
+    :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, where g is the gradient of the log density. The end is accepted
+    with probability :math:`\min(1, e^{H_0 - H_1})`, where :math:`H = \frac12 |r|^2 - \log p(z)`. The scales s have the
+    effect of a diagonal mass matrix :math:`s^{-2}`.
+
+    Args:
+        value_and_grad: function that gives the log density and its gradient.
+        state: the state at the start.
+        step_size: :math:`\epsilon`, positive, in units of the scales.
+        num_steps: number of leapfrog steps, at least 1.
+        scale: s, positive, ``(D,)``.
     """
     r = torch.randn_like(state.z)
     energy = 0.5 * r.square().sum(-1) - state.log_density
@@ -151,14 +160,19 @@ def trajectory(value_and_grad: ValueAndGrad, state: State, step_size: float, num
         log_density, gradient = value_and_grad(z)
         r = r + (0.5 if i == num_steps - 1 else 1.0) * step * gradient
     log_ratio = energy - (0.5 * r.square().sum(-1) - log_density)
-    # NaN where a trajectory has left the numbers: no step to it.
+    # A trajectory that overflowed has energy NaN, and is rejected.
     log_ratio = torch.where(log_ratio.isnan(), -torch.inf, log_ratio)
     accept_prob = log_ratio.clamp(max=0.0).exp()
-    return Proposal(State(z, log_density, gradient), r, accept_prob, log_ratio < -DIVERGENCE)
+    return TrajectoryEnd(State(z, log_density, gradient), r, accept_prob, log_ratio < -DIVERGENCE)
 
 
 def van_der_corput(n: int) -> float:
-    """The n-th number of the sequence 1/2, 1/4, 3/4, 1/8, ..., which fills (0, 1) evenly: n + 1, its bits mirrored."""
+    """The n-th number of the van der Corput sequence, which fills (0, 1) evenly; it is n + 1 with its bits mirrored.
+
+    Example:
+        >>> [van_der_corput(n) for n in range(4)]
+        [0.5, 0.25, 0.75, 0.125]
+    """
     value, weight, n = 0.0, 0.5, n + 1
     while n:
         value, n, weight = value + weight * (n & 1), n >> 1, weight / 2
@@ -166,13 +180,16 @@ def van_der_corput(n: int) -> float:
 
 
 class Tuner:
-    """What HMC learns in warm-up from all chains at once: scales, step size and trajectory length.
+    """Tunes HMC during warm-up, from all chains at once: scales, step size and trajectory length.
+
+    Args:
+        z: the positions at which the chains start, ``(C, D)``.
+        num_warmup: number of iterations of warm-up.
 
     Attributes:
         loc: mean of each component ``(D,)``.
         scale: standard deviation of each component ``(D,)``.
-        step_size: the largest of leapfrog, in units of the scales.
-        mean_trajectory: in the same units.
+        mean_trajectory: mean length of a trajectory, in units of the scales.
     """
 
     def __init__(self, z: Tensor, num_warmup: int) -> None:
@@ -188,19 +205,20 @@ class Tuner:
 
     @property
     def step_size(self) -> float:
+        """The largest leapfrog step, in units of the scales."""
         return self._averaging.step_size
 
     def steps(self, jitter: float) -> tuple[float, int]:
-        """Size and number of leapfrog steps of a trajectory that has ``jitter`` times the mean length."""
+        """The size and the number of leapfrog steps of a trajectory with ``jitter`` times the mean length."""
         length = jitter * self.mean_trajectory
         num_steps = math.ceil(length / self.step_size)
-        # Steps are shortened so that the length is met, unless there would be too many of them.
+        # Steps are shortened so that they add up to the length, unless there would be too many of them.
         return (
             (length / num_steps, num_steps) if num_steps <= MAX_LEAPFROG_STEPS else (self.step_size, MAX_LEAPFROG_STEPS)
         )
 
-    def update(self, iteration: int, before: State, proposal: Proposal, jitter: float, after: State) -> None:
-        """Learn from one iteration of warm-up, the last of which fixes everything."""
+    def update(self, iteration: int, before: State, proposal: TrajectoryEnd, jitter: float, after: State) -> None:
+        """Learn from one iteration of warm-up; the last one fixes the step size."""
         self._averaging.update(_acceptance_by_step_size(proposal))
         self.mean_trajectory = self._chees.update(
             before.z / self.scale, proposal.state.z / self.scale, proposal.momentum, proposal.accept_prob, jitter
@@ -214,11 +232,11 @@ class Tuner:
             self._averaging.step_size = self._averaging.average
 
 
-def _acceptance_by_step_size(proposal: Proposal) -> float:
-    """Mean acceptance probability, of those trajectories for which the step size matters.
+def _acceptance_by_step_size(proposal: TrajectoryEnd) -> float:
+    """Mean acceptance probability of the trajectories that smaller steps could help.
 
-    A trajectory that ends where the density is zero or NaN is rejected however small its steps are, and steps that fell
-    without end would not help it. If next to none ends elsewhere, the steps are to blame after all.
+    A trajectory that ends where the density is zero or NaN is left out, since it is rejected however small its steps
+    are. If nearly all trajectories end there, the step size is taken as the cause after all.
     """
     is_inside = proposal.state.log_density > -torch.inf
     return proposal.accept_prob[is_inside].mean().item() if is_inside.double().mean() >= MIN_INSIDE else 0.0
@@ -233,13 +251,14 @@ class Moments:
         self._sum_of_squares = torch.zeros(dim, dtype=torch.float64)
 
     def update(self, z: Tensor) -> None:
+        """Add the positions of all chains, ``(C, D)``."""
         z = z.double().cpu()
         self._count += len(z)
         self._sum += z.sum(0)
         self._sum_of_squares += z.square().sum(0)
 
     def loc_and_scale(self) -> tuple[Tensor, Tensor]:
-        """With a little of the standard normal that the flow aims at, as if ten draws of it were among them."""
+        """Mean and standard deviation; the variance is shrunk to 1, that of the base, as if by ten draws more."""
         mean = self._sum / self._count
         variance = (self._sum_of_squares / self._count - mean.square()).clamp(min=0.0)
         return mean, ((self._count * variance + 10) / (self._count + 10)).sqrt()
@@ -250,8 +269,15 @@ class DualAveraging:
 
     .. math:: \log\epsilon_{t+1} = \mu - \frac{\sqrt t}{\gamma (t + t_0)} \sum_{i=1}^t (\delta - \alpha_i)
 
-    With :math:`\mu = \log 2 \epsilon_1`: larger steps are tried first, since they are cheaper. Of the paper's 10 the
-    first steps would be unstable: the start is a good guess here.
+    Here :math:`\mu = \log 2 \epsilon_1`, so that larger steps are tried first, which are cheaper. The paper has
+    :math:`\log 10 \epsilon_1`, with which the first steps would be unstable, since :math:`\epsilon_1` is a good guess
+    here.
+
+    Args:
+        step_size: :math:`\epsilon_1`, positive.
+        gamma: :math:`\gamma`, positive; the smaller, the larger the adjustments.
+        t0: :math:`t_0`, which damps the first adjustments.
+        kappa: the exponent by which the weights of earlier steps decay in the average, between 0.5 and 1.
     """
 
     def __init__(self, step_size: float, gamma: float = 0.05, t0: float = 10.0, kappa: float = 0.75) -> None:
@@ -264,10 +290,11 @@ class DualAveraging:
 
     @property
     def average(self) -> float:
-        """Of the step sizes, weighted towards the last, which is what to sample with."""
+        """The average step size, weighted towards the last ones, with which to sample after warm-up."""
         return math.exp(self._log_average)
 
     def update(self, accept_prob: float) -> None:
+        """Adjust the step size by the mean acceptance probability of one iteration."""
         self._t += 1
         t = self._t
         self._mean_error += (TARGET_ACCEPTANCE - accept_prob - self._mean_error) / (t + self._t0)
@@ -278,13 +305,13 @@ class DualAveraging:
 
 
 class Chees:
-    r"""Mean length of trajectories, by gradient ascent on the change of the squared radius they make.
+    r"""The ChEES criterion, which tunes the mean length of trajectories by gradient ascent.
 
     .. math:: \tfrac14 E\left[\left(|w' - E w'|^2 - |w - E w|^2\right)^2\right]
 
-    w and w' are whitened positions at both ends of a trajectory, the expectations are over chains and weighted by
-    acceptance probabilities (Hoffman, Radul and Sountsov 2021, AISTATS 130, section 3). It never falls below a quarter
-    of a period of a standard normal, where means are estimated best if the flow is good.
+    Here w and w' are the whitened positions at both ends of a trajectory, and expectations are over chains, weighted by
+    acceptance probabilities (Hoffman, Radul and Sountsov 2021, AISTATS 130, section 3). The length never falls below a
+    quarter of the period of a standard normal, at which means are estimated best if the flow is good.
     """
 
     def __init__(self) -> None:
@@ -292,7 +319,15 @@ class Chees:
         self._adam = torch.optim.Adam([self._log_length], lr=0.025, betas=(0.0, 0.95), maximize=True)
 
     def update(self, start: Tensor, end: Tensor, momentum: Tensor, accept_prob: Tensor, jitter: float) -> float:
-        """The new mean length, from one trajectory of each chain."""
+        """Adjust the mean length by one trajectory of each chain, and give the new one.
+
+        Args:
+            start: whitened positions at the start, ``(C, D)``.
+            end: whitened positions at the end, ``(C, D)``.
+            momentum: whitened momenta at the end, ``(C, D)``.
+            accept_prob: acceptance probabilities ``(C,)``.
+            jitter: the length of these trajectories over the mean length.
+        """
         weight = torch.where(accept_prob > 1e-4, accept_prob, 0.0)[:, None]
         if not weight.any():
             return self._log_length.exp().item()

@@ -1,4 +1,4 @@
-"""The flow as Metropolis proposal, between trajectories of Hamiltonian Monte Carlo."""
+"""Metropolis proposals from the flow, between trajectories of Hamiltonian Monte Carlo."""
 
 from functools import partial
 
@@ -15,15 +15,15 @@ DEFENSIVE_DF = 5.0
 
 
 class DefensiveMixture:
-    r"""The base with a part of heavier tails, :math:`0.9\, q(z) + 0.1\, t_5(z; m, s)`.
+    r"""The base mixed with a distribution of heavier tails, :math:`0.9\, q(z) + 0.1\, t_5(z; m, s)`.
 
-    Where the flow is thin, a chain that has come there would stay for long: its weight :math:`p / q` is large. The
-    second part, a multivariate Student-t at the target's own location and scales, bounds the weights.
+    A chain in a region where q is too small would stay there for long, since its weight :math:`p / q` is large. The
+    second part, a multivariate Student-t at the location and scales of the target, keeps the weights bounded there.
 
     Args:
-        base: of the flow, q.
-        loc: of the target, ``(D,)``.
-        scale: of the target, ``(D,)``.
+        base: the base distribution q of the flow.
+        loc: the location m of the target, ``(D,)``.
+        scale: the scales s of the target, positive, ``(D,)``.
     """
 
     def __init__(self, base: Distribution, loc: Tensor, scale: Tensor) -> None:
@@ -31,14 +31,14 @@ class DefensiveMixture:
         self._wide = dist.MultivariateStudentT(loc.new_tensor(DEFENSIVE_DF), loc, torch.diag(scale))
 
     def sample(self, num_draws: int) -> Tensor:
-        """Draws ``(S, D)``."""
+        """Draw values ``(num_draws, D)``."""
         shape = torch.Size([num_draws])
         wide = self._wide.sample(shape)
         is_wide = torch.rand_like(wide[:, :1]) < DEFENSIVE_WEIGHT
         return torch.where(is_wide, wide, self._base.sample(shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Of both parts: the mixture's density, whichever part a draw came from."""
+        """The log density of the mixture at z, ``(S, D)`` to ``(S,)``."""
         base = torch.tensor(1 - DEFENSIVE_WEIGHT).log() + self._base.log_prob(z)
         return torch.logaddexp(base, torch.tensor(DEFENSIVE_WEIGHT).log() + self._wide.log_prob(z))
 
@@ -46,8 +46,12 @@ class DefensiveMixture:
 def independent_move(
     value_and_grad: ValueAndGrad, base: Distribution, state: State, tuner: Tuner
 ) -> tuple[State, Tensor]:
-    r"""A Metropolis step with proposals z' from a mixture q that does not depend on z, accepted with probability
-    :math:`\min(1, \frac{p(z') q(z)}{p(z) q(z')})`.
+    r"""Make a Metropolis step with proposals z' from a mixture q that does not depend on z.
+
+    A proposal is accepted with probability :math:`\min(1, \frac{p(z') q(z)}{p(z) q(z')})`.
+
+    Returns:
+        The new state, and the acceptance probabilities ``(C,)``.
     """
     mixture = DefensiveMixture(base, tuner.loc, tuner.scale)
     z = mixture.sample(len(state.z))
@@ -65,10 +69,10 @@ def run_independence(
     num_warmup: int,
     progress_bar: bool = True,
 ) -> BaseChains:
-    """Chains of which each iteration is a trajectory, see :func:`run_hmc`, and then a proposal from the flow.
+    """Run chains as :func:`run_hmc` does, with a proposal from the flow after each trajectory.
 
-    The proposals reach what trajectories do not, such as other modes; the trajectories move chains off points where the
-    flow is too thin to propose anything better.
+    The proposals reach regions that trajectories do not, such as other modes; the trajectories move chains away from
+    points where the density of the flow is so small that no proposal is accepted.
     """
     move = partial(independent_move, value_and_grad, base)
     return run_hmc(value_and_grad, base, num_samples, num_chains, num_warmup, progress_bar, move)

@@ -13,7 +13,7 @@ from pyroflows.models.log_joint import ValueAndGrad
 
 
 class _LogDensity(torch.autograd.Function):
-    """A log density whose gradient came with it."""
+    """A log density for autograd, whose gradient is computed along with its value."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, value_and_grad: ValueAndGrad) -> Tensor:
@@ -34,10 +34,10 @@ def run_nuts(
     num_warmup: int,
     progress_bar: bool = True,
 ) -> BaseChains:
-    """Chains one after the other, each with its own warm-up, that start at draws from the base.
+    """Run chains one after the other, each with its own warm-up, that start at draws from the base.
 
-    Pyro gets the target as a potential, not the model under ``NeuTraReparam``: that runs the model's effect handlers
-    once more in every leapfrog step, while this is the same function of a vector that every other method uses.
+    Pyro gets the target as a potential function, the same that every other method uses. With the model under
+    ``NeuTraReparam`` it would run the model's effect handlers in every leapfrog step.
     """
     starts = [start(value_and_grad, base, 1).z[0] for _ in range(num_chains)]
 
@@ -53,7 +53,7 @@ def run_nuts(
 
             def after_each(kernel: NUTS, *_: Any) -> None:
                 nonlocal mean_acceptance
-                # The kernel forgets it at the end.
+                # At the end of a run the kernel resets its mean acceptance.
                 mean_acceptance = kernel.logging()["acc. prob"]
                 bar.update()
 

@@ -1,4 +1,4 @@
-"""Chains of a model's posterior, moved in the base space of a flow."""
+"""Run chains on the posterior of a model, in the base space of a flow."""
 
 from typing import NamedTuple
 
@@ -19,11 +19,11 @@ from pyroflows.transforms.foreign import Foreign
 
 METHODS = {"hmc": run_hmc, "nuts": run_nuts, "independence": run_independence}
 NUM_CHAINS = {"hmc": 64, "nuts": 4, "independence": 64}
-MIN_SAMPLES = 4  # of which R-hat can be computed
+MIN_SAMPLES = 4  # R-hat needs as many
 
 
 class LatentChains(NamedTuple):
-    """Unconstrained draws ``(C, N, D)``, the base values they came from, and figures ``(C, N)`` by name."""
+    """Unconstrained draws ``(C, N, D)``, their base values ``(C, N, D)``, and figures ``(C, N)`` by name."""
 
     latents: Tensor
     z: Tensor
@@ -62,13 +62,13 @@ def sample_latents(
         value_and_grad = where_finite(log_joint.value_and_grad(rows, transform.forward_and_ladj))
         z, stats = METHODS[method](value_and_grad, base, num_samples, num_chains, num_warmup, progress_bar)
         latents, ladj = _mapped(transform, z.flatten(0, 1), log_joint.batched.chunk_size)
-    # In the space of the unconstrained vector, as the posterior's own lp.
+    # This makes lp the log joint in the unconstrained space, as in the posterior's own ArviZ data.
     lp = stats["lp"] - ladj.reshape(stats["lp"].shape)
     return LatentChains(latents.reshape(z.shape), z, {**stats, "lp": lp})
 
 
 def _of_vectors(flow: Flow) -> tuple[Distribution, FlowTransform]:
-    """Base and exact transform of a flow, with the base values of whatever shape as vectors."""
+    """The base and the exact transform of a flow, with base values flattened into vectors."""
     base, transform = flow.base(), flow.transform.exact()
     if len(flow.base_shape) == 1:
         return base, transform

@@ -1,4 +1,4 @@
-"""What a sampler moves on: a log density and its gradient, both finite or clearly not."""
+"""The target of a sampler: a log density that may be -inf but not NaN, and a finite gradient."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,13 @@ from pyroflows.models.log_joint import ValueAndGrad
 
 
 def where_finite(value_and_grad: ValueAndGrad) -> ValueAndGrad:
-    """The same with log density -inf where it is NaN or infinite, and gradient 0 where that is.
+    """Replace log densities that are NaN or infinite by -inf, and such entries of gradients by 0.
 
-    So NaN stays in the proposal that met it, which is then rejected. Any gradient leaves the chains exact: leapfrog
-    steps preserve volume and are reversible whatever function of the position the force is.
+    A proposal with NaN is then rejected, and affects no other chain. The chains stay exact whatever the gradient is,
+    since leapfrog steps preserve volume and are reversible for any force that is a function of the position.
+
+    Args:
+        value_and_grad: function that gives log densities and gradients.
     """
 
     def run(z: Tensor) -> tuple[Tensor, Tensor]:
