@@ -52,8 +52,7 @@ def measure(length: int) -> str:
     compiler = LogJoint(model, args, {}, layout, vectors[:5], Compiler("trace"))
     start = time.perf_counter()
     compiled = compiler.value_and_grad(vectors)
-    for _ in range(2):  # the interpreter optimises at the second call
-        compiled(vectors)
+    compiled(vectors)
     compile_time = time.perf_counter() - start
     with pyro.validation_enabled(False):
         make_fx_time = seconds(lambda: make_fx(eager)(vectors))

@@ -40,7 +40,8 @@ class Compiler:
     ) -> Any:
         """The compiled function, for inputs like ``examples``, checked at ``others``, which are no inputs of it yet.
 
-        It reads the parameters and buffers of the modules in ``state``, and the tensors there, anew at each call.
+        It reads the parameters and persistent buffers of the modules in ``state``, and the tensors there, anew at each
+        call.
         Examples that are parameters are overwritten by the others for the check, and restored.
 
         Raises:

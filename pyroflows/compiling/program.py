@@ -1,16 +1,14 @@
 """A recorded function as a program, run without Python and autograd in between."""
 
 import operator
-import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from pyroflows.compiling.record import Operation, Recorder, memories
+from pyroflows.compiling.torchscript import Graph
 from pyroflows.errors import UntraceableError
 
 Function: TypeAlias = Callable[..., Sequence[Tensor]]
@@ -18,42 +16,9 @@ State: TypeAlias = Iterable[nn.Module | Tensor]
 # Where a tensor stands: a module's dictionary of parameters or buffers, and its name there.
 _Place: TypeAlias = tuple[dict[str, Any], str]
 
-# TorchScript's optimiser gains a fifth on small programs, and takes seconds, more than in proportion, on long ones.
-MAX_OPTIMIZED = 3000
-
 _aten = torch.ops.aten
 # They give their input another name.
 _ALIASES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
-
-
-def _cholesky_or_nan(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    factor, info = _aten.linalg_cholesky_ex.default(*args, **kwargs)
-    return factor.masked_fill((info != 0)[..., None, None], torch.nan), info
-
-
-# A program has no checks of factorisations, which are operations without a result. This one leaves finite numbers.
-_SUBSTITUTES = {_aten.linalg_cholesky_ex.default: _cholesky_or_nan}
-
-
-@cache
-def _convolution_backward() -> Any:
-    """A function of TorchScript, whose tracer knows no arrays of booleans and no results that are not there."""
-    source = """
-    def convolution_backward(
-        gradient: Tensor, x: Tensor, weight: Tensor, bias: Optional[List[int]], stride: List[int], padding: List[int],
-        dilation: List[int], transposed: bool, output_padding: List[int], groups: int, wanted: List[bool]
-    ):
-        a, b, c = torch.ops.aten.convolution_backward(
-            gradient, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted
-        )
-        none = torch.empty([0])
-        return a if wanted[0] else none, b if wanted[1] else none, c if wanted[2] else none
-    """
-    return torch.jit.CompilationUnit(textwrap.dedent(source)).convolution_backward
-
-
-def _traceable(function: Any) -> Any:
-    return _convolution_backward() if function is _aten.convolution_backward.default else function
 
 
 def compiled(function: Function, examples: Sequence[Tensor], executor: str = "trace", state: State = ()) -> Function:
@@ -68,7 +33,8 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
         examples: inputs.
         executor: "trace", the interpreter of TorchScript, costs little more than a few runs; "inductor" generates
             machine code, tens of seconds, for runs by the ten thousands; "none" is the function itself.
-        state: modules, of whose parameters and buffers the function may read some, and further such tensors.
+        state: modules, of whose parameters and buffers the function may read some, and further such tensors. Buffers
+            that are not persistent, in no state dict, are constants: they follow from what a module was made of.
 
     Where a matrix has no Cholesky factor the program gives NaN instead of an error: the rows beside it go on.
 
@@ -97,20 +63,23 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
 
 def _places(state: State, examples: Sequence[Tensor]) -> list[_Place]:
     """Where the tensors of the state stand, each once, without those that are given at each call."""
-    owners: list[dict[str, Any]] = []
+    places: list[_Place] = []
     for part in state:
         if isinstance(part, Tensor):
-            owners.append({"": part})
-        else:
-            owners += [tensors for module in part.modules() for tensors in (module._parameters, module._buffers)]
+            places.append(({"": part}, ""))
+            continue
+        for module in part.modules():
+            places += [(module._parameters, name) for name in module._parameters]
+            constant = module._non_persistent_buffers_set
+            places += [(module._buffers, name) for name in module._buffers if name not in constant]
     seen = {id(example) for example in examples}
-    places = []
-    for owner in owners:
-        for name, tensor in owner.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                places.append((owner, name))
-    return places
+    kept = []
+    for owner, name in places:
+        tensor = owner[name]
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept.append((owner, name))
+    return kept
 
 
 def _read(places: list[_Place]) -> list[Any]:
@@ -236,7 +205,10 @@ class _Program:
             known.update(id(tensor) for tensor in op.outputs)
         return found + [output for output in self._outputs if id(output) not in known]
 
-    def _run(self, inputs: Sequence[Any], constants: dict[int, Any], call: Callable[..., Any]) -> Any:
+    def _repeat(
+        self, inputs: Sequence[Any], constants: dict[int, Any], call: Callable[..., Sequence[Any]]
+    ) -> list[Any]:
+        """Call all operations on what stands for the tensors; gives what stands for the outputs."""
         values = constants | {id(tensor): value for tensor, value in zip(self._inputs, inputs, strict=True)}
 
         def value(tensor: Tensor) -> Any:
@@ -244,31 +216,16 @@ class _Program:
 
         for op in self._operations:
             kwargs = {name: _mapped(value, argument) for name, argument in op.kwargs.items()}
-            function = _SUBSTITUTES.get(op.function, op.function)
-            result = call(function, _mapped(value, op.args), kwargs)
-            if isinstance(op.output, Tensor):
-                values[id(op.output)] = result
-            else:
-                for i, out in enumerate(op.output):
-                    if isinstance(out, Tensor):
-                        values[id(out)] = call(operator.getitem, (result, i), {})
-        return tuple(value(output) for output in self._outputs)
+            outputs = [op.output] if isinstance(op.output, Tensor) else op.output or []
+            results = call(op.function, _mapped(value, op.args), kwargs, len(outputs))
+            values |= {id(output): result for output, result in zip(outputs, results, strict=True)}
+        return [value(output) for output in self._outputs]
 
-    def traced(self) -> Function:
-        """For TorchScript's interpreter: the fastest on small tensors, though deprecated."""
-
-        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return self._run(inputs, self._constants, lambda f, args, kwargs: _traceable(f)(*args, **kwargs))
-
-        inputs = tuple(tensor.detach() for tensor in self._inputs)
-        with warnings.catch_warnings():
-            # A TracerWarning, whose class torch.jit does not export: sizes in the graph are those of the examples.
-            warnings.simplefilter("ignore", UserWarning)
-            # What torch.jit.trace does, which adds the program to a table of the process: that keeps it for good.
-            graph, _ = torch._C._create_graph_by_tracing(run, inputs, lambda value: "", True, False)
-        program = torch._C._create_function_from_graph("program", graph)
-        is_long = len(self._operations) > MAX_OPTIMIZED
-        return _as_it_is(program) if is_long or not _is_optimized_rightly(program, inputs) else program
+    def interpreted(self) -> Function:
+        """For TorchScript's interpreter."""
+        graph = Graph(len(self._inputs))
+        constants = {key: graph.constant(tensor) for key, tensor in self._constants.items()}
+        return graph.function(self._repeat(graph.inputs, constants, graph.call))
 
     def graph_module(self) -> fx.GraphModule:
         root, graph = torch.nn.Module(), fx.Graph()
@@ -277,7 +234,15 @@ class _Program:
         for i, (key, tensor) in enumerate(self._constants.items()):
             root.register_buffer(f"constant_{i}", tensor)
             constants[key] = graph.get_attr(f"constant_{i}")
-        graph.output(self._run(inputs, constants, graph.call_function))
+
+        def call(function: Any, args: Any, kwargs: Any, num_outputs: int) -> Sequence[Any]:
+            result = graph.call_function(function, args, kwargs)
+            returns = function._schema.returns
+            if len(returns) == 1 and not isinstance(returns[0].type, torch.ListType):
+                return [result]
+            return [graph.call_function(operator.getitem, (result, i)) for i in range(num_outputs)]
+
+        graph.output(tuple(self._repeat(inputs, constants, call)))
         return fx.GraphModule(root, graph)
 
 
@@ -286,27 +251,9 @@ def _run_by(executor: str, program: _Program) -> Function:
         # Inductor's own generator draws other numbers than torch's at the same seed.
         run = torch.compile(program.graph_module(), dynamic=False, options={"fallback_random": True})
     else:
-        run = program.traced()
+        run = program.interpreted()
     num_outputs = program.num_outputs
     return run if num_outputs == len(program._outputs) else lambda *inputs: run(*inputs)[:num_outputs]
-
-
-def _is_optimized_rightly(program: Function, inputs: Sequence[Tensor]) -> bool:
-    """Whether TorchScript's optimiser leaves a program that runs: batching products of matrices, it can break one."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            program(*inputs)
-        except RuntimeError:
-            return False
-    return True
-
-
-def _as_it_is(program: Function) -> Function:
-    def run(*inputs: Tensor) -> Sequence[Tensor]:
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return program(*inputs)
-
-    return run
 
 
 def _mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -26,16 +26,10 @@ class Operation:
     function: Any
     args: Any
     kwargs: Any
+    inputs: list[Tensor]
     output: Any
+    outputs: list[Tensor]
     varies: bool  # between runs: it depends on the inputs or draws random numbers
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return tensors_in((self.args, self.kwargs))
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        return tensors_in(self.output)
 
     @property
     def is_draw(self) -> bool:
@@ -44,6 +38,8 @@ class Operation:
     @property
     def written(self) -> list[Tensor]:
         """The arguments that it writes into."""
+        if not self.function._schema.is_mutable:
+            return []
         arguments = self.function._schema.arguments
         named = [(argument, self.kwargs[argument.name]) for argument in arguments if argument.name in self.kwargs]
         return tensors_in(
@@ -87,14 +83,15 @@ class Recorder(Recording):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = memories(tensors_in((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
+        before = memories(inputs)
         varies = not before.isdisjoint(self._varying)
         if varies and (looked_at := self._looked_at(function, args)):
             self._decide(function, looked_at)
         output = function(*args, **kwargs)
         # A draw is another one at each run.
         varies = varies or torch.Tag.nondeterministic_seeded in function.tags
-        operation = Operation(function, args, kwargs, output, varies)
+        operation = Operation(function, args, kwargs, inputs, output, tensors_in(output), varies)
         after = memories(operation.outputs)
         self._created |= after - before
         if varies:
@@ -104,6 +101,12 @@ class Recorder(Recording):
         if function is _aten._is_all_true.default:
             self._checks.add(id(output))
         self.operations.append(operation)
+        if function is _aten.linalg_cholesky_ex.default:
+            # A program has no checks of factorisations, which are operations without a result. This one leaves finite
+            # numbers.
+            factor, info = output
+            with self:
+                return factor.masked_fill((info != 0)[..., None, None], torch.nan), info
         return output
 
     def _looked_at(self, function: Any, args: Any) -> list[Tensor]:
@@ -160,9 +163,14 @@ def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in an argument of an operation, or in what it returned."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, dict):
-        return tensors_in(list(tree.values()))
-    return [tensor for part in tree for tensor in tensors_in(part)] if isinstance(tree, list | tuple) else []
+    found: list[Tensor] = []
+    if isinstance(tree, list | tuple | dict):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, list | tuple | dict):
+                found += tensors_in(part)
+    return found
 
 
 def memories(tensors: Iterable[Tensor]) -> set[int]:

@@ -129,7 +129,8 @@ class FlowTransform(TransformModule):
     def before_step(self) -> None:
         """Bring the layer's state up to date, by power iterations for example. The trainer calls it before each step.
 
-        It runs in Python, outside of what is traced, so it must change buffers in place.
+        It runs in Python, outside of what is traced, so it must change buffers in place, and persistent ones: buffers
+        in no state dict are constants of a traced step.
         """
 
     @property

@@ -146,6 +146,19 @@ def test_only_what_is_read_is_an_input():
     assert len(inputs) == 1
 
 
+def test_buffers_that_are_in_no_state_dict_are_constants():
+    """They follow from what the module was made of; another dtype is recorded again."""
+    layer = Layer()
+    layer.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0]), persistent=False)
+    run = compiled(lambda x: [x * layer.mask + layer.shift], [torch.ones(3)], state=[layer])
+    layer.mask = torch.zeros(3)
+    torch.testing.assert_close(run(torch.ones(3))[0], layer.shift + torch.tensor([1.0, 0.0, 1.0]))
+    layer.mask = torch.tensor([1.0, 0.0, 1.0])
+    layer.double()
+    x = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(run(x)[0], x * layer.mask + layer.shift)
+
+
 def test_another_shape_is_recorded_again():
     layer = Layer()
     run = compiled(lambda x: [x.sum() * layer.shift.sum() / layer.shift.numel()], [torch.ones(3)], state=[layer])

@@ -1,0 +1,96 @@
+"""Graphs of TorchScript, built operation by operation: its tracer would run all of them once more."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Enumerated as in C++, where they are numbers.
+_MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
+
+
+class Graph:
+    """A graph of TorchScript, whose interpreter is the fastest on small tensors, though deprecated.
+
+    Args:
+        num_inputs: how many tensors it takes.
+
+    Attributes:
+        inputs: the values that stand for these tensors.
+    """
+
+    def __init__(self, num_inputs: int) -> None:
+        self._graph: Any = torch._C.Graph()  # of whose methods torch's stubs know some
+        self.inputs = [self._graph.addInput() for _ in range(num_inputs)]
+        self._literals: dict[str, Any] = {}
+
+    def constant(self, tensor: Tensor) -> Any:
+        """The value that stands for a tensor which stays."""
+        return self._graph.insertConstant(tensor)
+
+    def call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], num_outputs: int) -> Sequence[Any]:
+        """The values of what an operator returns: one, several, or a list of as many tensors."""
+        name, parameters, returned = _signature(function)
+        inputs = [
+            self._argument(args[i] if i < len(args) else kwargs.get(key, default), type_)
+            for i, (key, type_, default) in enumerate(parameters)
+        ]
+        node = self._graph.appendNode(self._graph.create(name, inputs, len(returned)))
+        outputs = list(node.outputs())
+        for output, type_ in zip(outputs, returned, strict=True):
+            output.setType(type_)
+        if len(returned) == 1 and isinstance(returned[0], torch.ListType):
+            unpacked = self._graph.create("prim::ListUnpack", outputs, num_outputs)
+            outputs = list(self._graph.appendNode(unpacked).outputs())
+        return outputs
+
+    def function(self, outputs: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]]:
+        """The graph as a function from its inputs to a tuple."""
+        node = self._graph.create("prim::TupleConstruct", list(outputs))
+        node.output().setType(torch.TupleType([torch.TensorType.get() for _ in outputs]))
+        self._graph.registerOutput(self._graph.appendNode(node).output())
+        # Double transposes, products with one.
+        torch._C._jit_pass_peephole(self._graph)
+        # A unit of its own: what torch.jit.trace makes stays in a table of the process for good.
+        program = torch._C._create_function_from_graph("program", self._graph)
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            # What else the optimiser does makes no run faster, and takes as long as a hundred runs of a small program,
+            # seconds for a long one.
+            is_optimized = torch._C._get_graph_executor_optimize()
+            torch._C._set_graph_executor_optimize(False)
+            try:
+                return program(*inputs)
+            finally:
+                torch._C._set_graph_executor_optimize(is_optimized)
+
+        return run
+
+    def _argument(self, argument: Any, type_: Any) -> Any:
+        """The value that stands for an argument of an operator."""
+        if isinstance(argument, torch._C.Value):
+            return argument
+        if isinstance(argument, list | tuple) and (
+            not argument or any(isinstance(part, torch._C.Value) for part in argument)
+        ):
+            if isinstance(type_, torch.OptionalType):
+                type_ = type_.getElementType()
+            parts = [self._argument(part, type_.getElementType()) for part in argument]
+            node = self._graph.create("prim::ListConstruct", parts)
+            node.output().setType(type_)
+            return self._graph.appendNode(node).output()
+        key = repr(argument)  # since 0.0 equals -0.0, and 1 equals 1.0 and True
+        if key not in self._literals:
+            is_format = isinstance(argument, torch.memory_format)
+            self._literals[key] = self._graph.insertConstant(_MEMORY_FORMATS[argument] if is_format else argument)
+        return self._literals[key]
+
+
+@cache
+def _signature(function: Any) -> tuple[str, list[tuple[str, Any, Any]], list[Any]]:
+    """The name of an operator, its parameters with types and defaults, and the types of what it returns."""
+    schema = function._schema
+    parameters = [(argument.name, argument.type, argument.default_value) for argument in schema.arguments]
+    return schema.name, parameters, [returned.type for returned in schema.returns]
