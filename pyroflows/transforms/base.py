@@ -338,7 +338,7 @@ class Inverse(_View):
 class Conditioned(_View):
     """A layer at one context, which takes no context itself. ``t.condition(context)`` makes it.
 
-    Gradients flow into the context.
+    Gradients flow into the context, which moves and casts with the layer.
 
     Args:
         layer: a layer that takes a context.
@@ -350,9 +350,15 @@ class Conditioned(_View):
         (torch.Size([5, 2]), 0)
     """
 
+    context: Tensor
+
     def __init__(self, layer: FlowTransform, context: Tensor) -> None:
         super().__init__(layer, layer.event_shape, (), layer.base_shape)
-        self.context = context
+        if isinstance(context, nn.Parameter):
+            self.context = context
+        else:
+            # It moves and casts with the layer, but is not part of what the layer has learnt.
+            self.register_buffer("context", context, persistent=False)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self.layer.forward_and_ladj(z, self.context)

@@ -301,6 +301,23 @@ def test_remembered_score_does_not_outlive_a_change_of_the_context():
     torch.testing.assert_close(law.log_prob(x), flow(context).log_prob(x.clone()))
 
 
+def test_nothing_remembered_outlives_a_change_of_the_context_of_a_layer():
+    flow, context = make(context_dim=3), random_context(5)
+    layer = flow.transform.condition(context)
+    cached, law = layer.with_cache(), FlowDistribution(flow.base(), layer)
+    z = torch.randn(5, 2, dtype=torch.float64)
+    before, x = cached(z), law.rsample((5,))
+    context += 1.0
+    assert not torch.equal(cached(z), before)
+    torch.testing.assert_close(law.log_prob(x), law.log_prob(x.clone()))
+
+
+def test_context_of_a_layer_casts_with_it():
+    layer = make(context_dim=3, dtype=torch.float32).transform.condition(random_context(5, dtype=torch.float32))
+    assert layer.double()(torch.zeros(2).double()).dtype == torch.float64
+    assert not [name for name in layer.state_dict() if "context" in name.split(".")[0]]
+
+
 def test_score_of_a_draw_of_a_frozen_flow_has_gradients_once_they_are_asked_for():
     flow = make()
     flow.requires_grad_(False)
