@@ -27,7 +27,7 @@ class Step:
             unless dtypes or devices differ.
 
     Raises:
-        OptionError: if the objective has no parameters.
+        OptionError: if the objective has no parameters, or one of them does not require gradients.
         UntraceableError: if the step cannot be compiled, and the compiler's mode is not "auto".
     """
 
@@ -36,6 +36,8 @@ class Step:
         self._trained = list(objective.parameters)
         if not self._trained:
             raise OptionError("there are no parameters to train")
+        if not all(parameter.requires_grad for parameter in self._trained):
+            raise OptionError("a trained tensor does not require gradients: make it with requires_grad=True")
         # The parameters get the layout that they will have in the flat tensor, since a recorded step relies on it.
         for parameter in self._trained:
             parameter.data = parameter.detach().contiguous()

@@ -145,6 +145,11 @@ def test_noise_of_a_base_that_is_trained_is_drawn_in_the_loss():
     assert objective(kl.flow).noise(16).shape == (16, 2)
 
 
+def test_own_parameters_without_gradients():
+    with pytest.raises(OptionError, match="does not require gradients"):
+        Step(objective(own_parameters=[torch.zeros(2)]), Compiler("none"))
+
+
 # Compiled
 
 
