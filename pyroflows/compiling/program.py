@@ -223,7 +223,7 @@ class _Program:
             values |= {id(output): result for output, result in zip(outputs, results, strict=True)}
         # What a run returns is the caller's, and constants are the program's.
         return [
-            call(_aten.clone.default, [value(output)], {}, 1)[0] if id(output) in constants else value(output)
+            call(_aten.clone.default, (value(output),), {}, 1)[0] if id(output) in constants else value(output)
             for output in self._outputs
         ]
 

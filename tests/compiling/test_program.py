@@ -269,7 +269,9 @@ def test_outputs_are_tensors_of_their_own():
     assert second.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_constants_that_are_returned_are_the_callers():
-    run = compiled(lambda x: [torch.ones(3), x], [torch.zeros(3)])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("executor", ["trace", "inductor"])
+def test_constants_that_are_returned_are_the_callers(executor):
+    run = compiled(lambda x: [torch.ones(3), x], [torch.zeros(3)], executor)
     run(torch.zeros(3))[0].mul_(5.0)
     assert run(torch.zeros(3))[0].tolist() == [1.0, 1.0, 1.0]
