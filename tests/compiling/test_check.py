@@ -176,3 +176,12 @@ def test_what_is_not_finite_may_be_equal():
 def test_unknown_modes(mode):
     with pytest.raises(OptionError, match=f"compile must be one of .*'auto'.*got {mode!r}"):
         Compiler(mode)
+
+
+def test_whole_numbers_and_truth_are_compared():
+    def function(x):
+        return x.argmax(), x > 1.2
+
+    assert [part.tolist() for part in Compiler("trace")(function, [HERE], [THERE])(HERE)] == [1, [False, True]]
+    with pytest.raises(UntraceableError, match="differs"):
+        Compiler("trace")(lambda x: (torch.tensor(bool(x.detach().numpy()[1] > 0)),), [HERE], [THERE])
