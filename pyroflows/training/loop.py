@@ -114,7 +114,7 @@ class Trainer:
         """A copy of all that decides how training goes on: values, optimiser, schedule, guard, random numbers."""
         flow = self._objective.flow
         return {
-            "flow": {name: value.clone() for name, value in flow.state_dict().items()},
+            "flow": {name: _copy(value) for name, value in flow.state_dict().items()},
             "own_parameters": [parameter.detach().clone() for parameter in self._objective.own_parameters],
             "objective": copy.deepcopy(self._objective.state_dict()),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
@@ -213,6 +213,11 @@ def train(
     schedule = Plateau(objective.monitor, num_steps, falls=objective.falls)
     with seeded(seed):
         return Trainer(objective, schedule, optimizer, compile=compile, progress_bar=progress_bar).run()
+
+
+def _copy(value: Any) -> Any:
+    """Copy an entry of a state dict; what a module's ``get_extra_state`` gave may be no tensor."""
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _made(optimizer: OptimizerLike, parameters: list[Tensor]) -> Optimizer:

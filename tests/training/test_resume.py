@@ -219,3 +219,25 @@ def test_averaging_gradients_of_two_half_batches_is_the_full_batch(compile):
     assert norms_of_halves == pytest.approx(norms)
     torch.testing.assert_close(halves, full)
     assert (alone - full).abs().max() > 1e-3
+
+
+def test_a_layer_with_extra_state():
+    """Which is whatever the layer makes it."""
+
+    class Counting(Permutation):
+        def __init__(self, permutation):
+            super().__init__(permutation)
+            self.count = [0]
+
+        def get_extra_state(self):
+            return self.count
+
+        def set_extra_state(self, state):
+            self.count = state
+
+    flow = pf.Flow([Counting([1, 0]), pf.transforms.Planar(2)])
+    trainer = pf.Trainer(ReverseKL(flow, lambda x: -(x**2).sum(-1)), Plateau("elbo", 5), progress_bar=False)
+    state = trainer.state_dict()
+    flow.transform.layers[0].count[0] = 1
+    trainer.load_state_dict(state)
+    assert flow.transform.layers[0].count == [0]
