@@ -35,7 +35,7 @@ class Plain(nn.Module):
 
     def __init__(self, order, num_params, hidden_dims, context_dim, channels=()):
         super().__init__()
-        self.order, self.channels = order, shape_of(channels)
+        self.order, self.num_params, self.channels = order, num_params, shape_of(channels)
         size = math.prod(self.channels)
         self.weight = nn.Parameter(torch.zeros(num_params * size, size))
         self.context = zero_initialized(nn.Linear(context_dim, num_params * size)) if context_dim else None
@@ -43,7 +43,7 @@ class Plain(nn.Module):
     def theta(self, earlier, context):
         """``(P, *channels, K)`` from sums ``(C, K)`` and a context ``(K or 1, context_dim)``."""
         theta = self.weight @ earlier + (0 if context is None else self.context(context).T)
-        return theta.unflatten(0, (-1, *self.channels))
+        return theta.unflatten(0, (self.num_params, *self.channels))
 
     def forward(self, z, context=None):
         values = torch.tanh(z)[..., self.order]
@@ -51,7 +51,7 @@ class Plain(nn.Module):
         theta = self.weight @ earlier.flatten(-1 - len(self.channels), -2)
         if context is not None:
             theta = theta + self.context(context)[..., None]
-        return theta.unflatten(-2, (-1, *self.channels)).movedim(-2 - len(self.channels), -1)
+        return theta.unflatten(-2, (self.num_params, *self.channels)).movedim(-2 - len(self.channels), -1)
 
 
 class Stepwise(Plain):
@@ -79,6 +79,7 @@ class BackwardSteps:
         self.net, self.slopes, self.inputs = net, 1 - torch.tanh(z) ** 2, inputs
 
     def pull_back(self, i, gradient):
-        share = (self.net.weight.T @ gradient.flatten(0, -2)).unflatten(0, self.net.channels)
+        share = self.net.weight.T @ gradient.reshape(len(self.net.weight), gradient.shape[-1])
+        share = share.reshape(*self.net.channels, gradient.shape[-1])
         earlier = self.net.order[:i]
         self.inputs[earlier] += self.slopes[earlier] * share

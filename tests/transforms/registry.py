@@ -234,7 +234,11 @@ def conditional(name: str, shape: Shape | None = None) -> FlowTransform:
 
 
 def conditioned(
-    name: str, context_dim: int | Shape, shape: Shape | None = None, batch_shape: Shape = (), dtype: torch.dtype = torch.float64
+    name: str,
+    context_dim: int | Shape,
+    shape: Shape | None = None,
+    batch_shape: Shape = (),
+    dtype: torch.dtype = torch.float64,
 ) -> FlowTransform:
     """A layer with perturbed parameters, at a random context if it takes one."""
     t = layer(name, shape, context_dim, dtype)

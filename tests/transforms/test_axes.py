@@ -1,6 +1,5 @@
 """Layers that mask or order an axis of events with several axes, such as the channels or the rows of an image."""
 
-import math
 from functools import partial
 
 import pytest
@@ -10,9 +9,8 @@ from torch import nn
 import pyroflows as pf
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, CausalConv, IncrementalGradient
-from pyroflows.nets.mlp import zero_initialized
-from pyroflows.shapes import shape_of
-from pyroflows.transforms import Autoregressive, Compose, Coupling, Elementwise, masks
+from pyroflows.transforms import Autoregressive, Coupling, masks
+from tests.transforms.networks import BackwardSteps, Plain, Stepwise, convolution
 from tests.transforms.registry import perturb
 
 SHAPE = (3, 4, 2)
@@ -49,7 +47,7 @@ def test_elements_see_all_elements_at_earlier_places(axis, univariate, direction
     size = SHAPE[axis]
     order = ORDERS[size]
     # (places, other elements, places, other elements)
-    matrix = matrix.movedim((axis, 3 + axis), (0, 3)).reshape(size, size, t.dim // size, -1)
+    matrix = matrix.movedim((axis, 3 + axis), (0, 1)).reshape(size, size, t.dim // size, -1)
     blocks = matrix.transpose(1, 2)[order][:, :, order]
     for i in range(size):
         for k in range(size):
