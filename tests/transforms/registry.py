@@ -186,6 +186,7 @@ LAYERS: dict[str, Entry] = {
         preserves_volume=True,
     ),
     "estimated": Entry(lambda dim, _: EstimatedScale(dim), context=0, is_exact=False),
+    "compose-estimated": Entry(lambda dim, _: Compose([Planar(dim), EstimatedScale(dim)]), context=0, is_exact=False),
     "compose": Entry(_compose),
     # Events are sequences (channels, length).
     "elementwise-of-sequences": sequences(_factory(Elementwise, univariate="spline")),

@@ -144,6 +144,7 @@ def test_shapes_and_dtypes(name, context_dim, shape, batch_shape, dtype):
         assert (result.shape, ladj.shape) == (end, batch_shape)
         assert result.dtype == ladj.dtype == dtype
     assert (t.forward_shape(before), t.inverse_shape(after)) == (after, before)
+    assert (t.inv.base_shape, t.inv.event_shape) == (t.event_shape, t.base_shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -206,6 +207,7 @@ def test_estimates_are_declared_and_unbiased(name):
         values = values_for(t, direction, (1,)).expand(20_000, *t.event_shape)
         estimates = pair_of(t, direction)(values)[1]
         exact = pair_of(t.exact(), direction)(values[:1])[1]
+        torch.testing.assert_close(pair_of(t.inv.exact().inv, direction)(values[:1])[1], exact)
         assert estimates.std() > 0
         assert (estimates.mean() - exact).abs() < 4 * estimates.std() / len(estimates) ** 0.5
 
@@ -466,6 +468,25 @@ def test_copies_do_not_share_parameters(name):
     torch.testing.assert_close(t(z), before, rtol=0, atol=0)
 
 
+@all_layers
+def test_what_was_adapted_is_saved(name):
+    """Layers that adapt to data then standardise them, and know it; the others stay as they are."""
+    t, fresh = made(name, usual(name)), made(name, usual(name))
+    rows = 3 + 2 * torch.randn(500, *t.event_shape)
+    before = copy.deepcopy(t)
+    t.adapt(rows)
+    assert t.is_adapted
+    if t.adapts:
+        z = t.inv(rows)
+        torch.testing.assert_close(z.mean(0), torch.zeros(t.base_shape), rtol=0, atol=1e-4)
+        torch.testing.assert_close(z.std(0, correction=0), torch.ones(t.base_shape), rtol=1e-4, atol=0)
+    else:
+        assert_same_outputs(copy.deepcopy(t).double(), before.double())
+    fresh.load_state_dict(t.state_dict())
+    assert fresh.is_adapted
+    assert_same_outputs(fresh.double(), t.double())
+
+
 def test_initial_values_are_copied():
     """A tensor that a user gave as initial value must not train with the layer."""
     init = torch.zeros(2, 2)
@@ -571,6 +592,7 @@ def test_cache_works_from_the_inverse(name):
     y = values_for(t, "inverse")
     z = view.inv(y)
     assert view(z) is y
+    torch.testing.assert_close(view.log_abs_det_jacobian(z, y), t.log_abs_det_jacobian(z, y))
 
 
 @all_layers
