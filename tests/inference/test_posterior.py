@@ -958,7 +958,7 @@ def test_two_fits_share_nothing(guide):
         vi = FlowVI(
             normal_mean,
             guide=guide(),
-            num_steps=400,
+            num_steps=200,
             seed=0,
             progress_bar=False,
             optimizer=partial(torch.optim.Adam, lr=0.02),
