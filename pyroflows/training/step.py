@@ -1,4 +1,4 @@
-"""One step of training: a pure function of parameters and what a step draws, compiled."""
+"""Run one step of training, a compiled pure function of the parameters and the tensors that the step draws."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,20 +11,20 @@ from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.errors import OptionError
 from pyroflows.training.objective import Objective
 
-# Standard deviation of the noise on parameters where the compiled step is compared with the original.
+# The compiled step is compared with the original at parameters with noise of this standard deviation.
 PARAMETER_NOISE = 0.03
 
 
 class Step:
-    """Fills the gradients of an objective's parameters, and returns the figures of the step.
+    """A step computes the gradients of an objective's parameters, and returns the figures to record.
 
     Args:
-        objective: what is minimised.
-        compiler: makes a program of the step.
+        objective: the objective to minimise.
+        compiler: the compiler that makes a program of the step.
 
     Attributes:
-        parameters: what an optimiser trains. It is one flat tensor, so that a step of the optimiser is one operation,
-            unless dtypes or devices differ.
+        parameters: the tensors for the optimiser. This is one flat tensor, so that a step of the optimiser is one
+            operation, or the objective's parameters if their dtypes or devices differ.
 
     Raises:
         OptionError: if the objective has no parameters.
@@ -43,6 +43,7 @@ class Step:
         self._function = self._gradient if compiler.mode == "none" else self._compiled(compiler)
 
     def __call__(self) -> dict[str, float]:
+        """Draw, fill the gradients of the parameters, and return the figures by name."""
         try:
             gradient, figures = self._function(*self._views, *self._objective.draw())
         except RuntimeError as error:
@@ -56,9 +57,9 @@ class Step:
 
     @contextmanager
     def flattened(self) -> Iterator[None]:
-        """Inside, the objective's parameters are views of the flat tensor: they follow it, and it follows them.
+        """Make the objective's parameters views of the flat tensor, so that both change together.
 
-        Afterwards each parameter has memory of its own again.
+        When the context manager exits, each parameter has memory of its own again.
         """
         try:
             if self._is_flat:
@@ -71,14 +72,14 @@ class Step:
                 parameter.grad = None
 
     def _share(self, memory: Sequence[Tensor]) -> None:
-        """Move the parameters into memory of as many elements."""
+        """Move the parameters into the given memory, one tensor of as many elements for each."""
         for parameter, part in zip(self._trained, memory, strict=True):
             view = part.view_as(parameter)
             parameter.data = view.copy_(parameter.detach())
         self._views = [p.detach() for p in self._trained]
 
     def _gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, flat, and the figures, a number each, from parameters and what was drawn."""
+        """Compute the flat gradient and the figures, one number each, from the parameters and what was drawn."""
         with torch.enable_grad():
             loss, figures = self._objective.loss(*inputs[len(self._trained) :])
             gradients = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
@@ -88,7 +89,7 @@ class Step:
         return torch.cat([g.reshape(-1) for g in gradients]), torch.stack([f.detach() for f in figures.values()])
 
     def _compiled(self, compiler: Compiler) -> Callable[..., Sequence[Tensor]]:
-        # Neither the place in the data nor the random numbers of a fit depend on whether it is compiled.
+        # Compilation must change neither the place in the data nor the random numbers of the fit.
         place = self._objective.state_dict()
         with torch.random.fork_rng():
             examples = [*self._trained, *self._objective.draw()]
@@ -98,7 +99,7 @@ class Step:
         return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
 
     def _left_out(self) -> dict[str, float]:
-        """A step without a gradient, for the guard to leave out."""
+        """Fill gradients and figures with NaN, so that the guard leaves out this step."""
         for parameter in self.parameters:
             parameter.grad = torch.full_like(parameter, math.nan)
         return dict.fromkeys(self._names or [self._objective.monitor], math.nan)
