@@ -58,7 +58,9 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
     state = list(state)
 
     def record() -> _Program:
-        return _Program(function, examples, _places(state, examples))
+        # A run draws what the function draws, and no more.
+        with torch.random.fork_rng():
+            return _Program(function, examples, _places(state, examples))
 
     program = record()
     run = _Reading(record, program, executor) if program.places else _run_by(executor, program)
@@ -225,7 +227,11 @@ class _Program:
             outputs = [op.output] if isinstance(op.output, Tensor) else op.output or []
             results = call(op.function, _mapped(value, op.args), kwargs, len(outputs))
             values |= {id(output): result for output, result in zip(outputs, results, strict=True)}
-        return [value(output) for output in self._outputs]
+        # What a run returns is the caller's, and constants are the program's.
+        return [
+            call(_aten.clone.default, [value(output)], {}, 1)[0] if id(output) in constants else value(output)
+            for output in self._outputs
+        ]
 
     def interpreted(self) -> Function:
         """Return the program as a function that TorchScript's interpreter runs."""

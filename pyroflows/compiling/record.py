@@ -95,7 +95,9 @@ class Recorder(Recording):
         self._created: set[int] = set()
         # The results of validation by distributions, by id.
         self._checks: set[int] = set()
-        # Memory that was made without the inputs and later written to with values that depend on them.
+        # The memory that varying operations have read.
+        self._read: set[int] = set()
+        # Memory that was made without the inputs, and written to with values that depend on them or after it was read.
         self._overwritten: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,10 +113,11 @@ class Recorder(Recording):
         operation = Operation(function, args, kwargs, inputs, output, tensors_in(output), varies)
         after = memories(operation.outputs)
         self._created |= after - before
+        if function._schema.is_mutable:
+            self._overwrite(operation)
         if varies:
-            if function._schema.is_mutable:
-                self._overwrite(operation)
             self._varying |= after
+            self._read |= before
         if function is _aten._is_all_true.default:
             self._checks.add(id(output))
         self.operations.append(operation)
@@ -124,6 +127,10 @@ class Recorder(Recording):
             factor, info = output
             with self:
                 return factor.masked_fill((info != 0)[..., None, None], torch.nan), info
+        if function is _aten.lift_fresh.default:
+            # What torch.tensor makes is first seen here. A copy can be written to, and made again by a run.
+            with self:
+                return output.clone()
         return output
 
     def _looked_at(self, function: Any, args: Any) -> list[Tensor]:
@@ -156,8 +163,9 @@ class Recorder(Recording):
             memory = _memory(tensor)
             if memory not in self._created:
                 raise UntraceableError(f"{operation.function} writes into a tensor from outside of the function")
-            if memory not in self._varying:
+            if memory not in self._varying and (operation.varies or memory in self._read):
                 self._overwritten.add(memory)
+            if operation.varies:
                 self._varying.add(memory)
 
     def varying(self) -> list[Operation]:

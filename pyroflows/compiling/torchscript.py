@@ -83,17 +83,26 @@ class Graph:
         if isinstance(argument, list | tuple) and (
             not argument or any(isinstance(part, torch._C.Value) for part in argument)
         ):
-            if isinstance(type_, torch.OptionalType):
-                type_ = type_.getElementType()
+            type_ = _element(type_)
             parts = [self._argument(part, type_.getElementType()) for part in argument]
             node = self._graph.create("prim::ListConstruct", parts)
             node.output().setType(type_)
+            return self._graph.appendNode(node).output()
+        if isinstance(argument, bool) and isinstance(_element(type_), torch._C.NumberType | torch.TensorType):
+            # For TorchScript's schemas a boolean is no scalar.
+            node = self._graph.create("aten::ScalarImplicit", [self._graph.insertConstant(torch.tensor(argument))])
+            node.output().setType(torch._C.NumberType.get())
             return self._graph.appendNode(node).output()
         key = repr(argument)  # since 0.0 equals -0.0, and 1 equals 1.0 and True
         if key not in self._literals:
             is_format = isinstance(argument, torch.memory_format)
             self._literals[key] = self._graph.insertConstant(_MEMORY_FORMATS[argument] if is_format else argument)
         return self._literals[key]
+
+
+def _element(type_: Any) -> Any:
+    """The type without the option of None."""
+    return type_.getElementType() if isinstance(type_, torch.OptionalType) else type_
 
 
 @cache

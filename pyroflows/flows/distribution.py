@@ -19,8 +19,8 @@ class FlowDistribution(TorchDistribution):
 
     Log-densities are exact, even if the transform's own log-determinant is an estimate; :meth:`estimated` returns the
     law that uses the estimate. The distribution remembers its last sample with its log-density, so that scoring a fresh
-    sample once is free. Deepcopy and pickle drop the memory, and it is not used after the sample, or a parameter or a
-    buffer of transform or base, has changed.
+    sample once is free. Deepcopy and pickle drop the memory, and it is not used after the sample, the context, or a
+    parameter or a buffer of transform or base, has changed.
 
     Args:
         base: the distribution of z, of the transform's base shape.
@@ -58,7 +58,7 @@ class FlowDistribution(TorchDistribution):
         self.transform = transform
         self.context = context
         self._is_estimate = is_estimate
-        self._memory = Memory(transform, base)
+        self._memory = Memory(transform, base, context)
         super().__init__(batch_shape, transform.event_shape, validate_args=validate_args)
 
     @property

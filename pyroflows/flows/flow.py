@@ -165,7 +165,7 @@ class Flow(nn.Module):
         """Let the layers learn from data before training, such as their location and scale, going from data to base.
 
         Only values of buffers and parameters change. ``log_prob`` scores the data as they are, before standardisation.
-        A second call starts anew.
+        Layers that have adapted before stay as they are while others have not; if all have, they start anew.
 
         Args:
             x: rows of data ``(n, *event_shape)``.

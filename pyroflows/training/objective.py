@@ -56,8 +56,9 @@ class Objective:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Return the trained tensors: the parameters of the flow that are not frozen, and the objective's own."""
-        return [*(p for p in self.flow.parameters() if p.requires_grad), *self.own_parameters]
+        """Return the trained tensors, each once: the parameters of the flow that are not frozen, and own ones."""
+        trained = [*(p for p in self.flow.parameters() if p.requires_grad), *self.own_parameters]
+        return list({id(parameter): parameter for parameter in trained}.values())
 
     @property
     def state(self) -> Sequence[nn.Module | Tensor]:

@@ -20,7 +20,8 @@ class Step:
 
     Args:
         objective: the objective to minimise.
-        compiler: the compiler that makes a program of the step.
+        compiler: the compiler that makes a program of the step. Steps whose draws have other shapes than the first run
+            without the program.
 
     Attributes:
         parameters: the tensors for the optimiser. This is one flat tensor, so that a step of the optimiser is one
@@ -36,16 +37,22 @@ class Step:
         self._trained = list(objective.parameters)
         if not self._trained:
             raise OptionError("there are no parameters to train")
+        # The parameters get the layout that they will have in the flat tensor, since a recorded step relies on it.
+        for parameter in self._trained:
+            parameter.data = parameter.detach().contiguous()
         self._is_flat = len({(p.dtype, p.device) for p in self._trained}) == 1
         self.parameters = [_flat(self._trained)] if self._is_flat else self._trained
         self._views = [p.detach() for p in self._trained]
         self._names: list[str] = []
+        self._shapes: list[torch.Size] = []
         self._function = self._gradient if compiler.mode == "none" else self._compiled(compiler)
 
     def __call__(self) -> dict[str, float]:
         """Draw, fill the gradients of the parameters, and return the figures by name."""
         try:
-            gradient, figures = self._function(*self._views, *self._objective.draw())
+            drawn = self._objective.draw()
+            function = self._function if [d.shape for d in drawn] == self._shapes else self._gradient
+            gradient, figures = function(*self._views, *drawn)
         except RuntimeError as error:
             if not is_singular(error):
                 raise
@@ -92,10 +99,12 @@ class Step:
         # Compilation must change neither the place in the data nor the random numbers of the fit.
         place = self._objective.state_dict()
         with torch.random.fork_rng():
-            examples = [*self._trained, *self._objective.draw()]
+            drawn = self._objective.draw()
+            examples = [*self._trained, *drawn]
             noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
             others = [*noisy, *self._objective.draw()]
         self._objective.load_state_dict(place)
+        self._shapes = [tensor.shape for tensor in drawn]
         return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
 
     def _left_out(self) -> dict[str, float]:

@@ -119,8 +119,8 @@ class FlowTransform(TransformModule):
     def _exact(self) -> "FlowTransform":
         """Return a view with the exact log-determinant; it is called only if :attr:`ladj_is_exact` is false."""
         raise InexactError(
-            f"the log-determinant of {type(self).__name__} is an estimate, and the layer has no exact one: use it for "
-            "training only, or choose a layer that has one"
+            f"the log-determinant of {type(self).__name__} is an estimate, and the layer has no exact one: write _exact, "
+            "or train it by an objective of your own that uses flow().estimated()"
         )
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:

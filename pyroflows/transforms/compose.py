@@ -85,14 +85,18 @@ class Compose(FlowTransform):
 
     @torch.no_grad()
     def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Let each layer that adapts learn from the rows as they arrive there, going from data to base."""
+        """Let each layer that adapts learn from the rows as they arrive there, going from data to base.
+
+        Layers that have adapted before stay as they are while others have not; if all have, they start anew.
+        """
         x = self._checked(x, context, self.event_shape)
-        count = sum(layer.adapts for layer in self.layers)
+        learners = [layer for layer in self.layers if layer.adapts and (self.is_adapted or not layer.is_adapted)]
+        count = len(learners)
         for layer in reversed(self.layers):
             if not count:
                 break
             given = context if layer.context_dim else None
-            if layer.adapts:
+            if any(layer is learner for learner in learners):
                 layer.adapt(x, given, weights)
                 count -= 1
             if count:

@@ -1,6 +1,6 @@
 """A memory of the last result of a computation that cannot return stale values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class Memory:
     """A memory of the tensors that a computation returned last, valid while nothing that they depend on has changed.
 
-    What was kept becomes invalid once one of its tensors is changed in place, once a parameter or buffer of a source is
-    changed or replaced, once any optimiser of the process makes a step, and once gradients are switched on or off.
-    Deepcopy and pickle drop it.
+    What was kept becomes invalid once one of its tensors is changed in place or begins to require gradients, once a
+    tensor of a source is changed or replaced, once any optimiser of the process makes a step, and once gradients are
+    switched on or off. Only changes through ``.data`` go unnoticed, except those of optimisers. Deepcopy and pickle
+    drop it.
 
     Args:
-        sources: the modules and distributions that the computation reads.
+        sources: the tensors, modules and distributions that the computation reads; None for nothing.
 
     Example:
         >>> layer = torch.nn.Linear(1, 1)
@@ -26,18 +27,21 @@ class Memory:
         >>> memory.keep(x, layer(x))
         >>> memory.recall(x, None) is not None
         True
-        >>> _ = layer.bias.data.zero_()
-        >>> memory.recall(torch.zeros(1), None) is None
+        >>> _ = layer.bias.detach().zero_()
+        >>> memory.recall(x, None) is None
         True
     """
 
-    def __init__(self, *sources: nn.Module | Distribution) -> None:
+    def __init__(self, *sources: Tensor | nn.Module | Distribution | None) -> None:
         self._sources = sources
-        self._kept: tuple[tuple[Tensor, ...], Any] | None = None
+        # The tensors, those of the sources, and the state of both.
+        self._kept: tuple[tuple[Tensor, ...], list[Tensor], Any] | None = None
 
     def keep(self, *tensors: Tensor) -> None:
         """Remember these tensors and forget those before."""
-        self._kept = tensors, self._state_with(tensors)
+        # The sources' tensors are kept alive, since those that replaced them could have their identity otherwise.
+        read = list(_tensors_of(self._sources, set()))
+        self._kept = tensors, read, _state(tensors, read)
 
     def recall(self, *known: Tensor | None) -> tuple[Tensor, ...] | None:
         """Return what was kept if it is valid and matches what is known, else None.
@@ -47,35 +51,42 @@ class Memory:
         """
         if self._kept is None:
             return None
-        tensors, state = self._kept
+        tensors, _, state = self._kept
         fits = all(value is None or value is kept for value, kept in zip(known, tensors, strict=True))
-        return tensors if fits and state == self._state_with(tensors) else None
+        return tensors if fits and state == _state(tensors, _tensors_of(self._sources, set())) else None
 
     def forget(self) -> None:
         """Drop what was kept."""
         self._kept = None
 
-    def _state_with(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """Return an object that stays equal only while all tensors are the same objects with the same values."""
-        versions = tuple((id(tensor), tensor._version) for tensor in _tensors_of(self._sources))
-        return _num_optimizer_steps, torch.is_grad_enabled(), tuple(t._version for t in tensors), versions
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
 
 
-def _tensors_of(source: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a module, distribution or transform, or of a sequence of these."""
+def _state(tensors: Iterable[Tensor], read: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Return an object that stays equal only while all tensors are the same objects with the same values."""
+    kept = tuple((tensor._version, tensor.requires_grad) for tensor in tensors)
+    versions = tuple((id(tensor), tensor._version) for tensor in read)
+    return _num_optimizer_steps, torch.is_grad_enabled(), kept, versions
+
+
+def _tensors_of(source: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors of a module, distribution or transform, or of a sequence of these.
+
+    A transform and its inverse refer to each other, so the objects that were seen are left out.
+    """
     if isinstance(source, Tensor):
         yield source
     elif isinstance(source, nn.Module):
         yield from source.parameters()
         yield from source.buffers()
     elif isinstance(source, Distribution | Transform):
-        yield from _tensors_of(tuple(vars(source).values()))
+        if id(source) not in seen:
+            seen.add(id(source))
+            yield from _tensors_of(tuple(vars(source).values()), seen)
     elif isinstance(source, list | tuple):
         for part in source:
-            yield from _tensors_of(part)
+            yield from _tensors_of(part, seen)
 
 
 _num_optimizer_steps = 0

@@ -24,6 +24,14 @@ def writes_into_a_buffer(x):
     return [buffer, before + buffer.sum()]
 
 
+def writes_into_a_constant_after_reading_it(x):
+    constant, fresh = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
+    y, z = x + constant, x * fresh
+    constant[1:].fill_(2.0)
+    fresh += 1.0
+    return [y, z, x * constant, x - fresh, constant]
+
+
 def chunks_and_stacks(x):
     a, b, c = x.unbind(-1)
     return [torch.stack([c, a * b], -1), torch.cat([x, TABLE]).cumsum(0)]
@@ -76,6 +84,7 @@ FUNCTIONS = [
     gradient_of_square,
     gradient_of_parts,
     writes_into_a_buffer,
+    writes_into_a_constant_after_reading_it,
     chunks_and_stacks,
     under_vmap,
     integers,
@@ -258,3 +267,9 @@ def test_outputs_are_tensors_of_their_own():
     first, second = compiled(lambda x: [x.exp(), x.exp()], [torch.ones(3)])(torch.zeros(3))
     first.add_(1.0)
     assert second.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_constants_that_are_returned_are_the_callers():
+    run = compiled(lambda x: [torch.ones(3), x], [torch.zeros(3)])
+    run(torch.zeros(3))[0].mul_(5.0)
+    assert run(torch.zeros(3))[0].tolist() == [1.0, 1.0, 1.0]

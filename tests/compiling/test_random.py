@@ -105,3 +105,22 @@ def test_draws_of_other_runs_are_independent():
 def test_a_draw_cannot_decide():
     with pytest.raises(UntraceableError, match="use torch.where"):
         compiled(lambda x: [x if torch.rand(()) < 0.5 else -x], [torch.ones(3)])
+
+
+def test_recording_draws_nothing():
+    """Neither the first, nor the one where the state has another value that decides."""
+    sign = torch.tensor(1.0)
+
+    def function(x):
+        return [x + (torch.randn(3) if sign > 0 else -torch.randn(3))]
+
+    torch.manual_seed(0)
+    expected = torch.get_rng_state()
+    run = compiled(function, [torch.ones(3)], state=[sign])
+    assert torch.equal(torch.get_rng_state(), expected)
+    for value in (1.0, -1.0):
+        sign.fill_(value)
+        torch.manual_seed(1)
+        (found,) = run(torch.ones(3))
+        torch.manual_seed(1)
+        assert torch.equal(found, function(torch.ones(3))[0])

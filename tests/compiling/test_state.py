@@ -211,6 +211,13 @@ def test_inputs_cannot_be_written_to():
         compiled(lambda x: [x.add_(1)], [torch.ones(3)])
 
 
+def test_constants_cannot_be_written_to():
+    """The write would happen once, at the recording."""
+    count = torch.zeros(())
+    with pytest.raises(UntraceableError, match="writes into a tensor from outside"):
+        compiled(lambda x: [x * count.add_(1)], [torch.ones(3)])
+
+
 def test_views_made_outside_are_refused():
     """What they show may be replaced."""
     layer = Layer()

@@ -24,6 +24,7 @@ FUNCTIONS = {
     ],
     "signs of zero": lambda x: [(x * 0.0).exp() / 0.0, (x * 0.0).exp() / -0.0, 1 / (x * 0.0 + 1.0) / float("inf")],
     "numbers and truth": lambda x: [x.cumsum(1), x.std(1, keepdim=True), x.sum(1, keepdim=True), x + 1, x + 1.5],
+    "truth as a number": lambda x: [x * True, (x > 0) * True, (x > 0) & True, torch.full_like(x > 0, True) | (x > 9)],
     "indices that are missing": lambda x: [x[:, INDEX], x[INDEX], x[..., INDEX, :]],
     "lists of tensors": lambda x: [torch.cat(x.split([1, 2], 1)[::-1], 1), *torch.stack([x, x.exp()]).unbind(0)],
     "dtypes and words": lambda x: [

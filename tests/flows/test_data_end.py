@@ -17,7 +17,7 @@ from pyroflows import flows
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
-from pyroflows.transforms import Planar
+from pyroflows.transforms import Compose, Planar
 from pyroflows.transforms.normalization import Standardize
 from tests.flows.test_flow import GRID_NOISE, all_recipes, assert_same_law, cell_masses, data, make
 
@@ -76,6 +76,18 @@ def test_a_second_standardisation_replaces_the_first():
         assert flow.is_adapted
         assert [name for name, _ in flow.named_modules()] == modules
         torch.testing.assert_close(flow.standardization.loc, x.mean(0))
+
+
+def test_layers_that_have_adapted_stay_while_others_adapt():
+    loc, scale = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 5.0])
+    flow = Flow([Compose([Standardize(2), Planar(2)]), Standardize(2, loc, scale)])
+    x = 3.0 * torch.randn(100, 2)
+    flow.adapt(x)
+    first, last = flow.layers[0].layers[0], flow.layers[1]
+    assert torch.equal(last.loc, loc) and torch.equal(last.scale, scale)
+    torch.testing.assert_close(first.loc, ((x - loc) / scale).mean(0))
+    flow.adapt(x)  # all have adapted now, and start anew
+    torch.testing.assert_close(last.loc, x.mean(0))
 
 
 def test_moments_of_large_numbers_are_exact():

@@ -23,6 +23,7 @@ from pyroflows.errors import InexactError, InversionError, OptionError, ShapeErr
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.flows.flow import as_flow
 from pyroflows.transforms import Elementwise, FlowTransform, Planar, Standardize
+from pyroflows.transforms.memory import Memory
 from tests.transforms.examples import EstimatedScale
 from tests.transforms.registry import perturb
 
@@ -282,6 +283,47 @@ def test_remembered_score_does_not_outlive_a_change_of_a_buffer():
     x = law.rsample((5,))
     flow.standardization.scale.mul_(2.0)
     torch.testing.assert_close(law.log_prob(x), flow().log_prob(x.clone()))
+
+
+def test_a_buffer_that_was_replaced_twice_is_not_taken_for_the_first():
+    """The last of three may have the identity of the first, which would be gone."""
+    layer = nn.Module()
+    layer.register_buffer("shift", torch.zeros(()))
+    memory = Memory(layer)
+    for _ in range(100):
+        memory.keep(torch.zeros(()))
+        layer.shift = torch.zeros(())
+        layer.shift = torch.ones(())
+        assert memory.recall(None) is None
+
+
+def test_remembered_score_does_not_outlive_a_change_of_the_context():
+    flow = make(context_dim=3)
+    context = random_context(5)
+    law = flow(context)
+    x = law.rsample()
+    context += 1.0
+    torch.testing.assert_close(law.log_prob(x), flow(context).log_prob(x.clone()))
+
+
+def test_score_of_a_draw_of_a_frozen_flow_has_gradients_once_they_are_asked_for():
+    flow = make()
+    flow.requires_grad_(False)
+    law = flow()
+    x = law.rsample((5,)).requires_grad_()
+    found = torch.autograd.grad(law.log_prob(x).sum(), x)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(flow().log_prob(x).sum(), x)[0])
+
+
+def test_base_of_transforms_that_refer_to_their_inverses():
+    base = dist.TransformedDistribution(
+        dist.Normal(torch.zeros(2).double(), 1.0).to_event(1),
+        [torch_transforms.AffineTransform(torch.zeros(2).double(), 2.0)],
+    )
+    base.log_prob(torch.zeros(2).double())
+    law = FlowDistribution(base, make().transform)
+    x = law.rsample((5,))
+    torch.testing.assert_close(law.log_prob(x), law.log_prob(x.clone()))
 
 
 def _pickled(law):

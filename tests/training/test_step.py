@@ -91,6 +91,36 @@ def test_gradients_have_the_dtypes_of_their_parameters(mode):
     assert scale.grad.item() != 0.0
 
 
+@both
+def test_a_parameter_that_is_named_twice_is_trained_once(mode):
+    flow = small_iaf(2)
+    twice = objective(flow, own_parameters=[*flow.parameters()])
+    assert len(twice.parameters) == len(list(flow.parameters()))
+    (flat,) = Step(twice, Compiler(mode)).parameters
+    assert flat.numel() == sum(p.numel() for p in flow.parameters())
+
+
+class ByViews(Objective):
+    """Its loss views a parameter of which the memory goes column by column."""
+
+    def __init__(self):
+        super().__init__(Flow(Permutation([1, 0])), [torch.ones(3, 2).t().requires_grad_()])
+
+    def loss(self):
+        return (self.own_parameters[0].t().reshape(-1) * torch.arange(6.0)).sum() ** 2, {}
+
+
+@both
+def test_a_parameter_in_column_major_memory(mode):
+    """The flat tensor holds it row by row."""
+    by_views = ByViews()
+    step = Step(by_views, Compiler(mode))
+    with step.flattened():
+        assert step()["loss"] == 225.0
+        expected = 2 * 15.0 * torch.arange(6.0).reshape(3, 2).t()
+        torch.testing.assert_close(step.parameters[0].grad.reshape(2, 3), expected)
+
+
 def test_an_objective_without_parameters():
     with pytest.raises(OptionError, match="no parameters to train"):
         Step(objective(Flow([Permutation([1, 0])])), Compiler("none"))
@@ -164,6 +194,21 @@ def test_buffers_and_declared_state_are_read_anew(mode):
         counted.flow.shift.fill_(value)
         counted.scale.fill_(10 * value)
         assert (step()["shift"], step()["scale"]) == (value, 10 * value)
+
+
+@both
+def test_steps_with_draws_of_another_shape(mode):
+    class Shrinking(Counted):
+        def draw(self):
+            noise, count = super().draw()
+            return [noise[: 4 if count < 3 else 2], count]
+
+        def loss(self, noise, count):
+            rows = self.flow().transport(noise)[0] + torch.zeros(len(noise), 2)
+            return (rows**2).mean(), {"num_rows": torch.tensor(float(len(noise)))}
+
+    step = Step(Shrinking(), Compiler(mode))
+    assert [step()["num_rows"] for _ in range(3)] == [4.0, 4.0, 2.0]
 
 
 @both
