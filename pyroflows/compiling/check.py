@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.program import State, compiled
-from pyroflows.errors import OptionError, UntraceableError
+from pyroflows.errors import FlowError, OptionError, UntraceableError
 
 # "auto" traces, and goes on without compilation where tracing fails.
 MODES = ("auto", "trace", "inductor", "none")
@@ -70,6 +70,8 @@ class Compiler:
                 fast = compiled(function, examples, "trace" if self.mode == "auto" else self.mode, state)
                 _check(function, fast, examples, others)
         except Exception as error:  # tracing raises errors of any class at operations that it does not know
+            if isinstance(error, FlowError) and not isinstance(error, UntraceableError):
+                raise  # the function would raise it without compilation too
             if self.mode != "auto":
                 raise UntraceableError(f"compilation failed: {error}") from error
             self.failure = str(error) or type(error).__name__

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from pyroflows.errors import ShapeError
 from pyroflows.fitting.estimators import Estimator, path_gradient
 from pyroflows.flows import Flow
 from pyroflows.training.objective import Figures, Objective
@@ -54,6 +55,16 @@ class ReverseKL(Objective):
     def loss(self, noise: Tensor, *drawn: Tensor) -> tuple[Tensor, Figures]:
         """Compute the loss of the estimator, and mean and variance of the log weights."""
         q = self.flow().estimated()
-        loss, log_weights = self.estimator(q, lambda x: self.log_density(x, *drawn), self.base_draws(noise))
+
+        def log_density(x: Tensor) -> Tensor:
+            log_p = self.log_density(x, *drawn)
+            if log_p.shape != x.shape[:1]:
+                raise ShapeError(
+                    f"log_density must give one number for each of {len(x)} draws, but gave a tensor of shape "
+                    f"{tuple(log_p.shape)}: sum over the axes of an event"
+                )
+            return log_p
+
+        loss, log_weights = self.estimator(q, log_density, self.base_draws(noise))
         variance = log_weights.var() if len(log_weights) > 1 else log_weights.new_tensor(torch.nan)
         return loss, {"elbo": log_weights.mean(), "log_weight_variance": variance}

@@ -1,18 +1,21 @@
 """Run one step of training, a compiled pure function of the parameters and the tensors that the step draws."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.errors import OptionError
-from pyroflows.training.objective import Objective
+from pyroflows.training.objective import Figures, Objective
 
 # The compiled step is compared with the original at parameters with noise of this standard deviation.
 PARAMETER_NOISE = 0.03
+# Names of figures that the trainer records.
+RESERVED = ("loss", "grad_norm", "learning_rate")
 
 
 class Step:
@@ -88,12 +91,29 @@ class Step:
     def _gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the flat gradient and the figures, one number each, from the parameters and what was drawn."""
         with torch.enable_grad():
-            loss, figures = self._objective.loss(*inputs[len(self._trained) :])
+            loss, figures = self._checked(self._objective.loss(*inputs[len(self._trained) :]))
             gradients = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
         if self._objective.monitor == "loss":
             figures = {"loss": loss, **figures}
         self._names = list(figures)
         return torch.cat([g.reshape(-1) for g in gradients]), torch.stack([f.detach() for f in figures.values()])
+
+    def _checked(self, result: Any) -> tuple[Tensor, Figures]:
+        """Return what the objective's loss gave, if it is a loss that can be minimised, and figures to record."""
+        name = type(self._objective).__name__
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise OptionError(f"{name}.loss must return a pair, the loss and a dictionary of figures, got {result!r}")
+        loss, figures = result
+        if not isinstance(loss, Tensor) or loss.shape or not loss.requires_grad:
+            raise OptionError(
+                f"the loss of {name} must be a scalar tensor that depends on the trained parameters, got {loss!r}"
+            )
+        for key, figure in figures.items():
+            if not isinstance(figure, Tensor) or figure.shape:
+                raise OptionError(f"the figure {key!r} of {name} must be a scalar tensor, got {figure!r}")
+            if key in RESERVED:
+                raise OptionError(f"{name} must give its figure {key!r} another name: the trainer records one itself")
+        return loss, figures
 
     def _compiled(self, compiler: Compiler) -> Callable[..., Sequence[Tensor]]:
         # Compilation must change neither the place in the data nor the random numbers of the fit.
