@@ -1,4 +1,4 @@
-"""Functions of tensors recorded once and run without Python in between: an optional executor."""
+"""Record functions of tensors once and run them without Python in between, as an optional executor."""
 
 from pyroflows.compiling.check import MODES, Compiler, is_singular
 from pyroflows.compiling.eager import is_transformed, runs_in_python

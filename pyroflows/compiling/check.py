@@ -1,4 +1,4 @@
-"""Whether to compile, and whether what was compiled is right."""
+"""Compile functions where that is asked for, and check that the compiled ones compute the same."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,24 +9,32 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.program import State, compiled
-from pyroflows.errors import OptionError, UntraceableError
+from pyroflows.errors import FlowError, OptionError, UntraceableError
 
-# "auto" traces, and goes on without where that fails.
+# "auto" traces, and goes on without compilation where tracing fails.
 MODES = ("auto", "trace", "inductor", "none")
 
 
 class Compiler:
-    """Compiles functions of tensors and compares them with the originals at other inputs.
+    """A compiler turns functions of tensors into programs, and compares these with the originals at other inputs.
 
     Args:
-        mode: "trace" or "inductor", see :func:`pyroflows.compiling.program.compiled`; "none" to compile nothing;
-            "auto" for "trace", or, with a warning, nothing where that fails.
+        mode: "trace" or "inductor", which :func:`pyroflows.compiling.program.compiled` describes; "none" to compile
+            nothing; "auto" to trace, and to warn and go on without compilation where tracing fails.
 
     Raises:
-        OptionError: for an unknown mode.
+        OptionError: if the mode is unknown.
 
     Attributes:
-        failure: why a function could not be compiled, or None.
+        failure: the reason why a function could not be compiled, or None.
+
+    Example:
+        >>> scale = torch.tensor(2.0)
+        >>> compiler = Compiler("trace")
+        >>> scaled = compiler(lambda x: [scale * x], [torch.ones(2)], [torch.zeros(2)], state=[scale])
+        >>> scale += 1.0
+        >>> scaled(torch.tensor([3.0, 4.0]))
+        (tensor([ 9., 12.]),)
     """
 
     def __init__(self, mode: str) -> None:
@@ -38,14 +46,22 @@ class Compiler:
     def __call__(
         self, function: Callable[..., Any], examples: Sequence[Tensor], others: Sequence[Tensor], state: State = ()
     ) -> Any:
-        """The compiled function, for inputs like ``examples``, checked at ``others``, which are no inputs of it yet.
+        """Compile a function, and check the program at inputs that it was not recorded with.
 
-        It reads the parameters and persistent buffers of the modules in ``state``, and the tensors there, anew at each
-        call.
-        Examples that are parameters are overwritten by the others for the check, and restored.
+        Args:
+            function: a function of tensors that returns a sequence of tensors without gradients.
+            examples: the inputs that it is recorded with; the program takes inputs of their shapes and dtypes.
+            others: inputs of the same shapes and other values, for the check. Examples that are parameters hold these
+                values during the check, and their own again after it.
+            state: modules and tensors that the function reads besides its inputs. The program reads the tensors, and
+                the parameters and persistent buffers of the modules, anew at each call.
+
+        Returns:
+            The program; the function itself in the mode "none", and in the mode "auto" after a failure.
 
         Raises:
-            UntraceableError: if it cannot be compiled or differs, and the mode is not "auto".
+            UntraceableError: if the function cannot be compiled, or the program gives other values than the function,
+                and the mode is not "auto".
         """
         if self.mode == "none" or self.failure is not None:
             return function
@@ -53,13 +69,15 @@ class Compiler:
             with pyro.validation_enabled(False):
                 fast = compiled(function, examples, "trace" if self.mode == "auto" else self.mode, state)
                 _check(function, fast, examples, others)
-        except Exception as error:  # whatever tracing says of operations it does not know
+        except Exception as error:  # tracing raises errors of any class at operations that it does not know
+            if isinstance(error, FlowError) and not isinstance(error, UntraceableError):
+                raise  # the function would raise it without compilation too
             if self.mode != "auto":
                 raise UntraceableError(f"compilation failed: {error}") from error
             self.failure = str(error) or type(error).__name__
             warnings.warn(
                 f"this fit runs without compilation, several times slower: {self.failure}. Give compile='none' to "
-                "run it so without this warning",
+                "silence this warning",
                 stacklevel=2,
             )
             return function
@@ -91,7 +109,10 @@ def _check(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Up to rounding, which sums of large numbers make large for the small ones beside them."""
+    """Tell whether two tensors agree up to rounding, measured by their largest finite number.
+
+    A small number may be a sum of large ones, and then has their rounding error.
+    """
     if not b.is_floating_point():
         return torch.equal(a, b)
     tolerance = torch.finfo(b.dtype).eps ** 0.5
@@ -100,5 +121,5 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def is_singular(error: RuntimeError) -> bool:
-    """Whether a factorisation or a solve failed; compiled, torch's own error class is lost."""
+    """Tell whether an error says that a factorisation or a solve failed; a program loses torch's class of the error."""
     return "linalg" in str(error)

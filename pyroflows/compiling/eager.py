@@ -1,4 +1,4 @@
-"""Whether Python runs now, so that the value of a tensor can be looked at, and written to."""
+"""Tell whether code runs in plain Python, where it can read the values of tensors and write into them."""
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -6,15 +6,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 
 class Recording(TorchDispatchMode):
-    """A mode that records operations: the values it sees are those of one run only."""
+    """A mode of this class records operations, so that the values that Python sees belong to one run only."""
 
 
 def is_transformed() -> bool:
-    """Whether vmap, torch.compile or make_fx put something else in the place of tensors.
+    """Tell whether vmap, torch.compile, torch.jit.trace or make_fx put something else in the place of tensors.
 
-    Then Python cannot write into them row by row, and loops over dimensions make long programs.
+    Python then cannot write into tensors row by row, and loops over dimensions make long programs.
     """
-    # torch.compile comes first: it follows the other questions only as far as they are asked.
+    # torch.compile comes first: it traces the questions after it only if they are asked.
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -24,8 +24,10 @@ def is_transformed() -> bool:
 
 
 def runs_in_python() -> bool:
-    """Whether a tensor's value can be looked at here: not under vmap, torch.compile, make_fx, nor while a compiled
-    function is recorded."""
+    """Tell whether Python can read the value of a tensor here.
+
+    It cannot under vmap, torch.compile, torch.jit.trace and make_fx, nor while the package records a function.
+    """
     return not is_transformed() and not (
         torch._C._len_torch_dispatch_stack()
         and any(isinstance(mode, Recording) for mode in _get_current_dispatch_mode_stack())

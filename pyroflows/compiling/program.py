@@ -1,4 +1,4 @@
-"""A recorded function as a program, run without Python and autograd in between."""
+"""Turn a recorded function into a program, which runs without Python and autograd in between."""
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -13,30 +13,34 @@ from pyroflows.errors import UntraceableError
 
 Function: TypeAlias = Callable[..., Sequence[Tensor]]
 State: TypeAlias = Iterable[nn.Module | Tensor]
-# Where a tensor stands: a module's dictionary of parameters or buffers, and its name there.
+# A module's dictionary of parameters or buffers, and the name of a tensor in it.
 _Place: TypeAlias = tuple[dict[str, Any], str]
 
 _aten = torch.ops.aten
-# They give their input another name.
+# These operators return their input under another name.
 _ALIASES = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 
 
 def compiled(function: Function, examples: Sequence[Tensor], executor: str = "trace", state: State = ()) -> Function:
-    """The function as one program, for inputs of the examples' shapes and dtypes.
+    """Turn a function into one program, for inputs that have the shapes and dtypes of the examples.
 
-    The program reads the tensors of the state anew at each call. Should one of them have another shape by then, or
-    another value where the function decided by its value, the function is recorded again.
+    The program reads the tensors of the state anew at each call. The function is recorded again if one of them has
+    another shape or dtype by then, or another value and the function has branched on that value. Where a matrix has no
+    Cholesky factor, the program returns NaN instead of raising an error, so that the other rows of a batch go on.
 
     Args:
-        function: maps tensors to a sequence of tensors without gradients. Tensors that it reads without being given
-            them are inputs if they stand among the examples or in the state; all others are constants.
-        examples: inputs.
-        executor: "trace", the interpreter of TorchScript, costs little more than a few runs; "inductor" generates
-            machine code, tens of seconds, for runs by the ten thousands; "none" is the function itself.
-        state: modules, of whose parameters and buffers the function may read some, and further such tensors. Buffers
-            that are not persistent, in no state dict, are constants: they follow from what a module was made of.
+        function: a function that maps tensors to a sequence of tensors without gradients. Tensors that it reads
+            without being given them are inputs if they are among the examples or in the state; all others are
+            constants.
+        examples: the inputs that the function is recorded with.
+        executor: "trace" runs the program in the interpreter of TorchScript, and costs little more than a few runs;
+            "inductor" generates machine code, which takes tens of seconds and pays after tens of thousands of runs;
+            "none" returns the function itself.
+        state: modules, of which the function may read parameters and buffers, and further tensors that it may read.
+            Buffers that are not persistent are constants: they follow from the arguments that a module was made with.
 
-    Where a matrix has no Cholesky factor the program gives NaN instead of an error: the rows beside it go on.
+    Returns:
+        A function of inputs like the examples, which returns tensors without gradients.
 
     Raises:
         UntraceableError: if the function needs the value of a tensor that depends on its inputs, or writes into a
@@ -64,7 +68,7 @@ def compiled(function: Function, examples: Sequence[Tensor], executor: str = "tr
 
 
 def _places(state: State, examples: Sequence[Tensor]) -> list[_Place]:
-    """Where the tensors of the state stand, each once, without those that are given at each call."""
+    """Find the place of each tensor of the state, once, and leave out the tensors that are given at each call."""
     places: list[_Place] = []
     for part in state:
         if isinstance(part, Tensor):
@@ -89,7 +93,7 @@ def _read(places: list[_Place]) -> list[Any]:
 
 
 class _Reading:
-    """A program that reads the state at each call, recorded again where that no longer is what was recorded."""
+    """This function reads the state at each call, and records its program again where the state no longer fits it."""
 
     def __init__(self, record: Callable[[], "_Program"], program: "_Program", executor: str) -> None:
         self._record = record
@@ -115,31 +119,33 @@ def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
 
 
 class _Program:
-    """The recorded operations that a run repeats, and what they read: inputs, tensors of the state, and constants.
+    """A program holds the operations that each run repeats, and the tensors that they read.
+
+    Those tensors are the inputs, tensors of the state, and constants.
 
     Args:
-        function: is recorded.
-        examples: of what it is given.
-        places: of the tensors that it may read besides.
+        function: the function to record.
+        examples: the inputs that it is recorded with.
+        places: the places of the tensors of the state, which it may read besides.
 
     Attributes:
-        places: those that the program reads, after what it is given.
-        decisive: those whose values decided what was recorded, with these values.
-        num_outputs: how many outputs are the function's; what else the program returns are draws.
+        places: the places that the program reads; their tensors are its inputs after the function's own.
+        decisive: the places whose values decided what was recorded, with the tensors that stood there.
+        num_outputs: number of outputs of the function; all that the program returns after them are draws.
     """
 
     def __init__(self, function: Function, examples: Sequence[Tensor], places: list[_Place]) -> None:
         state = _read(places)
         with Recorder(examples, state) as recorder:
             outputs = list(function(*examples))
-        self._keep = recorder  # whose tensors keep their identity only as long as they live
+        self._keep = recorder  # an id identifies a tensor only as long as the tensor lives
         self._aliases = {
             id(op.output): op.args[0]
             for op in recorder.operations
             if op.function in _ALIASES and op.output is not op.args[0]
         }
         operations = [op for op in recorder.varying() if op.function not in _ALIASES]
-        # Draws that nothing came of are made all the same: those after them are the function's own at equal seeds.
+        # Draws that no output depends on are repeated too, so that later draws equal the function's at the same seed.
         draws = [output for op in operations if op.is_draw for output in op.outputs]
         self.num_outputs = len(outputs)
         self._outputs = [self._source(output) for output in outputs] + draws
@@ -155,18 +161,18 @@ class _Program:
         self._constants = {id(tensor): tensor.detach() for tensor in self._not_computed()}
         if any(recorder.varies(tensor) for tensor in self._constants.values()):
             raise UntraceableError(
-                "the function reads what varies through a tensor that shares its memory unseen: a view made outside of "
-                "the function, or a module made inside"
+                "the function reads varying values through another tensor that shares their memory, such as a view "
+                "made outside of the function or a module made inside; make views inside and modules outside"
             )
 
     def _source(self, tensor: Tensor) -> Tensor:
-        """The tensor that stands for this one."""
+        """Return the tensor that a program uses in the place of this one."""
         while id(tensor) in self._aliases:
             tensor = self._aliases[id(tensor)]
         return tensor
 
     def _needed(self, operations: list[Operation]) -> list[Operation]:
-        """Those that the outputs depend on, and those that write into a tensor."""
+        """Keep the operations that the outputs depend on, and those that write into a tensor."""
         wanted = {id(output) for output in self._outputs}
         kept = []
         for op in reversed(operations):
@@ -176,8 +182,8 @@ class _Program:
         return kept[::-1]
 
     def _without_repetitions(self, operations: list[Operation]) -> list[Operation]:
-        """Those that compute something new: forward and score, say, both evaluate the density of the base."""
-        # What is written to, here or by whom the outputs are given to, is not shared; draws are among the outputs.
+        """Keep the first of operations that compute the same, as forward pass and score do with the base's density."""
+        # Memory that an operation or the caller may write into is not shared; draws are among the outputs.
         own = memories([*self._outputs, *(tensor for op in operations for tensor in op.written)])
         first: dict[Any, Operation] = {}
         kept = []
@@ -191,7 +197,7 @@ class _Program:
         return kept
 
     def _key(self, tree: Any) -> Any:
-        """Equal for equal arguments."""
+        """Return a key that is equal for equal arguments."""
         if isinstance(tree, Tensor):
             return id(self._source(tree))
         if isinstance(tree, dict):
@@ -199,7 +205,7 @@ class _Program:
         return tuple(self._key(part) for part in tree) if isinstance(tree, list | tuple) else repr(tree)
 
     def _not_computed(self) -> list[Tensor]:
-        """What the operations read before any of them gave it."""
+        """Return the tensors that operations read although no operation before them computed them."""
         known = {id(tensor) for tensor in self._inputs}
         found = []
         for op in self._operations:
@@ -210,7 +216,7 @@ class _Program:
     def _repeat(
         self, inputs: Sequence[Any], constants: dict[int, Any], call: Callable[..., Sequence[Any]]
     ) -> list[Any]:
-        """Call all operations on what stands for the tensors; gives what stands for the outputs."""
+        """Call all operations with the values that stand for tensors, and return those that stand for the outputs."""
         values = constants | {id(tensor): value for tensor, value in zip(self._inputs, inputs, strict=True)}
 
         def value(tensor: Tensor) -> Any:
@@ -228,12 +234,13 @@ class _Program:
         ]
 
     def interpreted(self) -> Function:
-        """For TorchScript's interpreter."""
+        """Return the program as a function that TorchScript's interpreter runs."""
         graph = Graph(len(self._inputs))
         constants = {key: graph.constant(tensor) for key, tensor in self._constants.items()}
         return graph.function(self._repeat(graph.inputs, constants, graph.call))
 
     def graph_module(self) -> fx.GraphModule:
+        """Return the program as a graph of torch.fx, which torch.compile takes."""
         root, graph = torch.nn.Module(), fx.Graph()
         inputs = [graph.placeholder(f"input_{i}") for i in range(len(self._inputs))]
         constants = {}
@@ -254,7 +261,7 @@ class _Program:
 
 def _run_by(executor: str, program: _Program) -> Function:
     if executor == "inductor":
-        # Inductor's own generator draws other numbers than torch's at the same seed.
+        # Without this option Inductor draws other numbers than torch does at the same seed.
         run = torch.compile(program.graph_module(), dynamic=False, options={"fallback_random": True})
     else:
         run = program.interpreted()

@@ -1,7 +1,7 @@
-"""A function of tensors recorded once, gradients included, as the list of operations that the dispatcher sees.
+"""Record a function of tensors once, gradients included, as the list of operations that the dispatcher sees.
 
-``make_fx`` does the same with a proxy for each tensor, and takes some fifteen times as long, which loops in a model
-make seconds of.
+``make_fx`` does the same with a proxy for each tensor, but takes about fifteen times as long, which means seconds for a
+model with loops.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,23 @@ from pyroflows.compiling.eager import Recording
 from pyroflows.errors import UntraceableError
 
 _aten = torch.ops.aten
-# The shape of their outputs depends on the values of a mask, which may be a constant.
+# The output of these operators has a shape that depends on the values of a mask, which may be a constant.
 _SELECTIONS = {_aten.index.Tensor, _aten.masked_select.default}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A call of an operator of torch: its arguments, what it returned, and whether a run has to repeat it."""
+    """An operation is one call of an operator of torch, with its arguments and what it returned.
+
+    Args:
+        function: the operator.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        inputs: the tensors among the arguments.
+        output: what it returned.
+        outputs: the tensors in what it returned.
+        varies: whether each run has to repeat it, because it depends on the inputs or draws random numbers.
+    """
 
     function: Any
     args: Any
@@ -29,15 +39,16 @@ class Operation:
     inputs: list[Tensor]
     output: Any
     outputs: list[Tensor]
-    varies: bool  # between runs: it depends on the inputs or draws random numbers
+    varies: bool
 
     @property
     def is_draw(self) -> bool:
+        """Tell whether it draws random numbers."""
         return torch.Tag.nondeterministic_seeded in self.function.tags
 
     @property
     def written(self) -> list[Tensor]:
-        """The arguments that it writes into."""
+        """Return the arguments that it writes into."""
         if not self.function._schema.is_mutable:
             return []
         arguments = self.function._schema.arguments
@@ -52,20 +63,26 @@ class Operation:
 
 
 class Recorder(Recording):
-    """Records operations, and whether they vary: whether they read memory that does, or draw random numbers.
+    """A recorder notes the operations that run inside of it, and whether each of them varies from run to run.
+
+    An operation varies if it reads memory that varies, or draws random numbers.
 
     Args:
-        inputs: tensors whose values are others at each run.
-        state: tensors whose values are read at each run. They may be looked at.
+        inputs: tensors that have other values at each run.
+        state: tensors whose values are read at each run; the function may branch on them.
 
     Attributes:
-        operations: what was recorded.
+        operations: the operations so far.
         decisive: tensors of the state whose values decided what was recorded.
+
+    Raises:
+        UntraceableError: where the function needs the value of a tensor that depends on the inputs, or writes into a
+            tensor that it did not make.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # True, the default, imports torch._dynamo, which takes a second.
+        # The default, True, would import torch._dynamo, which takes a second.
         return False
 
     def __init__(self, inputs: Sequence[Tensor], state: Sequence[Tensor]) -> None:
@@ -76,11 +93,11 @@ class Recorder(Recording):
         self._inputs = memories(inputs)
         self._varying = self._inputs | memories(state)
         self._created: set[int] = set()
-        # Outcomes of validation.
+        # The results of validation by distributions, by id.
         self._checks: set[int] = set()
-        # What operations that vary have read.
+        # The memory that varying operations have read.
         self._read: set[int] = set()
-        # Memory made without the inputs and then written to with them, or after it was read.
+        # Memory that was made without the inputs, and written to with values that depend on them or after it was read.
         self._overwritten: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +108,7 @@ class Recorder(Recording):
         if varies and (looked_at := self._looked_at(function, args)):
             self._decide(function, looked_at)
         output = function(*args, **kwargs)
-        # A draw is another one at each run.
+        # Each run draws other numbers.
         varies = varies or torch.Tag.nondeterministic_seeded in function.tags
         operation = Operation(function, args, kwargs, inputs, output, tensors_in(output), varies)
         after = memories(operation.outputs)
@@ -105,8 +122,8 @@ class Recorder(Recording):
             self._checks.add(id(output))
         self.operations.append(operation)
         if function is _aten.linalg_cholesky_ex.default:
-            # A program has no checks of factorisations, which are operations without a result. This one leaves finite
-            # numbers.
+            # A program does not repeat checks, which are operations without a result; without this one, a failed
+            # factorisation would leave finite numbers.
             factor, info = output
             with self:
                 return factor.masked_fill((info != 0)[..., None, None], torch.nan), info
@@ -117,17 +134,17 @@ class Recorder(Recording):
         return output
 
     def _looked_at(self, function: Any, args: Any) -> list[Tensor]:
-        """The varying tensors whose values Python, or the shape of the output, depends on."""
+        """Return the varying tensors whose values decide what Python does next, or the shape of the output."""
         if function in _SELECTIONS:
             masks = [index for index in tensors_in(args[1]) if index.dtype in (torch.bool, torch.uint8)]
             return [mask for mask in masks if _memory(mask) in self._varying]
         if torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags:
-            # A distribution looks at its own validation: what fails raises, what passes is not repeated.
+            # A distribution reads the result of its own validation: a failure raises, a success is not repeated.
             return [tensor for tensor in tensors_in(args) if id(tensor) not in self._checks]
         return []
 
     def _decide(self, function: Any, looked_at: list[Tensor]) -> None:
-        """Note the state that the tensors looked at were computed from, which must be all that they depend on."""
+        """Note the state that the given tensors were computed from, and refuse those that depend on anything else."""
         memory = memories(looked_at)
         is_drawn = False
         for operation in reversed(self.operations):
@@ -136,8 +153,8 @@ class Recorder(Recording):
                 is_drawn |= operation.is_draw
         if is_drawn or not memory.isdisjoint(self._inputs):
             raise UntraceableError(
-                f"{function} needs the value of a tensor that depends on the inputs: an if, a float(), an .item() or a "
-                "boolean mask; use torch.where instead"
+                f"{function} needs the value of a tensor that depends on the inputs, as an if, a float(), an .item() "
+                "and a boolean mask do; use torch.where instead"
             )
         self.decisive += [tensor for tensor in self._state if _memory(tensor) in memory]
 
@@ -152,7 +169,7 @@ class Recorder(Recording):
                 self._varying.add(memory)
 
     def varying(self) -> list[Operation]:
-        """The operations that a run has to repeat."""
+        """Return the operations that each run has to repeat."""
         return [
             operation
             for operation in self.operations
@@ -160,15 +177,15 @@ class Recorder(Recording):
         ]
 
     def varies(self, tensor: Tensor) -> bool:
-        """Whether a tensor's memory holds other values at each run."""
+        """Tell whether the memory of a tensor holds other values at each run."""
         return _memory(tensor) in self._varying
 
 
-# Arguments of operations are tensors, and lists of them; torch's general trees would take most of the time.
+# The arguments of operations are tensors and lists of tensors; torch's general trees would take most of the time.
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in an argument of an operation, or in what it returned."""
+    """Return the tensors in the arguments of an operation, or in what it returned."""
     if isinstance(tree, Tensor):
         return [tree]
     found: list[Tensor] = []
@@ -182,7 +199,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def memories(tensors: Iterable[Tensor]) -> set[int]:
-    """What identifies the memory of tensors, which views share."""
+    """Return numbers that identify the memory of tensors; a view has the number of the tensor that it shows."""
     return {_memory(tensor) for tensor in tensors}
 
 

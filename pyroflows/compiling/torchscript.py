@@ -1,4 +1,4 @@
-"""Graphs of TorchScript, built operation by operation: its tracer would run all of them once more."""
+"""Build graphs of TorchScript operation by operation; its tracer would run all of them once more."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -7,31 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Enumerated as in C++, where they are numbers.
+# TorchScript knows memory formats by their numbers in the enumeration of C++.
 _MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
 
 
 class Graph:
-    """A graph of TorchScript, whose interpreter is the fastest on small tensors, though deprecated.
+    """A graph collects operations that TorchScript's interpreter runs: deprecated, but the fastest on small tensors.
 
     Args:
-        num_inputs: how many tensors it takes.
+        num_inputs: number of tensors that the graph takes.
 
     Attributes:
-        inputs: the values that stand for these tensors.
+        inputs: the values of the graph that stand for these tensors.
     """
 
     def __init__(self, num_inputs: int) -> None:
-        self._graph: Any = torch._C.Graph()  # of whose methods torch's stubs know some
+        self._graph: Any = torch._C.Graph()  # Any, since torch's stubs lack some of its methods
         self.inputs = [self._graph.addInput() for _ in range(num_inputs)]
         self._literals: dict[str, Any] = {}
 
     def constant(self, tensor: Tensor) -> Any:
-        """The value that stands for a tensor which stays."""
+        """Add a constant, and return the value that stands for it."""
         return self._graph.insertConstant(tensor)
 
     def call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], num_outputs: int) -> Sequence[Any]:
-        """The values of what an operator returns: one, several, or a list of as many tensors."""
+        """Add a call of an operator, and return the values that stand for its outputs.
+
+        Args:
+            function: the operator.
+            args: its positional arguments, with values of the graph in the place of tensors.
+            kwargs: its keyword arguments, likewise.
+            num_outputs: the number of tensors that it returns, which a list of tensors does not tell.
+        """
         name, parameters, returned = _signature(function)
         inputs = [
             self._argument(args[i] if i < len(args) else kwargs.get(key, default), type_)
@@ -47,18 +54,19 @@ class Graph:
         return outputs
 
     def function(self, outputs: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]]:
-        """The graph as a function from its inputs to a tuple."""
+        """Return the graph as a function from its inputs to a tuple of these outputs."""
         node = self._graph.create("prim::TupleConstruct", list(outputs))
         node.output().setType(torch.TupleType([torch.TensorType.get() for _ in outputs]))
         self._graph.registerOutput(self._graph.appendNode(node).output())
-        # Double transposes, products with one.
+        # This pass removes double transposes and products with one.
         torch._C._jit_pass_peephole(self._graph)
-        # A unit of its own: what torch.jit.trace makes stays in a table of the process for good.
+        # The function has a compilation unit of its own, and is freed with it: torch.jit.trace would register it in a
+        # table of the process for good.
         program = torch._C._create_function_from_graph("program", self._graph)
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            # What else the optimiser does makes no run faster, and takes as long as a hundred runs of a small program,
-            # seconds for a long one.
+            # The other passes of the optimiser make no run faster, and take as long as a hundred runs of a small
+            # program, or seconds for a long one.
             is_optimized = torch._C._get_graph_executor_optimize()
             torch._C._set_graph_executor_optimize(False)
             try:
@@ -69,7 +77,7 @@ class Graph:
         return run
 
     def _argument(self, argument: Any, type_: Any) -> Any:
-        """The value that stands for an argument of an operator."""
+        """Return the value that stands for an argument of an operator."""
         if isinstance(argument, torch._C.Value):
             return argument
         if isinstance(argument, list | tuple) and (
@@ -99,7 +107,7 @@ def _element(type_: Any) -> Any:
 
 @cache
 def _signature(function: Any) -> tuple[str, list[tuple[str, Any, Any]], list[Any]]:
-    """The name of an operator, its parameters with types and defaults, and the types of what it returns."""
+    """Return the name of an operator, its parameters with types and defaults, and the types that it returns."""
     schema = function._schema
     parameters = [(argument.name, argument.type, argument.default_value) for argument in schema.arguments]
     return schema.name, parameters, [returned.type for returned in schema.returns]

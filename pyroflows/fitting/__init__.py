@@ -1,4 +1,4 @@
-"""Fits of flows: to data, to other flows, and to log-densities."""
+"""Fit flows to data, to other flows, and to log-densities."""
 
 from pyroflows.fitting.density import DensityFit, fit_density
 from pyroflows.fitting.distillation import Distillation, distill

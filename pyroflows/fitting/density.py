@@ -1,4 +1,4 @@
-"""Density estimation: a flow fitted to data by maximum likelihood."""
+"""Estimate densities: fit a flow to data by maximum likelihood."""
 
 import math
 from dataclasses import dataclass
@@ -20,23 +20,31 @@ from pyroflows.training.loop import OptimizerLike, Trainer
 from pyroflows.training.schedules import EarlyStopping
 
 LEARNING_RATE = 2e-3
-# Rows that are scored at once, where no gradient is needed.
+# Number of rows that are scored at once where no gradient is needed.
 NUM_SCORED = 4096
-# Fewer steps gain less by tracing than it costs, which is what 60 to 130 steps gain.
+# Tracing costs as much time as it saves in 60 to 130 steps, so that fits of fewer steps than these run without.
 MIN_TRACED_STEPS = 200
 
 
 @dataclass(frozen=True)
 class DensityFit:
-    """What :func:`fit_density` returns; the flow itself was trained in place.
+    """A density fit is what :func:`fit_density` returns; the flow itself was trained in place.
 
     Args:
         flow: the flow, in its best state.
-        history: a number an epoch: ``log_prob`` and ``validation_log_prob``, means in nats a row, ``grad_norm`` and
-            ``learning_rate``.
-        best_log_prob: mean log-density of the validation rows in the best state, nats a row.
+        history: one number for each epoch of ``log_prob`` and ``validation_log_prob``, means in nats per row, of
+            ``grad_norm`` and of ``learning_rate``.
+        best_log_prob: mean log-density of the validation rows in the best state, in nats per row.
         best_epoch: the epoch after which the flow was in that state; 0 for the state before training.
-        stopped_early: whether the validation rows ended the fit, and not ``max_epochs``.
+        stopped_early: whether the fit ended because the validation log-density no longer grew, before ``max_epochs``.
+
+    Example:
+        >>> flow = pf.flows.MAF(2, num_layers=2, hidden_dims=(16,))
+        >>> fit = pf.fit_density(flow, torch.randn(500, 2), max_epochs=5, progress_bar=False)
+        >>> fit.flow is flow, fit.history.num_steps
+        (True, 5)
+        >>> fit
+        DensityFit(5 epochs; best validation log-density ... nats a row, after epoch ...)
     """
 
     flow: Flow
@@ -46,7 +54,11 @@ class DensityFit:
     stopped_early: bool
 
     def plot(self) -> Any:
-        """Log-density of training and validation rows over the epochs; a matplotlib figure."""
+        """Plot the log-density of training and validation rows over the epochs, and return the matplotlib figure.
+
+        Raises:
+            PlotError: if matplotlib is not installed.
+        """
         return plot_density_fit(self.history, self.best_epoch)
 
     def __repr__(self) -> str:
@@ -72,37 +84,38 @@ def fit_density(
 ) -> DensityFit:
     r"""Fit a flow to data by maximum likelihood.
 
-    Maximises :math:`\sum_i w_i \log q(x_i \mid c_i)` by mini-batches, and watches the log-density of validation rows.
-    Where that has not grown for ``patience`` epochs, training goes back to the best state and the learning rate falls
-    to zero, for half as many epochs again. The flow is trained in place and is left in the state of the best validation
-    log-density, also where the fit diverges or is interrupted.
+    The fit maximises :math:`\sum_i w_i \log q(x_i \mid c_i)` by mini-batches, and watches the log-density of validation
+    rows. Once that has not grown for ``patience`` epochs, training goes back to the best state and the learning rate
+    falls to zero, for half as many epochs again. The flow is trained in place and is left in the state of the best
+    validation log-density, also if the fit diverges or is interrupted.
 
-    At the first fit, location and scale of the training rows go into the flow (:meth:`pyroflows.Flow.adapt`), so
-    that ``log_prob`` is that of the data as they are, in any units; a further fit goes on from there. Bounded data need
-    a flow with a ``support``. Contexts are taken as they are: bring them to unit scale. ``flow(context).latent(x)``
-    gives the latent codes of data.
+    The first fit stores location and scale of the training rows in the flow (:meth:`pyroflows.Flow.adapt`), so that
+    data can have any units and ``log_prob`` is the density in these units; a further fit goes on from there. Bounded
+    data need a flow with a ``support``. Contexts are not rescaled: bring them to unit scale yourself.
+    ``flow(context).latent(x)`` gives the latent codes of data.
 
     Args:
-        flow: what is trained.
+        flow: the flow to train.
         x: rows ``(n, *event_shape)``: a tensor, a NumPy array, or a Dataset whose items are ``x`` or ``(x, context)``.
             Items of a Dataset are read anew for each training batch, so that an augmentation such as dequantisation is
             drawn afresh; all of them are held in memory once.
         context: rows ``(n, *context_shape)``, if the flow takes a context.
-        weights: of the rows, ``(n,)``, not negative; only their ratios count.
-        validation: fraction of rows that is set aside.
-        batch_size: rows a step.
-        max_epochs: epochs at most.
-        patience: epochs without a better validation log-density.
+        weights: weights of the rows ``(n,)``, not negative, of which only the ratios count; None for equal weights.
+        validation: fraction of the rows that is set aside for validation, between 0 and 1.
+        batch_size: number of rows in a step, at least 1.
+        max_epochs: number of epochs at most, at least 1.
+        patience: number of epochs without a better validation log-density, at least 1.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.002.
-        compile: as for :class:`pyroflows.FlowVI`; "auto" traces only where ``max_epochs`` allow 200 steps or more,
-            since recording costs as much as some hundred steps gain.
+        compile: as for :class:`pyroflows.FlowVI`; "auto" traces only if ``max_epochs`` allow 200 steps or more, since
+            tracing costs as much time as it saves in about a hundred steps.
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
-        progress_bar: whether to show one.
+        progress_bar: whether to show a progress bar.
 
     Raises:
         ShapeError: if numbers of rows or columns of the data do not fit.
-        DataError: if values cannot be used; names the row or the columns.
-        OptionError: for an option outside its range.
+        DataError: if values cannot be used; the message names the row or the columns.
+        OptionError: if an option is outside its range.
+        UntraceableError: if a step cannot be compiled, and ``compile`` is not "auto".
         DivergedError: if log-densities stay non-finite.
 
     Example:
@@ -116,7 +129,7 @@ def fit_density(
     """
     _check_options(flow, validation, batch_size, max_epochs, patience)
     compiler = Compiler(compile)
-    # The guard sees what is not finite; torch's own checks would raise there.
+    # The guard handles values that are not finite; torch's validation would raise at them.
     with seeded(seed), pyro.validation_enabled(False):
         data = load(flow, x, context, weights)
         training, held_out = split(data.rows, validation)

@@ -1,4 +1,4 @@
-"""Distillation: a student that is quick to sample, fitted to a teacher that is quick to score."""
+"""Distill flows: fit a student that is quick to sample to a teacher that is quick to score."""
 
 import math
 from collections.abc import Callable
@@ -25,27 +25,34 @@ from pyroflows.training.loop import OptimizerLike, train
 from pyroflows.training.objective import Figures, Objective
 
 LEARNING_RATE = 5e-3
-# Batches of the teacher's draws that are followed, and of fresh draws behind the KL divergence at the end.
+# The student follows this many batches of the teacher's draws, and the final KL divergence is from this many batches.
 NUM_TEACHER_BATCHES = 64
 NUM_FINAL_BATCHES = 40
 
-# Draws (B, *event_shape) of the student, and the rows (B,) of the contexts at which they were drawn, or None -> a
-# scalar that is added to the loss.
+# A penalty maps draws (B, *event_shape) of the student, and the rows (B,) of the contexts at which they were drawn or
+# None, to a scalar that is added to the loss.
 Penalty: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
-# The laws of student and teacher, and base draws z -> draws x, a loss, and log weights without gradients.
+# A divergence maps the laws of student and teacher and base draws z to draws x, a loss, and log weights without
+# gradients.
 Divergence: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What :func:`distill` returns; the student itself was trained in place.
+    """A distillation is what :func:`distill` returns; the student itself was trained in place.
 
     Args:
-        student: the flow.
-        history: a number a step: ``kl`` in nats and its standard error ``kl_se``, of the draws of the step; ``loss``,
-            which holds penalties besides; ``grad_norm`` and ``learning_rate``.
+        student: the trained flow.
+        history: one number for each step of ``kl``, the KL divergence in nats by the draws of the step, of its standard
+            error ``kl_se``, of ``loss``, which adds regression and penalty, of ``grad_norm`` and of ``learning_rate``.
         kl: KL(student || teacher) in nats, from fresh draws after training.
-        kl_se: its standard error.
+        kl_se: the standard error of ``kl``, in nats.
+
+    Example:
+        >>> teacher = torch.distributions.Independent(torch.distributions.Normal(torch.ones(2), 1.0), 1)
+        >>> fit = pf.distill(pf.flows.IAF(2), teacher, num_steps=20, warm_start=0, progress_bar=False)
+        >>> fit
+        Distillation(20 steps; KL(student || teacher) = ... +- ... nats, ... for each of 2 dimensions)
     """
 
     student: Flow
@@ -54,7 +61,11 @@ class Distillation:
     kl_se: float
 
     def plot(self) -> Any:
-        """The KL divergence over the steps, and after them; a matplotlib figure."""
+        """Plot the KL divergence over the steps and its final value, and return the matplotlib figure.
+
+        Raises:
+            PlotError: if matplotlib is not installed.
+        """
         return plot_distillation(self.history, self.kl)
 
     def __repr__(self) -> str:
@@ -83,50 +94,52 @@ def distill(
 ) -> Distillation:
     r"""Fit a student to a teacher by reverse KL, :math:`E_{x \sim q}[\log q(x) - \log p(x)]`, q being the student.
 
-    The student draws and scores its draw in one pass, the teacher scores it in one pass: with an IAF as student and a
-    MAF as teacher neither goes dimension by dimension (probability density distillation, van den Oord et al. 2018,
-    arXiv:1711.10433). No data are needed. The student is trained in place.
+    The student draws and scores its draws in one pass, and the teacher scores them in one pass: with an IAF as student
+    and a MAF as teacher neither goes dimension by dimension (probability density distillation, van den Oord et al.
+    2018, arXiv:1711.10433). No data are needed. The student is trained in place.
 
-    Reverse KL alone leaves out variance and modes of the teacher, and is slow from far away. So, where the teacher is a
-    flow with the student's base, the student also follows its draws: the regression of x on z, what the teacher makes
-    of a base draw being what the student is to make of it. First, in the warm start, the student takes location and
-    scale of the teacher, or of its draws, and follows these layer by layer, if its layers see the dimensions in the
-    orders of the teacher's, and otherwise end to end; then the loss is
+    Reverse KL alone underestimates the teacher's variance, misses modes, and is slow from a distant start. Therefore,
+    if the teacher is a flow with the student's base, the student also regresses on the teacher's draws: both map the
+    same base draw z, and the student's x should be the teacher's. In the warm start, which comes first, the student
+    takes location and scale from the teacher or from its draws. It then regresses layer by layer if its layers order
+    the dimensions as the teacher's do, and otherwise end to end. After the warm start the loss is
 
     .. math:: E_q[\log q(x) - \log p(x)] + w\, E_z \sum_j h\Big(\frac{x^p_j(z) - x^q_j(z)}{s_j}\Big),
 
-    both parts of which vanish where q = p, with h of :class:`pyroflows.fitting.regression.Regression`. It needs
-    :math:`64 \times` ``batch_size`` draws of the teacher, once.
+    with h and s as in :class:`pyroflows.fitting.regression.Regression`; both parts vanish where q = p. The regression
+    needs :math:`64 \times` ``batch_size`` draws of the teacher, once.
 
     Args:
-        student: what is trained; quick in its forward direction, as :class:`pyroflows.flows.IAF` or couplings are.
+        student: the flow to train; quick in its forward direction, as :class:`pyroflows.flows.IAF` or couplings are.
         teacher: a flow that scores quickly, as :class:`pyroflows.flows.MAF` does; or any distribution with a
             differentiable density of the student's event shape.
-        context: rows ``(n, *context_shape)`` at which both are conditioned, drawn at random for each step, where
-            student and teacher take a context.
-        num_steps: number of training steps after the warm start; None for as many as it takes.
-        batch_size: draws a step.
-        estimator: of the gradient: "total" or "path" of :mod:`pyroflows.fitting.estimators`; "closed_form", see
-            :func:`pyroflows.fitting.closed_form.gaussian_kl`, for two affine autoregressive flows of one order; "auto"
-            is the latter where it can be had, and else "path".
-        regularization: :math:`\lambda` of ClariNet's regularised KL (Ping et al. 2019, arXiv:1807.07281, eq. 7), for a
-            teacher whose conditionals are so narrow that the plain KL explodes; needs the closed form. They use 4.
-        warm_start: steps of regression before; 0 for none, from where the student stands.
-        regression: the weight w; 0 for the KL divergence alone.
-        penalty: a function of draws ``(batch_size, *event_shape)`` and the indices of their rows in ``context``, None
-            without; its scalar is added to the loss. It is traced with the step: Python in it that should run at each
-            step, such as a counter, needs ``compile="none"``.
+        context: rows ``(n, *context_shape)`` on which both are conditioned, if they take a context; each step draws
+            rows at random.
+        num_steps: number of training steps after the warm start, positive; None for as many as it takes.
+        batch_size: number of draws in a step, at least 2.
+        estimator: the estimator of the gradient: "total" or "path" of :mod:`pyroflows.fitting.estimators`, or
+            "closed_form" of :func:`pyroflows.fitting.closed_form.gaussian_kl`, for two affine autoregressive flows of
+            one order; "auto" is the closed form where there is one, and otherwise "path".
+        regularization: :math:`\lambda` of ClariNet's regularised KL (Ping et al. 2019, arXiv:1807.07281, eq. 7), zero
+            or positive, for a teacher whose conditionals are so narrow that the plain KL explodes. It needs the closed
+            form; Ping et al. use 4.
+        warm_start: number of regression steps before training; 0 to start from the student as it is.
+        regression: the weight w, zero or positive; 0 for the KL divergence alone.
+        penalty: a function that maps draws ``(batch_size, *event_shape)`` of the student, and the indices
+            ``(batch_size,)`` of their rows in ``context`` or None, to a scalar that is added to the loss. It is traced
+            with the step: Python code in it that should run at each step, such as a counter, needs ``compile="none"``.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.005.
         compile: as for :class:`pyroflows.FlowVI`.
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
-        progress_bar: whether to show one.
+        progress_bar: whether to show a progress bar.
 
     Raises:
-        OptionError: for an option outside its range, or a teacher that cannot score, or a student that cannot be
-            trained through its draws.
+        OptionError: if an option is outside its range, the teacher cannot score, or the student cannot be trained
+            through its draws.
         ShapeError: if the event or context shapes of student and teacher differ, or the context does not fit.
-        DataError: if the context holds NaN, or draws of the student are outside the teacher's support.
-        DivergedError: if the loss stays non-finite; the student is in the last good state then.
+        DataError: if the context holds NaN, or draws of one are outside the support of the other.
+        UntraceableError: if a step cannot be compiled, and ``compile`` is not "auto".
+        DivergedError: if the loss stays non-finite; the student is then in the last good state.
 
     Example:
         >>> teacher = pf.flows.MAF(2, num_layers=2, hidden_dims=(16,))
@@ -138,7 +151,7 @@ def distill(
         torch.Size([5, 2])
     """
     _check_options(num_steps, batch_size, warm_start, regression)
-    # The guard sees what is not finite; torch's own checks would raise there.
+    # The guard handles values that are not finite; torch's validation would raise at them.
     with seeded(seed), pyro.validation_enabled(False):
         pair = StudentAndTeacher(student, teacher, context)
         name = _chosen(pair, estimator, regularization)
@@ -159,17 +172,25 @@ def distill(
 
 
 class Imitation(Objective):
-    """The reverse KL divergence from a student to a teacher, with a regression and a penalty where they are given.
+    r"""This objective of distillation is the reverse KL divergence from a student q to a teacher p, with two additions.
 
-    It records ``loss``, and ``kl`` with its standard error ``kl_se`` in nats.
+    The loss is :math:`\mathrm{KL}(q \,\|\, p) + w R + P`, with a regression R and a penalty P where they are given. A
+    step records ``loss``, and ``kl`` with its standard error ``kl_se``, in nats.
 
     Args:
         pair: student and teacher.
-        divergence: an estimator of the KL divergence.
-        batch_size: draws a step.
-        followed: the regression of the student on draws of the teacher, or None.
-        weight: that of the regression.
-        penalty: of the student's draws, or None.
+        divergence: an estimator of the KL divergence: a function of the laws of student and teacher and of base draws
+            that returns draws, a loss, and log weights without gradients.
+        batch_size: number of draws in a step, at least 2.
+        followed: the regression R of the student on draws of the teacher, or None.
+        weight: the weight w of the regression, zero or positive.
+        penalty: a function that maps the student's draws, and the rows of their contexts or None, to the scalar P; or
+            None.
+
+    Example:
+        >>> pair = StudentAndTeacher(pf.flows.IAF(2, num_layers=1), pf.flows.MAF(2, num_layers=1), None)
+        >>> pf.train(Imitation(pair, gaussian_kl, batch_size=64), num_steps=20, progress_bar=False)
+        History(20 steps: loss, kl, kl_se, grad_norm, learning_rate)
     """
 
     def __init__(
@@ -190,12 +211,12 @@ class Imitation(Objective):
         self._penalty = penalty
 
     def draw(self) -> list[Tensor]:
-        """Base draws, rows of the contexts, and an index of the draws that are followed."""
+        """Draw base draws, rows of the contexts if there are any, and an index of the teacher's draws to follow."""
         followed = [] if self._followed is None else self._followed.draw()
         return [self.noise(self._batch_size), *self._pair.draw_rows(self._batch_size), *followed]
 
     def loss(self, noise: Tensor, *drawn: Tensor) -> tuple[Tensor, Figures]:
-        """The divergence with what is added to it."""
+        """Compute the divergence with regression and penalty, and the figures of the divergence alone."""
         rows, index = drawn[: self._pair.num_rows], drawn[self._pair.num_rows :]
         q, p = self._pair.estimated_at(*rows)
         x, loss, log_weights = self._divergence(q, p, self.base_draws(noise))
@@ -207,7 +228,7 @@ class Imitation(Objective):
 
 
 def _chosen(pair: StudentAndTeacher, estimator: str, regularization: float) -> str:
-    """The name of the estimator, if it and the regularization can be had."""
+    """Return the name of the estimator; raise if it, or the regularization, does not fit the pair."""
     can_close = has_closed_form(pair.student, pair.teacher)
     name = ("closed_form" if can_close else "path") if estimator == "auto" else estimator
     if name not in ("total", "path", "closed_form"):
@@ -226,7 +247,7 @@ def _chosen(pair: StudentAndTeacher, estimator: str, regularization: float) -> s
 
 
 def _divergence(name: str, regularization: float = 0.0) -> Divergence:
-    """The estimator of a name: the closed form, or one that knows only the densities of student and teacher."""
+    """Return the divergence of a name: the closed form, or an estimator that uses only the densities of both."""
     if name == "closed_form":
         return partial(gaussian_kl, regularization=regularization)
 
@@ -245,15 +266,21 @@ def _divergence(name: str, regularization: float = 0.0) -> Divergence:
 
 @torch.no_grad()
 def _log_weights(pair: StudentAndTeacher, name: str, count: int) -> Tensor:
-    """Exact log weights of fresh draws; their mean is minus the KL divergence, with less error in closed form."""
+    """Return exact log weights ``(count,)`` of fresh draws, whose mean estimates minus the KL divergence.
+
+    In closed form their mean has a smaller error.
+    """
     q, p = pair.at(*pair.draw_rows(count))
-    # Without gradients all others are one, and "total" computes no score.
+    # Without gradients all other estimators give the same, and "total" computes no score.
     divergence = _divergence("closed_form" if name == "closed_form" else "total")
     return divergence(q, p, pair.student.base().sample((count,)))[2]
 
 
 def _followed(pair: StudentAndTeacher, batch_size: int, standardizes: bool) -> Regression | None:
-    """The regression on draws of the teacher, where z means the same to both; may take their location and scale."""
+    """Return the regression on draws of the teacher, or None if the two do not share the law of z.
+
+    A student that standardizes takes location and scale of the teacher here.
+    """
     student, teacher = pair.student, pair.teacher
     count = NUM_TEACHER_BATCHES * batch_size
     contexts = None if pair.contexts is None else pair.contexts[pair.draw_rows(count)[0]]
@@ -267,11 +294,11 @@ def _followed(pair: StudentAndTeacher, batch_size: int, standardizes: bool) -> R
 
 
 def _adapt_like(student: Flow, teacher: Flow | Distribution, draws: Tensor, contexts: Tensor | None) -> None:
-    """Let the student learn location and scale, from the teacher's own where both have such a layer."""
+    """Let the student learn location and scale from draws, or copy the teacher's where both have such a layer."""
     student.adapt(draws, contexts if student.context_dim else None)
     own, others = student.standardization, teacher.standardization if isinstance(teacher, Flow) else None
     if own is not None and others is not None and others.is_adapted:
-        # A teacher that was fitted to few rows throws one draw in a thousand far out.
+        # Some draws of a teacher that was fitted to few rows lie far out, and would widen the scale.
         own.load_state_dict(others.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""Maximum likelihood on batches of data, as an objective."""
+"""Define the objective that maximises the likelihood of batches of data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +11,26 @@ from pyroflows.training.objective import Figures, Objective
 
 
 class MaximumLikelihood(Objective):
-    r"""Maximises :math:`\sum_i w_i \log q(x_i \mid c_i)` over a flow q.
+    r"""This objective maximises the log-likelihood :math:`\sum_i w_i \log q(x_i \mid c_i)` over a flow q.
 
-    It records ``log_prob``, the weighted mean over the batch in nats a row, the weights divided by their mean over all
-    training rows.
+    A step records ``log_prob``, the weighted mean :math:`\frac1B \sum_i \frac{w_i}{\bar w} \log q(x_i \mid c_i)` over a
+    batch in nats per row, where :math:`\bar w` is the mean weight of all training rows.
 
     Args:
         flow: the flow q.
         data: all rows.
-        index: those to train on, ``(n,)``.
-        batch_size: rows a step, n at most.
+        index: indices ``(n,)`` of the rows to train on.
+        batch_size: number B of rows in a step, from 1 to n.
+
+    Shapes: a step draws x ``(B, *event_shape)``, weights ``(B,)`` and, if there are any, contexts
+    ``(B, *context_shape)``.
+
+    Example:
+        >>> from pyroflows.training.data import load
+        >>> flow = pf.flows.MAF(2, num_layers=2, hidden_dims=(8,))
+        >>> objective = MaximumLikelihood(flow, load(flow, torch.randn(100, 2)), torch.arange(100), batch_size=10)
+        >>> pf.train(objective, num_steps=20, progress_bar=False)
+        History(20 steps: log_prob, grad_norm, learning_rate)
     """
 
     monitor, falls = "log_prob", False
@@ -32,19 +42,19 @@ class MaximumLikelihood(Objective):
         self._batches = ShuffledBatches(index, batch_size)
 
     def draw(self) -> list[Tensor]:
-        """The next batch: rows, their weights, and their contexts if there are any."""
+        """Draw the next batch: rows, their weights, and their contexts if there are any."""
         rows = self._data.batch(next(self._batches))
         return [rows.x, rows.weights / self._mean_weight, *([] if rows.context is None else [rows.context])]
 
     def loss(self, x: Tensor, weights: Tensor, *context: Tensor) -> tuple[Tensor, Figures]:
-        """Minus the mean log-density."""
+        """Compute minus the weighted mean log-density of a batch."""
         log_prob = (weights * self.flow(*context).estimated().log_prob(x)).mean()
         return -log_prob, {"log_prob": log_prob}
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the shuffled data."""
+        """Return the place in the shuffled data."""
         return self._batches.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from a state that :meth:`state_dict` returned."""
         self._batches.load_state_dict(state)

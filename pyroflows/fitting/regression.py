@@ -1,4 +1,4 @@
-"""Regression of a student on a teacher: of a base draw z the student is to make what the teacher makes of it."""
+"""Define the regression of a student on a teacher: both should map a base draw z to the same x."""
 
 import torch
 from torch import Tensor
@@ -9,24 +9,32 @@ from pyroflows.randomness import seeded
 from pyroflows.training.objective import Figures, Objective
 from pyroflows.transforms import FlowTransform, TriangularTransform
 
-# In which the draws are made, since layers that go dimension by dimension remember what they have computed.
+# Draws are made in this many parts, since layers that go dimension by dimension keep intermediate values in memory.
 NUM_PARTS = 4
 
 
 class Regression(Objective):
-    r"""Errors of a student that follows the draws of a teacher; as an objective, layer by layer.
+    r"""This objective is the error of a student that should map base draws to the draws of a teacher.
 
     The error of an event is :math:`\sum_j h(e_j)` with :math:`h(e) = 2 (\sqrt{1 + e^2} - 1)` and :math:`e_j = (x^p_j -
-    x^q_j) / s_j`: quadratic up to a standard deviation, and linear far out, where a few draws would rule the sum.
-    For the same reason the standard deviation :math:`s_j` is half the distance of the quantiles of 16 % and 84 % of
-    :math:`x^p_j`.
+    x^q_j) / s_j`. It is quadratic up to about a standard deviation :math:`s_j`, and linear beyond, so that a few draws
+    far out do not dominate the sum. For the same reason :math:`s_j` is half the distance between the quantiles of 16 %
+    and 84 % of :math:`x^p_j`. The loss sums the errors of single layers where student and teacher match, and otherwise
+    takes the error end to end.
 
     Args:
-        student: the flow that follows.
+        student: the flow to train.
         teacher: a flow with the student's base, see :func:`same_law`.
-        stages: of the teacher's draws, see :func:`draw_stages`.
-        contexts: rows ``(n, *context_shape)`` at which they were made, or None.
-        batch_size: draws a step.
+        stages: the teacher's draws after each layer, see :func:`draw_stages`.
+        contexts: rows ``(n, *context_shape)`` at which these draws were made, or None.
+        batch_size: number B of draws in a step, at least 1.
+
+    Example:
+        >>> teacher = pf.flows.MAF(2, num_layers=2, hidden_dims=(8,))
+        >>> student = pf.flows.IAF(2, num_layers=2, hidden_dims=(8,))
+        >>> objective = Regression(student, teacher, draw_stages(teacher, 1000, None), None, batch_size=64)
+        >>> pf.train(objective, num_steps=20, progress_bar=False)
+        History(20 steps: loss, grad_norm, learning_rate)
     """
 
     def __init__(
@@ -40,21 +48,24 @@ class Regression(Objective):
         self._matched = _matched(student, teacher)
 
     def draw(self) -> list[Tensor]:
-        """A random index ``(batch_size,)`` of the teacher's draws."""
+        """Draw an index ``(batch_size,)`` of the teacher's draws."""
         return [torch.randint(len(self._stages[0]), (self._batch_size,), device=self._stages[0].device)]
 
     def loss(self, index: Tensor) -> tuple[Tensor, Figures]:
-        """The mean error, layer by layer."""
+        """Compute the mean error, layer by layer where the layers match."""
         return self.layer_by_layer(index).mean(), {}
 
     def end_to_end(self, index: Tensor) -> Tensor:
-        """The errors ``(B,)`` of draws x of an index ``(B,)``."""
+        """Compute the errors ``(B,)`` of the student's x at an index ``(B,)`` of the teacher's draws."""
         return self._errors(self.flow.transform, 0, len(self._stages) - 1, index)
 
     def layer_by_layer(self, index: Tensor) -> Tensor:
-        """The errors of each layer, given what the teacher's layer at its place was given, summed over layers.
+        """Compute errors ``(B,)`` layer by layer: each layer takes the input of the teacher's, and their errors add up.
 
-        They are those end to end where the layers of the two do not match.
+        If the layers of the two flows do not match, these are the errors end to end.
+
+        Args:
+            index: an index ``(B,)`` of the teacher's draws.
         """
         if not self._matched:
             return self.end_to_end(index)
@@ -69,7 +80,22 @@ class Regression(Objective):
 
 @torch.no_grad()
 def draw_stages(teacher: Flow, num_draws: int, contexts: Tensor | None) -> list[Tensor]:
-    """Base draws ``(n, *event_shape)`` of a flow, and what each of its layers makes of them, the last being draws x."""
+    """Draw from the base of a flow, and return these draws and those after each layer.
+
+    Args:
+        teacher: the flow.
+        num_draws: number n of draws.
+        contexts: rows ``(n, *context_shape)``, if the flow takes a context.
+
+    Returns:
+        Tensors of n rows, one more than there are layers: the first holds base draws z ``(n, *base_shape)``, the last
+        draws x ``(n, *event_shape)``.
+
+    Example:
+        >>> flow = pf.flows.MAF(2, num_layers=2)
+        >>> len(draw_stages(flow, 10, None)) == len(flow.transform.layers) + 1
+        True
+    """
     z = teacher.base().sample((num_draws,))
     parts = z.tensor_split(NUM_PARTS)
     given = [None] * NUM_PARTS if contexts is None else contexts.tensor_split(NUM_PARTS)
@@ -78,7 +104,14 @@ def draw_stages(teacher: Flow, num_draws: int, contexts: Tensor | None) -> list[
 
 
 def same_law(a: Distribution, b: Distribution) -> bool:
-    """Whether two laws are one, as far as draws of the same seed tell."""
+    """Tell whether two laws are the same, as far as equal draws at the same seed show.
+
+    Example:
+        >>> same_law(dist.Normal(0.0, 1.0), dist.Normal(0.0, 1.0))
+        True
+        >>> same_law(dist.Normal(0.0, 1.0), dist.Normal(1.0, 1.0))
+        False
+    """
     draws = []
     for law in (a, b):
         with seeded(0):
@@ -100,9 +133,10 @@ def _stages(teacher: Flow, z: Tensor, context: Tensor | None) -> list[Tensor]:
 
 
 def _matched(student: Flow, teacher: Flow) -> list[tuple[int, FlowTransform]]:
-    """The student's trained layers, if each can become the teacher's layer at its place.
+    """Return the student's trained layers with their places, or none if a layer cannot match the teacher's there.
 
-    A map that is triangular in some order is so in both directions, and one of its kind can represent its inverse.
+    A map that is triangular in some order has an inverse that is triangular in the same order, so that layers with
+    equal orders can match, whichever direction each of them is fast in.
     """
     layers, orders = student.transform.layers, _orders(student)
     if None in orders or orders != _orders(teacher):

@@ -1,28 +1,30 @@
-"""The reverse KL divergence from a flow to a density that may lack its normalisation, as an objective."""
+"""Define the objective that minimises the reverse KL divergence from a flow to a density known up to a constant."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from pyroflows.errors import ShapeError
 from pyroflows.fitting.estimators import Estimator, path_gradient
 from pyroflows.flows import Flow
 from pyroflows.training.objective import Figures, Objective
 
 
 class ReverseKL(Objective):
-    r"""Maximises :math:`\mathrm{ELBO} = E_{x \sim q}[\log p(x) - \log q(x)]` over a flow q: the log evidence minus the
-    reverse KL divergence from q to p.
+    r"""This objective maximises :math:`\mathrm{ELBO} = E_{x \sim q}[\log p(x) - \log q(x)]` over a flow q.
 
-    It records ``elbo`` and ``log_weight_variance``, the mean and the variance of the log weights of a step in nats.
+    The ELBO is the log evidence, the logarithm of the integral of p, minus the reverse KL divergence from q to the
+    normalised p. A step records ``elbo``, the mean of the log weights :math:`\log p(x) - \log q(x)` in nats, and
+    ``log_weight_variance``, their variance in squared nats.
 
     Args:
         flow: the flow q.
-        log_density: maps ``(S, *event_shape)`` to :math:`\log p(x)`, ``(S,)``, up to a constant. What a subclass draws
-            besides noise is given to it too.
-        estimator: of the gradient, see :mod:`pyroflows.fitting.estimators`.
-        num_particles: S, the number of draws a step.
-        own_parameters: parameters of the log-density, trained along.
+        log_density: a function that maps draws ``(S, *event_shape)`` to :math:`\log p(x)`, ``(S,)``, up to a constant.
+            The tensors that a subclass draws besides noise are its further arguments.
+        estimator: an estimator of the gradient, see :mod:`pyroflows.fitting.estimators`.
+        num_particles: number S of draws in a step, at least 1.
+        own_parameters: parameters of the log-density to train with the flow.
 
     Example:
         >>> flow = pf.flows.Planar(2)
@@ -47,12 +49,22 @@ class ReverseKL(Objective):
         self.num_particles = num_particles
 
     def draw(self) -> list[Tensor]:
-        """Base draws."""
+        """Draw from the base."""
         return [self.noise(self.num_particles)]
 
     def loss(self, noise: Tensor, *drawn: Tensor) -> tuple[Tensor, Figures]:
-        """The estimator's loss, and the figures of the log weights."""
+        """Compute the loss of the estimator, and mean and variance of the log weights."""
         q = self.flow().estimated()
-        loss, log_weights = self.estimator(q, lambda x: self.log_density(x, *drawn), self.base_draws(noise))
+
+        def log_density(x: Tensor) -> Tensor:
+            log_p = self.log_density(x, *drawn)
+            if log_p.shape != x.shape[:1]:
+                raise ShapeError(
+                    f"log_density must give one number for each of {len(x)} draws, but gave a tensor of shape "
+                    f"{tuple(log_p.shape)}: sum over the axes of an event"
+                )
+            return log_p
+
+        loss, log_weights = self.estimator(q, log_density, self.base_draws(noise))
         variance = log_weights.var() if len(log_weights) > 1 else log_weights.new_tensor(torch.nan)
         return loss, {"elbo": log_weights.mean(), "log_weight_variance": variance}

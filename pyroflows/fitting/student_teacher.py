@@ -1,4 +1,4 @@
-"""A student and its teacher: whether they fit each other, and their laws at the same contexts."""
+"""Check that a student and its teacher fit each other, and give their laws at the same contexts."""
 
 import warnings
 from typing import Any
@@ -15,11 +15,11 @@ from pyroflows.transforms import Autoregressive, Inverse
 
 
 class StudentAndTeacher:
-    """A student and a teacher, compared at rows of contexts.
+    """This pair holds a student and a teacher, and the contexts at which they are compared.
 
     Args:
-        student: what is trained.
-        teacher: what it should become.
+        student: the flow to train.
+        teacher: the flow or distribution that it should imitate.
         context: rows ``(n, *context_shape)``, if both take a context.
 
     Attributes:
@@ -27,7 +27,8 @@ class StudentAndTeacher:
         num_rows: 1 where there are contexts, else 0.
 
     Raises:
-        OptionError: if the student cannot be trained through its draws, or the teacher is none.
+        OptionError: if the student cannot be trained through its draws, or the teacher is neither a flow nor a
+            distribution.
         ShapeError: if event or context shapes differ, or the context does not fit.
         DataError: if the context holds values that cannot be used.
     """
@@ -41,25 +42,29 @@ class StudentAndTeacher:
         self.num_rows = 0 if self.contexts is None else 1
 
     def draw_rows(self, count: int) -> list[Tensor]:
-        """Random rows of the contexts, ``(count,)``, if there are any."""
+        """Draw indices ``(count,)`` of rows of the contexts, as a list of one tensor, or of none without contexts."""
         contexts = self.contexts
         return [] if contexts is None else [torch.randint(len(contexts), (count,), device=contexts.device)]
 
     def at(self, *rows: Tensor) -> tuple[FlowDistribution, Any]:
-        """The laws of student and teacher."""
+        """Return the laws of student and teacher, at these rows of the contexts if there are any."""
         context = [] if self.contexts is None else [self.contexts[rows[0]]]
         return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
 
     def estimated_at(self, *rows: Tensor) -> tuple[FlowDistribution, Any]:
-        """The same with the layers' own log-determinants, which may be estimates: for training."""
+        """Return both laws with the layers' own log-determinants, which may be estimates, for training."""
         q, p = self.at(*rows)
         return q.estimated(), p.estimated() if isinstance(self.teacher, Flow) else p
 
     def check_scores(self, count: int) -> None:
-        """Raise if the teacher does not score draws of the student, or tells nothing of how to move them.
+        """Check that the teacher scores draws of the student, with gradients that tell how to move them.
+
+        Args:
+            count: number of draws to check.
 
         Raises:
-            OptionError: if the teacher cannot score, its density carries no gradient, or its dtype is another.
+            OptionError: if the teacher cannot score, its density carries no gradient, or dtypes or devices
+                differ.
             DataError: if draws are outside the teacher's support.
         """
         if isinstance(self.teacher, Flow):
@@ -87,12 +92,19 @@ class StudentAndTeacher:
             )
         if log_p.dtype != x.dtype:
             raise OptionError(f"student and teacher must have one dtype, but have {x.dtype} and {log_p.dtype}")
-        # A uniform law has none, and needs none.
+        # The density of a uniform law has no gradient, and needs none.
         if not log_p.requires_grad and log_p.std() > 0:
             raise OptionError("the teacher's log_prob carries no gradient to the values that it scores")
 
     def check_draws(self, x: Tensor) -> None:
-        """Raise if draws of the teacher are outside the student's support, which then could never reach them."""
+        """Check that draws of the teacher are inside the support of the student, which could not reach others.
+
+        Args:
+            x: draws ``(n, *event_shape)`` of the teacher.
+
+        Raises:
+            DataError: if a draw is outside.
+        """
         num_outside = len(x) - int(_is_inside(self.student, x).sum())
         if num_outside:
             raise DataError(
@@ -104,12 +116,12 @@ class StudentAndTeacher:
 def _support(law: Any) -> constraints.Constraint:
     try:
         return law.transform.codomain if isinstance(law, Flow) else law.support
-    except NotImplementedError:  # a law that does not say
+    except NotImplementedError:  # the law does not declare its support
         return constraints.real_vector
 
 
 def _is_inside(law: Any, x: Tensor) -> Tensor:
-    # One answer an event, also where the constraint gives one an element.
+    # Some constraints give one answer per event and some one per element; this gives one per event.
     return _support(law).check(x).reshape(len(x), -1).all(-1)
 
 
@@ -135,7 +147,7 @@ def _warn_if_slow(student: Flow) -> None:
 
 
 def _contexts(student: Flow, teacher: Flow | Distribution, context: Tensor | None) -> Tensor | None:
-    """The contexts, if they and the two fit each other."""
+    """Return the contexts as a tensor, or None; raise if student, teacher and contexts do not fit each other."""
     if not isinstance(teacher, Flow | Distribution):
         raise OptionError(f"the teacher must be a flow or a distribution, got {type(teacher).__name__}")
     if isinstance(teacher, Distribution) and teacher.batch_shape:
@@ -152,7 +164,7 @@ def _contexts(student: Flow, teacher: Flow | Distribution, context: Tensor | Non
     if taken[0] != taken[1]:
         raise ShapeError(
             f"student and teacher must take one context, but the student has context {described(taken[0])} and the "
-            f"teacher context {described(taken[1])}: a teacher at one context is teacher(context)"
+            f"teacher context {described(taken[1])}: give teacher(context) to distill a teacher at one context"
         )
     if context is None and not taken[0]:
         return None

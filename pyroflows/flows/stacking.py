@@ -101,6 +101,7 @@ def spell_out_options(init: Init) -> Init:
     *parameters, _ = own.parameters.values()
     options = [p for p in inspect.signature(StackedFlow.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
     described: Any = init
+    described.__doc__ = "Make the flow; the arguments are described at :class:`pyroflows.flows.stacking.StackedFlow`."
     described.__signature__ = own.replace(parameters=[*parameters, *options])
     return init
 

@@ -86,7 +86,8 @@ def load(
     assert guide.layout is not None
     structure = guide.layout.structure
     sites = {site.name: list(site.shape) for site in structure.latents}
-    if sites != header["sites"]:
+    # Latents are packed in the order of the model, so that the order counts too.
+    if list(sites.items()) != list(header["sites"].items()):
         raise CheckpointError(
             f"{path} belongs to a model with latent sites {header['sites']}, but this one has {sites}"
         )

@@ -41,6 +41,8 @@ def _effect(module: nn.Module) -> str | None:
     """Return why a module's output is not a function of its input, or None if it is."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "its output depends on the rest of the batch"
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        return "its output depends on the batches before"
     is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
     # Attention and recurrent networks have a dropout rate of their own.
     rate = getattr(module, "p" if is_dropout else "dropout", 0.0)

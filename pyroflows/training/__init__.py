@@ -1,4 +1,4 @@
-"""How everything here is trained: an objective, its compiled step, one trainer, schedules."""
+"""Train flows: one trainer minimises any objective, by compiled steps, for as long as a schedule says."""
 
 from pyroflows.training.history import History
 from pyroflows.training.loop import Trainer, train

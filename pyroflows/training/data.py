@@ -1,4 +1,4 @@
-"""Data of a fit: rows of numbers, checked, in the dtype and on the device of a flow."""
+"""Read the data of a fit as rows of numbers, check them, and bring them to the dtype and device of a flow."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +20,13 @@ DataLike: TypeAlias = Tensor | np.ndarray | Dataset
 
 @dataclass(frozen=True)
 class Rows:
-    """Values ``(n, *event_shape)``, contexts ``(n, *context_shape)`` or None, weights ``(n,)``."""
+    """Rows are n events with their contexts and weights; an index of rows gives the rows there.
+
+    Args:
+        x: events ``(n, *event_shape)``.
+        context: contexts ``(n, *context_shape)``, or None.
+        weights: ``(n,)``, not negative.
+    """
 
     x: Tensor
     context: Tensor | None
@@ -35,18 +41,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Data:
-    """All rows as they were read first, and the Dataset that gives them anew, if it is one.
+    """Data hold all rows as they were read first, and the Dataset from which they are read again, if there is one.
 
     Args:
         rows: all rows.
-        dataset: what training batches are read from, so that an augmentation is drawn afresh; None for ``rows``.
+        dataset: the Dataset that training batches are read from, so that an augmentation is drawn afresh; None to take
+            them from ``rows``.
     """
 
     rows: Rows
     dataset: Dataset | None
 
     def batch(self, index: Tensor) -> Rows:
-        """The rows of an index, to train on."""
+        """Return the rows at an index ``(B,)`` to train on."""
         rows = self.rows[index]
         if self.dataset is None:
             return rows
@@ -55,18 +62,23 @@ class Data:
 
 
 def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> Data:
-    """Data for a flow, each row checked.
+    """Read data for a flow, and check each row.
 
     Args:
         flow: the flow to be fitted.
-        x: rows ``(n, *event_shape)``, or a Dataset whose items are ``x`` or ``(x, context)``.
-        context: rows ``(n, *context_shape)``, where ``x`` is no Dataset.
-        weights: ``(n,)``; None for equal weights.
+        x: rows ``(n, *event_shape)``, n at least 2, or a Dataset whose items are ``x`` or ``(x, context)``.
+        context: rows ``(n, *context_shape)`` if the flow takes a context and ``x`` is not a Dataset.
+        weights: weights of the rows ``(n,)``, not negative; None for equal weights.
 
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
-        DataError: if values cannot be used; names the row and the column.
+        DataError: if values cannot be used; the message names the row and the column.
         OptionError: if ``x`` is a Dataset and ``context`` is given.
+
+    Example:
+        >>> data = load(pf.flows.MAF(2), np.zeros((3, 2)))
+        >>> data.rows.x.shape, data.rows.weights
+        (torch.Size([3, 2]), tensor([1., 1., 1.]))
     """
     dataset = x if isinstance(x, Dataset) and not isinstance(x, TensorDataset) else None
     if isinstance(x, Dataset):
@@ -75,14 +87,21 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
         x, context = _read_all(x)
     values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
-        raise DataError(f"x has {len(values)} row: a density needs more to be fitted to")
+        raise DataError(f"x has {len(values)} row: a density needs more, at least 2 rows")
     _refuse_outside(flow.transform.codomain, values)
     rows = Rows(values, _contexts(context, len(values), flow), _weights(weights, len(values), flow))
     return Data(rows, dataset)
 
 
 def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
-    """Random indices of training and of validation rows; rows of weight zero are in neither.
+    """Draw the indices of training rows and of validation rows; rows of weight zero are in neither.
+
+    Args:
+        rows: all rows.
+        validation: the fraction of the rows to validate with, between 0 and 1.
+
+    Returns:
+        The indices ``(n,)`` of the training rows, and those ``(m,)`` of the validation rows.
 
     Raises:
         DataError: if one side has too few rows, or a column is constant in the training rows.
@@ -107,11 +126,14 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
 
 
 class ShuffledBatches(Iterator[Tensor]):
-    """Batches of an index for ever, shuffled anew each epoch; an incomplete last one is left out.
+    """This iterator gives batches of an index without end. Each epoch it shuffles the index anew, and leaves out an
+    incomplete last batch.
 
     Args:
-        index: rows of the data, ``(n,)``.
-        size: rows of a batch, n at most.
+        index: indices of rows ``(n,)``.
+        size: number of rows of a batch, from 1 to n.
+
+    Shapes: a batch is ``(size,)``.
 
     Example:
         >>> batches = ShuffledBatches(torch.arange(5), 2)
@@ -133,11 +155,11 @@ class ShuffledBatches(Iterator[Tensor]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The order of the epoch, and the place in it."""
+        """Return the order of rows in this epoch, and the place in it."""
         return {"order": self._order, "place": self._place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from a state that :meth:`state_dict` returned."""
         self._order, self._place = state["order"].to(self._index), state["place"]
 
 
@@ -169,7 +191,7 @@ def _x_and_context(batch: Any) -> tuple[Any, Any]:
 
 
 def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
-    """Values ``(n, *shape)``; the elements of a row, whatever its shape, are columns."""
+    """Return values as a tensor ``(n, *shape)`` that is checked; messages call the elements of a row columns."""
     values = _tensor(name, values, flow)
     if values.dim() == 2 and len(shape) == 1 and values.shape[1:] != shape:
         raise ShapeError(f"{name} has {values.shape[1]} columns, but the flow has {shape[0]} of {name}")
@@ -182,11 +204,15 @@ def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
 
 
 def context_rows(context: Any, flow: Flow) -> Tensor:
-    """Contexts ``(n, *context_shape)`` for a flow, each row checked.
+    """Read contexts ``(n, *context_shape)`` for a flow, and check each row.
+
+    Args:
+        context: a tensor or an array of these rows.
+        flow: a flow that takes a context.
 
     Raises:
-        ShapeError: if their shape does not fit.
-        DataError: if values cannot be used; names the row and the column.
+        ShapeError: if the shape of the contexts does not fit.
+        DataError: if values cannot be used; the message names the row and the column.
     """
     return _rows("context", context, flow.context_shape, flow)
 
@@ -216,7 +242,7 @@ def _tensor(name: str, values: Any, flow: Flow) -> Tensor:
     if not isinstance(values, Tensor):
         try:
             array = np.asarray(values)
-            # A copy of NumPy's own, since torch refuses other byte orders and negative strides.
+            # NumPy makes a copy, since torch refuses other byte orders and negative strides.
             values = torch.from_numpy(array.astype(complex if np.iscomplexobj(array) else float))
         except (TypeError, ValueError) as error:
             raise DataError(f"{name} is no array of numbers: {error}") from error
@@ -226,12 +252,12 @@ def _tensor(name: str, values: Any, flow: Flow) -> Tensor:
 
 
 def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
-    """Raise where a value is not in a support, or is on its boundary, where the bijection onto it is not finite."""
+    """Raise if a value is outside a support, or on its boundary, where the bijection onto it is not finite."""
     for constraint, columns in _parts(support, slice(0, x.shape[-1])):
         values = x[..., columns]
         is_inside = constraint.check(values)
         is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
-        # A discrete support has no bijection onto it, and its bounds belong to it.
+        # There is no bijection onto a discrete support, to which its bounds belong.
         for bound in () if constraint.is_discrete else ("lower_bound", "upper_bound"):
             is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
         is_bad = torch.zeros_like(x, dtype=torch.bool)
@@ -240,7 +266,7 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
 
 
 def _parts(support: constraints.Constraint, columns: slice) -> Iterator[tuple[constraints.Constraint, slice]]:
-    """Constraints of scalars, and the columns, of the last axis, that each is about."""
+    """Split a support into constraints of scalars, each with the columns of the last axis that it constrains."""
     if isinstance(support, constraints.independent):
         yield from _parts(support.base_constraint, columns)
     elif isinstance(support, constraints.cat):
@@ -253,7 +279,7 @@ def _parts(support: constraints.Constraint, columns: slice) -> Iterator[tuple[co
 
 
 def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str) -> None:
-    """Raise if there is a bad value; tells the first and how many rows have one."""
+    """Raise if there is a bad value; the message names the first one, and says how many rows have one."""
     if not is_bad.any():
         return
     row, *column = is_bad.nonzero()[0].tolist()

@@ -1,4 +1,4 @@
-"""The figures that a fit records."""
+"""Keep the figures that a fit records."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,14 +7,16 @@ import numpy as np
 
 
 class History(Mapping[str, np.ndarray]):
-    """The figures that a fit recorded, by name, one number for each step or epoch.
+    """A history maps the name of each figure that a fit recorded to its numbers, one for each step or epoch.
 
-    Beside what the objective records there are ``grad_norm``, the norm of the gradient before clipping, and
+    Besides the figures of the objective it has ``grad_norm``, the norm of the gradient before clipping, and
     ``learning_rate``.
 
     Args:
-        records: numbers by name, all of one length.
-        unit: what a number belongs to, "step" or "epoch".
+        records: the numbers of each figure by name, all of one length; None for none.
+        unit: "step" or "epoch", to which one number belongs.
+
+    Shapes: ``history[name]`` is ``(num_steps,)``.
 
     Example:
         >>> history = History({"elbo": [-3.0, -2.0]})
@@ -29,27 +31,27 @@ class History(Mapping[str, np.ndarray]):
         self._records: dict[str, list[float]] = {name: list(values) for name, values in (records or {}).items()}
 
     def append(self, **values: float) -> None:
-        """Record the figures of one more step; a figure that is new has been NaN so far."""
+        """Record the figures of one more step; a new figure gets NaN for the steps before."""
         num_steps = self.num_steps
         for name, value in values.items():
             self._records.setdefault(name, [math.nan] * num_steps).append(value)
 
     def recent(self, name: str, count: int) -> np.ndarray:
-        """The last ``count`` numbers of a figure, without those that are not finite."""
+        """Return the last ``count`` numbers of a figure, without those that are not finite."""
         values = np.asarray(self._records[name][-count:])
         return values[np.isfinite(values)]
 
     def last(self, name: str) -> float:
-        """The last number of a figure."""
+        """Return the last number of a figure."""
         return self._records[name][-1]
 
     def as_lists(self) -> dict[str, list[float]]:
-        """All numbers by name, in lists of their own, from which the history can be made again."""
+        """Return copies of all numbers by name, from which ``History`` can be made again."""
         return {name: list(values) for name, values in self._records.items()}
 
     @property
     def num_steps(self) -> int:
-        """How many steps, or epochs, were recorded."""
+        """Return the number of steps, or of epochs, that were recorded."""
         return len(next(iter(self._records.values()), []))
 
     def __getitem__(self, name: str) -> np.ndarray:

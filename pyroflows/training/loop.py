@@ -1,4 +1,4 @@
-"""One training loop: optimiser, gradient clipping, guard, progress, history."""
+"""Run the training loop of all fits: optimiser, gradient clipping, guard, progress bar, history."""
 
 import copy
 import math
@@ -31,28 +31,29 @@ MAX_BAD_STEPS = 25
 
 
 class Trainer:
-    r"""Minimises an objective for as long as a schedule says.
+    r"""A trainer minimises an objective for as long as a schedule says.
 
-    The learning rate rises linearly over 20 steps and is then the schedule's; gradients are clipped to a norm of 10. A
-    step with a non-finite gradient or monitored figure is left out; after 25 of them in a row, or where the fit is
-    interrupted among them, the flow goes back to the last good state.
+    The learning rate rises linearly over 20 steps and then follows the schedule; gradients are clipped to a norm of 10.
+    A step with a non-finite gradient or monitored figure is left out. After 25 such steps in a row, or if the fit is
+    interrupted after such a step, the flow goes back to the last good state.
 
     Args:
-        objective: what is minimised.
-        schedule: says how the learning rate falls and when the fit ends; one schedule serves one fit.
+        objective: the objective to minimise.
+        schedule: a schedule says how the learning rate falls and when the fit ends; it serves one fit.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam.
-        learning_rate: that of Adam, where no optimizer is given.
-        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a compiler that is there.
-        combine_gradients: changes the gradients, a list of tensors, in place, after they were computed and before they
-            are clipped: the seam for several processes, each with a part of a batch, which average here.
-        progress_bar: whether to show one.
+        learning_rate: the learning rate of Adam, positive, where no optimizer is given.
+        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a
+            :class:`pyroflows.compiling.Compiler`.
+        combine_gradients: a function that changes the list of gradients in place, after they are computed and before
+            they are clipped. Several processes, each with a part of the batch, can average their gradients here.
+        progress_bar: whether to show a progress bar.
 
     Attributes:
         history: the figures of all steps so far.
 
     Raises:
-        OptionError: if the optimizer is none, the objective has no parameters, or the mode is unknown.
-        UntraceableError: if a step cannot be compiled as was asked.
+        OptionError: if the optimizer is not one, the objective has no parameters, or the mode is unknown.
+        UntraceableError: if a step cannot be compiled, and the mode is not "auto".
 
     Example:
         >>> objective = pf.fitting.ReverseKL(pf.flows.Planar(2), lambda x: -(x**2).sum(-1))
@@ -85,10 +86,11 @@ class Trainer:
         self._num_bad = 0
 
     def run(self) -> History:
-        """Train until the schedule ends; from where a state was loaded, if one was.
+        """Train until the schedule ends, from the start or from the state that was loaded.
 
         Raises:
-            DivergedError: if steps stay non-finite; the flow is in the last good state then.
+            DivergedError: if 25 steps in a row are not finite; the flow is then in the last good state.
+            OptionError: if the objective does not record the figure that it monitors.
         """
         shown = tqdm(
             total=self._schedule.num_steps,
@@ -96,7 +98,7 @@ class Trainer:
             disable=not self._progress_bar,
             unit="step",
         )
-        # The guard sees what is not finite; the checks of distributions would raise there, and cost time in each step.
+        # The guard handles values that are not finite; validation would raise at them, and costs time in each step.
         with shown, pyro.validation_enabled(False), self._step.flattened():
             try:
                 while (factor := self._schedule.factor(self.history.num_steps)) is not None:
@@ -111,7 +113,10 @@ class Trainer:
         return self.history
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that decides how training goes on: values, optimiser, schedule, guard, random numbers."""
+        """Return a copy of all that decides how training goes on.
+
+        This is the state of the flow, the objective, the optimiser, the schedule, the guard and torch's generators.
+        """
         flow = self._objective.flow
         return {
             "flow": {name: _copy(value) for name, value in flow.state_dict().items()},
@@ -126,9 +131,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a trainer of such an objective and schedule; :meth:`run` goes on from there.
+        """Load the state of a trainer with the same kind of objective and schedule; :meth:`run` goes on from there.
 
-        Torch's generators go on from that state too, those of the whole process.
+        This also sets torch's generators, which the whole process shares.
+
+        Args:
+            state: a state that :meth:`state_dict` returned.
         """
         self._objective.flow.load_state_dict(state["flow"])
         with torch.no_grad():
@@ -155,7 +163,7 @@ class Trainer:
         self._num_bad = 0 if is_good else self._num_bad + 1
         self.history.append(**figures, grad_norm=norm, learning_rate=self._rates[0] * factor)
         if is_good:
-            # The state before the step is the one that has just shown a finite objective.
+            # It is the state before this step that has just given a finite objective.
             if self.history.num_steps % WINDOW == 0:
                 self._good.take()
             self._optimizer.step()
@@ -187,21 +195,25 @@ def train(
 ) -> History:
     """Train the flow of an objective in place.
 
-    The learning rate is constant, and in the second half of the steps falls to zero along a cosine.
+    The learning rate is constant in the first half of the steps, and falls to zero along a cosine in the second half.
 
     Args:
-        objective: what is minimised, a :class:`pyroflows.Objective`.
-        num_steps: number of steps; None for as many as it takes until the monitored figure has not got better for 300
-            steps by more than its noise, and half as many again.
+        objective: the objective to minimise.
+        num_steps: number of steps, positive; None to go on until the monitored figure has not improved by more than its
+            noise for 300 steps, and then half as many steps again.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam at 0.01.
-        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a compiler that is there.
+        compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a
+            :class:`pyroflows.compiling.Compiler`.
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
-        progress_bar: whether to show one.
+        progress_bar: whether to show a progress bar.
+
+    Returns:
+        The figures of all steps.
 
     Raises:
-        OptionError: for an option outside its range.
-        UntraceableError: if a step cannot be compiled as was asked.
-        DivergedError: if steps stay non-finite; the flow is in the last good state then.
+        OptionError: if an option is outside its range.
+        UntraceableError: if a step cannot be compiled, and the mode is not "auto".
+        DivergedError: if 25 steps in a row are not finite; the flow is then in the last good state.
 
     Example:
         >>> flow = pf.flows.Planar(2)

@@ -1,4 +1,4 @@
-"""What a fit minimises, as a value: what a step draws, the loss of it, and what is recorded."""
+"""Define objectives: an objective says what a step of training draws, what its loss is, and what it records."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,21 +11,21 @@ Figures = Mapping[str, Tensor]
 
 
 class Objective:
-    """What a fit of a flow minimises. A subclass writes :meth:`draw` and :meth:`loss`; :func:`pyroflows.train` does the
-    rest.
+    """An objective is what a fit of a flow minimises. A subclass writes :meth:`draw` and :meth:`loss`, and
+    :func:`pyroflows.train` minimises it.
 
-    A step of training is a function of the parameters and of what the step draws. It is recorded once and then runs
-    without Python: so randomness, indices of rows and batches of data come from :meth:`draw`, and :meth:`loss` decides
-    nothing by the values of its tensors.
+    A step of training is a function of the parameters and of the tensors that the step draws. It is recorded once and
+    then runs without Python. Therefore random numbers, indices of rows and batches of data come from :meth:`draw`, and
+    :meth:`loss` does not branch on the values of its tensors.
 
     Args:
-        flow: the flow that is trained.
-        own_parameters: tensors that are trained beside the parameters of the flow.
+        flow: the flow to train.
+        own_parameters: tensors to train besides the parameters of the flow.
 
     Attributes:
         flow: the flow.
         own_parameters: the other trained tensors.
-        monitor: name of the figure that schedule and guard watch. Where it is "loss", the loss is recorded under it.
+        monitor: name of the figure that schedule and guard watch. If it is "loss", the loss is recorded by that name.
         falls: whether this figure falls while the fit gets better.
 
     Example:
@@ -51,53 +51,72 @@ class Objective:
     def __init__(self, flow: Flow, own_parameters: Iterable[Tensor] = ()) -> None:
         self.flow = flow
         self.own_parameters = list(own_parameters)
-        # Asked once: the answer takes a noticeable part of a short step.
+        # This is asked once, since it takes a noticeable part of a short step.
         self._trains_base = any(parameter.requires_grad for parameter in flow.base.parameters())
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The tensors that are trained, each once: parameters of the flow that are not frozen, and own ones."""
+        """Return the trained tensors, each once: the parameters of the flow that are not frozen, and own ones."""
         trained = [*(p for p in self.flow.parameters() if p.requires_grad), *self.own_parameters]
         return list({id(parameter): parameter for parameter in trained}.values())
 
     @property
     def state(self) -> Sequence[nn.Module | Tensor]:
-        """Modules and tensors that the loss reads besides the flow and whose values change during the fit.
+        """Return modules and tensors that the loss reads besides the flow and whose values change during the fit.
 
-        The recorded step reads them anew each time; whatever else it reads is a constant of the fit.
+        The recorded step reads them anew each time; all other tensors that it reads are constants of the fit.
         """
         return ()
 
     def draw(self) -> Sequence[Tensor]:
-        """The tensors that one step draws, of the same shapes each time: noise, indices of rows, batches of data."""
+        """Draw the tensors of one step, such as noise, indices of rows, or batches of data.
+
+        They must have the same shapes at each step.
+        """
         return ()
 
-    # These types let a subclass name what it draws.
+    # These types allow a subclass to name the tensors that it draws.
     def loss(self, *drawn: Any, **_: Any) -> tuple[Tensor, Figures]:
-        """The loss of what :meth:`draw` gave, a scalar, and figures to record, scalars by name."""
+        """Compute the loss of the tensors that :meth:`draw` returned, and the figures to record.
+
+        Args:
+            drawn: the tensors, as positional arguments.
+
+        Returns:
+            The loss, a scalar with gradients, and scalars by name.
+
+        Raises:
+            NotImplementedError: if the subclass does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define loss")
 
     def before_step(self) -> None:
-        """Run before each step, outside of what is recorded; by default the flow's own hook."""
+        """Prepare a step, outside of what is recorded; by default this calls ``before_step`` of the flow."""
         self.flow.before_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the objective carries from step to step, such as the place in shuffled data."""
+        """Return what the objective carries from step to step, such as the place in shuffled data."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from a state that :meth:`state_dict` returned."""
 
     def noise(self, count: int) -> Tensor:
-        """For :meth:`draw`: base draws ``(count, *base_shape)`` of the flow.
+        """Draw ``(count, *base_shape)`` from the base of the flow, for use in :meth:`draw`.
 
-        Where the base has parameters that are trained, draws depend on them and are made by :meth:`base_draws`; then
-        these are ``count`` rows without elements.
+        If the base has trained parameters, its draws depend on them and must be made inside of :meth:`loss`. This then
+        returns ``(count, 0)``, an empty tensor, which tells :meth:`base_draws` how many to make.
         """
         if self._trains_base:
             return next(self.flow.parameters()).new_empty(count, 0)
         return self.flow.base().sample((count,))
 
     def base_draws(self, noise: Tensor) -> Tensor:
-        """For :meth:`loss`: the base draws of :meth:`noise`, with gradients where the base is trained."""
+        """Return the base draws that belong to a :meth:`noise`, for use in :meth:`loss`.
+
+        They carry gradients if the base has trained parameters.
+
+        Args:
+            noise: the tensor that :meth:`noise` returned.
+        """
         return self.flow.base().rsample((len(noise),)) if self._trains_base else noise

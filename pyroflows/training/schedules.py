@@ -1,4 +1,4 @@
-"""Schedules of a fit: when the learning rate falls and when training ends."""
+"""Decide when the learning rate of a fit falls and when training ends."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,50 +11,62 @@ from pyroflows.errors import OptionError
 from pyroflows.training.history import History
 from pyroflows.training.snapshot import Snapshot
 
-WINDOW = 50  # steps between two looks
-PATIENCE = 6  # windows without progress
+WINDOW = 50  # number of steps between two checks for a plateau
+PATIENCE = 6  # number of windows without progress before the decay
 MIN_DECAY = 200
 MAX_CONSTANT = 6000
 
 
 class Schedule(Protocol):
-    """Says how the learning rate falls and when a fit ends; one object serves one fit."""
+    """A schedule says how the learning rate falls and when a fit ends; one object serves one fit."""
 
     @property
     def num_steps(self) -> int | None:
-        """The number of steps of the whole fit, or None where that shows only on the way."""
+        """Return the number of steps of the whole fit, or None if it is not known before training."""
 
     def factor(self, step: int) -> float | None:
-        """What the learning rate is multiplied by at a step; None where the fit ends before it."""
+        """Return the factor of the learning rate at a step, from 0 to 1, or None if the fit ends before that step."""
 
     def look(self, history: History) -> None:
-        """Take note of what was recorded; called after each step."""
+        """Take note of the figures recorded so far; the trainer calls this after each step."""
 
     def status(self, history: History) -> dict[str, str]:
-        """What the progress bar shows, by name."""
+        """Return the texts that the progress bar shows, by name."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the schedule has taken note of."""
+        """Return all that the schedule has taken note of."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from a state that :meth:`state_dict` returned."""
 
 
 class Plateau:
-    """A constant learning rate, then a cosine to zero, for an objective that is noisy and never the same twice.
+    r"""This schedule keeps the learning rate until a noisy objective no longer improves, then lowers it along a cosine.
 
-    With ``num_steps`` the fall is the second half. Without, it begins where ``settled`` says so, or where the monitored
-    figure has not got better for 300 steps by more than its noise, and takes half the steps so far.
+    The decay from step b to step e multiplies the learning rate at step k by
+
+    .. math:: \frac12 \Big(1 - \cos\Big(\pi \frac{e - k}{e - b + 1}\Big)\Big).
+
+    With ``num_steps`` it is the second half of the fit. Otherwise it begins as soon as ``settled`` says so, the
+    monitored figure has not improved by more than its noise for 300 steps, or 6000 steps have passed. It then takes
+    half as many steps as there were before, at least 200.
 
     Args:
-        monitor: name of the recorded figure that is watched.
-        num_steps: number of steps; None for as many as it takes.
-        settled: whether the history shows that the fit is good enough for the final decay.
+        monitor: name of the recorded figure to watch.
+        num_steps: number of steps, positive; None for as many as it takes.
+        settled: a function that tells from the history whether the fit is good enough for the decay.
         hold: number of steps before which the decay cannot begin.
         falls: whether the figure falls as the fit gets better, instead of growing.
 
     Raises:
         OptionError: if ``num_steps`` is not positive.
+
+    Example:
+        >>> schedule = Plateau("elbo", num_steps=100, falls=False)
+        >>> [schedule.factor(step) for step in (0, 49, 100)]
+        [1.0, 1.0, None]
+        >>> 0.0 < schedule.factor(99) < schedule.factor(75) < 1.0
+        True
     """
 
     def __init__(
@@ -78,20 +90,20 @@ class Plateau:
         self._stalled = 0
 
     def factor(self, step: int) -> float | None:
-        """One until the decay begins; see :class:`Schedule`."""
+        """Return 1 until the decay begins, then the cosine, and None after the end."""
         if self._begin is None or self._end is None:
             return 1.0
         return _cosine(step, self._begin, self._end)
 
     def look(self, history: History) -> None:
-        """Decide, once a window, whether the decay should begin."""
+        """Decide, once in 50 steps, whether the decay should begin."""
         if self._end is not None or history.num_steps % WINDOW or history.num_steps <= self._hold:
             return
         window = self._sign * history.recent(self._monitor, WINDOW)
         if not len(window):
             return
         noise = window.std() / math.sqrt(len(window))
-        # The bar moves only with progress that counts, so that slow growth adds up.
+        # The best mean rises only with growth beyond the noise, so that slow growth adds up.
         grown = window.mean() > self._best + 2 * noise
         self._best, self._stalled = (float(window.mean()), 0) if grown else (self._best, self._stalled + 1)
         if self._settled(history) or self._stalled >= PATIENCE or history.num_steps >= MAX_CONSTANT:
@@ -99,38 +111,51 @@ class Plateau:
             self._end = self._begin + max(MIN_DECAY, self._begin // 2)
 
     def status(self, history: History) -> dict[str, str]:
-        """The monitored figure of the last step."""
+        """Return the monitored figure of the last step."""
         return {self._monitor: f"{history.last(self._monitor):.2f}"}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the decay begins and ends, and how long progress has stalled."""
+        """Return where the decay begins and ends, the best mean, and how long progress has stalled."""
         return {"begin": self._begin, "end": self._end, "best": self._best, "stalled": self._stalled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from a state that :meth:`state_dict` returned."""
         self._begin, self._end = state["begin"], state["end"]
         self._best, self._stalled = state["best"], state["stalled"]
 
 
 class EarlyStopping:
-    """A constant learning rate, then a cosine to zero, by a score on held-out data that is taken after each epoch.
+    """This schedule keeps the learning rate until a score on held-out data no longer grows, then lowers it to zero.
 
-    The fall begins where the score has not grown for ``patience`` epochs, or at two thirds of ``max_epochs``. It begins
-    at the best state, takes half the epochs so far, and stops early where the score has not grown for ``patience``
-    epochs again. The state before training counts as epoch 0.
+    The score is taken after each epoch; the state before training counts as epoch 0. The decay along a cosine begins
+    where the score has not grown for ``patience`` epochs, or at two thirds of ``max_epochs``. It starts from the best
+    state, takes half as many epochs as there were before, and stops early where the score has not grown for
+    ``patience`` epochs again.
 
     Args:
-        monitor: name of the recorded figure whose score on held-out data is taken.
-        score: takes the score, which should grow.
-        tensors: those of which the best values are kept.
-        steps_per_epoch: number of steps in an epoch.
-        max_epochs: number of epochs at most.
-        patience: number of epochs without a better score.
+        monitor: name of the recorded figure that the score is the held-out value of.
+        score: a function that returns the score, which should grow; a score that is not finite counts as the worst.
+        tensors: the tensors whose best values are kept, such as parameters and buffers of a flow.
+        steps_per_epoch: number of steps in an epoch, at least 1.
+        max_epochs: number of epochs at most, at least 1.
+        patience: number of epochs without a better score, at least 1.
 
     Attributes:
         epochs: the history of epochs, with means over their steps.
         best: the best score.
         best_epoch: the epoch after which it was taken.
+
+    Example:
+        >>> x = torch.tensor([2.0])
+        >>> schedule = EarlyStopping("log_prob", lambda: -x.item(), [x], steps_per_epoch=1, max_epochs=9, patience=2)
+        >>> history = History()
+        >>> for value in (1.0, 4.0):
+        ...     x = x.fill_(value)  # a step
+        ...     history.append(log_prob=0.0)
+        ...     schedule.look(history)
+        >>> schedule.restore_best()
+        >>> schedule.best_epoch, x
+        (1, tensor([1.]))
     """
 
     num_steps = None
@@ -158,7 +183,7 @@ class EarlyStopping:
         self._keep_if_best(score(), 0)
 
     def factor(self, step: int) -> float | None:
-        """One until the decay begins; see :class:`Schedule`."""
+        """Return 1 until the decay begins, then the cosine, and None after the end."""
         return _cosine(step, self._begin * self._steps_per_epoch, self._end * self._steps_per_epoch)
 
     def look(self, history: History) -> None:
@@ -184,14 +209,14 @@ class EarlyStopping:
         self._best_state.put_back()
 
     def status(self, history: History) -> dict[str, str]:
-        """The number of epochs, and the monitored figure in training and on held-out data."""
+        """Return the number of epochs, and the monitored figure in training and on held-out data."""
         if not self.epochs:
             return {}
         shown = (self._monitor, f"validation_{self._monitor}")
         return {"epoch": str(self.epochs.num_steps), **{name: f"{self.epochs.last(name):.3f}" for name in shown}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs so far, the best state and score, and where the decay begins and ends."""
+        """Return the epochs so far, the best state and score, and where the decay begins and ends."""
         return {
             "epochs": self.epochs.as_lists(),
             "best": self.best,
@@ -203,7 +228,7 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from a state that :meth:`state_dict` returned."""
         self.epochs = History(state["epochs"], unit="epoch")
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self._best_state.load(state["best_state"])
@@ -219,7 +244,7 @@ class EarlyStopping:
 
 
 def _cosine(step: int, begin: int, end: int) -> float | None:
-    """1 up to ``begin``, then down to 0 at ``end``; None from there on."""
+    """Return 1 before step ``begin``, then a cosine that falls to 0 at step ``end``, and None from there on."""
     if step >= end:
         return None
     return 1.0 if step < begin else 0.5 * (1 - math.cos(math.pi * (end - step) / (end - begin + 1)))

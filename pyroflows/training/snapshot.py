@@ -1,4 +1,4 @@
-"""Values of tensors that are kept, to be put back where training has made them worse."""
+"""Keep copies of the values of tensors, to put them back if training has made the values worse."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Snapshot:
-    """A copy of the values of tensors, at first of those that they have now.
+    """A snapshot keeps copies of the values of tensors, at first of their present values.
 
     Args:
         tensors: the tensors, such as the parameters and buffers of a flow.
@@ -29,7 +29,7 @@ class Snapshot:
         self.take()
 
     def take(self) -> None:
-        """Copy the values that the tensors have now."""
+        """Copy the present values of the tensors."""
         self.values = [tensor.detach().clone() for tensor in self._tensors]
 
     @torch.no_grad()
@@ -39,5 +39,9 @@ class Snapshot:
             tensor.copy_(value)
 
     def load(self, values: Sequence[Tensor]) -> None:
-        """Keep these values instead."""
+        """Replace the kept values.
+
+        Args:
+            values: one tensor for each of the snapshot's tensors, of the same shape.
+        """
         self.values = [value.to(tensor, copy=True) for tensor, value in zip(self._tensors, values, strict=True)]

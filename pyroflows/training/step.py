@@ -1,30 +1,34 @@
-"""One step of training: a pure function of parameters and what a step draws, compiled."""
+"""Run one step of training, a compiled pure function of the parameters and the tensors that the step draws."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.errors import OptionError
-from pyroflows.training.objective import Objective
+from pyroflows.training.objective import Figures, Objective
 
-# Standard deviation of the noise on parameters where the compiled step is compared with the original.
+# The compiled step is compared with the original at parameters with noise of this standard deviation.
 PARAMETER_NOISE = 0.03
+# Names of figures that the trainer records.
+RESERVED = ("loss", "grad_norm", "learning_rate")
 
 
 class Step:
-    """Fills the gradients of an objective's parameters, and returns the figures of the step.
+    """A step computes the gradients of an objective's parameters, and returns the figures to record.
 
     Args:
-        objective: what is minimised.
-        compiler: makes a program of the step; steps whose draws have other shapes than the first run without it.
+        objective: the objective to minimise.
+        compiler: the compiler that makes a program of the step. Steps whose draws have other shapes than the first run
+            without the program.
 
     Attributes:
-        parameters: what an optimiser trains. It is one flat tensor, so that a step of the optimiser is one operation,
-            unless dtypes or devices differ.
+        parameters: the tensors for the optimiser. This is one flat tensor, so that a step of the optimiser is one
+            operation, or the objective's parameters if their dtypes or devices differ.
 
     Raises:
         OptionError: if the objective has no parameters, or one of them does not require gradients.
@@ -49,6 +53,7 @@ class Step:
         self._function = self._gradient if compiler.mode == "none" else self._compiled(compiler)
 
     def __call__(self) -> dict[str, float]:
+        """Draw, fill the gradients of the parameters, and return the figures by name."""
         try:
             drawn = self._objective.draw()
             function = self._function if [d.shape for d in drawn] == self._shapes else self._gradient
@@ -64,9 +69,9 @@ class Step:
 
     @contextmanager
     def flattened(self) -> Iterator[None]:
-        """Inside, the objective's parameters are views of the flat tensor: they follow it, and it follows them.
+        """Make the objective's parameters views of the flat tensor, so that both change together.
 
-        Afterwards each parameter has memory of its own again.
+        When the context manager exits, each parameter has memory of its own again.
         """
         try:
             if self._is_flat:
@@ -79,24 +84,41 @@ class Step:
                 parameter.grad = None
 
     def _share(self, memory: Sequence[Tensor]) -> None:
-        """Move the parameters into memory of as many elements."""
+        """Move the parameters into the given memory, one tensor of as many elements for each."""
         for parameter, part in zip(self._trained, memory, strict=True):
             view = part.view_as(parameter)
             parameter.data = view.copy_(parameter.detach())
         self._views = [p.detach() for p in self._trained]
 
     def _gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, flat, and the figures, a number each, from parameters and what was drawn."""
+        """Compute the flat gradient and the figures, one number each, from the parameters and what was drawn."""
         with torch.enable_grad():
-            loss, figures = self._objective.loss(*inputs[len(self._trained) :])
+            loss, figures = self._checked(self._objective.loss(*inputs[len(self._trained) :]))
             gradients = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
         if self._objective.monitor == "loss":
             figures = {"loss": loss, **figures}
         self._names = list(figures)
         return torch.cat([g.reshape(-1) for g in gradients]), torch.stack([f.detach() for f in figures.values()])
 
+    def _checked(self, result: Any) -> tuple[Tensor, Figures]:
+        """Return what the objective's loss gave, if it is a loss that can be minimised, and figures to record."""
+        name = type(self._objective).__name__
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise OptionError(f"{name}.loss must return a pair, the loss and a dictionary of figures, got {result!r}")
+        loss, figures = result
+        if not isinstance(loss, Tensor) or loss.shape or not loss.requires_grad:
+            raise OptionError(
+                f"the loss of {name} must be a scalar tensor that depends on the trained parameters, got {loss!r}"
+            )
+        for key, figure in figures.items():
+            if not isinstance(figure, Tensor) or figure.shape:
+                raise OptionError(f"the figure {key!r} of {name} must be a scalar tensor, got {figure!r}")
+            if key in RESERVED:
+                raise OptionError(f"{name} must give its figure {key!r} another name: the trainer records one itself")
+        return loss, figures
+
     def _compiled(self, compiler: Compiler) -> Callable[..., Sequence[Tensor]]:
-        # Neither the place in the data nor the random numbers of a fit depend on whether it is compiled.
+        # Compilation must change neither the place in the data nor the random numbers of the fit.
         place = self._objective.state_dict()
         with torch.random.fork_rng():
             drawn = self._objective.draw()
@@ -108,7 +130,7 @@ class Step:
         return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
 
     def _left_out(self) -> dict[str, float]:
-        """A step without a gradient, for the guard to leave out."""
+        """Fill gradients and figures with NaN, so that the guard leaves out this step."""
         for parameter in self.parameters:
             parameter.grad = torch.full_like(parameter, math.nan)
         return dict.fromkeys(self._names or [self._objective.monitor], math.nan)

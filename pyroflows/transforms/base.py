@@ -119,8 +119,8 @@ class FlowTransform(TransformModule):
     def _exact(self) -> "FlowTransform":
         """Return a view with the exact log-determinant; it is called only if :attr:`ladj_is_exact` is false."""
         raise InexactError(
-            f"the log-determinant of {type(self).__name__} is an estimate, and the layer has no exact one: use it for "
-            "training only, or choose a layer that has one"
+            f"the log-determinant of {type(self).__name__} is an estimate, and the layer has no exact one: write its "
+            "_exact, or train it by an objective of your own that uses flow().estimated()"
         )
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
@@ -177,6 +177,16 @@ class FlowTransform(TransformModule):
         if self.adapts:
             self._adapt(self._checked(x, context, self.event_shape), context, weights)
             self.adapted.fill_(True)
+
+    def _checked_pair(self, value: Tensor, ladj: Tensor, shape: torch.Size) -> Pair:
+        """Return what a method of a subclass gave, if it is events of this shape with one log-determinant each."""
+        batch_shape = value.shape[: value.dim() - len(shape)]
+        if value.shape[len(batch_shape) :] != shape or ladj.shape != batch_shape:
+            raise ShapeError(
+                f"{type(self).__name__} gave a value of shape {tuple(value.shape)} with log-determinants of shape "
+                f"{tuple(ladj.shape)}: it must give events of {described(shape)}, and a log-determinant for each event"
+            )
+        return value, ladj
 
     def forward_and_ladj(self, z: Tensor, context: Tensor | None = None) -> Pair:
         """Return ``x = t(z)`` and ``log |det dx/dz|``, from one pass.

@@ -1,6 +1,6 @@
 """Composition of layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -56,10 +56,20 @@ class Compose(FlowTransform):
         self.layers: Any = nn.ModuleList(layers)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        return _through("_forward_and_ladj", self.layers, z, context)
+        total: Any = 0.0
+        for layer in self.layers:
+            z, ladj = layer._forward_and_ladj(z, context if layer.context_dim else None)
+            z, ladj = layer._checked_pair(z, ladj, layer.event_shape)
+            total = total + ladj
+        return z, total
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        return _through("_inverse_and_ladj", reversed(self.layers), x, context)
+        total: Any = 0.0
+        for layer in reversed(self.layers):
+            x, ladj = layer._inverse_and_ladj(x, context if layer.context_dim else None)
+            x, ladj = layer._checked_pair(x, ladj, layer.base_shape)
+            total = total + ladj
+        return x, total
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         total: Any = 0.0
@@ -101,12 +111,3 @@ class Compose(FlowTransform):
                 count -= 1
             if count:
                 x, _ = layer.inverse_and_ladj(x, given)
-
-
-def _through(method: str, layers: Iterable[FlowTransform], value: Tensor, context: Tensor | None) -> Pair:
-    """Send a value through one method of all layers in turn; return the result and the sum of the log-determinants."""
-    total: Any = 0.0
-    for layer in layers:
-        value, ladj = getattr(layer, method)(value, context if layer.context_dim else None)
-        total = total + ladj
-    return value, total

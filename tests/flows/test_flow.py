@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
@@ -110,11 +111,17 @@ def cell_masses(law, n=320, reach=7.0):
         return (law.log_prob(grid.sinh()) + grid.cosh().log().sum(-1)).exp() * width**2
 
 
+@cache
+def law_and_masses(recipe, base):
+    law = make(recipe, base, noise=GRID_NOISE)()
+    return law, cell_masses(law)
+
+
 @all_recipes
 @all_bases
 def test_density_integrates_to_one(recipe, base):
-    law = make(recipe, base, noise=GRID_NOISE)()
-    mass = cell_masses(law).sum()
+    law, masses = law_and_masses(recipe, base)
+    mass = masses.sum()
     # What halving the step changed bounds what the step still leaves, save where that changes sign in between.
     grid_error = (mass - cell_masses(law, n=160).sum()).abs()
     assert grid_error < 1e-2
@@ -125,9 +132,9 @@ def test_density_integrates_to_one(recipe, base):
 @all_bases
 def test_samples_follow_the_density(recipe, base):
     """Chi-square of the counts in blocks of the plane against the density's integral over them."""
-    law = make(recipe, base, noise=GRID_NOISE)()
-    num_samples, n, block, reach = 10_000, 320, 8, 7.0
-    masses = cell_masses(law, n, reach).unfold(0, block, block).unfold(1, block, block).sum((-2, -1)).flatten()
+    law, masses = law_and_masses(recipe, base)
+    num_samples, n, block, reach = 10_000, len(masses), 8, 7.0
+    masses = masses.unfold(0, block, block).unfold(1, block, block).sum((-2, -1)).flatten()
 
     places = ((law.sample((num_samples,)).asinh() + reach) / (2 * reach / n * block)).floor().long()
     inside = ((places >= 0) & (places < n // block)).all(-1)
@@ -171,9 +178,7 @@ def test_sample_and_score_in_one_pass(recipe, base):
     torch.testing.assert_close(law.log_prob(x), log_q)
 
 
-@all_recipes
-@all_bases
-@pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM])
+@pytest.mark.grid(recipe=RECIPES, base=BASES, context_dim=[0, CONTEXT_DIM])
 def test_latent_is_the_base_value(recipe, base, context_dim):
     flow = make(recipe, base, context_dim=context_dim)
     law = flow(random_context(7)) if context_dim else flow().expand((7,))
@@ -360,11 +365,8 @@ def test_twice_backward_through_the_flow():
 # Shapes and types
 
 
-@all_recipes
-@pytest.mark.parametrize("dim", [1, 3])
-@pytest.mark.parametrize("sample_shape", [(), (5,), (4, 5)], ids=str)
-@pytest.mark.parametrize("batch_shape", [(), (7,), (2, 7)], ids=str)
-def test_shapes_with_context(recipe, dim, sample_shape, batch_shape):
+@pytest.mark.grid(recipe=RECIPES, sample_shape=[(), (5,), (4, 5)], batch_shape=[(), (7,), (2, 7)], dim=[1, 3])
+def test_shapes_with_context(recipe, sample_shape, batch_shape, dim):
     law = make(recipe, dim=dim, context_dim=CONTEXT_DIM)(random_context(*batch_shape))
     assert (law.batch_shape, law.event_shape) == (batch_shape, (dim,))
     x, log_q = law.rsample_and_log_prob(sample_shape)

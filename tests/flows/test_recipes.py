@@ -9,7 +9,6 @@ import torch
 
 from pyroflows import flows
 from pyroflows.errors import OptionError
-from pyroflows.flows.stacking import _random_cycle
 from pyroflows.nets import MLP, ResidualMLP, ResMADE
 from pyroflows.transforms import LU, Autoregressive, Coupling, Elementwise, Inverse, Permutation
 from pyroflows.transforms.univariate import SOS, Additive, Affine, Monotone, Spline
@@ -37,7 +36,8 @@ NAMES = ["IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radia
 all_recipes = pytest.mark.parametrize("recipe", RECIPES)
 coupling_recipes = pytest.mark.parametrize("recipe", COUPLING)
 autoregressive_recipes = pytest.mark.parametrize("recipe", AUTOREGRESSIVE)
-all_dims = pytest.mark.parametrize("dim", [1, 2, 5])
+DIMS = [1, 2, 5]
+all_dims = pytest.mark.parametrize("dim", DIMS)
 all_mixing = pytest.mark.parametrize("mixing", MIXING)
 
 
@@ -72,10 +72,7 @@ all_bases = pytest.mark.parametrize("base", BASES)
 # Densities
 
 
-@all_recipes
-@all_dims
-@all_mixing
-@pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM])
+@pytest.mark.grid(recipe=RECIPES, dim=DIMS, mixing=MIXING, context_dim=[0, CONTEXT_DIM])
 def test_samples_and_scores_agree(recipe, dim, mixing, context_dim):
     flow = perturbed(recipe, dim, mixing=mixing, context_dim=context_dim)
     law = flow(torch.randn(7, context_dim, dtype=torch.float64)) if context_dim else flow().expand((7,))
@@ -90,15 +87,14 @@ def assert_integrates_to_one(law):
     assert (cell_masses(law, n=420, reach=7.0).sum() - 1).abs() < 1e-3
 
 
-@all_recipes
-@all_bases
+@pytest.mark.parametrize(
+    ("recipe", "base"), [(recipe, "user's") for recipe in RECIPES] + [("iaf", "normal"), ("nsf", "student_t")]
+)
 def test_density_integrates_to_one(recipe, base):
     assert_integrates_to_one(perturbed(recipe, base=BASES[base](2), noise=GRID_NOISE)())
 
 
-@all_recipes
-@pytest.mark.parametrize("mixing", ["permutation", "lu"])
-@pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM])
+@pytest.mark.grid(recipe=RECIPES, mixing=["permutation", "lu"], context_dim=[0, CONTEXT_DIM])
 def test_density_of_mixed_layers_integrates_to_one(recipe, mixing, context_dim):
     flow = perturbed(recipe, mixing=mixing, context_dim=context_dim, noise=GRID_NOISE)
     assert_integrates_to_one(flow(torch.randn(context_dim, dtype=torch.float64)) if context_dim else flow())
@@ -141,9 +137,7 @@ def test_untrained_flow_with_mixing_is_its_base_in_another_order(recipe, dim, mi
     torch.testing.assert_close(flow().log_prob(x), flow.base().log_prob(z))
 
 
-@all_recipes
-@all_dims
-@all_mixing
+@pytest.mark.grid(recipe=RECIPES, dim=DIMS, mixing=MIXING)
 def test_all_parameters_are_trained_by_either_direction(recipe, dim, mixing):
     flow = perturbed(recipe, dim, mixing=mixing, context_dim=CONTEXT_DIM)
     law = flow(torch.randn(16, CONTEXT_DIM, dtype=torch.float64))
@@ -156,9 +150,7 @@ def test_all_parameters_are_trained_by_either_direction(recipe, dim, mixing):
             assert gradient.isfinite().all() and (gradient != 0).any() != sees_nothing
 
 
-@all_recipes
-@all_dims
-@all_mixing
+@pytest.mark.grid(recipe=RECIPES, dim=DIMS, mixing=MIXING)
 def test_every_dimension_bends_and_sees_the_others(recipe, dim, mixing):
     """Two layers are enough for all that a dimension may depend on, save what a coupling still lets pass."""
     flow = perturbed(recipe, dim, num_layers=4, mixing=mixing, noise=1.0)
@@ -186,14 +178,13 @@ def test_layers_are_as_many_as_told_and_of_the_right_kind(recipe, mixing):
     assert len(flow.layers) == 5 + between + (recipe == "nice")
 
 
-@all_recipes
-@pytest.mark.parametrize("mixing", ["permutation", "lu"])
-def test_what_mixes_moves_every_dimension_each_time_elsewhere(recipe, mixing):
-    flow = make(recipe, 10, num_layers=6, mixing=mixing)
+@pytest.mark.grid(recipe=RECIPES, mixing=["permutation", "lu"], dim=[2, 3, 10, 43])
+def test_what_mixes_moves_every_dimension_each_time_elsewhere(recipe, mixing, dim):
+    flow = make(recipe, dim, num_layers=6, mixing=mixing)
     orders = [layer.order.tolist() for layer in layers(flow, Permutation)]
     orders += [layer.permutation.order.tolist() for layer in layers(flow, LU)]
-    assert all(i != j for order in orders for i, j in enumerate(order))
-    assert len(set(map(tuple, orders))) == len(orders) >= 2
+    assert len(orders) >= 2 and all(i != j for order in orders for i, j in enumerate(order))
+    assert dim < 10 or len(set(map(tuple, orders))) == len(orders)
 
 
 @coupling_recipes
@@ -211,18 +202,6 @@ def test_orders_turn_where_nothing_mixes(recipe):
     for mixing in ("permutation", "lu"):
         orders = [list(layer.order) for layer in layers(make(recipe, 3, mixing=mixing), Autoregressive)]
         assert orders == [[0, 1, 2]] * 3
-
-
-@pytest.mark.parametrize("dim", [1, 2, 3, 10, 43])
-def test_random_permutations_leave_nothing_in_place_and_differ(dim):
-    orders = [_random_cycle(dim, seed) for seed in range(1, 6)]
-    for order in orders:
-        assert sorted(order) == list(range(dim))
-        assert dim == 1 or all(i != j for i, j in enumerate(order))
-    assert dim < 10 or len(set(map(tuple, orders))) == 5
-    state = torch.get_rng_state()
-    assert _random_cycle(dim, 1) == orders[0]
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @all_recipes

@@ -43,7 +43,6 @@ from tests.guides.models import (
 ELBOS = {"trace": Trace_ELBO, "graph": TraceGraph_ELBO, "enum": TraceEnum_ELBO, "renyi": RenyiELBO}
 # Pyro's own word to those who use TraceEnum_ELBO without need, as a test of every ELBO does.
 NOTHING_TO_ENUMERATE = pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites:UserWarning")
-all_elbos = pytest.mark.parametrize("elbo", [pytest.param(name, marks=NOTHING_TO_ENUMERATE) for name in ELBOS])
 NUM_PARTICLES = 3
 
 
@@ -87,9 +86,8 @@ def test_guide_that_was_never_called_says_so(make):
 # ELBOs
 
 
-@all_guides
-@all_elbos
-@pytest.mark.parametrize("vectorize", [False, True])
+@NOTHING_TO_ENUMERATE
+@pytest.mark.grid(make=GUIDES.values(), elbo=ELBOS, vectorize=[False, True])
 def test_loss_and_gradient_equal_those_by_hand(make, elbo, vectorize):
     """The same noise in, so the same loss out, and the same gradient: log p(u, y) - log q(u), differentiated."""
     guide = built(make, regression).double()
@@ -115,9 +113,8 @@ def test_loss_and_gradient_equal_those_by_hand(make, elbo, vectorize):
         torch.testing.assert_close(results[name], gradient, rtol=1e-6, atol=1e-8)
 
 
-@all_guides
-@all_elbos
-@pytest.mark.parametrize("vectorize", [False, True])
+@NOTHING_TO_ENUMERATE
+@pytest.mark.grid(make=GUIDES.values(), elbo=ELBOS, vectorize=[False, True])
 def test_svi_trains_all_parameters(make, elbo, vectorize):
     guide = built(make, regression)
     before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}

@@ -958,7 +958,7 @@ def test_two_fits_share_nothing(guide):
         vi = FlowVI(
             normal_mean,
             guide=guide(),
-            num_steps=400,
+            num_steps=200,
             seed=0,
             progress_bar=False,
             optimizer=partial(torch.optim.Adam, lr=0.02),
@@ -997,3 +997,17 @@ def test_a_posterior_looks_at_the_model_at_its_own_median():
         guide()
     posterior = Posterior(model, guide, (), {}, History())
     assert posterior.elbo == pytest.approx(-5000.0, rel=0.01)
+
+
+def test_a_file_of_the_same_sites_in_another_order_is_refused(tmp_path):
+    """Latents are packed in the order of the model, so that they would change places."""
+
+    def model(names):
+        for name in names:
+            pyro.sample(name, dist.Normal(float(ord(name)), 1.0))
+
+    path = tmp_path / "posterior.safetensors"
+    FlowVI(model, seed=0, progress_bar=False).run("ab").save(path)
+    assert abs(load_posterior(path, model, "ab").sample(1000)["a"].mean() - ord("a")) < 0.3
+    with pytest.raises(CheckpointError, match=r"latent sites \{'a': \[\], 'b': \[\]\}, but this one has \{'b'"):
+        load_posterior(path, model, "ba")

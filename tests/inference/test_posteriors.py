@@ -88,9 +88,7 @@ GUIDES = {
     "planar": (partial(AutoPlanar, regression, num_layers=8), CLOSE),
     "radial": (partial(AutoRadial, regression, num_layers=8), CLOSE),
     "sylvester": (partial(AutoSylvester, regression, num_layers=3), CLOSE),
-    "iaf": (partial(AutoIAF, regression, num_layers=2, hidden_dims=(32,)), EXACT),
     "flow_fn": (lambda: partial(IAF, num_layers=2, hidden_dims=(32,)), EXACT),
-    "flow_fn, planar": (lambda: lambda dim: Planar(dim, num_layers=8), CLOSE),
 }
 
 

@@ -172,5 +172,6 @@ def test_one_latent():
     posterior = fitted(None, num_steps=20, model=single)
     proposal = posterior.fit_proposal(num_samples=5000, max_epochs=20, seed=0, progress_bar=False)
     assert proposal.sample(20_000)["x"].mean().item() == pytest.approx(1.0, abs=0.05)
-    fast = posterior.distill(num_steps=20, warm_start=20, seed=0, progress_bar=False)
+    student = Recipe("Planar", num_layers=2)
+    fast = posterior.distill(student, num_steps=20, warm_start=20, seed=0, progress_bar=False)
     assert fast.sample(5)["x"].shape == (5,)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from pyroflows import OptionError, Trainer
+from pyroflows import OptionError, ShapeError, Trainer, train
 from pyroflows.compiling.check import Compiler
 from pyroflows.fitting import ReverseKL
 from pyroflows.flows import IAF, Flow
@@ -254,3 +254,46 @@ def test_traced_and_eager_steps_have_the_same_gradients():
         step()
         gradients.append(step.parameters[0].grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+# What an objective may give
+
+
+class Given(Objective):
+    """An objective whose loss is what a function of its draws gives."""
+
+    def __init__(self, result):
+        super().__init__(IAF(2, num_layers=1, hidden_dims=(4,)))
+        self.result = result
+
+    def draw(self):
+        return [self.noise(5)]
+
+    def loss(self, noise):
+        _, log_q = self.flow().transport(noise)
+        return self.result(log_q)
+
+
+@pytest.mark.parametrize("mode", ["auto", "trace", "none"])
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda log_q: log_q.mean(), r"Given.loss must return a pair"),
+        (lambda log_q: (log_q, {}), r"the loss of Given must be a scalar tensor"),
+        (lambda log_q: (log_q.mean().detach(), {}), r"must be a scalar tensor that depends on the trained parameters"),
+        (lambda log_q: (log_q.mean(), {"kl": 1.0}), r"the figure 'kl' of Given must be a scalar tensor, got 1.0"),
+        (lambda log_q: (log_q.mean(), {"kl": log_q}), r"the figure 'kl' of Given must be a scalar tensor"),
+        (lambda log_q: (log_q.mean(), {"loss": log_q.mean()}), r"must give its figure 'loss' another name"),
+        (lambda log_q: (log_q.mean(), {"grad_norm": log_q.mean()}), r"must give its figure 'grad_norm' another name"),
+    ],
+    ids=["no pair", "vector", "constant", "number", "vector figure", "loss", "grad_norm"],
+)
+def test_what_is_no_loss_is_refused_in_one_sentence(result, message, mode):
+    with pytest.raises(OptionError, match=message):
+        train(Given(result), num_steps=2, compile=mode, progress_bar=False)
+
+
+@pytest.mark.parametrize("log_density", [lambda x: -x.square().sum(), lambda x: -x.square()], ids=["scalar", "matrix"])
+def test_a_log_density_of_another_shape_is_refused(log_density):
+    with pytest.raises(ShapeError, match="one number for each of 128 draws"):
+        train(ReverseKL(IAF(3, num_layers=1, hidden_dims=(4,)), log_density), num_steps=2, progress_bar=False)

@@ -30,9 +30,10 @@ from pyroflows.transforms import (
 )
 from pyroflows.transforms.foreign import Foreign
 from tests.transforms.examples import EstimatedScale
+from tests.transforms.networks import Plain, Running, Stepwise, convolution
 
 Shape = tuple[int, ...]
-Factory = Callable[[Any, int], FlowTransform]
+Factory = Callable[[Any, Any], FlowTransform]
 
 CONTEXT_DIM = 3
 VECTORS = ((1,), (2,), (5,), (50,))
@@ -46,6 +47,7 @@ def _shuffled(dim: int) -> list[int]:
 
 _coupling: Callable[..., FlowTransform] = partial(Coupling, hidden_dims=(16, 16))
 _autoregressive: Callable[..., FlowTransform] = partial(Autoregressive, hidden_dims=(16, 16))
+_causal_conv: Callable[..., FlowTransform] = partial(Autoregressive, conditioner="causal_conv", hidden_dims=(8, 6, 7))
 
 STRUCTURES = {"elementwise": Elementwise, "coupling": _coupling, "autoregressive": _autoregressive}
 UNIVARIATES = ("additive", "affine", "spline", "sos", "monotone")
@@ -93,15 +95,34 @@ def _compose(dim: int, context_dim: int) -> Compose:
     )
 
 
+def _shuffled_times(shape: Shape) -> list[int]:
+    return _shuffled(shape[-1])
+
+
+def _ordered(shape: Shape, axis: int, conditioner: Any = Stepwise, **options: Any) -> Autoregressive:
+    """Autoregressive over an axis in shuffled order."""
+    return Autoregressive(shape, conditioner=conditioner, order=_shuffled(shape[axis]), axis=axis, **options)
+
+
+def _compose_images(shape: Shape, context_dim: int) -> Compose:
+    return Compose(
+        [
+            _ordered(shape, 1, context_dim=context_dim),
+            _coupling(shape, context_dim=context_dim),
+            _ordered(shape, 0).inv,
+        ]
+    )
+
+
 @dataclass(frozen=True)
 class Entry:
     """A layer of the battery.
 
     Args:
-        make: called with an event shape (a number for vectors) and the size of the context.
+        make: called with an event shape (a number for vectors) and the size or shape of the context.
         shapes: event shapes that it is tried on; the laws that need one take ``usual``.
         usual: the shape where one is enough.
-        takes_context: whether its parameters can depend on a context.
+        context: the size or shape of a context that its parameters can depend on, 0 if they cannot.
         is_identity_at_start: whether a new layer is the identity.
         has_parameters: whether there is something to train.
         preserves_volume: whether the log-determinant is zero whatever the parameters are.
@@ -111,7 +132,7 @@ class Entry:
     make: Callable[[Any, int], FlowTransform]
     shapes: tuple[Shape, ...] = VECTORS
     usual: Shape = (5,)
-    takes_context: bool = True
+    context: int | Shape = CONTEXT_DIM
     is_identity_at_start: bool = True
     has_parameters: bool = True
     preserves_volume: bool = False
@@ -119,8 +140,10 @@ class Entry:
 
 
 SEQUENCES = ((1, 1), (3, 2), (2, 5))
+IMAGES = ((1, 4, 2), (3, 1, 2), (3, 4, 2))
 sequences = partial(Entry, shapes=SEQUENCES, usual=(2, 3))
-fixed = partial(Entry, takes_context=False, has_parameters=False)
+images = partial(Entry, shapes=IMAGES, usual=(3, 2, 2))
+fixed = partial(Entry, context=0, has_parameters=False)
 
 # A new layer enters by a line.
 LAYERS: dict[str, Entry] = {
@@ -135,8 +158,6 @@ LAYERS: dict[str, Entry] = {
         )
         for name in TRIANGULAR
     },
-    "coupling-of-channels": sequences(_factory(_coupling), shapes=((2, 1), (3, 2), (2, 5, 3)), usual=(2, 3)),
-    "elementwise-of-sequences": sequences(_factory(Elementwise)),
     "coupling-other-half": Entry(_factory(_coupling, mask=_other_half)),
     "coupling-alternating": Entry(_factory(_coupling, mask=masks.alternating)),
     "coupling-random": Entry(_factory(_coupling, mask=lambda dim: masks.random(dim, seed=1))),
@@ -145,7 +166,6 @@ LAYERS: dict[str, Entry] = {
     "autoregressive-narrow": Entry(_factory(Autoregressive, hidden_dims=(3, 2))),
     "autoregressive-residual": Entry(_factory(_autoregressive, conditioner="residual")),
     "autoregressive-causal-conv": Entry(_factory(_autoregressive, conditioner="causal_conv", order=_shuffled)),
-    "autoregressive-of-sequences": sequences(_factory(_autoregressive, conditioner="causal_conv")),
     "autoregressive-inverse": Entry(lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv),
     "lu": Entry(_factory(LU)),
     "lu-permuted": Entry(_factory(LU, order=_shuffled), is_identity_at_start=False),
@@ -165,35 +185,70 @@ LAYERS: dict[str, Entry] = {
         is_identity_at_start=False,
         preserves_volume=True,
     ),
-    "estimated": Entry(lambda dim, _: EstimatedScale(dim), takes_context=False, is_exact=False),
+    "estimated": Entry(lambda dim, _: EstimatedScale(dim), context=0, is_exact=False),
+    "compose-estimated": Entry(lambda dim, _: Compose([Planar(dim), EstimatedScale(dim)]), context=0, is_exact=False),
     "compose": Entry(_compose),
+    # Events are sequences (channels, length).
+    "elementwise-of-sequences": sequences(_factory(Elementwise, univariate="spline")),
+    "causal-conv": sequences(_factory(_causal_conv)),
+    "causal-conv-spline-shuffled": sequences(_factory(_causal_conv, univariate="spline", order=_shuffled_times)),
+    "causal-conv-of-conditioning-sequence": Entry(
+        _factory(_causal_conv), shapes=((1, 5), (3, 5)), usual=(2, 5), context=(2, 5)
+    ),
+    "conditioner-of-ones-own": sequences(_factory(Autoregressive, conditioner=lambda _: Running), context=0),
+    # Events are images (channels, height, width), or the axis of masks and orders is not the usual one.
+    "coupling-of-channels": images(_factory(_coupling, univariate="spline")),
+    "coupling-of-rows": images(_factory(_coupling, axis=1, mask=lambda shape: masks.alternating(shape[1]))),
+    "coupling-of-columns": images(_factory(_coupling, axis=-1)),
+    "coupling-convolution": images(
+        _factory(Coupling, conditioner=lambda _: convolution, hidden_dims=(8,)), shapes=((2, 1, 3), (3, 4, 2))
+    ),
+    "autoregressive-of-columns": images(_factory(_ordered, axis=-1)),
+    "autoregressive-of-rows-by-passes": images(_factory(_ordered, axis=-2, conditioner=lambda _: Plain)),
+    "autoregressive-of-channels-spline": images(_factory(_ordered, axis=0, univariate="spline")),
+    "causal-conv-time-first": sequences(_factory(_causal_conv, axis=0)),
+    "compose-of-images": images(_compose_images),
 }
 
 LEARNABLE = [name for name, entry in LAYERS.items() if entry.has_parameters]
-CONDITIONAL = [name for name, entry in LAYERS.items() if entry.takes_context]
+CONDITIONAL = [name for name, entry in LAYERS.items() if entry.context]
 # All pairs (name, context_dim), for parametrisation.
-CASES = [(name, 0) for name in LAYERS] + [(name, CONTEXT_DIM) for name in CONDITIONAL]
+CASES = [(name, 0) for name in LAYERS] + [(name, LAYERS[name].context) for name in CONDITIONAL]
 CASE_IDS = [name + ("-context" if context_dim else "") for name, context_dim in CASES]
 
 
-def made(name: str, shape: Shape, context_dim: int = 0) -> FlowTransform:
+def made(name: str, shape: Shape, context_dim: int | Shape = 0) -> FlowTransform:
     """A new layer; those of vectors are made with a number."""
     return LAYERS[name].make(shape[0] if len(shape) == 1 else shape, context_dim).exact()
 
 
 def layer(
-    name: str, shape: Shape | None = None, context_dim: int = 0, dtype: torch.dtype = torch.float64
+    name: str, shape: Shape | None = None, context_dim: int | Shape = 0, dtype: torch.dtype = torch.float64
 ) -> FlowTransform:
     """A layer with perturbed parameters."""
     return perturb(made(name, LAYERS[name].usual if shape is None else shape, context_dim).to(dtype))
 
 
+def conditional(name: str, shape: Shape | None = None) -> FlowTransform:
+    """A layer with perturbed parameters that depend on a context."""
+    return layer(name, shape, LAYERS[name].context)
+
+
 def conditioned(
-    name: str, context_dim: int, shape: Shape | None = None, batch_shape: Shape = (), dtype: torch.dtype = torch.float64
+    name: str,
+    context_dim: int | Shape,
+    shape: Shape | None = None,
+    batch_shape: Shape = (),
+    dtype: torch.dtype = torch.float64,
 ) -> FlowTransform:
     """A layer with perturbed parameters, at a random context if it takes one."""
     t = layer(name, shape, context_dim, dtype)
-    return t.condition(torch.randn(*batch_shape, context_dim, dtype=dtype)) if context_dim else t
+    return t.condition(context_for(t, batch_shape, dtype)) if context_dim else t
+
+
+def context_for(t: FlowTransform, batch_shape: Shape = (), dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random context of the shape that the layer takes."""
+    return torch.randn((*batch_shape, *t.context_shape), dtype=dtype)
 
 
 def grid(full: bool) -> list[Any]:

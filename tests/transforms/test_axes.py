@@ -1,6 +1,5 @@
 """Layers that mask or order an axis of events with several axes, such as the channels or the rows of an image."""
 
-import math
 from functools import partial
 
 import pytest
@@ -10,110 +9,21 @@ from torch import nn
 import pyroflows as pf
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, CausalConv, IncrementalGradient
-from pyroflows.nets.mlp import zero_initialized
-from pyroflows.shapes import shape_of
-from pyroflows.transforms import Autoregressive, Compose, Coupling, Elementwise, masks
+from pyroflows.transforms import Autoregressive, Coupling, masks
+from tests.transforms.networks import BackwardSteps, Plain, Stepwise, convolution
 from tests.transforms.registry import perturb
 
 SHAPE = (3, 4, 2)
 ORDERS = {3: [1, 2, 0], 4: [2, 0, 3, 1], 2: [1, 0]}
 
 
-class Plain(nn.Module):
-    """Parameters that are linear in sums over earlier places, of all channels, and in the context."""
-
-    def __init__(self, order, num_params, hidden_dims, context_dim, channels=()):
-        super().__init__()
-        self.order, self.channels = order, shape_of(channels)
-        size = math.prod(self.channels)
-        self.weight = nn.Parameter(torch.zeros(num_params * size, size))
-        self.context = zero_initialized(nn.Linear(context_dim, num_params * size)) if context_dim else None
-
-    def theta(self, earlier, context):
-        """``(P, *channels, K)`` from sums ``(C, K)`` and a context ``(K or 1, context_dim)``."""
-        theta = self.weight @ earlier + (0 if context is None else self.context(context).T)
-        return theta.unflatten(0, (-1, *self.channels))
-
-    def forward(self, z, context=None):
-        values = torch.tanh(z)[..., self.order]
-        earlier = (values.cumsum(-1) - values)[..., torch.tensor(self.order).argsort()]
-        theta = self.weight @ earlier.flatten(-1 - len(self.channels), -2)
-        if context is not None:
-            theta = theta + self.context(context)[..., None]
-        return theta.unflatten(-2, (-1, *self.channels)).movedim(-2 - len(self.channels), -1)
+def coupling(context_dim, **options):
+    return Coupling(SHAPE, hidden_dims=(8,), context_dim=context_dim, **options)
 
 
-class Stepwise(Plain):
-    """The same, evaluated place by place in both directions."""
-
-    def incremental(self, num_rows, context=None):
-        return ForwardSteps(self, num_rows, context)
-
-    def with_gradient_steps(self, z, context=None):
-        rows = z.detach().reshape(-1, *self.channels, len(self.order))
-        return self(z, context), partial(BackwardSteps, self, rows.transpose(0, -1))
-
-
-class ForwardSteps:
-    def __init__(self, net, num_rows, context):
-        self.net, self.context = net, context
-        self.inputs = net.weight.new_full((len(net.order), *net.channels, num_rows), torch.nan)
-
-    def parameters_at(self, i):
-        return self.net.theta(torch.tanh(self.inputs[:i]).sum(0).flatten(0, -2), self.context)
-
-
-class BackwardSteps:
-    def __init__(self, net, z, inputs):
-        self.net, self.slopes, self.inputs = net, 1 - torch.tanh(z) ** 2, inputs
-
-    def pull_back(self, i, gradient):
-        share = (self.net.weight.T @ gradient.flatten(0, -2)).unflatten(0, self.net.channels)
-        earlier = self.net.order[:i]
-        self.inputs[earlier] += self.slopes[earlier] * share
-
-
-def convolution(in_dim, out_dim, hidden_dims):
-    """A network of one's own that mixes places: the parameters at each depend on its neighbours."""
-    first, last = nn.Conv2d(in_dim, *hidden_dims, 3, padding=1), nn.Conv2d(*hidden_dims, out_dim, 3, padding=1)
-    return nn.Sequential(first, nn.SiLU(), zero_initialized(last))
-
-
-def coupling(context_dim, shape=SHAPE, **options):
-    return Coupling(shape, **{"hidden_dims": (8,), **options}, context_dim=context_dim)
-
-
-def ordered(context_dim, shape=SHAPE, axis=-1, conditioner=Stepwise, **options):
-    order = ORDERS[shape[axis]]
-    return Autoregressive(shape, order=order, conditioner=conditioner, context_dim=context_dim, axis=axis, **options)
-
-
-LAYERS = {
-    "coupling": coupling,
-    "coupling-spline": partial(coupling, univariate="spline", conditioner="residual"),
-    "coupling-rows": partial(coupling, axis=1, mask=masks.alternating(4)),
-    "coupling-last-axis": partial(coupling, axis=-1, mask=[False, True]),
-    "coupling-convolution": partial(coupling, conditioner=convolution, mask=[True, False, True]),
-    "coupling-one-channel": partial(coupling, shape=(1, 4, 2)),
-    "coupling-one-row": partial(coupling, shape=(3, 1, 2), axis=1),
-    "autoregressive": ordered,
-    "autoregressive-rows": partial(ordered, axis=1),
-    "autoregressive-channels": partial(ordered, axis=0, univariate="spline"),
-    "autoregressive-plain": partial(ordered, axis=-2, conditioner=Plain),
-    "autoregressive-inverse": lambda context_dim: ordered(context_dim, axis=0).inv,
-    "time-first": partial(ordered, shape=(4, 3), axis=0, conditioner="causal_conv", hidden_dims=(8, 8)),
-    "elementwise": lambda context_dim: Elementwise(SHAPE, "spline", context_dim),
-    "compose": lambda context_dim: Compose([ordered(context_dim, axis=1), coupling(context_dim), ordered(0).inv]),
-}
-with_and_without_context = pytest.mark.parametrize("context_dim", [0, 5])
-all_layers = pytest.mark.parametrize("name", LAYERS)
-ordered_layers = pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith(("auto", "time"))])
-both_directions = pytest.mark.parametrize("direction", ["forward", "inverse"])
-batch_shapes = pytest.mark.parametrize("batch_shape", [(), (2, 3), (0,)], ids=str)
-
-
-def layer(name, context_dim=0, dtype=torch.float64, scale=0.5):
-    return perturb(LAYERS[name](context_dim).to(dtype), scale)
+def ordered(context_dim, axis=-1, conditioner=Stepwise, **options):
+    order = ORDERS[SHAPE[axis]]
+    return Autoregressive(SHAPE, order=order, conditioner=conditioner, context_dim=context_dim, axis=axis, **options)
 
 
 def inputs(t, batch_shape=(), dtype=torch.float64):
@@ -121,90 +31,22 @@ def inputs(t, batch_shape=(), dtype=torch.float64):
     return 2 * torch.randn(*batch_shape, *t.event_shape, dtype=dtype), context
 
 
-def pair_of(t, direction):
-    return t.forward_and_ladj if direction == "forward" else t.inverse_and_ladj
-
-
-# Laws
-
-
-@all_layers
-@with_and_without_context
-@both_directions
-def test_log_determinant_is_that_of_the_jacobian(name, context_dim, direction):
-    t = layer(name, context_dim)
-    value, context = inputs(t)
-    matrix = torch.autograd.functional.jacobian(lambda v: pair_of(t, direction)(v, context)[0], value)
-    ladj = pair_of(t, direction)(value, context)[1]
-    torch.testing.assert_close(ladj, torch.linalg.slogdet(matrix.reshape(t.dim, t.dim)).logabsdet)
-
-
-@all_layers
-@with_and_without_context
-@batch_shapes
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_inverse_undoes_forward(name, context_dim, batch_shape, dtype):
-    t = layer(name, context_dim, dtype)
-    z, context = inputs(t, batch_shape, dtype)
-    with torch.no_grad():
-        x, ladj = t.forward_and_ladj(z, context)
-        z_again, ladj_again = t.inverse_and_ladj(x, context)
-    assert (x.shape, ladj.shape, x.dtype, ladj.dtype) == (z.shape, batch_shape, dtype, dtype)
-    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
-    torch.testing.assert_close(z_again, z, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(ladj_again, -ladj, rtol=tolerance, atol=tolerance)
-
-
-@all_layers
-@both_directions
-def test_rows_of_a_batch_do_not_mix(name, direction):
-    t = layer(name, 5)
-    value, context = inputs(t, (5,))
-    expected = pair_of(t, direction)(value, context)
-    rows = [pair_of(t, direction)(v, c) for v, c in zip(value, context, strict=True)]
-    torch.testing.assert_close(tuple(map(torch.stack, zip(*rows, strict=True))), expected)
-    torch.testing.assert_close(torch.func.vmap(pair_of(t, direction))(value, context), expected)
-    shared = t.condition(context[0])
-    torch.testing.assert_close(pair_of(shared, direction)(value[1]), pair_of(t, direction)(value[1], context[0]))
-    assert pair_of(t, direction)(value[0], context)[0].shape == value.shape
-
-
-@all_layers
-@with_and_without_context
-def test_score_is_the_gradient_of_the_log_density(name, context_dim):
-    t = layer(name, context_dim)
-    z, context = inputs(t, (3,))
-    x, ladj, score = t.forward_and_score(z, -z, context)
-    torch.testing.assert_close((x, ladj), t.forward_and_ladj(z, context))
-    at = x.detach().requires_grad_()
-    z_again, ladj = t.inverse_and_ladj(at, context)
-    (expected,) = torch.autograd.grad((ladj - z_again.square().flatten(1).sum(-1) / 2).sum(), at)
-    torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-6)
-
-
-@all_layers
-@both_directions
-def test_identity_at_start(name, direction):
-    t = LAYERS[name](5)
-    value, context = inputs(t, (5,), torch.float32)
-    result, ladj = pair_of(t, direction)(value, context)
-    torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ladj, torch.zeros(5), rtol=0, atol=1e-5)
+with_and_without_context = pytest.mark.parametrize("context_dim", [0, 5])
 
 
 # What depends on what
 
 
-@ordered_layers
-@both_directions
-def test_elements_see_all_elements_at_earlier_places(name, direction):
-    t = layer(name)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_elements_see_all_elements_at_earlier_places(axis, direction):
+    t = perturb(ordered(0, axis).double(), 0.5)
     value, _ = inputs(t)
-    matrix = torch.autograd.functional.jacobian(lambda v: pair_of(t, direction)(v)[0], value)
-    axis, size = getattr(t, "layer", t).axis, t.event_shape[getattr(t, "layer", t).axis]
+    matrix = torch.autograd.functional.jacobian(t if direction == "forward" else t.inv, value)
+    size = SHAPE[axis]
     order = ORDERS[size]
     # (places, other elements, places, other elements)
-    matrix = matrix.movedim((axis - len(t.event_shape), axis), (0, 1)).reshape(size, size, t.dim // size, -1)
+    matrix = matrix.movedim((axis, 3 + axis), (0, 1)).reshape(size, size, t.dim // size, -1)
     blocks = matrix.transpose(1, 2)[order][:, :, order]
     for i in range(size):
         for k in range(size):
@@ -288,7 +130,7 @@ def test_steps_give_what_passes_and_iterations_give(axis, context_dim, batch_sha
 def test_backward_substitution_takes_the_steps_of_the_network(monkeypatch):
     calls, real = [], BackwardSteps.pull_back
     monkeypatch.setattr(BackwardSteps, "pull_back", lambda *args: calls.append(args[1]) or real(*args))
-    t = layer("autoregressive-rows")
+    t = perturb(ordered(0, axis=1).double())
     assert isinstance(t.conditioner, IncrementalGradient)
     z, _ = inputs(t, (5,))
     t.forward_and_score(z, -z)

@@ -8,6 +8,7 @@ import torch
 from torch.distributions import ReshapeTransform
 
 from pyroflows.errors import DataError, InexactError, OptionError, ShapeError
+from pyroflows.flows import Flow
 from pyroflows.transforms import Compose, Elementwise, FlowTransform, Permutation, Planar, Standardize
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.memory import Memory
@@ -202,3 +203,28 @@ def test_memory_is_dropped_by_copies(copied):
     assert other.recall(None) is None
     other.keep(x)
     assert other.recall(x) is not None
+
+
+# What a layer gives
+
+
+class Forgetful(FlowTransform):
+    """A layer that forgets to sum its log-determinant, or to return events of the shape that it says."""
+
+    def __init__(self, dim, what):
+        super().__init__(dim)
+        self.what = what
+
+    def _forward_and_ladj(self, z, context):
+        return (z, torch.zeros_like(z)) if self.what == "sum" else (z[..., :-1], z.new_zeros(z.shape[:-1]))
+
+    _inverse_and_ladj = _forward_and_ladj
+
+
+@pytest.mark.parametrize("what", ["sum", "events"])
+@pytest.mark.parametrize("dim", [1, 3])
+def test_a_flow_names_the_layer_that_gives_other_shapes(what, dim):
+    flow = Flow([Forgetful(dim, what)], standardize=False)
+    for use in (lambda: flow().log_prob(torch.zeros(dim, dim)), lambda: flow().rsample((dim,))):
+        with pytest.raises(ShapeError, match=r"Forgetful gave a value of shape .* with log-determinants of shape"):
+            use()

@@ -257,7 +257,9 @@ def test_density_integrates_to_one(name, direction):
     """The density of T(z), or of its inverse, for a normal z; the grid is dense where the density is."""
     theta = parameters(name, num=2)
     there, back = pair_of(name, direction), pair_of(name, "inverse" if direction == "forward" else "forward")
-    edges, _ = there(torch.linspace(-9, 9, 40001, dtype=torch.float64)[:, None].expand(-1, 2), theta)
+    # The inverse of a linear slope, squared, is steep where the slope is at its floor.
+    num_edges = 40_001 if name == "sos-least" else 10_001
+    edges, _ = there(torch.linspace(-6, 6, num_edges, dtype=torch.float64)[:, None].expand(-1, 2), theta)
     z, ladj = back((edges[1:] + edges[:-1]) / 2, theta)
     density = (ladj - z**2 / 2).exp() / math.sqrt(2 * math.pi)
     mass = (density * edges.diff(dim=0)).sum(0)
@@ -274,7 +276,8 @@ def test_gradients(name, direction, scale):
     """Of both results, with respect to value and parameters; those of a root search are implicit."""
     value = torch.tensor([0.0, 0.4, -1.2, 7.0, -20.0], dtype=torch.float64, requires_grad=True)
     theta = parameters(name, scale, num=5).requires_grad_()
-    assert torch.autograd.gradcheck(pair_of(name, direction), (value, theta))
+    # Of many parameters a random projection of the Jacobian is checked.
+    assert torch.autograd.gradcheck(pair_of(name, direction), (value, theta), fast_mode=theta.numel() > 50)
 
 
 @pytest.mark.parametrize("name", BY_ROOT_SEARCH)
