@@ -6,6 +6,7 @@ loaded; the objective trains a flow by ``pf.train``.
 
 import inspect
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -216,3 +217,35 @@ def test_an_objective_of_the_users(compile):
     fresh = pf.flows.RealNVP(2, num_layers=2, hidden_dims=(16,))
     fresh.load_state_dict(flow.state_dict())
     torch.testing.assert_close(fresh().log_prob(x), flow().log_prob(x))
+
+
+# Who asks for exact log-densities
+
+
+def rough_flow():
+    """A flow whose own log-determinant is noisy."""
+    layer = EstimatedScale(DIM)
+    nn.init.normal_(layer.log_scale)
+    return pf.Flow([layer])
+
+
+def test_early_stopping_scores_exactly():
+    """Where nothing is trained, all epochs have one score."""
+    still = partial(torch.optim.SGD, lr=0.0)
+    fit = pf.fit_density(rough_flow(), rows(200)[0], max_epochs=3, optimizer=still, **QUIET)
+    scores = fit.history["validation_log_prob"]
+    assert len(scores) == 3 and (scores == scores[0]).all()
+    assert len(set(fit.history["log_prob"])) == 3
+
+
+def test_chains_weights_and_neutra_are_exact():
+    posterior = pf.FlowVI(model, STACKS["estimate"], num_steps=50, num_starts=1, **QUIET).run(Y)
+    chains = posterior.mcmc(4, num_chains=8, num_warmup=4, **QUIET)
+    x = chains.draws["x"].flatten(0, 1)
+    expected = posterior.log_joint(x).reshape(8, 4)
+    torch.testing.assert_close(chains.sample_stats["lp"], expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(posterior.log_prob({"x": x}), posterior.log_prob({"x": x}))
+    transform = posterior.guide.get_transform()
+    z = torch.randn(5, DIM)
+    x = transform(z)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(z, x), transform.log_abs_det_jacobian(z.clone(), x))
