@@ -237,6 +237,7 @@ REFUSED = {
     "batch-norm": nn.BatchNorm1d(4),
     "lazy-batch-norm": nn.LazyBatchNorm1d(),
     "batch-norm-across-devices": nn.SyncBatchNorm(4),
+    "instance-norm-with-running-statistics": nn.InstanceNorm1d(4, track_running_stats=True),
     "attention": nn.MultiheadAttention(4, 2, dropout=0.1),
     "recurrent": nn.LSTM(4, 4, num_layers=2, dropout=0.1),
     "deep-inside": nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.1))),
@@ -245,7 +246,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("module", REFUSED.values(), ids=REFUSED)
 def test_conditioner_that_is_no_function_of_its_input_raises(module):
-    with pytest.raises(OptionError, match=r"must not contain.*(random|rest of the batch).*remove it"):
+    with pytest.raises(OptionError, match=r"must not contain.*(random|rest of the batch|batches before).*remove it"):
         Coupling(4, conditioner=lambda *_: module)
 
 
