@@ -7,9 +7,9 @@ from math import prod
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyroflows.errors import DataError, ShapeError
+from pyroflows.models.bijections import Bijection
 from pyroflows.models.structure import ModelStructure, Site
 
 
@@ -48,7 +48,8 @@ class Layout:
         Vectors are ``(*batch, dim)``, and values ``(*batch, *site shape)``.
 
     Example:
-        >>> from pyroflows.models.structure import describe
+        >>> from pyroflows.models.bijections import Bijection
+from pyroflows.models.structure import describe
         >>> def model():
         ...     pyro.sample("scale", dist.HalfNormal(1.0))
         ...     pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
@@ -89,7 +90,8 @@ class Layout:
             is that of the free ones.
 
         Example:
-            >>> from pyroflows.models.structure import describe
+            >>> from pyroflows.models.bijections import Bijection
+from pyroflows.models.structure import describe
             >>> def model():
             ...     pyro.sample("scale", dist.HalfNormal(1.0))
             >>> values, ladj = Layout(describe(model, (), {})).constrain(torch.tensor([[0.0], [1.0]]))
@@ -101,9 +103,7 @@ class Layout:
         ladj = vector.new_zeros(batch_shape)
         for site, part in self.split(vector):
             unconstrained = part.reshape(batch_shape + _unconstrained_shape(site))
-            transform = biject_to(site.support)
-            value = transform(unconstrained)
-            site_ladj = transform.log_abs_det_jacobian(unconstrained, value)
+            value, site_ladj = _bijection(site).constrain(unconstrained)
             ladj = ladj + sum_rightmost(site_ladj, site_ladj.dim() - len(batch_shape))
             values[site.name] = value.reshape(batch_shape + site.shape)
         return values, ladj
@@ -121,7 +121,7 @@ class Layout:
         for site in self.structure.latents:
             value = torch.as_tensor(values[site.name], dtype=self.dtype)
             batch_shape = value.shape[: value.dim() - len(site.shape)]
-            parts.append(biject_to(site.support).inv(value).reshape((*batch_shape, -1)))
+            parts.append(_bijection(site).unconstrain(value).reshape((*batch_shape, -1)))
         return torch.cat(parts, -1)
 
     def check_draws(self, draws: Mapping[str, Tensor]) -> None:
@@ -150,5 +150,9 @@ class Layout:
 
 
 def _unconstrained_shape(site: Site) -> torch.Size:
-    assert site.unconstrained_shape is not None, f"site '{site.name}' has no bijection to the reals"
-    return site.unconstrained_shape
+    return _bijection(site).unconstrained_shape
+
+
+def _bijection(site: Site) -> Bijection:
+    assert site.bijection is not None, f"site '{site.name}' has no bijection to the reals"
+    return site.bijection

@@ -84,6 +84,14 @@ class LogJoint:
 
         return torch.cat([_row_by_row(function, part)[0] for part in vectors.split(self.batched.chunk_size)])
 
+    @torch.no_grad()
+    def non_finite_sites(self, vectors: Tensor) -> dict[str, int]:
+        """Count, by site, the vectors ``(S, dim)`` at which its log-density is not finite; other sites are left out."""
+        values, _ = self.layout.constrain(vectors)
+        log_probs = self.batched.in_chunks(values, len(vectors)).log_probs
+        counts = {name: int((~lp.reshape(len(vectors), -1).isfinite()).any(-1).sum()) for name, lp in log_probs.items()}
+        return {name: count for name, count in counts.items() if count}
+
     def value_and_grad(
         self, examples: Tensor, transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> ValueAndGrad:

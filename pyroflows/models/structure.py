@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from pyroflows.errors import ModelError
+from pyroflows.models.bijections import Bijection, bijection_of
 from pyroflows.models.value_reads import ValueReads
 
 Model = Callable[..., Any]
@@ -66,8 +67,8 @@ class Site:
         is_enumerable: whether its distribution can enumerate its support.
         is_flat: whether its density is constant, by ``ImproperUniform`` or by a mask, so that it cannot be drawn.
         num_nan: the number of NaN in its value.
-        unconstrained_shape: the shape of a latent's value after the bijection from its support to the reals; None if
-            there is no bijection, and for sites that are not latent.
+        bijection: the map from the reals to the support of a latent; None if there is none, and for sites that are not
+            latent.
     """
 
     name: str
@@ -82,7 +83,12 @@ class Site:
     is_enumerable: bool
     is_flat: bool
     num_nan: int
-    unconstrained_shape: torch.Size | None = None
+    bijection: Bijection | None = None
+
+    @property
+    def unconstrained_shape(self) -> torch.Size | None:
+        """The shape of a latent's value before the bijection to its support; None without a bijection."""
+        return None if self.bijection is None else self.bijection.unconstrained_shape
 
     @property
     def is_masked_in_part(self) -> bool:
@@ -288,7 +294,7 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
             # Pyro counts all dimensions of a deterministic site as event dimensions, and masks its density.
             deterministic.append(replace(site, event_dim=0, masks=(), is_flat=False))
         elif not node["is_observed"]:
-            latents.append(replace(site, unconstrained_shape=_unconstrained_shape(node)))
+            latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape)))
         elif not isinstance(node["fn"], dist.Unit):
             observed.append(site)
     dtypes = [trace.nodes[site.name]["value"].dtype for site in latents]
@@ -351,13 +357,6 @@ def _site(node: Any) -> Site:
 def _support(fn: Any) -> constraints.Constraint | None:
     try:
         return fn.support
-    except NotImplementedError:
-        return None
-
-
-def _unconstrained_shape(node: Any) -> torch.Size | None:
-    try:
-        return biject_to(node["fn"].support).inv(node["value"]).shape
     except NotImplementedError:
         return None
 

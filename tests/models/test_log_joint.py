@@ -119,3 +119,13 @@ def test_errors_of_singular_matrices_are_known(function):
         function(-torch.ones(2, 2))
     assert is_singular(caught.value)
     assert not is_singular(RuntimeError("shape mismatch"))
+
+
+def test_sites_that_are_not_finite_are_counted() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("positive", torch.where(x > 0, 0.0, -torch.inf))
+
+    layout = Layout(describe(model, (), {}))
+    log_joint = LogJoint(model, (), {}, layout, examples=torch.ones(1, 1))
+    assert log_joint.non_finite_sites(torch.tensor([[1.0], [-1.0], [-2.0]])) == {"positive": 2}
