@@ -2,16 +2,20 @@
 
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import Distribution
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine import Trace
+from pyro.util import ignore_jit_warnings
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,9 +23,10 @@ from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
 from pyroflows.guides.state import FlowState
-from pyroflows.models.layout import Layout
+from pyroflows.models.layout import Layout, constrain_site, unpack
+from pyroflows.models.masks import LeftOut
 from pyroflows.models.requirements import require_flow
-from pyroflows.models.structure import InitFn, Model, ModelStructure, describe_run, in_dtype, latent_init
+from pyroflows.models.structure import InitFn, Model, ModelStructure, Site, describe_run, in_dtype, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
@@ -131,7 +136,45 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._claim_parameters()
-        return super().forward(*args, **kwargs)
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values, log_densities = {}, {}
+        for site, unconstrained in self._unpacked(latent):
+            value, ladj = constrain_site(site, unconstrained)
+            values[site.name] = value
+            log_densities[site.name] = -sum_rightmost(ladj, ladj.dim() - value.dim() + site.event_dim)
+        values = self._with_left_out(values, args, kwargs)
+        result = {}
+        for site in self._built_layout().structure.latents:
+            log_density = 0.0 if poutine.get_mask() is False else log_densities[site.name]
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[site.name]:
+                    stack.enter_context(plates[frame.name])
+                delta = dist.Delta(values[site.name], log_density=log_density, event_dim=site.event_dim)
+                result[site.name] = pyro.sample(site.name, delta)
+        return result
+
+    def _with_left_out(self, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Draw the entries of masked latents that have no posterior, given the rest, by a run of the model.
+
+        The run also shows whether the masks are those for which the guide was made. A guide that was unpickled has no
+        model, and leaves these entries at a constant.
+        """
+        structure = self._built_layout().structure
+        if self.__dict__["_model"] is None or all(site.mask is None for site in structure.latents):
+            return values
+        masks = {site.name: site.mask for site in structure.latents}
+        shapes = {site.name: site.shape for site in structure.latents}
+        left_out = LeftOut(values, masks, structure.kept, shapes)
+        # The guide's handlers must not see this run, whose draws carry no gradients.
+        with poutine.block(), left_out, pyro.validation_enabled(False), ignore_jit_warnings(), torch.no_grad():
+            self.model(*args, **kwargs)
+        return {
+            name: torch.where(structure.kept[name].to(value.device), value, left_out.values[name])
+            if name in structure.kept
+            else value
+            for name, value in values.items()
+        }
 
     def _claim_parameters(self) -> None:
         """Put this guide's own parameters into Pyro's store under this guide's names.
@@ -206,11 +249,15 @@ class AutoFlow(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Iterate over the sites' nodes and unconstrained values, broadcast over plates around the guide."""
+        for site, unconstrained in self._unpacked(latent):
+            yield self.prototype_trace.nodes[site.name], unconstrained
+
+    def _unpacked(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
         for site, part in self._built_layout().split(latent):
             assert site.unconstrained_shape is not None
             event_dim = site.event_dim + len(site.unconstrained_shape) - len(site.shape)
             shape = torch.broadcast_shapes(site.unconstrained_shape, latent.shape[:-1] + (1,) * event_dim)
-            yield self.prototype_trace.nodes[site.name], part.reshape(shape)
+            yield site, unpack(site, part).reshape(shape)
 
     def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
         return flow_near(self.flow_fn, loc, torch.full_like(loc, self._init_scale) if scale is None else scale)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.errors import ModelError
+from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.structure import Model
 
 Mode = Literal["plate", "vmap", "loop"]
@@ -60,6 +61,8 @@ class BatchedModel:
         draw: whether every site without a given value is drawn, observed sites included; otherwise a latent without a
             value is an error.
         subsample: row indices by subsampled plate, for the runs at the examples.
+        kept: which entries of a given value are taken, by site, booleans over leading dimensions of the site; the
+            others are drawn from the site's distribution. None to take all.
         zero_outside_support: whether a given value outside a univariate support has log-density -inf; without
             validation the distribution's ``log_prob`` may give any number there.
 
@@ -90,16 +93,19 @@ class BatchedModel:
         examples: SiteValues,
         draw: bool = False,
         subsample: SiteValues | None = None,
+        kept: SiteValues | None = None,
         zero_outside_support: bool = False,
     ) -> None:
         self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
+        self._kept = kept or {}
         self._zero_outside_support = zero_outside_support
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
             first = {name: value[0] for name, value in examples.items()}
+            self._fillers: dict[str, Tensor] = {}
             handler = self._run(first, subsample or {}, single=True)
             self._handler, self.reference = handler, handler.record
-            self._drawing: dict[frozenset[str], BatchedModel] = {}
+            self._variants: dict[tuple[frozenset[str], bool, bool], BatchedModel] = {}
             self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
@@ -130,16 +136,29 @@ class BatchedModel:
             parts.append(self(part, min(size, num_draws - start)))
         return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
 
-    def drawing(self, examples: SiteValues) -> "BatchedModel":
+    def drawing(self, examples: SiteValues, kept: SiteValues | None = None) -> "BatchedModel":
         """The same model with ``draw=True``, made once for each set of sites with given values.
 
         Args:
             examples: values ``(n, *site shape)`` by given site, as for the class; may be empty.
+            kept: which entries of a given value are taken, as for the class.
         """
-        given = frozenset(examples)
-        if given not in self._drawing:
-            self._drawing[given] = BatchedModel(self._model, self._args, self._kwargs, examples, draw=True)
-        return self._drawing[given]
+        return self._variant(examples, True, kept)
+
+    def filling(self, examples: SiteValues, kept: SiteValues) -> "BatchedModel":
+        """The same model, except that it takes only some entries of given values, and draws the others.
+
+        Args:
+            examples: values ``(n, *site shape)`` by latent site, as for the class.
+            kept: which entries of a given value are taken, as for the class.
+        """
+        return self._variant(examples, self._draw, kept)
+
+    def _variant(self, examples: SiteValues, draw: bool, kept: SiteValues | None) -> "BatchedModel":
+        key = (frozenset(examples), draw, bool(kept))
+        if key not in self._variants:
+            self._variants[key] = BatchedModel(self._model, self._args, self._kwargs, examples, draw, kept=kept)
+        return self._variants[key]
 
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         modes: tuple[Mode, ...] = ("plate", "vmap")
@@ -171,8 +190,9 @@ class BatchedModel:
         """Whether single runs at the values of a batch give the same values and log-densities as the batch."""
         for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
-            is_known = i == 0 and not self._draw
-            single = self.reference if is_known else self._run(given, subsample).record
+            is_known = i == 0 and not self._draw and not self._kept
+            # All entries of the batch's values are given, also those that it has drawn.
+            single = self.reference if is_known else self._run(given, subsample, takes_all=True).record
             batched = RunRecord(
                 {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
             )
@@ -187,9 +207,12 @@ class BatchedModel:
         subsample: SiteValues,
         plate: Any = nullcontext(),  # noqa: B008
         single: bool = False,
+        takes_all: bool = False,
     ) -> "_Handler":
+        kept = {} if takes_all else self._kept
+        handler = _Handler(values, subsample, self._draw, single, kept, self._fillers, self._zero_outside_support)
         # The plate is the inner context, so that the handler sees the distributions that it has expanded.
-        with _Handler(values, subsample, self._draw, single, self._zero_outside_support) as handler, plate:
+        with handler, plate:
             self._model(*self._args, **self._kwargs)
         return handler
 
@@ -243,9 +266,17 @@ class _Handler(Messenger):
     """An effect handler that gives sites their values, and records values and log-densities."""
 
     def __init__(
-        self, values: SiteValues, subsample: SiteValues, draw: bool, single: bool, zero_outside_support: bool
+        self,
+        values: SiteValues,
+        subsample: SiteValues,
+        draw: bool,
+        single: bool,
+        kept: SiteValues,
+        fillers: dict[str, Tensor],
+        zero_outside_support: bool,
     ) -> None:
         super().__init__()
+        self._kept, self._fillers = kept, fillers
         self._zero_outside_support = zero_outside_support
         self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
         self.record = RunRecord({}, {})
@@ -261,6 +292,8 @@ class _Handler(Messenger):
                     f"site '{name}' has shape {tuple(fn.shape())} with these arguments, but its draws have shape "
                     f"{tuple(msg['value'].shape)}: latents that are local to rows of the data cannot serve other rows"
                 )
+            if name in self._kept:
+                msg["value"] = drawn_where_left_out(fn, msg["value"], self._kept[name])
         elif name in self._subsample and msg["value"] is None:
             msg["value"] = self._subsample[name]
         elif self._draw:
@@ -272,6 +305,12 @@ class _Handler(Messenger):
                 f"the model has dynamic structure: site '{name}' is neither observed nor a latent of the model's first "
                 "run; a flow needs the same sites in every run"
             )
+        elif msg["is_observed"]:
+            if self._single and may_hide_nan(msg):
+                # Other runs take the same numbers, since drawing costs time, and not every distribution can under vmap.
+                self._fillers[name] = draw_like(fn, msg["value"])
+            if name in self._fillers:
+                msg["value"] = without_masked_nan(msg, self._fillers[name])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]

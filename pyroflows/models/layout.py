@@ -32,7 +32,8 @@ class Layout:
     r"""Maps the latents of a model to one unconstrained vector, and back.
 
     The value of each site is mapped to the reals by the bijection of its support and flattened; the sites follow one
-    another in the order of the model. Nothing else in the package depends on this order.
+    another in the order of the model. Nothing else in the package depends on this order. Entries of a masked site that
+    do not belong to the posterior are left out of the vector; in values they stand at a constant, which is feasible.
 
     Args:
         structure: the structure of a model that :func:`pyroflows.models.requirements.require_flow` accepts.
@@ -67,7 +68,7 @@ from pyroflows.models.structure import describe
         self.slices: dict[str, slice] = {}
         self.dim = 0
         for site in structure.latents:
-            size = prod(_unconstrained_shape(site))
+            size = _num_kept(site) * prod(_entry_shape(site))
             self.slices[site.name] = slice(self.dim, self.dim + size)
             self.dim += size
         self.blocks = (Block(structure.latents, 0, self.dim),)
@@ -101,12 +102,15 @@ from pyroflows.models.structure import describe
         batch_shape = vector.shape[:-1]
         values = {}
         ladj = vector.new_zeros(batch_shape)
-        for site, part in self.split(vector):
-            unconstrained = part.reshape(batch_shape + _unconstrained_shape(site))
-            value, site_ladj = _bijection(site).constrain(unconstrained)
+        for site, unconstrained in self._unconstrained(vector):
+            value, site_ladj = constrain_site(site, unconstrained)
             ladj = ladj + sum_rightmost(site_ladj, site_ladj.dim() - len(batch_shape))
             values[site.name] = value.reshape(batch_shape + site.shape)
         return values, ladj
+
+    def _unconstrained(self, vector: Tensor) -> Iterator[tuple[Site, Tensor]]:
+        for site, part in self.split(vector):
+            yield site, unpack(site, part)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Pack values of the latents into an unconstrained vector, the inverse of :meth:`constrain`.
@@ -120,8 +124,7 @@ from pyroflows.models.structure import describe
         parts = []
         for site in self.structure.latents:
             value = torch.as_tensor(values[site.name], dtype=self.dtype)
-            batch_shape = value.shape[: value.dim() - len(site.shape)]
-            parts.append(_bijection(site).unconstrain(value).reshape((*batch_shape, -1)))
+            parts.append(pack(site, _bijection(site).unconstrain(value)))
         return torch.cat(parts, -1)
 
     def check_draws(self, draws: Mapping[str, Tensor]) -> None:
@@ -145,12 +148,58 @@ from pyroflows.models.structure import describe
                     f"draws of site '{site.name}' must have shape (S{expected}), got {got}, with S={num_draws}"
                 )
             assert site.support is not None
-            if not site.support.check(value).all():
+            is_feasible = site.support.check(value)
+            if site.kept is not None and site.kept.dim() == is_feasible.dim() - 1:
+                is_feasible = is_feasible | ~site.kept
+            if not is_feasible.all():
                 raise DataError(f"draws of site '{site.name}' are not all in its support, {site.support}")
 
 
-def _unconstrained_shape(site: Site) -> torch.Size:
-    return _bijection(site).unconstrained_shape
+def pack(site: Site, unconstrained: Tensor) -> Tensor:
+    """Flatten unconstrained values ``(*batch, *unconstrained_shape)`` of a site, ``(*batch, size)``."""
+    shape = _bijection(site).unconstrained_shape
+    flat = unconstrained.reshape(unconstrained.shape[: unconstrained.dim() - len(shape)] + (shape.numel(),))
+    return flat if site.kept is None else flat[..., _places(site).to(flat.device)]
+
+
+def unpack(site: Site, part: Tensor) -> Tensor:
+    """Give a part ``(*batch, size)`` of a vector the shape of a site, ``(*batch, *unconstrained_shape)``.
+
+    Entries that are left out of the vector are zero.
+    """
+    shape = part.shape[:-1] + _bijection(site).unconstrained_shape
+    if site.kept is None:
+        return part.reshape(shape)
+    # One zero behind the part serves all entries that are left out. In-place writes would not run under vmap.
+    num = part.shape[-1]
+    places = torch.full((_bijection(site).unconstrained_shape.numel(),), num)
+    places[_places(site)] = torch.arange(num)
+    return torch.cat([part, part.new_zeros(part.shape[:-1] + (1,))], -1)[..., places.to(part.device)].reshape(shape)
+
+
+def constrain_site(site: Site, unconstrained: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Map unconstrained values of a site to its support, and give :math:`\log|\det \partial x / \partial u|`.
+
+    The log-determinant has the batch shape of the site, or that of its mask; at entries that are left out it is zero.
+    """
+    value, ladj = _bijection(site).constrain(unconstrained)
+    return value, ladj if site.kept is None else torch.where(site.kept.to(ladj.device), ladj, 0.0)
+
+
+def _num_kept(site: Site) -> int:
+    return 1 if site.kept is None else int(site.kept.sum())
+
+
+def _entry_shape(site: Site) -> torch.Size:
+    """The unconstrained shape of an entry that is kept or left out; of the whole site without a mask."""
+    return _bijection(site).unconstrained_shape[0 if site.kept is None else site.kept.dim() :]
+
+
+def _places(site: Site) -> Tensor:
+    """The places of the entries that are kept in the flattened unconstrained value of a site."""
+    assert site.kept is not None
+    entries = site.kept.cpu().reshape(-1, 1).expand(-1, prod(_entry_shape(site)))
+    return entries.reshape(-1).nonzero().squeeze(-1)
 
 
 def _bijection(site: Site) -> Bijection:

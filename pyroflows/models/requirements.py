@@ -1,6 +1,7 @@
 """The requirements on a model that a flow can fit; each error names the site, and says what to do."""
 
 from pyroflows.errors import DataError, ModelError
+from pyroflows.models.masks import require_same_mask
 from pyroflows.models.structure import ModelStructure, Site
 
 
@@ -12,11 +13,13 @@ def require_flow(structure: ModelStructure) -> None:
 
     Raises:
         ModelError: if the model has no latents, or a latent is discrete, has a support without a bijection to the
-            reals, stands in a sequential plate, is local to a subsampled plate, or is masked in part; names the site.
-        DataError: if observed values are NaN.
+            reals, stands in a sequential plate, or is local to a subsampled plate, or if all latents are masked and nothing
+            depends on them; names the site.
+        DataError: if observed values are NaN, and with them their log-densities.
 
     Example:
-        >>> from pyroflows.models.structure import describe
+        >>> from pyroflows.models.masks import require_same_mask
+from pyroflows.models.structure import describe
         >>> def model():
         ...     pyro.sample("k", dist.Poisson(3.0))
         >>> require_flow(describe(model, (), {}))
@@ -28,13 +31,17 @@ def require_flow(structure: ModelStructure) -> None:
         _require_bijection(site)
         _require_parallel_plates(site)
         _require_all_rows(site)
-        _require_density(site)
     for site in structure.observed:
         _require_no_nan(site)
     if not structure.latents:
         raise ModelError(
             "the model has no latent variables, so there is no posterior to fit: at least one pyro.sample site must "
             "have no obs"
+        )
+    if all(site.kept is not None and not site.kept.any() for site in structure.latents):
+        raise ModelError(
+            f"all latents are masked, and nothing depends on them ({', '.join(s.name for s in structure.latents)}), so "
+            "that there is no posterior to fit: is a mask False that should be True?"
         )
 
 
@@ -63,7 +70,7 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
         other: what the second run shows.
 
     Raises:
-        ModelError: if a latent appears in one run alone, or has different shapes; names the site.
+        ModelError: if a latent appears in one run alone, or has different shapes or masks; names the site.
     """
     first = {site.name: site for site in structure.latents}
     second = {site.name: site for site in other.latents}
@@ -78,6 +85,7 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
                 f"the model has dynamic structure: latent site '{name}' has shape {tuple(site.shape)} in one run and "
                 f"{tuple(second[name].shape)} in another; a flow needs the same shapes in every run"
             )
+        require_same_mask(name, site.mask, second[name].mask)
 
 
 def _require_continuous(site: Site) -> None:
@@ -116,17 +124,12 @@ def _require_all_rows(site: Site) -> None:
             )
 
 
-def _require_density(site: Site) -> None:
-    if site.is_masked_in_part:
-        raise ModelError(
-            f"latent site '{site.name}' is masked in part, and where it is masked it has no density, hence no "
-            "posterior: give it only the entries that count, instead of mask or obs_mask"
-        )
-
-
 def _require_no_nan(site: Site) -> None:
-    if site.num_nan:
+    if len(site.nan_at):
+        first = ", ".join(str(tuple(index)) for index in site.nan_at[:3].tolist())
+        more = ", ..." if len(site.nan_at) > 3 else ""
         raise DataError(
-            f"observed site '{site.name}' has {site.num_nan} NaN of {site.shape.numel()} values: drop these rows, or "
-            "fill them with any number and mask them with poutine.mask"
+            f"observed site '{site.name}' has {len(site.nan_at)} NaN of {site.shape.numel()} values, at {first}{more}: "
+            "drop these rows, mask them with poutine.mask, or give the site obs_mask=~y.isnan(), so that they are "
+            "imputed"
         )

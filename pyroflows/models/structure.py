@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
+import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from pyroflows.errors import ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
+from pyroflows.models.masks import dependent_entries, entry_mask, innermost, to_rank
 from pyroflows.models.value_reads import ValueReads
 
 Model = Callable[..., Any]
@@ -61,14 +64,17 @@ class Site:
         event_dim: the number of its event dimensions; 0 for a deterministic site.
         support: the support of its distribution; None if the distribution declares none.
         plates: the plates around it, from the outermost to the innermost, sequential ones included.
-        masks: the mask of the effect handlers around it, then those of its distribution; booleans, or tensors of them.
+        mask: where its log-density counts, booleans over leading dimensions of its value, see
+            :func:`pyroflows.models.masks.entry_mask`; None without a mask.
         scale: the factor by which its log-density is multiplied, positive.
         is_discrete: whether its support is discrete.
         is_enumerable: whether its distribution can enumerate its support.
         is_flat: whether its density is constant, by ``ImproperUniform`` or by a mask, so that it cannot be drawn.
-        num_nan: the number of NaN in its value.
+        nan_at: the indices of the NaN in an observed value that make its log-density NaN, ``(n, dimensions)``.
         bijection: the map from the reals to the support of a latent; None if there is none, and for sites that are not
             latent.
+        kept: the entries of a latent that belong to the posterior, booleans of the shape of ``mask``; the others are
+            masked, and nothing depends on them. None if all do.
     """
 
     name: str
@@ -77,23 +83,19 @@ class Site:
     event_dim: int
     support: constraints.Constraint | None
     plates: tuple[Plate, ...]
-    masks: tuple[bool | Tensor, ...]
+    mask: Tensor | None
     scale: float | Tensor
     is_discrete: bool
     is_enumerable: bool
     is_flat: bool
-    num_nan: int
+    nan_at: Tensor
     bijection: Bijection | None = None
+    kept: Tensor | None = None
 
     @property
     def unconstrained_shape(self) -> torch.Size | None:
         """The shape of a latent's value before the bijection to its support; None without a bijection."""
         return None if self.bijection is None else self.bijection.unconstrained_shape
-
-    @property
-    def is_masked_in_part(self) -> bool:
-        """Whether a mask hides some of the entries; the mask ``False`` hides all of them."""
-        return any(isinstance(mask, Tensor) and not mask.all() for mask in self.masks)
 
     @property
     def plate_names(self) -> tuple[str | None, ...]:
@@ -132,6 +134,11 @@ class ModelStructure:
     reads_values: bool
 
     @property
+    def kept(self) -> dict[str, Tensor]:
+        """The entries that belong to the posterior, by latents with others too, in dimensions that fit their values."""
+        return {s.name: to_rank(s.kept, len(s.shape)) for s in self.latents if s.kept is not None}
+
+    @property
     def subsampled(self) -> tuple[Plate, ...]:
         """The plates of which a run sees only a part."""
         return tuple(plate for plate in self.plates.values() if plate.is_subsampled)
@@ -167,7 +174,35 @@ def describe_run(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = 
     """Describe a model as :func:`describe` does, and also give the trace of the run."""
     with ValueReads() as reads:
         trace = trace_model(model, args, kwargs, init_fn)
-    return _structure_of(trace, reads.any), trace
+    structure = _structure_of(trace, reads.any)
+    masks = {s.name: s.mask for s in structure.latents if s.mask is not None and not s.mask.all() and not s.is_discrete}
+    if masks:
+        depends = dependent_entries(model, args, kwargs, masks, partial(_prior_trace, model, args, kwargs))
+        latents = [_with_kept(site, trace, depends.get(site.name)) for site in structure.latents]
+        structure = replace(structure, latents=tuple(latents))
+    return structure, trace
+
+
+def _prior_trace(model: Model, args: Any, kwargs: Any) -> Trace:
+    with pyro.validation_enabled(False):
+        return trace_model(model, args, kwargs)
+
+
+def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
+    """Note which entries of a masked latent belong to the posterior, given those on which the log joint depends."""
+    if site.mask is None or depends is None:
+        return site
+    # A block may hide the data of a model, and what depends on a site with it: then a mask of False is a flat prior.
+    if not site.mask.any() and not any(node["is_observed"] and not _is_deterministic(node) for node in _sample_nodes(trace)):
+        return site
+    kept = site.mask | depends
+    fn = innermost(trace.nodes[site.name]["fn"], kept.dim())
+    return replace(
+        site,
+        kept=None if kept.all() else kept,
+        is_flat=_is_improper(fn) or bool((kept & ~site.mask).any()),
+        bijection=site.bijection and bijection_of(fn, site.shape),
+    )
 
 
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
@@ -290,9 +325,9 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
         frames = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
         nesting = max([nesting, len(node["fn"].batch_shape), *frames])
         site = _site(node)
-        if node["infer"].get("_deterministic"):
+        if _is_deterministic(node):
             # Pyro counts all dimensions of a deterministic site as event dimensions, and masks its density.
-            deterministic.append(replace(site, event_dim=0, masks=(), is_flat=False))
+            deterministic.append(replace(site, event_dim=0, mask=None, is_flat=False))
         elif not node["is_observed"]:
             latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape)))
         elif not isinstance(node["fn"], dist.Unit):
@@ -317,6 +352,10 @@ def _sample_nodes(trace: Trace) -> Iterator[Any]:
             yield node
 
 
+def _is_deterministic(node: Any) -> bool:
+    return bool(node["infer"].get("_deterministic"))
+
+
 def _plates(trace: Trace) -> dict[str, Plate]:
     """The plates by name: those around sites, even if their own statements are blocked, and those without sites."""
     plates = {
@@ -337,7 +376,7 @@ def _stack(node: Any) -> tuple[Plate, ...]:
 def _site(node: Any) -> Site:
     fn, value = node["fn"], torch.as_tensor(node["value"])
     support = _support(fn)
-    masks = _masks(node)
+    mask = entry_mask(fn, node["mask"], value.shape)
     return Site(
         name=node["name"],
         family=type(fn).__name__,
@@ -345,13 +384,23 @@ def _site(node: Any) -> Site:
         event_dim=fn.event_dim,
         support=support,
         plates=_stack(node),
-        masks=masks,
+        mask=mask,
         scale=node["scale"],
         is_discrete=support is not None and support.is_discrete,
         is_enumerable=fn.has_enumerate_support,
-        is_flat=_is_improper(fn) or any(mask is False for mask in masks),
-        num_nan=int(torch.isnan(value).sum()),
+        is_flat=_is_improper(fn) or (mask is not None and not mask.all()),
+        nan_at=_nan_at(node, value) if node["is_observed"] else torch.zeros(0, value.dim()),
     )
+
+
+def _nan_at(node: Any, value: Tensor) -> Tensor:
+    """The indices of the NaN in an observed value that make its log-density NaN."""
+    is_nan, fn = value.isnan(), node["fn"]
+    if is_nan.any():
+        with pyro.validation_enabled(False), torch.no_grad():
+            log_prob = scale_and_mask(fn.log_prob(value), mask=node["mask"])
+        is_nan = is_nan & to_rank(log_prob.isnan(), log_prob.dim() + fn.event_dim)
+    return is_nan.nonzero()
 
 
 def _support(fn: Any) -> constraints.Constraint | None:
@@ -362,15 +411,11 @@ def _support(fn: Any) -> constraints.Constraint | None:
 
 
 def _is_improper(fn: Any) -> bool:
+    """Whether a distribution has no density of its own, or one that is masked before it is transformed."""
+    is_transformed = False
     while hasattr(fn, "base_dist"):
+        is_transformed |= isinstance(fn, dist.TransformedDistribution)
+        if is_transformed and getattr(fn, "_mask", None) is False:
+            return True
         fn = fn.base_dist
     return isinstance(fn, dist.ImproperUniform)
-
-
-def _masks(node: Any) -> tuple[bool | Tensor, ...]:
-    """The masks of a site, and of the distributions that its distribution wraps."""
-    fn, masks = node["fn"], [node["mask"]]
-    while hasattr(fn, "base_dist"):
-        masks.append(getattr(fn, "_mask", None))
-        fn = fn.base_dist
-    return tuple(mask for mask in masks if mask is not None)

@@ -41,11 +41,12 @@ def everything(y=None):
         pyro.sample("vector", dist.Normal(torch.zeros(3, dtype=DOUBLE), one).to_event(1))
         pyro.sample("rate", dist.Gamma(2 * one, one))
     with pyro.plate("rows", 5, dim=-2):
-        pyro.sample("per_row", dist.Normal(loc, one).mask(False))
+        per_row = pyro.sample("per_row", dist.Normal(loc, one).mask(False))
         with columns:
             mix = pyro.sample("mix", dist.Dirichlet(torch.ones(3, dtype=DOUBLE)))
             pyro.deterministic("largest", mix.max(-1).values)
-            pyro.sample("y", dist.Normal(loc, one), obs=torch.zeros(5, 2, dtype=DOUBLE) if y is None else y)
+            y = torch.zeros(5, 2, dtype=DOUBLE) if y is None else y
+            pyro.sample("y", dist.Normal(loc + per_row, one), obs=y)
     pyro.factor("extra", -(loc**2))
     pyro.deterministic("double", 2 * loc)
 
@@ -299,8 +300,8 @@ ODD = {
         "shape": (2,),
         "unconstrained_shape": None,
     },
-    masked_in_part: {"shape": (3,), "is_masked_in_part": True, "plate_names": ("rows",)},
-    observed_in_part: {"shape": (3,), "is_masked_in_part": True, "plate_names": ("rows",)},
+    masked_in_part: {"shape": (3,), "plate_names": ("rows",)},
+    observed_in_part: {"shape": (3,), "plate_names": ("rows",)},
     subsampled_locals: {
         "scale": 2.5,
         "shape": (4,),
@@ -344,8 +345,6 @@ def test_odd_models_are_described(model):
         "is_discrete": False,
         "is_enumerable": False,
         "is_flat": False,
-        "is_masked_in_part": False,
-        "num_nan": 0,
         "unconstrained_shape": ODD[model].get("shape", ()),
     }
     expected = plain | ODD[model]
@@ -353,7 +352,7 @@ def test_odd_models_are_described(model):
 
 
 def test_further_facts_of_odd_models():
-    assert describe(missing, (), {}).observed[0].num_nan == 2
+    assert describe(missing, (), {}).observed[0].nan_at.tolist() == [[1], [2]]
     assert describe(no_latents, (), {}).dtype == torch.float32
     assert describe(counts, (), {}).dtype == torch.float32
     assert [site.name for site in describe(observed_in_part, (), {}).latents] == ["x_unobserved"]
