@@ -123,9 +123,9 @@ class Approximation:
         """
         values, _ = self.layout.constrain(self._draw(num_samples))
         if args or kwargs:
-            batched = BatchedModel(self._model, args, kwargs, values, draw=True)
+            batched = BatchedModel(self._model, args, kwargs, values, draw=True, kept=self.structure.kept)
         else:
-            batched = self.log_joint.batched.drawing(values)
+            batched = self.log_joint.batched.drawing(values, self.structure.kept)
         return posterior_predictive(batched, values, num_samples)
 
     def _draw(self, num_samples: int) -> Tensor:
@@ -140,14 +140,19 @@ class Approximation:
         return self._flow().rsample_and_log_prob((num_samples,))
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:
-        """Latent and deterministic sites, except those in a subsampled plate, whose rows differ from run to run."""
+        """Latent and deterministic sites, except those in a subsampled plate, whose rows differ from run to run.
+
+        Entries of latents that are masked and have no posterior are drawn from their prior given the rest.
+        """
         values, _ = self.layout.constrain(latents)
+        kept = self.structure.kept
         subsampled = {plate.name for plate in self.structure.subsampled}
         names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plate_names)]
-        if not names:
+        if not names and not kept:
             return values
-        recorded = self.log_joint.batched.in_chunks(values, len(latents)).values
-        return {**values, **{name: recorded[name] for name in names}}
+        batched = self.log_joint.batched.filling(values, kept) if kept else self.log_joint.batched
+        recorded = batched.in_chunks(values, len(latents)).values
+        return {name: recorded[name] for name in (*values, *names)}
 
     def _require_full_plates(self) -> None:
         require_full_plates(

@@ -37,6 +37,7 @@ def to_arviz_data(
     coords: Mapping[str, Sequence] | None = None,
     dims: Mapping[str, str | Sequence[str]] | None = None,
     attrs: Mapping[str, Any] | None = None,
+    seen_rows: Mapping[str, np.ndarray] | None = None,
 ) -> "InferenceData | DataTree":
     """Convert arrays, by group and variable, to the data of the installed ArviZ.
 
@@ -47,6 +48,8 @@ def to_arviz_data(
         dims: names of dimensions by variable, without chain and draw, in every group. A log likelihood, which lacks the
             event dimensions of its data, takes as many of the names as it needs.
         attrs: attributes of the posterior, such as ``inference_library``.
+        seen_rows: booleans by variable of the log likelihood, of its shape without chain and draw; where they are
+            False, an observation is missing, and is left out. A log likelihood of several dimensions is flattened then.
 
     Raises:
         ValueError: for a group not among these, or shapes that do not fit the group, the names or each other.
@@ -68,11 +71,14 @@ def to_arviz_data(
             sample_dims = ["chain", "draw"] if group in SAMPLED_GROUPS else []
             lacks_event_dims = group == "log_likelihood"
             _check_ranks(group, arrays, sample_dims, {} if lacks_event_dims else names)
+            labels, group_names = dict(coords or {}), names
+            if lacks_event_dims:
+                arrays, labels, group_names = _seen(arrays, seen_rows or {}, labels, names)
             datasets[group] = backend.dataset(
                 arrays,
                 sample_dims,
-                coords=dict(coords or {}),
-                dims=names,
+                coords=labels,
+                dims=group_names,
                 attrs=dict(attrs or {}) if group == "posterior" else None,
                 skip_event_dims=lacks_event_dims,
             )
@@ -248,6 +254,39 @@ def _check_ranks(group: str, arrays: dict[str, np.ndarray], sample_dims: list[st
             raise ValueError(
                 f"{variable!r} in {group} has shape {values.shape}, too few dimensions for ({', '.join(expected)}, ...)"
             )
+
+
+def _seen(
+    arrays: dict[str, np.ndarray], seen_rows: Mapping[str, np.ndarray], coords: dict, names: dict[str, list]
+) -> tuple[dict[str, np.ndarray], dict, dict[str, list]]:
+    """Leave the rows out of log likelihoods that are not seen, and label the others; with coordinates and names."""
+    dims = {variable: _row_dims(values.ndim - 2, variable, names) for variable, values in arrays.items()}
+    seen, coords, names = {}, dict(coords), dict(names)
+    for variable, values in arrays.items():
+        is_seen = seen_rows.get(variable, np.array(True))
+        if is_seen.all():
+            seen[variable] = values
+        elif is_seen.any():
+            seen[variable] = values[:, :, is_seen]
+            # Another variable may have other rows of the same plate.
+            is_shared = any(set(dims[variable]) & set(dims[other]) for other in arrays if other != variable)
+            is_flattened = is_seen.ndim > 1
+            name = "_".join([*([variable] if is_shared or is_flattened else []), *dims[variable]])
+            names[variable], coords[name] = [name], _labels(is_seen, coords.get(name))
+    return seen, coords, names
+
+
+def _row_dims(num_dims: int, variable: str, names: Mapping[str, list]) -> list[str]:
+    given = names.get(variable, [])[:num_dims]
+    return [*given, *(f"{variable}_dim_{i}" for i in range(len(given), num_dims))]
+
+
+def _labels(is_seen: np.ndarray, given: Sequence | None) -> list:
+    """Labels of the rows that are seen: those that are given, or their indices."""
+    indices = np.argwhere(is_seen)
+    if is_seen.ndim > 1:
+        return [", ".join(map(str, index)) for index in indices]
+    return [index if given is None else given[index] for (index,) in indices]
 
 
 def _check_aligned(group: str, arrays: dict[str, np.ndarray], dataset: "Dataset") -> None:

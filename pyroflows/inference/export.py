@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from pyroflows.inference.arviz import to_arviz_data
 from pyroflows.inference.predictive import posterior_predictive as draw_posterior_predictive
 from pyroflows.inference.predictive import prior_draws
 from pyroflows.models.batching import BatchedModel
+from pyroflows.models.masks import to_rank
 from pyroflows.models.requirements import require_flow
 from pyroflows.models.structure import Model, ModelStructure, Site, describe
 
@@ -41,7 +43,8 @@ def to_arviz(
         kwargs: its keyword arguments.
         num_chains: number of chains of equal length, whose draws follow one another; must divide S.
         sample_stats: tensors ``(S,)`` by name.
-        log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
+        log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs, of all observations that
+            are not masked.
         posterior_predictive: whether to add posterior predictive draws.
         prior: whether to add S prior and prior predictive draws; priors that cannot be drawn from are left out with a
             warning.
@@ -96,16 +99,20 @@ def arviz_data(
         "sample_stats": _in_chains(_double(sample_stats or {}), num_chains),
     }
     named: dict[str, list[str]] = {}
+    rows: dict[str, np.ndarray] = {}
     if structure is not None and batched is not None:
         num_samples = len(next(iter(draws.values())))
         latents = {site.name: draws[site.name] for site in structure.latents}
         named = _dims(structure)
         if structure.observed:
-            record = batched.in_chunks(latents, num_samples)
-            groups["observed_data"] = {s.name: _array(record.values[s.name][0]) for s in structure.observed}
+            # A scale weights an observation in the log joint; the likelihood of the observation is without it.
+            record = batched.unscaled().in_chunks(latents, num_samples)
+            observed_data = {s.name: _with_missing(s, record.values[s.name][0]) for s in structure.observed}
+            groups["observed_data"] = {name: _array(value) for name, value in observed_data.items()}
             if log_likelihood:
                 log_probs = {s.name: record.log_probs[s.name] for s in structure.observed}
                 groups["log_likelihood"] = _in_chains(_double(log_probs), num_chains)
+                rows = {s.name: _seen_rows(s, observed_data[s.name]).cpu().numpy() for s in structure.observed}
             if posterior_predictive:
                 drawn = draw_posterior_predictive(batched.drawing(latents), latents, num_samples)
                 observed = {s.name: drawn[s.name] for s in structure.observed}
@@ -114,7 +121,21 @@ def arviz_data(
             latent, predicted = prior_draws(batched, structure, num_samples)
             groups["prior"], groups["prior_predictive"] = _in_chains(latent, 1), _in_chains(predicted, 1)
     attrs = {"inference_library": "pyroflows", "inference_library_version": version("pyroflows")}
-    return to_arviz_data(groups, coords=coords, dims={**named, **(dims or {})}, attrs=attrs)
+    return to_arviz_data(groups, coords=coords, dims={**named, **(dims or {})}, attrs=attrs, seen_rows=rows)
+
+
+def _with_missing(site: Site, value: Tensor) -> Tensor:
+    """An observed value, NaN where it is masked."""
+    if site.mask is None or site.mask.all():
+        return value
+    value = value if value.is_floating_point() else value.double()
+    return torch.where(to_rank(site.mask, value.dim()).to(value.device), value, torch.nan)
+
+
+def _seen_rows(site: Site, value: Tensor) -> Tensor:
+    """The observations, in the batch shape of a site, that are not missing altogether."""
+    is_seen = ~value.isnan()
+    return is_seen.reshape(*value.shape[: value.dim() - site.event_dim], -1).any(-1)
 
 
 def _dims(structure: ModelStructure) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ Three ways are tried, and the first whose results agree with single runs is take
 - "loop" is one run for each draw.
 """
 
+import copy
 import time
 import warnings
 from collections.abc import Mapping
@@ -98,6 +99,7 @@ class BatchedModel:
     ) -> None:
         self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
         self._kept = kept or {}
+        self._is_scaled = True
         self._zero_outside_support = zero_outside_support
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
@@ -135,6 +137,12 @@ class BatchedModel:
             part = {name: value[start : start + size] for name, value in values.items()}
             parts.append(self(part, min(size, num_draws - start)))
         return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
+
+    def unscaled(self) -> "BatchedModel":
+        """The same model without ``poutine.scale``, for the log-densities of single observations."""
+        made = copy.copy(self)
+        made._is_scaled = False
+        return made
 
     def drawing(self, examples: SiteValues, kept: SiteValues | None = None) -> "BatchedModel":
         """The same model with ``draw=True``, made once for each set of sites with given values.
@@ -211,6 +219,7 @@ class BatchedModel:
     ) -> "_Handler":
         kept = {} if takes_all else self._kept
         handler = _Handler(values, subsample, self._draw, single, kept, self._fillers, self._zero_outside_support)
+        handler.is_scaled = self._is_scaled
         # The plate is the inner context, so that the handler sees the distributions that it has expanded.
         with handler, plate:
             self._model(*self._args, **self._kwargs)
@@ -277,6 +286,7 @@ class _Handler(Messenger):
     ) -> None:
         super().__init__()
         self._kept, self._fillers = kept, fillers
+        self.is_scaled = True
         self._zero_outside_support = zero_outside_support
         self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
         self.record = RunRecord({}, {})
@@ -325,7 +335,8 @@ class _Handler(Messenger):
             log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
             if self._zero_outside_support and name in self._values and _can_be_left(fn.support):
                 log_prob = torch.where(fn.support.check(msg["value"]), log_prob, -torch.inf)
-            self.record.log_probs[name] = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+            scale = msg["scale"] if self.is_scaled else 1.0
+            self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
 
 
 def _is_fixed(msg: Any) -> bool:

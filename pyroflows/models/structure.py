@@ -389,17 +389,21 @@ def _site(node: Any) -> Site:
         is_discrete=support is not None and support.is_discrete,
         is_enumerable=fn.has_enumerate_support,
         is_flat=_is_improper(fn) or (mask is not None and not mask.all()),
-        nan_at=_nan_at(node, value) if node["is_observed"] else torch.zeros(0, value.dim()),
+        nan_at=_nan_at(node, value, mask) if node["is_observed"] else torch.zeros(0, value.dim()),
     )
 
 
-def _nan_at(node: Any, value: Tensor) -> Tensor:
+def _nan_at(node: Any, value: Tensor, mask: Tensor | None) -> Tensor:
     """The indices of the NaN in an observed value that make its log-density NaN."""
-    is_nan, fn = value.isnan(), node["fn"]
+    fn, is_nan = node["fn"], value.isnan()
+    if mask is not None:
+        is_nan = is_nan & to_rank(mask, value.dim())
     if is_nan.any():
-        with pyro.validation_enabled(False), torch.no_grad():
-            log_prob = scale_and_mask(fn.log_prob(value), mask=node["mask"])
-        is_nan = is_nan & to_rank(log_prob.isnan(), log_prob.dim() + fn.event_dim)
+        try:
+            is_bad = scale_and_mask(fn.log_prob(value), mask=node["mask"]).isnan()
+            is_nan = is_nan & to_rank(is_bad, is_bad.dim() + fn.event_dim)
+        except ValueError:  # by the validation of the distribution
+            pass
     return is_nan.nonzero()
 
 
