@@ -11,7 +11,6 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import Distribution
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine import Trace
@@ -65,6 +64,15 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
     else:
         last = Triangular(dim, loc=loc, scale_tril=scale)
     return Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+
+
+def _point_mass(site: Site, value: Tensor, ladj: Tensor) -> Distribution:
+    """A site's value under a guide, with the density that the bijection adds; masked where entries are left out."""
+    log_density = 0.0 if poutine.get_mask() is False else -ladj
+    delta = dist.Delta(value, log_density=log_density, event_dim=value.dim() - ladj.dim())
+    if site.kept is not None:
+        delta = delta.mask(site.kept.to(value.device))
+    return delta.to_event(site.event_dim - delta.event_dim)
 
 
 class AutoFlow(AutoContinuous):
@@ -138,21 +146,16 @@ class AutoFlow(AutoContinuous):
         self._claim_parameters()
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        values, log_densities = {}, {}
+        values, ladjs = {}, {}
         for site, unconstrained in self._unpacked(latent):
-            value, ladj = constrain_site(site, unconstrained)
-            values[site.name] = value
-            log_densities[site.name] = -sum_rightmost(ladj, ladj.dim() - value.dim() + site.event_dim)
+            values[site.name], ladjs[site.name] = constrain_site(site, unconstrained)
         values = self._with_left_out(values, args, kwargs)
-        result = {}
         for site in self._built_layout().structure.latents:
-            log_density = 0.0 if poutine.get_mask() is False else log_densities[site.name]
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[site.name]:
                     stack.enter_context(plates[frame.name])
-                delta = dist.Delta(values[site.name], log_density=log_density, event_dim=site.event_dim)
-                result[site.name] = pyro.sample(site.name, delta)
-        return result
+                pyro.sample(site.name, _point_mass(site, values[site.name], ladjs[site.name]))
+        return values
 
     def _with_left_out(self, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
         """Draw the entries of masked latents that have no posterior, given the rest, by a run of the model.

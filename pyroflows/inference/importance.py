@@ -1,6 +1,7 @@
 """Importance sampling of a model with any proposal, be it a Pyro guide, a flow or a posterior."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel, SiteValues
 from pyroflows.models.layout import Layout
+from pyroflows.models.masks import CountLeftOut, entry_mask, to_rank
 from pyroflows.models.requirements import require_flow, require_full_plates
 from pyroflows.models.structure import Model, ModelStructure, describe, in_dtype
 
@@ -79,7 +81,18 @@ def importance_sample(
     require_full_plates(structure, "give arguments for which the model runs on all rows")
     draw = _proposal(proposal, Layout(structure), args, kwargs)
     examples, _ = draw(NUM_EXAMPLES)
-    batched = BatchedModel(model, args, kwargs, examples, zero_outside_support=True)
+    # Entries without a posterior follow their prior. A guide that draws and scores them is weighted by its density.
+    scored = _scored_entries(proposal, structure, args, kwargs)
+    model = CountLeftOut(scored)(model) if scored else model
+    taken = {s.name: s.kept | scored.get(s.name, s.kept) for s in structure.latents if s.kept is not None}
+    batched = BatchedModel(
+        model,
+        args,
+        kwargs,
+        examples,
+        kept={s.name: to_rank(taken[s.name], len(s.shape)) for s in structure.latents if s.name in taken},
+        zero_outside_support=True,
+    )
     kept = [site.name for site in (*structure.latents, *structure.deterministic)]
     size = min(BATCH_SIZE, batched.chunk_size)
     parts: dict[str, list[Tensor]] = {name: [] for name in kept}
@@ -116,6 +129,25 @@ def _proposal(proposal: Any, layout: Layout, args: Any, kwargs: Any) -> Proposal
     raise OptionError(f"proposal must be a guide, a flow or a posterior, got {type(proposal).__name__}")
 
 
+def _scored_entries(proposal: Any, structure: ModelStructure, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The entries without a posterior that a proposal draws with a density of its own, by site."""
+    if not structure.kept or isinstance(proposal, AutoFlow | Flow):
+        return {}
+    nodes = poutine.block(poutine.trace(proposal).get_trace)(*args, **kwargs).nodes
+    scored = {}
+    for site in structure.latents:
+        if site.kept is not None:
+            mask = entry_mask(nodes[site.name]["fn"], nodes[site.name]["mask"], site.shape)
+            is_masked = torch.tensor(False) if mask is None else ~_at_rank(mask, site.kept)
+            scored[site.name] = ~site.kept & ~is_masked
+    return {name: mask for name, mask in scored.items() if mask.any()}
+
+
+def _at_rank(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of a site in the dimensions of another mask of it."""
+    return mask.flatten(like.dim()).any(-1) if mask.dim() > like.dim() else to_rank(mask, like.dim()).expand_as(like)
+
+
 def _of_flow(flow: Flow, layout: Layout) -> Proposal:
     if flow.event_shape != (layout.dim,) or flow.context_dim:
         raise ShapeError(
@@ -133,6 +165,9 @@ def _of_flow(flow: Flow, layout: Layout) -> Proposal:
 
 def _of_packed(guide: AutoContinuous, layout: Layout, args: Any, kwargs: Any) -> Proposal:
     """Propose from a Pyro guide over one vector, which may be unable to score values that it did not just draw."""
+    # Pyro's vector has all entries, also those without a posterior.
+    latents = tuple(replace(site, kept=None) for site in layout.structure.latents)
+    layout = Layout(replace(layout.structure, latents=latents))
     sizes = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
 
     def draw(num_draws: int) -> tuple[SiteValues, Tensor]:

@@ -135,6 +135,42 @@ class LeftOut(Messenger):
         msg["value"] = self.values[name]
 
 
+class CountLeftOut(Messenger):
+    """An effect handler under which entries that are left out of the posterior have the density of their prior.
+
+    With it, a proposal that draws and scores those entries too has proper importance weights.
+
+    Args:
+        left_out: the entries, booleans over leading dimensions of a latent, by site.
+    """
+
+    def __init__(self, left_out: SiteValues) -> None:
+        super().__init__()
+        self._left_out = left_out
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name not in self._left_out:
+            return
+        left_out = self._left_out[name]
+        inner = innermost(fn, left_out.dim())
+        shape = torch.broadcast_shapes(inner.batch_shape, left_out.shape)
+        mask = entry_mask(fn, msg["mask"], shape + inner.event_shape)
+        counts = left_out if mask is None else mask | left_out
+        msg["fn"] = unmasked(inner).mask(counts).to_event(fn.event_dim - inner.event_dim)
+        msg["mask"] = None
+        if left_out.dim() == len(fn.batch_shape):
+            # The density of the entries must integrate to one.
+            msg["scale"] = torch.where(left_out, 1.0, msg["scale"])
+
+
+def unmasked(fn: Any) -> Any:
+    """A distribution without its masks."""
+    if isinstance(fn, MaskedDistribution):
+        return unmasked(fn.base_dist)
+    return unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, Independent) else fn
+
+
 def require_same_mask(name: str, first: Tensor | None, second: Tensor | None) -> None:
     """Raise if two runs of a model mask a latent at different entries.
 
