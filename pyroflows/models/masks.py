@@ -24,6 +24,8 @@ from pyroflows.randomness import seeded
 Model = Callable[..., Any]
 SiteValues = Mapping[str, Tensor]
 
+NUM_LOOKS = 5
+
 
 def entry_mask(fn: Any, mask: bool | Tensor | None, shape: torch.Size) -> Tensor | None:
     """Where the log-density of a site counts, as booleans over leading dimensions of its value.
@@ -255,15 +257,16 @@ def dependent_entries(
 
     try:
         with seeded(0):
-            first, second = _latents(draw()), _latents(draw())
-        for values in (first, second):
+            first, *others = [_latents(draw()) for _ in range(NUM_LOOKS)]
+        for values in (first, others[0]):
             for name, gradient in _gradients(log_joint, values, list(masks)).items():
                 # A gradient of NaN shows a dependence, too.
                 depends[name] |= (gradient != 0).reshape(*masks[name].shape, -1).any(-1)
         counts = {name: to_rank(mask | depends[name], first[name].dim()) for name, mask in masks.items()}
-        redrawn = {name: torch.where(count, first[name], second[name]) for name, count in counts.items()}
         with torch.no_grad():
-            same = torch.allclose(log_joint(first), log_joint(first | redrawn), equal_nan=True)
+            expected = log_joint(first)
+            redrawn = ({n: torch.where(c, first[n], other[n]) for n, c in counts.items()} for other in others)
+            same = all(torch.allclose(log_joint(first | values), expected, equal_nan=True) for values in redrawn)
     except (RuntimeError, ValueError):  # at extreme draws of a vague prior a matrix may be singular, for instance
         return everywhere
     return depends if same else everywhere
