@@ -313,13 +313,15 @@ class Posterior(Approximation):
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
         """Tabulate mean, standard deviation and quantiles of every component of uncorrected draws, with pandas.
 
+        Entries of masked latents that have no posterior are left out.
+
         Args:
             var_names: sites to show; None for all, except deterministic sites in plates without latents, which have a
-                value for each observation.
+                value for each observation, and sites with ``obs_mask``, whose missing values are a latent's.
         """
         with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
-        return summary_table(draws, self._summary_names() if var_names is None else var_names)
+        return summary_table(draws, self._summary_names() if var_names is None else var_names, self.structure.kept)
 
     def __repr__(self) -> str:
         table = self.summary().round(3).to_string(max_rows=60)
@@ -426,5 +428,10 @@ class Posterior(Approximation):
     def _summary_names(self) -> list[str]:
         structure = self.structure
         local = {plate for site in structure.latents for plate in site.plate_names} | {None}
-        deterministic = [s.name for s in structure.deterministic if local.issuperset(s.plate_names)]
+        latents = {site.name for site in structure.latents}
+        deterministic = [
+            s.name
+            for s in structure.deterministic
+            if local.issuperset(s.plate_names) and f"{s.name}_unobserved" not in latents
+        ]
         return [*(site.name for site in structure.latents), *deterministic]

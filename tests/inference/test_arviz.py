@@ -226,6 +226,78 @@ def test_loo(module, version, groups):
     assert khat.shape == (NUM_DATA,)
 
 
+# Missing observations
+
+
+def loo_and_waic(version, data, variable):
+    if version == "0.x":
+        import arviz
+
+        return arviz.loo(data, var_name=variable, pointwise=True), arviz.waic(data, var_name=variable)
+    import arviz_stats
+
+    # ArviZ 1.x has no WAIC any more.
+    return (arviz_stats.loo(data, var_name=variable, pointwise=True),)
+
+
+def test_missing_rows_do_not_count(module, version, groups):
+    """They are as if they had never been there."""
+    is_seen = np.arange(NUM_DATA) % 2 == 0
+    full = groups["log_likelihood"]["y"]
+    groups["observed_data"]["y"] = np.where(is_seen, groups["observed_data"]["y"], np.nan)
+    data = module.to_arviz_data(groups, dims={"y": ["obs"]}, seen_rows={"y": is_seen})
+    assert dict(data["log_likelihood"]["y"].sizes) == {"chain": 1, "draw": NUM_DRAWS, "obs": NUM_DATA // 2}
+    assert data["log_likelihood"]["obs"].values.tolist() == list(range(0, NUM_DATA, 2))
+    assert data["posterior_predictive"]["y"].sizes["obs"] == NUM_DATA
+    cut = module.to_arviz_data({**groups, "log_likelihood": {"y": full[..., is_seen]}, "observed_data": {}})
+    for found, expected in zip(loo_and_waic(version, data, "y"), loo_and_waic(version, cut, "y"), strict=True):
+        assert found.n_data_points == NUM_DATA // 2
+        assert (found.iloc[0], found.se) == pytest.approx((expected.iloc[0], expected.se)) if version == "0.x" else (
+            (found.elpd, found.se) == pytest.approx((expected.elpd, expected.se))
+        )
+
+
+def test_labels_of_rows_that_are_seen(module):
+    rng = np.random.default_rng(0)
+    likelihood = rng.normal(size=(1, 10, 3))
+    seen = np.array([True, False, True])
+    data = module.to_arviz_data(
+        {"log_likelihood": {"y": likelihood}}, {"obs": ["a", "b", "c"]}, {"y": "obs"}, seen_rows={"y": seen}
+    )
+    assert data["log_likelihood"]["obs"].values.tolist() == ["a", "c"]
+    np.testing.assert_array_equal(data["log_likelihood"]["y"].values, likelihood[..., seen])
+    unnamed = module.to_arviz_data({"log_likelihood": {"y": likelihood}}, seen_rows={"y": seen})
+    assert unnamed["log_likelihood"]["y_dim_0"].values.tolist() == [0, 2]
+
+
+def test_several_variables_miss_other_rows(module):
+    """Of the same plate; without names of their own, ArviZ would fill the rows with NaN."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(1, 10, 3)) for name in ("x", "y", "z")}
+    seen = {"x": np.array([True, False, True]), "y": np.array([False, False, True]), "z": np.array([True] * 3)}
+    data = module.to_arviz_data({"log_likelihood": arrays}, dims=dict.fromkeys(arrays, ["obs"]), seen_rows=seen)
+    sizes = {name: dict(data["log_likelihood"][name].sizes) for name in arrays}
+    common = {"chain": 1, "draw": 10}
+    assert sizes == {"x": common | {"x_obs": 2}, "y": common | {"y_obs": 1}, "z": common | {"obs": 3}}
+    assert not any(np.isnan(data["log_likelihood"][name]).any() for name in arrays)
+
+
+def test_missing_entries_of_several_dimensions_are_flattened(module):
+    likelihood = np.random.default_rng(0).normal(size=(1, 10, 2, 3))
+    seen = np.array([[True, False, True], [False, False, True]])
+    data = module.to_arviz_data(
+        {"log_likelihood": {"y": likelihood}}, dims={"y": ["outer", "inner"]}, seen_rows={"y": seen}
+    )
+    assert data["log_likelihood"]["y_outer_inner"].values.tolist() == ["0, 0", "0, 2", "1, 2"]
+    np.testing.assert_array_equal(data["log_likelihood"]["y"].values, likelihood[..., seen])
+
+
+def test_a_variable_without_any_row_has_no_log_likelihood(module, groups):
+    groups["log_likelihood"]["x"] = np.zeros((1, NUM_DRAWS, 3))
+    data = module.to_arviz_data(groups, seen_rows={"x": np.zeros(3, dtype=bool), "y": np.ones(NUM_DATA, dtype=bool)})
+    assert list(data["log_likelihood"].data_vars) == ["y"]
+
+
 # Pareto smoothing
 
 
