@@ -49,8 +49,7 @@ class Layout:
         Vectors are ``(*batch, dim)``, and values ``(*batch, *site shape)``.
 
     Example:
-        >>> from pyroflows.models.bijections import Bijection
-from pyroflows.models.structure import describe
+        >>> from pyroflows.models.structure import describe
         >>> def model():
         ...     pyro.sample("scale", dist.HalfNormal(1.0))
         ...     pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
@@ -91,8 +90,7 @@ from pyroflows.models.structure import describe
             is that of the free ones.
 
         Example:
-            >>> from pyroflows.models.bijections import Bijection
-from pyroflows.models.structure import describe
+            >>> from pyroflows.models.structure import describe
             >>> def model():
             ...     pyro.sample("scale", dist.HalfNormal(1.0))
             >>> values, ladj = Layout(describe(model, (), {})).constrain(torch.tensor([[0.0], [1.0]]))
@@ -158,7 +156,7 @@ from pyroflows.models.structure import describe
 def pack(site: Site, unconstrained: Tensor) -> Tensor:
     """Flatten unconstrained values ``(*batch, *unconstrained_shape)`` of a site, ``(*batch, size)``."""
     shape = _bijection(site).unconstrained_shape
-    flat = unconstrained.reshape(unconstrained.shape[: unconstrained.dim() - len(shape)] + (shape.numel(),))
+    flat = unconstrained.reshape(*unconstrained.shape[: unconstrained.dim() - len(shape)], shape.numel())
     return flat if site.kept is None else flat[..., _places(site).to(flat.device)]
 
 
@@ -174,7 +172,8 @@ def unpack(site: Site, part: Tensor) -> Tensor:
     num = part.shape[-1]
     places = torch.full((_bijection(site).unconstrained_shape.numel(),), num)
     places[_places(site)] = torch.arange(num)
-    return torch.cat([part, part.new_zeros(part.shape[:-1] + (1,))], -1)[..., places.to(part.device)].reshape(shape)
+    extended = torch.cat([part, part.new_zeros(*part.shape[:-1], 1)], -1)
+    return extended[..., places.to(part.device)].reshape(shape)
 
 
 def constrain_site(site: Site, unconstrained: Tensor) -> tuple[Tensor, Tensor]:

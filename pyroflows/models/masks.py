@@ -74,8 +74,7 @@ def _over(mask: bool | Tensor, shape: torch.Size) -> Tensor:
 
 def innermost(fn: Any, rank: int) -> Any:
     """The distribution under masks and ``to_event`` whose batch dimensions are the first ``rank`` of its value."""
-    num_dims = len(fn.batch_shape) + fn.event_dim
-    while isinstance(fn, MaskedDistribution | Independent) and num_dims - fn.event_dim < rank:
+    while isinstance(fn, MaskedDistribution | Independent) and len(fn.batch_shape) < rank:
         fn = fn.base_dist
     return fn
 

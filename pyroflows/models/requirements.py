@@ -13,13 +13,12 @@ def require_flow(structure: ModelStructure) -> None:
 
     Raises:
         ModelError: if the model has no latents, or a latent is discrete, has a support without a bijection to the
-            reals, stands in a sequential plate, or is local to a subsampled plate, or if all latents are masked and nothing
-            depends on them; names the site.
+            reals, stands in a sequential plate, or is local to a subsampled plate, or if all latents are masked and
+            nothing depends on them; names the site.
         DataError: if observed values are NaN, and with them their log-densities.
 
     Example:
-        >>> from pyroflows.models.masks import require_same_mask
-from pyroflows.models.structure import describe
+        >>> from pyroflows.models.structure import describe
         >>> def model():
         ...     pyro.sample("k", dist.Poisson(3.0))
         >>> require_flow(describe(model, (), {}))
@@ -130,6 +129,6 @@ def _require_no_nan(site: Site) -> None:
         more = ", ..." if len(site.nan_at) > 3 else ""
         raise DataError(
             f"observed site '{site.name}' has {len(site.nan_at)} NaN of {site.shape.numel()} values, at {first}{more}: "
-            "drop these rows, mask them with poutine.mask, or give the site obs_mask=~y.isnan(), so that they are "
-            "imputed"
+            "drop these rows; or fill them with any number, and mask them with poutine.mask, or with "
+            "obs_mask=~y.isnan(), so that they are imputed"
         )

@@ -193,7 +193,8 @@ def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
     if site.mask is None or depends is None:
         return site
     # A block may hide the data of a model, and what depends on a site with it: then a mask of False is a flat prior.
-    if not site.mask.any() and not any(node["is_observed"] and not _is_deterministic(node) for node in _sample_nodes(trace)):
+    has_data = any(node["is_observed"] and not _is_deterministic(node) for node in _sample_nodes(trace))
+    if not site.mask.any() and not has_data:
         return site
     kept = site.mask | depends
     fn = innermost(trace.nodes[site.name]["fn"], kept.dim())

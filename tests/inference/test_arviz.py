@@ -252,8 +252,10 @@ def test_missing_rows_do_not_count(module, version, groups):
     cut = module.to_arviz_data({**groups, "log_likelihood": {"y": full[..., is_seen]}, "observed_data": {}})
     for found, expected in zip(loo_and_waic(version, data, "y"), loo_and_waic(version, cut, "y"), strict=True):
         assert found.n_data_points == NUM_DATA // 2
-        assert (found.iloc[0], found.se) == pytest.approx((expected.iloc[0], expected.se)) if version == "0.x" else (
-            (found.elpd, found.se) == pytest.approx((expected.elpd, expected.se))
+        assert (
+            (found.iloc[0], found.se) == pytest.approx((expected.iloc[0], expected.se))
+            if version == "0.x"
+            else ((found.elpd, found.se) == pytest.approx((expected.elpd, expected.se)))
         )
 
 
@@ -275,7 +277,7 @@ def test_several_variables_miss_other_rows(module):
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(size=(1, 10, 3)) for name in ("x", "y", "z")}
     seen = {"x": np.array([True, False, True]), "y": np.array([False, False, True]), "z": np.array([True] * 3)}
-    data = module.to_arviz_data({"log_likelihood": arrays}, dims=dict.fromkeys(arrays, ["obs"]), seen_rows=seen)
+    data = module.to_arviz_data({"log_likelihood": arrays}, dims=dict.fromkeys(arrays, "obs"), seen_rows=seen)
     sizes = {name: dict(data["log_likelihood"][name].sizes) for name in arrays}
     common = {"chain": 1, "draw": 10}
     assert sizes == {"x": common | {"x_obs": 2}, "y": common | {"y_obs": 1}, "z": common | {"obs": 3}}

@@ -233,7 +233,7 @@ def test_local_latents_at_other_rows(size, ask):
 
 @pytest.mark.parametrize("value", [torch.tensor([1.0, torch.nan, 2.0, torch.nan])])
 def test_nan_data(value):
-    with pytest.raises(DataError, match="observed site 'y' has 2 NaN of 4 values") as caught:
+    with pytest.raises(DataError, match=r"observed site 'y' has 2 NaN of 4 values, at \(1, 0\), \(3, 0\): ") as caught:
         fit(good, value)
     assert isinstance(caught.value, ValueError)
 
@@ -249,31 +249,6 @@ def test_the_advice_about_nan_data_works():
     y = torch.tensor([1.0, torch.nan, 2.0])
     posterior = FlowVI(masked, num_steps=300, seed=0, progress_bar=False).run(y)
     assert posterior.sample(2000)["mean"].mean().item() == pytest.approx(1.0, abs=0.1)
-
-
-def test_the_advice_about_nan_data_says_how_to_mask():
-    """A NaN under a mask would make the gradient NaN, so it must go first; the error asks for a mask alone."""
-    y = torch.tensor([1.0, torch.nan, 2.0])
-
-    def model(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("N", len(y)), poutine.mask(mask=~y.isnan()):
-            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
-
-    with pytest.raises(DataError, match="finite|any number|nan_to_num"):
-        fit(model, y)
-
-
-def test_partly_observed_sites_are_no_silent_divergence():
-    """Pyro's obs_mask makes a latent whose observed part has a flat density: there is no posterior of it."""
-
-    def model(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("N", len(y)):
-            pyro.sample("y", dist.Normal(mean, 1.0), obs=y, obs_mask=torch.tensor([True, False, True]))
-
-    with pytest.raises(ModelError, match="y_unobserved"):
-        fit(model, Y)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
