@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from pyroflows.errors import ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
+from pyroflows.models.supports import simplified, support_of
 from pyroflows.models.value_reads import ValueReads
 
 Model = Callable[..., Any]
@@ -59,7 +60,8 @@ class Site:
         family: the name of the class of its distribution.
         shape: the shape of its value.
         event_dim: the number of its event dimensions; 0 for a deterministic site.
-        support: the support of its distribution; None if the distribution declares none.
+        support: the support of its distribution, see :func:`pyroflows.models.supports.support_of`; None if the
+            distribution declares none, or if it is not known.
         plates: the plates around it, from the outermost to the innermost, sequential ones included.
         masks: the mask of the effect handlers around it, then those of its distribution; booleans, or tensors of them.
         scale: the factor by which its log-density is multiplied, positive.
@@ -294,7 +296,7 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
             # Pyro counts all dimensions of a deterministic site as event dimensions, and masks its density.
             deterministic.append(replace(site, event_dim=0, masks=(), is_flat=False))
         elif not node["is_observed"]:
-            latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape)))
+            latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape, site.support)))
         elif not isinstance(node["fn"], dist.Unit):
             observed.append(site)
     dtypes = [trace.nodes[site.name]["value"].dtype for site in latents]
@@ -336,7 +338,7 @@ def _stack(node: Any) -> tuple[Plate, ...]:
 
 def _site(node: Any) -> Site:
     fn, value = node["fn"], torch.as_tensor(node["value"])
-    support = _support(fn)
+    support = simplified(support_of(fn))
     masks = _masks(node)
     return Site(
         name=node["name"],
@@ -352,13 +354,6 @@ def _site(node: Any) -> Site:
         is_flat=_is_improper(fn) or any(mask is False for mask in masks),
         num_nan=int(torch.isnan(value).sum()),
     )
-
-
-def _support(fn: Any) -> constraints.Constraint | None:
-    try:
-        return fn.support
-    except NotImplementedError:
-        return None
 
 
 def _is_improper(fn: Any) -> bool:
