@@ -65,7 +65,8 @@ class Bijection:
 
     def at_center(self, center: Tensor) -> "Bijection":
         """The bijection of a site on circles with other angles at u = 0."""
-        return replace(self, transform=Wrap(center))
+        assert self.center is not None
+        return replace(self, transform=Wrap(center.to(self.center)))
 
     def constrain(self, u: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map u to x and :math:`\log|\det \partial x / \partial u|`, of the batch shape of x."""

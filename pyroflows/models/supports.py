@@ -86,6 +86,13 @@ def is_circular(fn: Any) -> bool:
     return isinstance(fn, CIRCULAR_FAMILIES)
 
 
+def has_declared_support(fn: Any) -> bool:
+    """Whether the support of a distribution is certainly the one that it declares."""
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return not is_circular(fn) and type(fn).support is not TransformedDistribution.support
+
+
 def without_events(support: constraints.Constraint) -> constraints.Constraint:
     """The constraint of a single entry where a support is the same for entries by themselves."""
     while isinstance(support, constraints.independent):
