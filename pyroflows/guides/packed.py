@@ -22,6 +22,7 @@ from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
 from pyroflows.guides.neutra import ToDeclaredSpace
 from pyroflows.guides.state import FlowState
+from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.requirements import require_flow
 from pyroflows.models.structure import InitFn, Model, ModelStructure, describe_run, in_dtype, latent_init
@@ -138,7 +139,7 @@ class AutoFlow(AutoContinuous):
         self._claim_parameters()
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        bijections = {site.name: site.bijection for site in self._built_layout().structure.latents}
+        bijections: dict[str, Any] = {site.name: site.bijection for site in self._built_layout().structure.latents}
         values = {}
         for node, unconstrained in self._unpack_latent(latent):
             name, event_dim = node["name"], node["fn"].event_dim
@@ -175,6 +176,7 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         structure, trace = describe_run(self.model, args, kwargs)
         require_flow(structure)
+        require_fixed_supports(structure, self.model, args, kwargs)
         layout = Layout(structure).at_centers(self._centers)
         flow = self._modules.get("flow")
         if flow is not None and flow.event_shape != (layout.dim,):

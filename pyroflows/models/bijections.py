@@ -136,7 +136,7 @@ def _transform_to(support: c.Constraint) -> Transform:
     entry = without_events(support)
     if isinstance(entry, c.less_than):
         return ComposeTransform([Exp(), AffineTransform(entry.upper_bound, -1.0)])
-    if isinstance(entry, HALF_LINES):
+    if isinstance(entry, c.greater_than | c.greater_than_eq):
         is_zero = not isinstance(entry.lower_bound, Tensor) and entry.lower_bound == 0
         return Exp() if is_zero else ComposeTransform([Exp(), AffineTransform(entry.lower_bound, 1.0)])
     if isinstance(entry, INTERVALS):
@@ -177,23 +177,23 @@ class Wrap(Transform):
         super().__init__()
         self.center = center
 
-    def _call(self, u: Tensor) -> Tensor:
-        return wrapped(self.center + math.pi * torch.erf(u / math.sqrt(2)))
+    def _call(self, x: Tensor) -> Tensor:
+        return wrapped(self.center + math.pi * torch.erf(x / math.sqrt(2)))
 
-    def _inverse(self, x: Tensor) -> Tensor:
-        most = 1 - torch.finfo(x.dtype).eps
-        return math.sqrt(2) * torch.erfinv((wrapped(x - self.center) / math.pi).clamp(-most, most))
+    def _inverse(self, y: Tensor) -> Tensor:
+        most = 1 - torch.finfo(y.dtype).eps
+        return math.sqrt(2) * torch.erfinv((wrapped(y - self.center) / math.pi).clamp(-most, most))
 
-    def log_abs_det_jacobian(self, u: Tensor, x: Tensor) -> Tensor:
-        return math.log(2 * math.pi) - 0.5 * u**2 - 0.5 * math.log(2 * math.pi)
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return math.log(2 * math.pi) - 0.5 * x**2 - 0.5 * math.log(2 * math.pi)
 
 
 class Exp(ExpTransform):
     """The map of the real line onto the positive numbers, x = exp(u), which is neither 0 nor infinite."""
 
-    def _call(self, u: Tensor) -> Tensor:
-        info = torch.finfo(u.dtype)
-        return u.exp().clamp(info.tiny, info.max)
+    def _call(self, x: Tensor) -> Tensor:
+        info = torch.finfo(x.dtype)
+        return x.exp().clamp(info.tiny, info.max)
 
 
 class StickBreaking(StickBreakingTransform):
@@ -209,13 +209,13 @@ class StickBreaking(StickBreakingTransform):
         log_x = F.pad(log_z, (0, 1)) + F.pad(log_rest.cumsum(-1), (1, 0))
         return log_x, log_x[..., :-1] + log_rest
 
-    def _call(self, u: Tensor) -> Tensor:
-        return self.log_entries(u)[0].exp().clamp(min=torch.finfo(u.dtype).tiny)
+    def _call(self, x: Tensor) -> Tensor:
+        return self.log_entries(x)[0].exp().clamp(min=torch.finfo(x.dtype).tiny)
 
-    def _inverse(self, x: Tensor) -> Tensor:
+    def _inverse(self, y: Tensor) -> Tensor:
         # The rest of the stick is summed from its end, since one minus a sum near one would be zero.
-        rest = x.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-        return x[..., :-1].log() - rest.log() + torch.arange(rest.shape[-1], 0, -1).to(x).log()
+        rest = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        return y[..., :-1].log() - rest.log() + torch.arange(rest.shape[-1], 0, -1).to(y).log()
 
-    def log_abs_det_jacobian(self, u: Tensor, x: Tensor) -> Tensor:
-        return self.log_entries(u)[1].sum(-1)
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.log_entries(x)[1].sum(-1)
