@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.distributions import (
     AffineTransform,
     ComposeTransform,
+    CorrCholeskyTransform,
     ExpTransform,
     StickBreakingTransform,
     Transform,
     biject_to,
 )
 from torch.distributions import constraints as c
+from torch.distributions.utils import vec_to_tril_matrix
 from torch.nn import functional as F
 
 from pyroflows.models.edges import Logs, has_log_density
@@ -82,6 +84,8 @@ class Bijection:
         """The logarithms of the distances of x from the edges of its support, see :mod:`pyroflows.models.edges`."""
         if isinstance(self.transform, StickBreaking):
             return (self.transform.log_entries(u)[0],)
+        if isinstance(self.transform, CorrCholesky):
+            return (torch.diag_embed(self.transform.log_rests(u).sum(-1) / 2),)
         if isinstance(without_events(self.support), INTERVALS):
             return -F.softplus(-u), -F.softplus(u)
         return (u,)
@@ -141,6 +145,8 @@ def _transform_to(support: c.Constraint) -> Transform:
         return Exp() if is_zero else ComposeTransform([Exp(), AffineTransform(entry.lower_bound, 1.0)])
     if isinstance(entry, INTERVALS):
         return biject_to(entry)
+    if isinstance(entry, type(c.corr_cholesky)):
+        return CorrCholesky()
     return StickBreaking() if isinstance(entry, type(c.simplex)) else biject_to(support)
 
 
@@ -219,3 +225,21 @@ class StickBreaking(StickBreakingTransform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return self.log_entries(x)[1].sum(-1)
+
+
+class CorrCholesky(CorrCholeskyTransform):
+    r"""The map of vectors onto Cholesky factors of correlation matrices, whose logarithms are exact near the edges.
+
+    Row i has the partial correlations :math:`r_{ij} = \tanh u_{ij}`, j < i, and the entries
+    :math:`x_{ij} = r_{ij} \prod_{k < j} \sqrt{1 - r_{ik}^2}`, with :math:`r_{ii} = 1`.
+    """
+
+    def log_rests(self, u: Tensor) -> Tensor:
+        r"""The logarithms :math:`\log(1 - r_{ij}^2)`, zero on and above the diagonal, ``(*, D, D)``."""
+        return vec_to_tril_matrix(2 * (math.log(2.0) - u - F.softplus(-2 * u)), diag=-1)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor, intermediates: Any = None) -> Tensor:
+        log_rests = self.log_rests(x)
+        # The entries of a row are shortened by all partial correlations to their left.
+        shortened = log_rests.cumsum(-1).tril(-2).sum((-2, -1)) / 2
+        return shortened + log_rests.sum((-2, -1))

@@ -6,7 +6,8 @@ unconstrained value:
 
 - of an interval from a to b, :math:`\log\frac{x - a}{b - a}` and :math:`\log\frac{b - x}{b - a}`;
 - of a half line from a, :math:`\log|x - a|`;
-- of a simplex, the logarithms of the entries.
+- of a simplex, the logarithms of the entries;
+- of Cholesky factors of correlation matrices, a matrix with the logarithms of the factor's diagonal on its diagonal.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,20 @@ from pyro import distributions as dist
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import AffineTransform, Independent, TransformedDistribution
+from torch.distributions import (
+    AffineTransform,
+    ExpTransform,
+    Independent,
+    SigmoidTransform,
+    TransformedDistribution,
+    constraints,
+)
+
+from pyroflows.models.supports import support_of, without_events
 
 Logs = tuple[Tensor, ...]
+
+_MAPS = (AffineTransform, ExpTransform, SigmoidTransform)
 
 
 def has_log_density(fn: Any) -> bool:
@@ -29,9 +41,14 @@ def has_log_density(fn: Any) -> bool:
         >>> has_log_density(dist.Beta(0.1, 0.1)), has_log_density(dist.Normal(0.0, 1.0))
         (True, False)
     """
-    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution) or _is_affine(fn):
-        fn = fn.base_dist
-    return _density_of(fn) is not None
+    if isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        return has_log_density(fn.base_dist)
+    if _density_of(fn) is not None:
+        return True
+    if not _is_transformed(fn):
+        return False
+    last, rest = _last_transform(fn)
+    return has_log_density(rest) if isinstance(last, AffineTransform) else _is_real(rest)
 
 
 def log_density(fn: Any, logs: Logs) -> Tensor:
@@ -53,11 +70,8 @@ def log_density(fn: Any, logs: Logs) -> Tensor:
         return log_density(fn.base_dist, logs).expand(_batch_shape(fn, logs))
     if isinstance(fn, MaskedDistribution):
         return _masked(fn, logs)
-    if _is_affine(fn):
-        return _after_affine(fn, logs)
     density = _density_of(fn)
-    assert density is not None
-    return density(fn, *logs)
+    return _after_transform(fn, logs) if density is None else density(fn, *logs)
 
 
 def _density_of(fn: Any) -> Callable[..., Tensor] | None:
@@ -76,24 +90,44 @@ def _masked(fn: Any, logs: Logs) -> Tensor:
     return value if fn._mask is True else torch.where(fn._mask, value, 0.0)
 
 
-def _is_affine(fn: Any) -> bool:
-    """Whether a distribution is another one, moved and scaled."""
-    is_transformed = type(fn).log_prob is TransformedDistribution.log_prob
-    return is_transformed and all(isinstance(t, AffineTransform) and not t.event_dim for t in fn.transforms)
+def _is_transformed(fn: Any) -> bool:
+    """Whether a distribution is another one behind a map of numbers onto a half line or an interval."""
+    if type(fn).log_prob is not TransformedDistribution.log_prob or not fn.transforms:
+        return False
+    return isinstance(fn.transforms[-1], _MAPS) and not fn.transforms[-1].domain.event_dim
 
 
-def _after_affine(fn: Any, logs: Logs) -> Tensor:
-    like = logs[0]
-    scale = like.new_ones(())
-    for transform in fn.transforms:
-        scale = scale * torch.as_tensor(transform.scale).to(like)
-    log_scale = scale.abs().log()
-    if len(logs) == 1:
-        logs = (like - log_scale,)
+def _last_transform(fn: Any) -> tuple[Any, Any]:
+    """The last transform of a distribution, and the distribution before it."""
+    *before, last = fn.transforms
+    return last, dist.TransformedDistribution(fn.base_dist, before) if before else fn.base_dist
+
+
+def _is_real(fn: Any) -> bool:
+    support = support_of(fn)
+    return support is not None and isinstance(without_events(support), type(constraints.real))
+
+
+def _after_transform(fn: Any, logs: Logs) -> Tensor:
+    last, rest = _last_transform(fn)
+    if isinstance(last, ExpTransform):
+        u, ladj = logs[0], logs[0]
+        value = rest.log_prob(u)
+    elif isinstance(last, SigmoidTransform):
+        u, ladj = logs[0] - logs[1], logs[0] + logs[1]
+        value = rest.log_prob(u)
     else:
-        lower, upper = logs
-        logs = torch.where(scale > 0, lower, upper), torch.where(scale > 0, upper, lower)
-    return log_density(fn.base_dist, logs) - sum_rightmost(log_scale.expand(like.shape), fn.event_dim)
+        scale = torch.as_tensor(last.scale).to(logs[0])
+        ladj = scale.abs().log().expand(logs[0].shape)
+        value = log_density(rest, _before_scaling(logs, scale))
+    return value - sum_rightmost(ladj, fn.event_dim)
+
+
+def _before_scaling(logs: Logs, scale: Tensor) -> Logs:
+    if len(logs) == 1:
+        return (logs[0] - scale.abs().log(),)
+    lower, upper = logs
+    return torch.where(scale > 0, lower, upper), torch.where(scale > 0, upper, lower)
 
 
 def _uniform(fn: Any, log_lower: Tensor, log_upper: Tensor) -> Tensor:
@@ -134,8 +168,12 @@ def _weibull(fn: Any, log_x: Tensor) -> Tensor:
     return k.log() - fn.scale.log() + (k - 1) * log_ratio - (k * log_ratio).exp()
 
 
-def _log_normal(fn: Any, log_x: Tensor) -> Tensor:
-    return fn.base_dist.log_prob(log_x) - log_x
+def _lkj_cholesky(fn: Any, log_diagonal: Tensor) -> Tensor:
+    # The exponents of the diagonal are those of the density; at the identity only its constant is left.
+    identity = torch.eye(fn.dim).to(log_diagonal)
+    exponents = 2 * (fn.concentration[..., None] - 1) + fn.dim - torch.arange(1, fn.dim + 1).to(log_diagonal)
+    log_x = log_diagonal.diagonal(dim1=-2, dim2=-1)
+    return fn.log_prob(identity.expand(log_diagonal.shape)) + (exponents * log_x)[..., 1:].sum(-1)
 
 
 _DENSITIES: dict[type, Callable[..., Tensor]] = {
@@ -147,5 +185,5 @@ _DENSITIES: dict[type, Callable[..., Tensor]] = {
     torch.distributions.InverseGamma: _inverse_gamma,
     dist.InverseGamma: _inverse_gamma,
     torch.distributions.Weibull: _weibull,
-    torch.distributions.LogNormal: _log_normal,
+    torch.distributions.LKJCholesky: _lkj_cholesky,
 }

@@ -205,7 +205,7 @@ def _limit(transform: Transform, end: End, of_domain: End, of_codomain: End) -> 
 
 
 def _forward(transform: Transform) -> Transform:
-    return transform._inv if isinstance(transform, _InverseTransform) else transform
+    return transform.inv if isinstance(transform, _InverseTransform) else transform
 
 
 def _between(lower: End, upper: End) -> constraints.Constraint:
