@@ -152,10 +152,9 @@ def _transform_to(support: c.Constraint) -> Transform:
 
 def _direction(fn: Any) -> Tensor:
     """The mean direction of a circular distribution, opposite to which most of them have the least mass."""
-    try:
-        return wrapped(fn.mean.detach())
-    except NotImplementedError:
-        return torch.zeros(())
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return wrapped(fn.mean.detach())
 
 
 def wrapped(angle: Tensor) -> Tensor:
