@@ -1,7 +1,7 @@
 """The flow guide, a Pyro ``AutoContinuous`` whose distribution over all latents is one flow."""
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -21,12 +21,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
+from pyroflows.guides.neutra import ToDeclaredSpace
 from pyroflows.guides.state import FlowState
+from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout, constrain_site, unpack
 from pyroflows.models.masks import LeftOut
 from pyroflows.models.requirements import require_flow
 from pyroflows.models.structure import InitFn, Model, ModelStructure, Site, describe_run, in_dtype, latent_init
-from pyroflows.transforms import Elementwise, FlowTransform, Triangular
+from pyroflows.transforms import Compose, Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
 FlowFn = Callable[[int], Any]
@@ -133,6 +135,8 @@ class AutoFlow(AutoContinuous):
         # Whether the flow got new values from a state dict, a start or a fit since the last call. They then take
         # precedence over values that were loaded into Pyro's store.
         self._holds_new_values = False
+        # The centers of angles in a state that was loaded before the guide is built.
+        self._centers: dict[str, Tensor] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latents, as a dictionary by site.
@@ -203,7 +207,8 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         structure, trace = describe_run(self.model, args, kwargs)
         require_flow(structure)
-        layout = Layout(structure)
+        require_fixed_supports(structure, self.model, args, kwargs)
+        layout = Layout(structure).at_centers(self._centers)
         flow = self._modules.get("flow")
         if flow is not None and flow.event_shape != (layout.dim,):
             raise CheckpointError(
@@ -275,6 +280,16 @@ class AutoFlow(AutoContinuous):
         self.flow, self.flow_fn = flow, flow_fn
         self._holds_new_values = True
 
+    def center_at(self, centers: Mapping[str, Tensor]) -> None:
+        """Put other angles at the origin of the unconstrained space, where the values of the flow then mean others.
+
+        Args:
+            centers: angles by site on circles, such as ``layout.centers`` of another guide; other names are ignored.
+        """
+        self._centers = dict(centers)
+        if self.layout is not None:
+            self.layout = self.layout.at_centers(self._centers)
+
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
         r"""Build the flow anew so that it starts close to :math:`\mu + S z`, whatever it has learnt before.
 
@@ -304,7 +319,10 @@ class AutoFlow(AutoContinuous):
         flow = self.flow
         if flow is None:
             return torch.zeros(0, dtype=torch.uint8)
-        return FlowState.of(flow, self._recipe).to_tensor().to(next(flow.parameters()).device)
+        return self._state_of(flow).to_tensor().to(next(flow.parameters()).device)
+
+    def _state_of(self, flow: Flow) -> FlowState:
+        return FlowState.of(flow, self._recipe, self._centers if self.layout is None else self.layout.centers)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Build the flow of a state dict, or check that it is built like the flow that this guide holds.
@@ -318,8 +336,9 @@ class AutoFlow(AutoContinuous):
         if not state.numel():
             return
         saved = FlowState.from_tensor(state)
-        held = replace(saved, recipe=self._recipe) if self.flow is None else FlowState.of(self.flow, self._recipe)
+        held = replace(saved, recipe=self._recipe) if self.flow is None else self._state_of(self.flow)
         saved.check_same(held)
+        self.center_at(saved.centers)
         if self.flow is None:
             zeros = torch.zeros(saved.dim, dtype=getattr(torch, saved.dtype), device=state.device)
             scale = torch.eye(saved.dim).to(zeros) if saved.last_layer == "triangular" else None
@@ -338,8 +357,16 @@ class AutoFlow(AutoContinuous):
         return self._built().base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """The map from base values z to unconstrained latents, with a cache of its last pair of values."""
-        return self._built().transform.exact().with_cache()
+        """The map from base values z to unconstrained latents, with a cache of its last pair of values.
+
+        It is what ``NeuTraReparam`` uses. The unconstrained values are those of Pyro, from which the site's declared
+        support gives the values; where this support is too large, they fill a part of the real line.
+        """
+        transform = self._built().transform.exact()
+        if self.layout is not None:
+            to_declared = ToDeclaredSpace(self.layout, self.prototype_trace)
+            transform = transform if to_declared.is_identity else Compose([transform, to_declared])
+        return transform.with_cache()
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
         """The distribution of the packed unconstrained latents, with event shape ``(latent_dim,)``."""

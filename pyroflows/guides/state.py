@@ -1,7 +1,8 @@
 """How a guide's flow was built, noted in its state dict, so that a guide that was never called can build it."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class FlowState:
         last_layer: "diagonal" or "triangular", the kind of scale in the guide's own last layer.
         num_components: the number of flows in a mixture; 1 for a single flow.
         dtype: the dtype of the flow, such as "float32".
+        centers: the angles at the origin of the unconstrained space, by site on circles; without them the values of the
+            flow mean nothing.
 
     Example:
         >>> state = FlowState(Recipe("IAF"), dim=3, last_layer="diagonal", num_components=1, dtype="float32")
@@ -34,17 +37,20 @@ class FlowState:
     last_layer: str
     num_components: int
     dtype: str
+    centers: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, flow: Flow, recipe: Recipe | None) -> "FlowState":
+    def of(cls, flow: Flow, recipe: Recipe | None, centers: Mapping[str, Tensor]) -> "FlowState":
         """Describe a flow that ends in a guide's own layer."""
         is_triangular = isinstance(flow.components[0].layers[-1], Triangular)
         dtype = str(next(flow.parameters()).dtype).removeprefix("torch.")
-        return cls(recipe, flow.dim, "triangular" if is_triangular else "diagonal", len(flow.components), dtype)
+        last_layer = "triangular" if is_triangular else "diagonal"
+        return cls(recipe, flow.dim, last_layer, len(flow.components), dtype, centers)
 
     def to_tensor(self) -> Tensor:
         """Write JSON as bytes into a tensor of dtype ``uint8``, since a state dict should hold tensors alone."""
-        text = json.dumps({**asdict(self), "recipe": self.recipe and self.recipe.to_json()})
+        centers = {name: center.tolist() for name, center in self.centers.items()}
+        text = json.dumps({**vars(self), "recipe": self.recipe and self.recipe.to_json(), "centers": centers})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     @classmethod
@@ -57,8 +63,9 @@ class FlowState:
         try:
             fields: dict[str, Any] = json.loads(bytes(tensor.to(torch.uint8).tolist()))
             recipe = fields["recipe"] and Recipe.from_json(fields["recipe"])
-            return replace(cls(**fields), recipe=recipe)
-        except (ValueError, TypeError, KeyError, OptionError) as error:
+            centers = {name: torch.tensor(values, dtype=torch.float64) for name, values in fields["centers"].items()}
+            return replace(cls(**fields), recipe=recipe, centers=centers)
+        except (ValueError, TypeError, KeyError, AttributeError, OptionError) as error:
             raise CheckpointError(f"the state does not say how its flow was built: {error}") from error
 
     def check_same(self, guide: "FlowState") -> None:

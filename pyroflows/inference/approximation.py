@@ -15,6 +15,7 @@ from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import NOT_BUILT
 from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
+from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static, require_flow, require_full_plates
@@ -53,8 +54,9 @@ class Approximation:
         if log_joint is None:
             structure = describe(self._model, self._args, self._kwargs, self._init_fn)
             require_flow(structure)
+            require_fixed_supports(structure, self._model, self._args, self._kwargs)
             check_static(guide.layout.structure, structure)
-            self.layout = Layout(structure)
+            self.layout = Layout(structure).at_centers(guide.layout.centers)
         else:
             self.log_joint = log_joint
             self.layout = log_joint.layout

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,10 +18,13 @@ from pyroflows.guides import AutoFlow
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel, SiteValues
+from pyroflows.models.bijections import declared_bijection
+from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.masks import CountLeftOut, entry_mask, to_rank
 from pyroflows.models.requirements import require_flow, require_full_plates
 from pyroflows.models.structure import Model, ModelStructure, describe, in_dtype
+from pyroflows.models.supports import has_declared_support
 
 # The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
 BATCH_SIZE = 16_384
@@ -79,6 +83,8 @@ def importance_sample(
     structure = describe(model, args, kwargs)
     require_flow(structure)
     require_full_plates(structure, "give arguments for which the model runs on all rows")
+    if isinstance(proposal, Flow | AutoContinuous):
+        require_fixed_supports(structure, model, args, kwargs)
     draw = _proposal(proposal, Layout(structure), args, kwargs)
     examples, _ = draw(NUM_EXAMPLES)
     # Entries without a posterior follow their prior. A guide that draws and scores them is weighted by its density.
@@ -113,10 +119,11 @@ def importance_sample(
 
 def _proposal(proposal: Any, layout: Layout, args: Any, kwargs: Any) -> Proposal:
     if isinstance(proposal, AutoFlow):
-        if proposal.flow is None:
+        if proposal.layout is None:
             proposal._setup_prototype(*args, **kwargs)
         assert proposal.flow is not None
-        return _of_flow(proposal.flow, layout)
+        assert proposal.layout is not None
+        return _of_flow(proposal.flow, layout.at_centers(proposal.layout.centers))
     if isinstance(proposal, Flow):
         return _of_flow(proposal, layout)
     if isinstance(proposal, torch.nn.Module | Callable):
@@ -124,7 +131,7 @@ def _proposal(proposal: Any, layout: Layout, args: Any, kwargs: Any) -> Proposal
         trace = prune_subsample_sites(poutine.block(poutine.trace(proposal).get_trace)(*args, **kwargs))
         _check_sites(dict(trace.iter_stochastic_nodes()), layout.structure)
         if isinstance(proposal, AutoContinuous):
-            return _of_packed(proposal, layout, args, kwargs)
+            return _of_packed(proposal, _declared(layout.structure, proposal.prototype_trace), args, kwargs)
         return _of_program(proposal, layout.structure, args, kwargs)
     raise OptionError(f"proposal must be a guide, a flow or a posterior, got {type(proposal).__name__}")
 
@@ -161,6 +168,16 @@ def _of_flow(flow: Flow, layout: Layout) -> Proposal:
         return values, log_q - ladj
 
     return draw
+
+
+def _declared(structure: ModelStructure, trace: Trace) -> Layout:
+    """The layout of Pyro's own guides, whose bijections are those of the supports that distributions declare."""
+    latents = []
+    for site in structure.latents:
+        fn = trace.nodes[site.name]["fn"]
+        is_ours = has_declared_support(fn)
+        latents.append(site if is_ours else replace(site, bijection=declared_bijection(fn, site.shape)))
+    return Layout(replace(structure, latents=tuple(latents)))
 
 
 def _of_packed(guide: AutoContinuous, layout: Layout, args: Any, kwargs: Any) -> Proposal:

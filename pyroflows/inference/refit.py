@@ -33,7 +33,7 @@ def distilled_guide(
     flow: Any = teacher.flow
     with torch.no_grad():
         draws = flow().sample((NUM_CORRELATION_DRAWS,))
-    guide = AutoFlow(model, flow_fn, dtype=teacher.dtype)
+    guide = _guide_like(teacher, model, flow_fn)
     return guide, distill(_start_near(guide, draws, torch.ones_like(draws[:, 0]), args, kwargs), flow, **options)
 
 
@@ -62,9 +62,17 @@ def weighted_guide(
     normalized = weights.normalized.to(latents)
     # Beyond its bounds a spline is the identity, while an affine map goes on and covers tails with few draws.
     default = Recipe("MAF" if latents.shape[1] > 1 else "NSF")
-    guide = AutoFlow(model, flow_fn or default, dtype=proposal.dtype)
+    guide = _guide_like(proposal, model, flow_fn or default)
     flow = _start_near(guide, latents, normalized, args, kwargs)
     return guide, fit_density(flow, latents, weights=normalized, **{"patience": PATIENCE, **options})
+
+
+def _guide_like(other: AutoFlow, model: Model, flow_fn: FlowFn | None) -> AutoFlow:
+    """Make a guide whose unconstrained vectors mean the same as those of another guide of the model."""
+    guide = AutoFlow(model, flow_fn, dtype=other.dtype)
+    assert other.layout is not None
+    guide.center_at(other.layout.centers)
+    return guide
 
 
 def _start_near(guide: AutoFlow, latents: Tensor, weights: Tensor, args: Any, kwargs: Any) -> Flow:

@@ -1,5 +1,6 @@
 """Variational inference by reverse KL, from a model to a posterior: a Gaussian where it is enough, else a flow."""
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
+from pyroflows.inference.circles import find_centers
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.posterior import Posterior
@@ -43,6 +45,8 @@ MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
 NUM_TEMPERED_STEPS = 500
 # A model whose code reads values runs at this many others, within this time, to see whether its sites stay the same.
 NUM_LOOKS = 16
+# A fit in float32 is repeated in float64 if more than this share of its draws lies on an edge of their support.
+MAX_SHARE_AT_EDGES, NUM_EDGE_DRAWS = 0.01, 1000
 MAX_SECONDS_OF_LOOKS = 0.5
 
 
@@ -151,8 +155,36 @@ class FlowVI:
             DivergedError: if the fit diverges; the guide keeps its last good state.
             OptionError: if the guide holds a mixture of flows, which a fit with several modes leaves in it.
         """
+        try:
+            posterior = self._seeded_run(args, kwargs)
+        except DivergedError as error:
+            precise = self._run_in_float64(args, kwargs, f"the fit in float32 diverged ({error})")
+            if precise is None:
+                raise
+            return precise
+        found = _describe_edges(posterior)
+        precise = self._run_in_float64(args, kwargs, found) if found else None
+        return posterior if precise is None else precise
+
+    def _seeded_run(self, args: Any, kwargs: Any) -> Posterior:
         with seeded(self.seed):
             return self._run(args, kwargs)
+
+    def _run_in_float64(self, args: Any, kwargs: Any, reason: str) -> Posterior | None:
+        """Repeat a fit in float64 with a warning; None where the dtype is given, is not float32, or float64 fails."""
+        if self.dtype is not None or isinstance(self.guide, AutoFlow):
+            return None
+        with seeded(0):
+            if describe(self.model, args, kwargs).dtype != torch.float32:
+                return None
+        precise = copy.copy(self)
+        precise.dtype = torch.float64
+        try:
+            posterior = precise._seeded_run(args, kwargs)
+        except Exception:  # a model may not run in float64, for instance with modules in float32
+            return None
+        warnings.warn(f"{reason}, and was repeated in float64; dtype=torch.float64 does so at once", stacklevel=3)
+        return posterior
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
         guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
@@ -162,6 +194,9 @@ class FlowVI:
         layout, model = guide.layout, in_dtype(self.model, guide.dtype)
         center = guide._init_loc().to(guide.dtype or layout.dtype)
         log_joint = self._log_joint(model, args, kwargs, layout, center)
+        if layout.centers and not isinstance(self.guide, AutoFlow):
+            log_joint, center = _cut_circles(guide, log_joint, center)
+            layout = log_joint.layout
         own = list(model_parameters(layout.structure, model, args, kwargs, _init_at(layout, center)).values())
         train = partial(self._train, log_joint=log_joint, own=own)
         posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compile, log_joint=log_joint)
@@ -307,6 +342,28 @@ def _check_static_around(layout: Layout, center: Tensor, model: Model, args: Any
                     raise
             if time.perf_counter() > end:
                 break
+
+
+def _cut_circles(guide: AutoFlow, log_joint: LogJoint, center: Tensor) -> tuple[LogJoint, Tensor]:
+    """Cut the circles of a guide where the log joint is low; give the log joint and the center in the new layout."""
+    values, _ = log_joint.layout.constrain(center)
+    guide.center_at(find_centers(log_joint, center))
+    assert guide.layout is not None
+    return log_joint.in_layout(guide.layout), guide.layout.unconstrain(values).to(center)
+
+
+def _describe_edges(posterior: Posterior) -> str | None:
+    """Say how many draws lie on edges of their supports where that is too many; see ``LogJoint.shares_at_edges``."""
+    with seeded(0):
+        draws = posterior._draw(NUM_EDGE_DRAWS)
+    shares = posterior.log_joint.shares_at_edges(draws)
+    at_edges = {name: share for name, share in shares.items() if share > MAX_SHARE_AT_EDGES}
+    if not at_edges:
+        return None
+    sites = ", ".join(f"{share:.0%} at site '{name}'" for name, share in at_edges.items())
+    return (
+        f"the fit in float32 has many draws on an edge of their support ({sites}), which it cannot tell from the edge"
+    )
 
 
 def _check_start(log_joint: LogJoint) -> None:

@@ -22,13 +22,17 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
+from torch.utils._pytree import tree_map
 
 from pyroflows.errors import ModelError
+from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.structure import Model
+from pyroflows.models.supports import support_of, without_events
 
 Mode = Literal["plate", "vmap", "loop"]
 SiteValues = Mapping[str, Tensor]
+LogsBySite = Mapping[str, Logs]
 
 # A batch is cut into chunks whose sites hold about this many numbers, since work that stays in a processor's cache is
 # up to four times as fast as work that does not.
@@ -111,15 +115,23 @@ class BatchedModel:
             self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
-    def __call__(self, values: SiteValues, num_draws: int, subsample: SiteValues | None = None) -> RunRecord:
+    def __call__(
+        self,
+        values: SiteValues,
+        num_draws: int,
+        subsample: SiteValues | None = None,
+        logs: LogsBySite | None = None,
+    ) -> RunRecord:
         """Run the model for a batch of draws, with gradients.
 
         Args:
             values: values ``(num_draws, *site shape)`` by site.
             num_draws: the number of draws, at least 1.
             subsample: row indices by subsampled plate; None to let each run draw them.
+            logs: the logarithms of the values' distances from the edges of their supports, of the shapes of the values,
+                by site whose log-density is computed from them.
         """
-        return self._batch(self.mode, values, num_draws, subsample or {})
+        return self._batch(self.mode, values, num_draws, subsample or {}, logs or {})
 
     @property
     def chunk_size(self) -> int:
@@ -127,15 +139,15 @@ class BatchedModel:
         return max(1, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values()))
 
     @torch.no_grad()
-    def in_chunks(self, values: SiteValues, num_draws: int) -> RunRecord:
+    def in_chunks(self, values: SiteValues, num_draws: int, logs: LogsBySite | None = None) -> RunRecord:
         """Run the model for any number of draws, chunk by chunk and without gradients."""
         if self.mode == "loop" and num_draws * self._seconds > LONG:
             self._warn(f"draw by draw, which takes about {num_draws * self._seconds:.0f} seconds for {num_draws} draws")
         size = self.chunk_size
         parts = []
         for start in range(0, num_draws, size):
-            part = {name: value[start : start + size] for name, value in values.items()}
-            parts.append(self(part, min(size, num_draws - start)))
+            rows = slice(start, start + size)
+            parts.append(self(_rows(values, rows), min(size, num_draws - start), logs=_rows(logs or {}, rows)))
         return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
 
     def unscaled(self) -> "BatchedModel":
@@ -172,7 +184,7 @@ class BatchedModel:
         modes: tuple[Mode, ...] = ("plate", "vmap")
         for mode in modes:
             try:
-                record = self._batch(mode, examples, NUM_EXAMPLES, subsample)
+                record = self._batch(mode, examples, NUM_EXAMPLES, subsample, {})
             except Exception as error:  # a model that is written for one draw may raise anything in a batch
                 self._failures[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
@@ -180,7 +192,7 @@ class BatchedModel:
                 return mode
             self._failures[mode] = "differs from single draws"
         start = time.perf_counter()
-        self._run({name: value[0] for name, value in examples.items()}, subsample)
+        self._run(_rows(examples, 0), subsample)
         self._seconds = time.perf_counter() - start
         if not self._draw:
             self._warn("draw by draw, which makes every step slow")
@@ -213,29 +225,27 @@ class BatchedModel:
         self,
         values: SiteValues,
         subsample: SiteValues,
+        logs: LogsBySite | None = None,
         plate: Any = nullcontext(),  # noqa: B008
         single: bool = False,
         takes_all: bool = False,
     ) -> "_Handler":
         kept = {} if takes_all else self._kept
-        handler = _Handler(values, subsample, self._draw, single, kept, self._fillers, self._zero_outside_support)
-        handler.is_scaled = self._is_scaled
         # The plate is the inner context, so that the handler sees the distributions that it has expanded.
-        with handler, plate:
+        with _Handler(self, values, subsample, logs or {}, kept, single) as handler, plate:
             self._model(*self._args, **self._kwargs)
         return handler
 
-    def _batch(self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
+    def _batch(
+        self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues, logs: LogsBySite
+    ) -> RunRecord:
         # The single run has validated the arguments; vmap cannot look at values, and validation costs time.
         with pyro.validation_enabled(False):
             if mode == "plate":
-                return self._plate(values, num_draws, subsample)
+                return self._plate(values, num_draws, subsample, logs)
             if mode == "vmap":
-                return self._vmap(values, num_draws, subsample)
-            singles = [
-                self._run({name: value[i] for name, value in values.items()}, subsample).record
-                for i in range(num_draws)
-            ]
+                return self._vmap(values, num_draws, subsample, logs)
+            singles = [self._run(_rows(values, i), subsample, _rows(logs, i)).record for i in range(num_draws)]
         for name in {name for single in singles for name in single.values.keys() ^ self.reference.values.keys()}:
             raise ModelError(
                 f"the model has dynamic structure: site '{name}' appears in one run and not in another; a flow "
@@ -245,25 +255,28 @@ class BatchedModel:
             _join([s.values for s in singles], torch.stack), _join([s.log_probs for s in singles], torch.stack)
         )
 
-    def _vmap(self, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
-        def single(values: SiteValues, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            record = self._run(values, subsample).record
+    def _vmap(self, values: SiteValues, num_draws: int, subsample: SiteValues, logs: LogsBySite) -> RunRecord:
+        def single(values: SiteValues, logs: LogsBySite, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            record = self._run(values, subsample, logs).record
             return record.values, record.log_probs
 
         run = torch.func.vmap(single, randomness="different")
         with warnings.catch_warnings():
             # Torch warns of operations that it runs one by one, about which a user can do nothing.
             warnings.filterwarnings("ignore", "There is a performance drop")
-            return RunRecord(*run(dict(values), torch.arange(num_draws)))
+            return RunRecord(*run(dict(values), dict(logs), torch.arange(num_draws)))
 
-    def _plate(self, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
+    def _plate(self, values: SiteValues, num_draws: int, subsample: SiteValues, logs: LogsBySite) -> RunRecord:
         nesting = self._handler.max_plate_nesting
-        placed = {}
-        for name, value in values.items():
+
+        def placed(name: str, value: Tensor) -> Tensor:
             batch_dim = value.dim() - 1 - self._handler.event_dims[name]
-            placed[name] = value.reshape((num_draws,) + (1,) * (nesting - batch_dim) + value.shape[1:])
+            return value.reshape((num_draws,) + (1,) * (nesting - batch_dim) + value.shape[1:])
+
+        placed_values = {name: placed(name, value) for name, value in values.items()}
+        placed_logs = {name: tuple(placed(name, part) for part in parts) for name, parts in logs.items()}
         plate = pyro.plate("_pyroflows_draws", num_draws, dim=-1 - nesting)
-        record = self._run(placed, subsample, plate).record
+        record = self._run(placed_values, subsample, placed_logs, plate).record
 
         def flat(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: _draws_first(t, num_draws, like[name].shape) for name, t in tensors.items()}
@@ -276,19 +289,17 @@ class _Handler(Messenger):
 
     def __init__(
         self,
+        batched: BatchedModel,
         values: SiteValues,
         subsample: SiteValues,
-        draw: bool,
-        single: bool,
+        logs: LogsBySite,
         kept: SiteValues,
-        fillers: dict[str, Tensor],
-        zero_outside_support: bool,
+        single: bool,
     ) -> None:
         super().__init__()
-        self._kept, self._fillers = kept, fillers
-        self.is_scaled = True
-        self._zero_outside_support = zero_outside_support
-        self._values, self._subsample, self._draw, self._single = values, subsample, draw, single
+        self._draw, self._is_scaled, self._fillers = batched._draw, batched._is_scaled, batched._fillers
+        self._zero_outside_support = batched._zero_outside_support
+        self._values, self._subsample, self._logs, self._kept, self._single = values, subsample, logs, kept, single
         self.record = RunRecord({}, {})
         self.event_dims: dict[str, int] = {}  # by site, for sites that can be given a value
         self.max_plate_nesting = 0
@@ -332,10 +343,13 @@ class _Handler(Messenger):
         if not _is_fixed(msg):
             self.event_dims[name] = fn.event_dim
         if not msg["infer"].get("_deterministic"):
-            log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            if self._zero_outside_support and name in self._values and _can_be_left(fn.support):
-                log_prob = torch.where(fn.support.check(msg["value"]), log_prob, -torch.inf)
-            scale = msg["scale"] if self.is_scaled else 1.0
+            if name in self._logs:
+                log_prob = log_density(fn, self._logs[name])
+            else:
+                log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            if self._zero_outside_support and name in self._values:
+                log_prob = _zero_outside(support_of(fn), msg["value"], log_prob)
+            scale = msg["scale"] if self._is_scaled else 1.0
             self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
 
 
@@ -344,14 +358,14 @@ def _is_fixed(msg: Any) -> bool:
     return isinstance(msg["fn"], dist.Unit) or bool(msg["infer"].get("_deterministic"))
 
 
-def _can_be_left(support: constraints.Constraint) -> bool:
-    """Whether a support has to be checked.
+def _zero_outside(support: constraints.Constraint | None, value: Tensor, log_prob: Tensor) -> Tensor:
+    """Replace log-densities by -inf where a value is outside a support.
 
     All numbers are in the real line; and supports of vectors, such as a simplex, are met only up to rounding.
     """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support.event_dim == 0 and not isinstance(support, type(constraints.real))
+    if support is None or isinstance(entry := without_events(support), type(constraints.real)) or entry.event_dim:
+        return log_prob
+    return torch.where(support.check(value), log_prob, -torch.inf)
 
 
 def _draws_first(tensor: Tensor, num_draws: int, shape: torch.Size) -> Tensor:
@@ -368,6 +382,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     tolerance = torch.finfo(torch.promote_types(a.dtype, b.dtype)).eps ** 0.5
     return torch.allclose(a.to(b.dtype), b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _rows(values: Mapping[str, Any], rows: int | slice) -> dict[str, Any]:
+    """Take rows of the tensors of each site."""
+    return tree_map(lambda value: value[rows], dict(values))
 
 
 def _join(parts: list[dict[str, Tensor]], how: Any) -> dict[str, Tensor]:

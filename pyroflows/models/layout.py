@@ -1,7 +1,7 @@
 """The layout of a model's latents in one unconstrained vector."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyroflows.errors import DataError, ShapeError
 from pyroflows.models.bijections import Bijection
+from pyroflows.models.edges import Logs
 from pyroflows.models.structure import ModelStructure, Site
 
 
@@ -105,6 +106,55 @@ class Layout:
             ladj = ladj + sum_rightmost(site_ladj, site_ladj.dim() - len(batch_shape))
             values[site.name] = value.reshape(batch_shape + site.shape)
         return values, ladj
+
+    def logs(self, vector: Tensor) -> dict[str, Logs]:
+        """The logarithms of the distances from the edges, see :mod:`pyroflows.models.edges`, by site that needs them.
+
+        Args:
+            vector: an unconstrained vector, ``(*batch, dim)``.
+
+        Returns:
+            Tensors ``(*batch, *site shape)``.
+        """
+        return {
+            site.name: _bijection(site).logs(u) for site, u in self._unconstrained(vector) if _bijection(site).has_logs
+        }
+
+    def at_edges(self, vector: Tensor) -> dict[str, Tensor]:
+        """Whether a component is the nearest number to an edge of its support, by site whose density depends on that.
+
+        Args:
+            vector: an unconstrained vector, ``(*batch, dim)``.
+
+        Returns:
+            Booleans ``(*batch,)``; those sites are left out for which :meth:`logs` has tensors.
+        """
+        batch_shape = vector.shape[:-1]
+        return {
+            site.name: _bijection(site).is_at_edge(u).reshape((*batch_shape, -1)).any(-1)
+            for site, u in self._unconstrained(vector)
+            if not _bijection(site).has_logs
+        }
+
+    @property
+    def centers(self) -> dict[str, Tensor]:
+        """The angles at the origin of the unconstrained space, by site on circles."""
+        centers = {site.name: _bijection(site).center for site in self.structure.latents}
+        return {name: center for name, center in centers.items() if center is not None}
+
+    def at_centers(self, centers: Mapping[str, Tensor]) -> "Layout":
+        """A layout with other angles at the origin, and else the same.
+
+        Args:
+            centers: angles by site on circles.
+        """
+        if not centers:
+            return self
+        latents = tuple(
+            replace(site, bijection=_bijection(site).at_center(centers[site.name])) if site.name in centers else site
+            for site in self.structure.latents
+        )
+        return Layout(replace(self.structure, latents=latents))
 
     def _unconstrained(self, vector: Tensor) -> Iterator[tuple[Site, Tensor]]:
         for site, part in self.split(vector):

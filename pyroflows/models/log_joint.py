@@ -1,5 +1,6 @@
 """The log joint of a model as a function of unconstrained vectors."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ class LogJoint:
         """
         num_draws = len(vectors)
         values, ladj = self.layout.constrain(vectors)
-        log_probs = self.batched(values, num_draws, subsample).log_probs
+        log_probs = self.batched(values, num_draws, subsample, self.layout.logs(vectors)).log_probs
         return ladj + sum(lp.reshape(num_draws, -1).sum(-1) for lp in log_probs.values())
 
     @torch.no_grad()
@@ -88,9 +89,26 @@ class LogJoint:
     def non_finite_sites(self, vectors: Tensor) -> dict[str, int]:
         """Count, by site, the vectors ``(S, dim)`` at which its log-density is not finite; other sites are left out."""
         values, _ = self.layout.constrain(vectors)
-        log_probs = self.batched.in_chunks(values, len(vectors)).log_probs
+        log_probs = self.batched.in_chunks(values, len(vectors), self.layout.logs(vectors)).log_probs
         counts = {name: int((~lp.reshape(len(vectors), -1).isfinite()).any(-1).sum()) for name, lp in log_probs.items()}
         return {name: count for name, count in counts.items() if count}
+
+    @torch.no_grad()
+    def shares_at_edges(self, vectors: Tensor) -> dict[str, float]:
+        """The share of vectors ``(S, dim)`` at which a component of a site lies on an edge of floating-point numbers.
+
+        There the value is the nearest number to an edge of its support, for all unconstrained values beyond, so that
+        the density of what lies beyond is wrong, unless it is computed from logarithms, see
+        :mod:`pyroflows.models.edges`. Sites with such a density, and those without a vector on an edge, are left out.
+        """
+        shares = {name: float(at_edge.double().mean()) for name, at_edge in self.layout.at_edges(vectors).items()}
+        return {name: share for name, share in shares.items() if share}
+
+    def in_layout(self, layout: Layout) -> "LogJoint":
+        """The same log joint as a function of the vectors of another layout of the same latents."""
+        other = copy.copy(self)
+        other.layout, other.structure = layout, layout.structure
+        return other
 
     def value_and_grad(
         self, examples: Tensor, transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None

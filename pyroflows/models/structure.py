@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from pyroflows.errors import ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
 from pyroflows.models.masks import dependent_entries, entry_mask, innermost, to_rank
+from pyroflows.models.supports import simplified, support_of
 from pyroflows.models.value_reads import ValueReads
 
 Model = Callable[..., Any]
@@ -62,7 +63,8 @@ class Site:
         family: the name of the class of its distribution.
         shape: the shape of its value.
         event_dim: the number of its event dimensions; 0 for a deterministic site.
-        support: the support of its distribution; None if the distribution declares none.
+        support: the support of its distribution, see :func:`pyroflows.models.supports.support_of`; None if the
+            distribution declares none, or if it is not known.
         plates: the plates around it, from the outermost to the innermost, sequential ones included.
         mask: where its log-density counts, booleans over leading dimensions of its value, see
             :func:`pyroflows.models.masks.entry_mask`; None without a mask.
@@ -202,7 +204,7 @@ def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
         site,
         kept=None if kept.all() else kept,
         is_flat=_is_improper(fn) or bool((kept & ~site.mask).any()),
-        bijection=site.bijection and bijection_of(fn, site.shape),
+        bijection=site.bijection and bijection_of(fn, site.shape, simplified(support_of(fn))),
     )
 
 
@@ -330,7 +332,7 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
             # Pyro counts all dimensions of a deterministic site as event dimensions, and masks its density.
             deterministic.append(replace(site, event_dim=0, mask=None, is_flat=False))
         elif not node["is_observed"]:
-            latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape)))
+            latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape, site.support)))
         elif not isinstance(node["fn"], dist.Unit):
             observed.append(site)
     dtypes = [trace.nodes[site.name]["value"].dtype for site in latents]
@@ -376,7 +378,7 @@ def _stack(node: Any) -> tuple[Plate, ...]:
 
 def _site(node: Any) -> Site:
     fn, value = node["fn"], torch.as_tensor(node["value"])
-    support = _support(fn)
+    support = simplified(support_of(fn))
     mask = entry_mask(fn, node["mask"], value.shape)
     return Site(
         name=node["name"],
@@ -406,13 +408,6 @@ def _nan_at(node: Any, value: Tensor, mask: Tensor | None) -> Tensor:
         except ValueError:  # by the validation of the distribution
             pass
     return is_nan.nonzero()
-
-
-def _support(fn: Any) -> constraints.Constraint | None:
-    try:
-        return fn.support
-    except NotImplementedError:
-        return None
 
 
 def _is_improper(fn: Any) -> bool:

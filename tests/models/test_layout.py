@@ -170,7 +170,7 @@ def test_same_sizes_as_pyro(guides):
     assert ours.latent_dim == pyros.latent_dim
     assert ours._cond_indep_stacks.keys() == pyros._cond_indep_stacks.keys()
     assert ours._prototype_frames == pyros._prototype_frames
-    torch.testing.assert_close(ours._init_loc(), pyros._init_loc(), rtol=0, atol=0)
+    torch.testing.assert_close(ours._init_loc(), pyros._init_loc(), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("batch", [(), (4, 1, 1)], ids=str)

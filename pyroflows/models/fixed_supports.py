@@ -1,0 +1,108 @@
+"""The requirement that the supports of latents are the same in every run of a model."""
+
+from itertools import zip_longest
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyroflows.errors import ModelError
+from pyroflows.models.bijections import bijection_of
+from pyroflows.models.structure import Model, ModelStructure, Site, describe
+from pyroflows.models.supports import bounds, simplified, support_of
+from pyroflows.randomness import seeded
+
+# The unconstrained value of every entry in the second run: inside every support, and no value of special meaning.
+ELSEWHERE = 0.4
+
+_REWRITES = {
+    "Uniform": "unit = pyro.sample('{name}_unit', dist.Uniform(0., 1.)) and "
+    "pyro.deterministic('{name}', low + (high - low) * unit)",
+    "Pareto": "ratio = pyro.sample('{name}_ratio', dist.Pareto(1., alpha)) and "
+    "pyro.deterministic('{name}', scale * ratio)",
+    "TransformedDistribution": "z = pyro.sample('{name}_base', base_dist) and "
+    "pyro.deterministic('{name}', transform(z))",
+}
+_OTHER_REWRITE = (
+    "distance = pyro.sample('{name}_distance', ...) from the bound, with a support of its own, and "
+    "pyro.deterministic('{name}', bound + distance)"
+)
+
+
+def require_fixed_supports(structure: ModelStructure, model: Model, args: Any, kwargs: Any) -> None:
+    """Raise if the support of a latent depends on other latents, since one bijection serves all runs.
+
+    Where a bound is a tensor, the model runs once more, at other values.
+
+    Args:
+        structure: the structure of the model.
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ModelError: if a support differs between two runs; names the site, and says how to write the model instead.
+
+    Example:
+        >>> def model():
+        ...     a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+        ...     pyro.sample("b", dist.Uniform(0.0, a))
+        >>> require_fixed_supports(describe(model, (), {}), model, (), {})
+        Traceback (most recent call last):
+        pyroflows.errors.ModelError: the support of latent site 'b' (Uniform) depends on other latents: ...
+    """
+    bounded = {site.name: site for site in structure.latents[1:] if _has_tensor_bounds(site)}
+    if not bounded:
+        return
+    elsewhere = _supports_elsewhere(model, args, kwargs, structure.dtype)
+    for name, site in bounded.items():
+        other = elsewhere.get(name, site.support)
+        if not _is_same(site.support, other):
+            family = site.family
+            rewrite = _REWRITES.get(family, _OTHER_REWRITE).format(name=name)
+            raise ModelError(
+                f"the support of latent site '{name}' ({family}) depends on other latents: it is "
+                f"{site.support} in one run and {other} in another, and a flow needs the same in every run. "
+                f"Draw a latent with a fixed support and compute the site from it: {rewrite}"
+            )
+
+
+def _has_tensor_bounds(site: Site) -> bool:
+    return site.support is not None and any(isinstance(bound, Tensor) for bound in bounds(site.support))
+
+
+class _Elsewhere(Messenger):
+    """An effect handler that gives latents other values than the model's own handlers, such as those of a guide, do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["is_observed"] or type(fn).__name__ == "_Subsample":
+            return
+        bijection = bijection_of(fn, fn.shape(), simplified(support_of(fn)))
+        if bijection is not None:
+            u = torch.full(bijection.unconstrained_shape, ELSEWHERE, dtype=self._dtype)
+            msg["value"], _ = bijection.constrain(u)
+
+
+def _supports_elsewhere(model: Model, args: Any, kwargs: Any, dtype: torch.dtype) -> dict[str, Constraint | None]:
+    """The supports of the latents in a run at other values; none if the model refuses these."""
+    try:
+        with seeded(0), pyro.validation_enabled(False):
+            structure = describe(_Elsewhere(dtype)(model), args, kwargs)
+    except Exception:  # a model may raise anything at values that are not its own
+        return {}
+    return {site.name: site.support for site in structure.latents}
+
+
+def _is_same(support: Constraint | None, other: Constraint | None) -> bool:
+    if support is None or other is None:
+        return support is other
+    pairs = list(zip_longest(bounds(support), bounds(other), fillvalue=torch.nan))
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
