@@ -25,8 +25,13 @@ from tests.models.test_structure import MASK, everything
         (lambda: pyro.sample("p", dist.ProjectedNormal(torch.ones(3))), ModelError, "'p'.*bijection"),
         (lambda: [pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0)) for i in pyro.plate("rows", 2)], ModelError, "'rows'"),
         (lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(math.nan)), DataError, "'y' has 1 NaN of 1"),
+        (
+            lambda: pyro.sample("n", dist.Poisson(torch.ones(3)), obs=torch.ones(3), obs_mask=MASK),
+            ModelError,
+            "'n_unobserved', made by obs_mask.*Mask the rows",
+        ),
     ],
-    ids=["no-latent", "discrete", "multinomial", "sphere", "sequential", "nan"],
+    ids=["no-latent", "discrete", "multinomial", "sphere", "sequential", "nan", "missing-counts"],
 )
 def test_refused(body, error, message):
     with pytest.raises(error, match=message) as caught:
