@@ -244,7 +244,8 @@ def dependent_entries(
         draw: runs the model with draws of the prior, and gives the trace.
 
     Returns:
-        Booleans of the shape of the mask, by site; True everywhere if the model cannot run at draws of its prior.
+        Booleans of the shape of the mask, by site; True everywhere if the model cannot run at draws of its prior, or if
+        the masks depend on latents.
     """
     depends = {name: torch.zeros_like(mask) for name, mask in masks.items()}
     everywhere = {name: torch.ones_like(mask) for name, mask in masks.items()}
@@ -256,7 +257,10 @@ def dependent_entries(
 
     try:
         with seeded(0):
-            first, *others = [_latents(draw()) for _ in range(NUM_LOOKS)]
+            traces = [draw() for _ in range(NUM_LOOKS)]
+        if not all(torch.equal(_mask_in(trace, name), mask) for trace in traces for name, mask in masks.items()):
+            return everywhere
+        first, *others = map(_latents, traces)
         for values in (first, others[0]):
             for name, gradient in _gradients(log_joint, values, list(masks)).items():
                 # A gradient of NaN shows a dependence, too.
@@ -279,6 +283,13 @@ def _gradients(log_joint: Callable[[SiteValues], Tensor], values: SiteValues, na
             return {}
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+
+
+def _mask_in(trace: Trace, name: str) -> Tensor:
+    node = trace.nodes[name]
+    shape = node["value"].shape
+    mask = entry_mask(node["fn"], node["mask"], shape)
+    return torch.ones(shape, dtype=torch.bool) if mask is None else mask
 
 
 def _latents(trace: Trace) -> dict[str, Tensor]:

@@ -80,6 +80,13 @@ def compared():
         pyro.sample("y", dist.Normal((z > 0).float(), 1.0), obs=torch.ones(3))
 
 
+def masked_by_a_latent():
+    """Which entries have a density depends on a latent, and with it the log joint."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(x > torch.tensor([0.0, 5.0, 0.0])))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.0))
+
+
 def unused(mask=False):
     pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(mask))
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -106,6 +113,7 @@ def selected():
         (lambda: flat(torch.ones(3, dtype=torch.bool)), "z", None, False),
         (of_both_kinds, "z", [True, False, True], True),
         (compared, "z", None, True),
+        (masked_by_a_latent, "z", None, True),
         (unused, "z", [False] * 3, False),
         (lambda: unused(torch.zeros(3, dtype=torch.bool)), "z", [False] * 3, False),
         (selected, "z", [True, False, True], False),
@@ -121,6 +129,7 @@ def selected():
         "all-true",
         "both-kinds",
         "compared",
+        "by-a-latent",
         "unused",
         "unused-tensor",
         "selected",
@@ -128,6 +137,7 @@ def selected():
     ],
 )
 def test_the_two_meanings_of_a_mask(model, site, kept, is_flat):
+    torch.manual_seed(0)
     site = sites(model)[site]
     assert (site.kept if site.kept is None else site.kept.tolist()) == kept
     assert site.is_flat == is_flat
