@@ -102,6 +102,12 @@ def _require_continuous(site: Site) -> None:
 
 
 def _require_bijection(site: Site) -> None:
+    if site.support is None:
+        raise ModelError(
+            f"the support of latent site '{site.name}' ({site.family}) is not known, since it is that of an angle, a "
+            "simplex or entries with different bounds behind a transform, or is not declared: draw the base "
+            f"distribution at a site of its own, and transform its value by pyro.deterministic('{site.name}', ...)"
+        )
     if site.unconstrained_shape is None:
         raise ModelError(
             f"latent site '{site.name}' has support {site.support}, which has no bijection to the reals: reparametrise "

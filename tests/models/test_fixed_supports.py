@@ -188,3 +188,22 @@ def test_packed_guide_of_pyro_is_scored_on_one_period():
     guide()
     weighted = pf.importance_sample(model, guide, num_samples=20_000, progress_bar=False)
     assert abs(weighted.log_evidence) < 5 * weighted.log_evidence_se
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        Transformed(dist.VonMises(0.0, 1.0), [AffineTransform(0.0, 2.0)]),
+        Transformed(dist.Dirichlet(torch.ones(3)), [AffineTransform(0.0, 2.0)]),
+        Transformed(dist.Exponential(torch.ones(2)), [AffineTransform(0.0, torch.tensor([1.0, -1.0]))]),
+    ],
+    ids=["angle", "simplex", "both sides"],
+)
+def test_unknown_support_raises(fn):
+    def model():
+        pyro.sample("x", fn)
+
+    with pytest.raises(
+        ModelError, match=r"support of latent site 'x' \(TransformedDistribution\) is not known.*pyro.d"
+    ):
+        pf.FlowVI(model, seed=0, progress_bar=False).run()
