@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.errors import ModelError
-from pyroflows.models.structure import Model
+from pyroflows.models.structure import Model, follows_from_others
 
 Mode = Literal["plate", "vmap", "loop"]
 SiteValues = Mapping[str, Tensor]
@@ -290,8 +290,8 @@ class _Handler(Messenger):
 
 
 def _is_fixed(msg: Any) -> bool:
-    """Whether the value of a site follows from others, as for factors and ``pyro.deterministic``."""
-    return isinstance(msg["fn"], dist.Unit) or bool(msg["infer"].get("_deterministic"))
+    """Whether a site has no value of its own: factors, and sites that follow from others."""
+    return isinstance(msg["fn"], dist.Unit) or follows_from_others(msg)
 
 
 def _can_be_left(support: constraints.Constraint) -> bool:
