@@ -3,22 +3,24 @@
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import TransformedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
 
 
-class FlowDistribution(TorchDistribution):
+class FlowDistribution(TransformedDistribution):
     r"""The law of :math:`x = t(z)`, where z follows a base distribution p:
 
     .. math:: \log q(x) = \log p(z) + \log\left|\det \frac{\partial z}{\partial x}\right|.
 
     Log-densities are exact, even if the transform's own log-determinant is an estimate; :meth:`estimated` returns the
-    law that uses the estimate. The distribution remembers its last sample with its log-density, so that scoring a fresh
+    law that uses the estimate. Reparametrisations of Pyro's, such as ``TransformReparam``, see it as the transformed
+    distribution that it is, through ``base_dist`` and ``transforms``. The distribution remembers its last sample with its log-density, so that scoring a fresh
     sample once is free. Deepcopy and pickle drop the memory, and it is not used after the sample, the context, or a
     parameter or a buffer of transform or base, has changed.
 
@@ -59,7 +61,23 @@ class FlowDistribution(TorchDistribution):
         self.context = context
         self._is_estimate = is_estimate
         self._memory = Memory(transform, base, context)
-        super().__init__(batch_shape, transform.event_shape, validate_args=validate_args)
+        # Torch's own constructor would expand the base, and compose the transforms once more.
+        Distribution.__init__(self, batch_shape, transform.event_shape, validate_args=validate_args)
+
+    # A vector has no distribution function. Torch's would take the layers for maps of scalars.
+    cdf, icdf = Distribution.cdf, Distribution.icdf
+
+    @property
+    def base_dist(self) -> Distribution:
+        """The law of z, with the batch shape of this distribution."""
+        return self._expanded_base()
+
+    @property
+    def transforms(self) -> list[FlowTransform]:
+        """The layers from base to data, at the context; their log-determinants are those that :meth:`log_prob` uses."""
+        transform = self._scoring_transform()
+        layers = transform.layers if isinstance(transform, Compose) else [transform]
+        return [layer.condition(self.context) if layer.context_dim else layer for layer in layers]
 
     @property
     def has_rsample(self) -> bool:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from pyroflows.errors import ModelError
 from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
-from pyroflows.models.structure import Model
+from pyroflows.models.structure import Model, follows_from_others
 from pyroflows.models.supports import support_of, without_events
 
 Mode = Literal["plate", "vmap", "loop"]
@@ -326,7 +326,7 @@ class _Handler(Messenger):
                 f"the model has dynamic structure: site '{name}' is neither observed nor a latent of the model's first "
                 "run; a flow needs the same sites in every run"
             )
-        elif msg["is_observed"]:
+        elif msg["is_observed"] and not _is_fixed(msg):
             if self._single and may_hide_nan(msg):
                 # Other runs take the same numbers, since drawing costs time, and not every distribution can under vmap.
                 self._fillers[name] = draw_like(fn, msg["value"])
@@ -354,8 +354,8 @@ class _Handler(Messenger):
 
 
 def _is_fixed(msg: Any) -> bool:
-    """Whether the value of a site follows from others, as for factors and ``pyro.deterministic``."""
-    return isinstance(msg["fn"], dist.Unit) or bool(msg["infer"].get("_deterministic"))
+    """Whether a site has no value of its own: factors, and sites that follow from others."""
+    return isinstance(msg["fn"], dist.Unit) or follows_from_others(msg)
 
 
 def _zero_outside(support: constraints.Constraint | None, value: Tensor, log_prob: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
@@ -118,7 +120,7 @@ class ModelStructure:
     Args:
         latents: the sites that are not observed, in the order of the model.
         observed: the observed sites, without ``pyro.factor`` statements.
-        deterministic: the ``pyro.deterministic`` sites.
+        deterministic: the ``pyro.deterministic`` sites, and those that ``poutine.reparam`` has replaced.
         plates: the plates by name.
         parameters: the names of the ``pyro.param`` statements, including those of ``pyro.module``.
         max_plate_nesting: the largest number of batch dimensions of a site.
@@ -195,7 +197,7 @@ def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
     if site.mask is None or depends is None:
         return site
     # A block may hide the data of a model, and what depends on a site with it: then a mask of False is a flat prior.
-    has_data = any(node["is_observed"] and not _is_deterministic(node) for node in _sample_nodes(trace))
+    has_data = any(node["is_observed"] and not follows_from_others(node) for node in _sample_nodes(trace))
     if not site.mask.any() and not has_data:
         return site
     kept = site.mask | depends
@@ -209,10 +211,48 @@ def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
 
 
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
-    """Run a model once without gradients and trace it, with latents from ``init_fn``, or drawn from their priors."""
-    init = InitMessenger(latent_init(init_fn or _drawn))
+    """Run a model once without gradients and trace it, with latents from ``init_fn``, or drawn from their priors.
+
+    Handlers may replace or reshape sites, so shapes are those of the finished trace. ``poutine.reparam`` asks for the
+    value of a site before the plates around it have given the site its shape. Values that lack dimensions for this
+    reason are broadcast, and the model is run once more with them.
+
+    Raises:
+        ModelError: if a latent's initial value has another shape than its distribution, and cannot be broadcast.
+    """
     with torch.no_grad():
-        return poutine.block(poutine.trace(init(model)).get_trace)(*args, **kwargs)
+        trace = _run(InitMessenger(latent_init(init_fn or _drawn))(model), args, kwargs)
+        values = {node["name"]: _broadcast_value(node) for node in _latent_nodes(trace)}
+        if all(value.shape == trace.nodes[name]["value"].shape for name, value in values.items()):
+            return trace
+        for name, value in values.items():
+            trace.nodes[name]["value"] = value
+        return _run(poutine.replay(model, trace=trace), args, kwargs)
+
+
+def _run(model: Model, args: Any, kwargs: Any) -> Trace:
+    tracer = poutine.trace(model)
+    try:
+        return poutine.block(tracer.get_trace)(*args, **kwargs)
+    except Exception:
+        # A value of a wrong shape fails where the model uses it, with an error that does not name the site.
+        for node in _latent_nodes(tracer.trace):
+            _broadcast_value(node)
+        raise
+
+
+def _broadcast_value(node: Any) -> Tensor:
+    value, shape = node["value"], node["fn"].shape()
+    if not _broadcasts_to(value.shape, shape):
+        raise ModelError(
+            f"the model has dynamic structure, or init_loc_fn is wrong: latent site '{node['name']}' has shape "
+            f"{tuple(value.shape)} in one run and {tuple(shape)} in another; a flow needs the same shapes in every run"
+        )
+    return value.expand(shape)
+
+
+def _broadcasts_to(shape: torch.Size, wider: torch.Size) -> bool:
+    return len(shape) <= len(wider) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(wider), strict=False))
 
 
 def model_parameters(
@@ -274,13 +314,11 @@ def latent_init(init_fn: InitFn) -> InitFn:
     """Complete an init function of Pyro's, so that it gives a value at every site.
 
     Pyro's init functions fail at priors without a sampler, such as ``dist.ImproperUniform``, and at supports without a
-    bijection to the reals. There the value is a feasible point, or else a draw, or else zero.
+    bijection to the reals. There the value is a feasible point, or else a draw, or else zero. Dimensions of size one
+    that a value has on the left of the site's own are dropped.
 
     Args:
         init_fn: an init function of Pyro's, such as ``init_to_median``.
-
-    Raises:
-        ModelError: if the result is called and ``init_fn`` gives a value of another shape than the site's distribution.
     """
 
     def init(site: Any = None) -> Any:
@@ -290,13 +328,9 @@ def latent_init(init_fn: InitFn) -> InitFn:
         # An init function may read values; only the model's own reads count.
         with _disable_current_modes():
             value = _initial_value(init_fn, site)
-        if value.shape != site["fn"].shape():
-            raise ModelError(
-                f"the model has dynamic structure, or init_loc_fn is wrong: latent site '{site['name']}' has shape "
-                f"{tuple(value.shape)} in one run and {tuple(site['fn'].shape())} in another; a flow needs the "
-                "same shapes in every run"
-            )
-        return value
+        shape = site["fn"].shape()
+        num_extra = max(value.dim() - len(shape), 0)
+        return value.reshape(shape) if num_extra and value.shape == (1,) * num_extra + shape else value
 
     return init
 
@@ -307,18 +341,22 @@ def _initial_value(init_fn: InitFn, site: Any) -> Tensor:
             return propose(site)
         except NotImplementedError:
             continue
-    return torch.zeros(site["fn"].shape())
+    return _not_chosen(torch.zeros(site["fn"].shape()))
 
 
 def _feasible(site: Any) -> Tensor:
     transform = biject_to(site["fn"].support)
-    value = transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
-    value._pyro_custom_init = False
-    return value
+    return _not_chosen(transform(torch.zeros(transform.inverse_shape(site["fn"].shape()))))
 
 
 def _drawn(site: Any) -> Tensor:
-    return site["fn"].sample()
+    return _not_chosen(site["fn"].sample())
+
+
+def _not_chosen(value: Tensor) -> Tensor:
+    """Mark a value as none that a user chose, so that ``poutine.reparam`` replaces it without a warning."""
+    value._pyro_custom_init = False  # type: ignore[attr-defined]
+    return value
 
 
 def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
@@ -328,9 +366,10 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
         frames = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
         nesting = max([nesting, len(node["fn"].batch_shape), *frames])
         site = _site(node)
-        if _is_deterministic(node):
-            # Pyro counts all dimensions of a deterministic site as event dimensions, and masks its density.
-            deterministic.append(replace(site, event_dim=0, mask=None, is_flat=False))
+        if follows_from_others(node):
+            # Pyro counts all dimensions of pyro.deterministic as event dimensions, and masks its density.
+            event_dim = 0 if node["infer"].get("_deterministic") else site.event_dim
+            deterministic.append(replace(site, event_dim=event_dim, mask=None, is_flat=False))
         elif not node["is_observed"]:
             latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape, site.support)))
         elif not isinstance(node["fn"], dist.Unit):
@@ -349,14 +388,27 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
     )
 
 
+def follows_from_others(site: Any) -> bool:
+    """Whether the value of a Pyro site follows from other sites: ``pyro.deterministic``, and what handlers replace.
+
+    ``poutine.reparam`` turns a latent into an observed ``Delta`` at the value that it has computed.
+    """
+    fn = site["fn"]
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and isinstance(fn, dist.Delta))
+
+
+def _latent_nodes(trace: Trace) -> Iterator[Any]:
+    for node in _sample_nodes(trace):
+        if not node["is_observed"]:
+            yield node
+
+
 def _sample_nodes(trace: Trace) -> Iterator[Any]:
     for node in trace.nodes.values():
         if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample":
             yield node
-
-
-def _is_deterministic(node: Any) -> bool:
-    return bool(node["infer"].get("_deterministic"))
 
 
 def _plates(trace: Trace) -> dict[str, Plate]:

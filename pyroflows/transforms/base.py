@@ -268,6 +268,12 @@ class FlowTransform(TransformModule):
         """Return the shape of z for an x of this shape."""
         return torch.Size(shape)[: len(shape) - len(self.event_shape)] + self.base_shape
 
+    @property
+    def sign(self) -> int:
+        # Torch's own property raises NotImplementedError for maps of vectors. torch.jit asks a module for all names that
+        # its class has, by hasattr, which lets that error through.
+        raise AttributeError(f"{type(self).__name__} maps vectors or arrays, so it has no sign")
+
     def __getstate__(self) -> dict[str, Any]:
         drop_param_store_references(self)
         return super().__getstate__()
