@@ -90,8 +90,8 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
 def _require_continuous(site: Site) -> None:
     if site.is_discrete and site.name.endswith("_unobserved"):
         raise ModelError(
-            f"latent site '{site.name}', made by obs_mask, is discrete ({site.family}): a flow needs continuous latents. "
-            "Mask the rows without a value instead, by poutine.mask(mask=...) around a site without obs_mask"
+            f"latent site '{site.name}', made by obs_mask, is discrete ({site.family}): a flow needs continuous "
+            "latents. Mask the rows without a value instead, by poutine.mask(mask=...) around a site without obs_mask"
         )
     if site.is_enumerable or site.is_discrete:
         raise ModelError(
