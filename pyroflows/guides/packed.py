@@ -18,10 +18,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
+from pyroflows.grad_mode import with_gradients
 from pyroflows.guides.state import FlowState
 from pyroflows.models.layout import Layout
-from pyroflows.models.requirements import require_flow
-from pyroflows.models.structure import InitFn, Model, ModelStructure, describe_run, in_dtype, latent_init
+from pyroflows.models.requirements import describe_for_flow, require_dtype
+from pyroflows.models.structure import InitFn, Model, ModelStructure, in_dtype, latent_init
 from pyroflows.transforms import Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
@@ -84,7 +85,8 @@ class AutoFlow(AutoContinuous):
 
     Raises:
         ModelError: at the first call, if a flow cannot fit the model; names the site.
-        OptionError: if ``flow_fn`` is no function or ``init_scale`` is not positive.
+        OptionError: if ``flow_fn`` is no function, ``init_scale`` is not positive, or ``dtype`` is no float32 or
+            float64.
 
     Example:
         >>> def model(y):
@@ -111,6 +113,7 @@ class AutoFlow(AutoContinuous):
             )
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
+        require_dtype(dtype)
         super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))
         self.flow_fn = flow_fn or Recipe("default")
         self._init_scale = init_scale
@@ -154,9 +157,9 @@ class AutoFlow(AutoContinuous):
             _PARAMETERS[parameter] = None
         self._holds_new_values = False
 
+    @with_gradients
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        structure, trace = describe_run(self.model, args, kwargs)
-        require_flow(structure)
+        structure, trace = describe_for_flow(self.model, args, kwargs)
         layout = Layout(structure)
         flow = self._modules.get("flow")
         if flow is not None and flow.event_shape != (layout.dim,):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from pyroflows.errors import ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
+from pyroflows.models.observations import TensorObservations
 from pyroflows.models.value_reads import ValueReads
 
 Model = Callable[..., Any]
@@ -67,6 +68,8 @@ class Site:
         is_enumerable: whether its distribution can enumerate its support.
         is_flat: whether its density is constant, by ``ImproperUniform`` or by a mask, so that it cannot be drawn.
         num_nan: the number of NaN in its value.
+        law_shape: the batch and event shape of its distribution, which differs from ``shape`` where an observed value
+            is broadcast, or has further dimensions.
         bijection: the map from the reals to the support of a latent; None if there is none, and for sites that are not
             latent.
     """
@@ -83,6 +86,7 @@ class Site:
     is_enumerable: bool
     is_flat: bool
     num_nan: int
+    law_shape: torch.Size
     bijection: Bijection | None = None
 
     @property
@@ -114,6 +118,7 @@ class ModelStructure:
     Args:
         latents: the sites that are not observed, in the order of the model.
         observed: the observed sites, without ``pyro.factor`` statements.
+        factors: the ``pyro.factor`` statements.
         deterministic: the ``pyro.deterministic`` sites.
         plates: the plates by name.
         parameters: the names of the ``pyro.param`` statements, including those of ``pyro.module``.
@@ -124,6 +129,7 @@ class ModelStructure:
 
     latents: tuple[Site, ...]
     observed: tuple[Site, ...]
+    factors: tuple[Site, ...]
     deterministic: tuple[Site, ...]
     plates: Mapping[str, Plate]
     parameters: tuple[str, ...]
@@ -135,6 +141,12 @@ class ModelStructure:
     def subsampled(self) -> tuple[Plate, ...]:
         """The plates of which a run sees only a part."""
         return tuple(plate for plate in self.plates.values() if plate.is_subsampled)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether anything but priors counts: an observed value or a factor. Without it the posterior is the prior."""
+        counted = [site for site in self.observed if site.shape.numel()] + list(self.factors)
+        return any(not site.is_flat for site in counted)
 
 
 def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> ModelStructure:
@@ -173,8 +185,8 @@ def describe_run(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = 
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
     """Run a model once without gradients and trace it, with latents from ``init_fn``, or drawn from their priors."""
     init = InitMessenger(latent_init(init_fn or _drawn))
-    with torch.no_grad():
-        return poutine.block(poutine.trace(init(model)).get_trace)(*args, **kwargs)
+    with torch.no_grad(), poutine.block(), TensorObservations():
+        return poutine.trace(init(model)).get_trace(*args, **kwargs)
 
 
 def model_parameters(
@@ -229,6 +241,7 @@ def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
         finally:
             torch.set_default_dtype(before)
 
+    run.__dict__["__wrapped__"] = model  # for the names of its arguments
     return run
 
 
@@ -284,7 +297,7 @@ def _drawn(site: Any) -> Tensor:
 
 
 def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
-    latents, observed, deterministic = [], [], []
+    latents, observed, factors, deterministic = [], [], [], []
     nesting = 0
     for node in _sample_nodes(trace):
         frames = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
@@ -295,13 +308,16 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
             deterministic.append(replace(site, event_dim=0, masks=(), is_flat=False))
         elif not node["is_observed"]:
             latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape)))
-        elif not isinstance(node["fn"], dist.Unit):
+        elif isinstance(node["fn"], dist.Unit):
+            factors.append(site)
+        else:
             observed.append(site)
     dtypes = [trace.nodes[site.name]["value"].dtype for site in latents]
     floating = [dtype for dtype in dtypes if dtype.is_floating_point] or [torch.get_default_dtype()]
     return ModelStructure(
         latents=tuple(latents),
         observed=tuple(observed),
+        factors=tuple(factors),
         deterministic=tuple(deterministic),
         plates=_plates(trace),
         parameters=tuple(name for name, node in trace.nodes.items() if node["type"] == "param"),
@@ -351,6 +367,7 @@ def _site(node: Any) -> Site:
         is_enumerable=fn.has_enumerate_support,
         is_flat=_is_improper(fn) or any(mask is False for mask in masks),
         num_nan=int(torch.isnan(value).sum()),
+        law_shape=fn.shape(),
     )
 
 
