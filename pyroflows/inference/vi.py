@@ -115,6 +115,8 @@ class FlowVI:
         seed: int | None = None,
         progress_bar: bool = True,
     ) -> None:
+        if not callable(model):
+            raise OptionError(f"model must be a function with pyro.sample statements, got {type(model).__name__}")
         for name, value in (("num_particles", num_particles), ("num_steps", num_steps), ("num_starts", num_starts)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be positive and an integer, got {value!r}")

@@ -23,8 +23,6 @@ from pyroflows.models.observations import TensorObservations, as_tensor, is_arra
 from pyroflows.models.structure import Model, latent_init, trace_model
 from pyroflows.randomness import seeded
 
-# What the constructors of models, and torch, raise at values and types that they cannot use.
-_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 ADVICE = "drop these rows, or fill them with any finite number and mask them with poutine.mask"
 
 
@@ -60,11 +58,11 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
         return args, kwargs
     failures = []
     for convert in (_unchanged, _arrays, _columns, _lists):
-        converted: tuple[Any, Any] = _map((args, kwargs), partial(convert, dtype=dtype))
-        failure = _failure(model, converted[0], converted[1])
+        converted = _map(partial(convert, dtype=dtype), args, kwargs)
+        failure = _failure(model, *converted)
         if failure is None:
             return converted
-        explain_failure(model, converted[0], converted[1], failure)
+        explain_failure(model, *converted, error=failure)
         failures.append(failure)
     failure = failures[1]
     for name, leaf in leaves:
@@ -112,8 +110,8 @@ def _failure(model: Model, args: Any, kwargs: Any) -> Exception | None:
         for handler in handlers:
             stack.enter_context(handler)
         try:
-            model(*args, **kwargs)
-        except _FAILURES as error:
+            poutine.trace(model).get_trace(*args, **kwargs)
+        except Exception as error:  # arguments that a model is not written for may raise anything
             return error
     return None
 
@@ -130,8 +128,10 @@ def _leaves(model: Model, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
             yield f"{name}{keystr(path)}", leaf
 
 
-def _map(arguments: Any, function: Callable[[Any], Any]) -> Any:
-    return tree_map(function, arguments, is_leaf=is_list)
+def _map(function: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Map the arguments, and what is inside of dictionaries and lists; a list of numbers is one thing."""
+    mapped = [tree_map(function, value, is_leaf=is_list) for value in (*args, *kwargs.values())]
+    return tuple(mapped[: len(args)]), dict(zip(kwargs, mapped[len(args) :], strict=True))
 
 
 def bound_arguments(model: Model, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -215,11 +215,11 @@ def explain_failure(model: Model, args: Any, kwargs: Any, error: Exception) -> N
     if isinstance(error, FlowError):
         return
     found = non_finite(model, args, kwargs)
-    if found and _traced(model, _filled(args, kwargs), {}) is not None:
+    if found and _failure(model, *_filled(args, kwargs)) is None:
         raise DataError(f"{'; '.join(found)}, with which the model fails ({_first_line(error)}): {ADVICE}") from error
 
 
-def _filled(args: Any, kwargs: Any) -> Any:
+def _filled(args: Any, kwargs: Any) -> tuple[Any, Any]:
     def fill(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return torch.where(leaf.isfinite(), leaf, 0.0) if leaf.is_floating_point() else leaf
@@ -229,15 +229,15 @@ def _filled(args: Any, kwargs: Any) -> Any:
             return np.where(np.isfinite(leaf), leaf, 0.0)
         return leaf
 
-    return _map((args, kwargs), fill)
+    return _map(fill, args, kwargs)
 
 
 def _traced(model: Model, arguments: tuple[Any, Any], values: dict[str, Tensor]) -> Trace | None:
     """One run of a model at given values of its latents; None if it fails."""
     with seeded(0):
         try:
-            return trace_model(model, arguments[0], arguments[1], init_to_value(values=values))
-        except _FAILURES:
+            return trace_model(model, *arguments, init_fn=init_to_value(values=values))
+        except Exception:
             return None
 
 

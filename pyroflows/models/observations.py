@@ -92,8 +92,9 @@ def observe_tensor(msg: Any) -> None:
                 f"the value of observed site '{msg['name']}' ({named_type(value)}) holds something else than numbers: "
                 "give it numbers, for instance codes for categories"
             )
-    if isinstance(value, Tensor) and (value.dtype == torch.bool or _is_boolean(msg["fn"])):
-        value = value if value.is_floating_point() else value.to(dtype)
+    is_integral = isinstance(value, Tensor) and not value.is_floating_point()
+    if is_integral and (value.dtype == torch.bool or _is_boolean(msg["fn"])):
+        value = value.to(dtype)
     msg["value"] = value
 
 

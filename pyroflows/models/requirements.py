@@ -265,12 +265,16 @@ def _require_declared_shape(site: Site) -> None:
             return  # such as a series of another length, for which a distribution has its own rules
         raise ModelError(f"{shapes}, which do not fit: {_repair(site)}") from None
     batch = full[: len(full) - len(event_shape)]
-    undeclared = [dim for dim in range(-len(batch), 0) if dim not in plates and batch[dim] > 1]
+    undeclared = any(dim not in plates and batch[dim] > 1 for dim in range(-len(batch), 0))
+    if is_factor and plates and undeclared:
+        raise ModelError(f"{shapes}, where a dimension is no plate: {_repair(site)}")
+    # Other distributions than independent ones may have events of any length.
+    widens_event = site.family == "Independent" and full[len(batch) :] != event_shape
     is_repeated = value_shape.numel() not in (1, full.numel())
-    if undeclared and (bool(plates) if is_factor else is_repeated):
+    if not is_factor and is_repeated and (undeclared or widens_event):
+        within = ", with mask and scale," if outside else ""
         raise ModelError(
-            f"{shapes}, so that its log-density has shape {tuple(batch)}, where a dimension is no plate: "
-            f"{_repair(site)}"
+            f"{shapes}, which broadcast{within} to {tuple(full)}, so that values count several times: {_repair(site)}"
         )
 
 

@@ -146,7 +146,7 @@ class ModelStructure:
     def has_data(self) -> bool:
         """Whether anything but priors counts: an observed value or a factor. Without it the posterior is the prior."""
         counted = [site for site in self.observed if site.shape.numel()] + list(self.factors)
-        return any(not site.is_flat for site in counted)
+        return any(not site.is_flat and all(torch.as_tensor(mask).any() for mask in site.masks) for site in counted)
 
 
 def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> ModelStructure:
