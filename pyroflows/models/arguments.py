@@ -49,7 +49,7 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
     Example:
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(mu * y.mean(), 1.0), obs=y)
+        ...     pyro.sample("y", dist.Normal(mu * y, 1.0).to_event(1), obs=y)
         >>> usable_arguments(model, (np.array([1.0, 2.0]),), {})
         ((tensor([1., 2.]),), {})
     """

@@ -38,8 +38,9 @@ NUM_EXAMPLES = 5
 NUM_REPEATS, SEED_OF_REPEATS = 10, 20_011
 NOT_FIXED = (
     "the model has no fixed log joint: two runs at equal values of all sites give site '{}' other log-densities, since "
-    "the model draws random numbers outside of pyro.sample. Take rows by pyro.plate(..., subsample_size=...) instead "
-    "of torch.randperm, noise by pyro.sample instead of torch.randn, and call .eval() on a module with dropout"
+    "the model draws random numbers outside of pyro.sample, or at a site that poutine.block hides. Take rows by "
+    "pyro.plate(..., subsample_size=...) instead of torch.randperm, noise by pyro.sample instead of torch.randn, and "
+    "call .eval() on a module with dropout"
 )
 LONG = 5.0  # a warning says how long draws one by one take, if it is more than this many seconds
 
