@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide import init_to_feasible, init_to_value
+from pyro.infer.autoguide import init_to_sample, init_to_value
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger, unwrap
@@ -23,6 +23,7 @@ from pyroflows.models.observations import TensorObservations, as_tensor, is_arra
 from pyroflows.models.structure import Model, latent_init, trace_model
 from pyroflows.randomness import seeded
 
+NUM_TRIALS = 2
 ADVICE = "drop these rows, or fill them with any finite number and mask them with poutine.mask"
 
 
@@ -64,6 +65,8 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
             return converted
         explain_failure(model, *converted, error=failure)
         failures.append(failure)
+    if not any(is_array(leaf) for _, leaf in leaves):  # lists may be options; a further run shows what is wrong
+        return args, kwargs
     failure = failures[1]
     for name, leaf in leaves:
         if is_array(leaf) and as_tensor(leaf) is leaf:
@@ -103,17 +106,24 @@ class _Gradients(Messenger):
 
 
 def _failure(model: Model, args: Any, kwargs: Any) -> Exception | None:
-    """The error of one run of a model with gradients, which arithmetic between tensors and arrays may not have."""
-    handlers = (poutine.block(), TensorObservations(), _Gradients(), InitMessenger(latent_init(init_to_feasible)))
+    """The error of runs of a model with gradients, which arithmetic between tensors and arrays may not have.
+
+    The latents are drawn from their priors; if a run succeeds where another fails, the arguments are not at fault.
+    """
+    handlers = (poutine.block(), TensorObservations(), _Gradients(), InitMessenger(latent_init(init_to_sample)))
+    failure = None
     with seeded(0), warnings.catch_warnings(), torch.enable_grad(), ExitStack() as stack:
         warnings.simplefilter("ignore")
         for handler in handlers:
             stack.enter_context(handler)
-        try:
-            poutine.trace(model).get_trace(*args, **kwargs)
-        except Exception as error:  # arguments that a model is not written for may raise anything
-            return error
-    return None
+        for _ in range(NUM_TRIALS):
+            try:
+                poutine.trace(model).get_trace(*args, **kwargs)
+            except Exception as error:  # arguments that a model is not written for may raise anything
+                failure = error
+            else:
+                return None
+    return failure
 
 
 def _first_line(error: Exception) -> str:

@@ -29,7 +29,7 @@ def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Any:
     array = _as_numbers(value)
     if array is None:
         return value
-    tensor = torch.from_numpy(array)
+    tensor = torch.as_tensor(array)
     return tensor.to(dtype or torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
@@ -72,8 +72,8 @@ def is_list(value: Any) -> bool:
 def observe_tensor(msg: Any) -> None:
     """Make the observed value of a site a tensor that its distribution can score.
 
-    Numbers that are no tensor get the dtype of the distribution. Booleans become floating numbers, and so do integers
-    where the support is that of a Bernoulli distribution, since torch cannot score them otherwise.
+    Numbers that are no tensor get the dtype and the device of the distribution. Booleans become floating numbers, and so
+    do integers where the support is that of a Bernoulli distribution, since torch cannot score them otherwise.
 
     Args:
         msg: the message of a site that is being sampled.
@@ -84,17 +84,19 @@ def observe_tensor(msg: Any) -> None:
     value = msg["value"]
     if not msg["is_observed"] or value is None or msg["infer"].get("_deterministic"):
         return
-    dtype = _dtype(msg["fn"])
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return
+    parameter = _parameter(msg["fn"])
     if not isinstance(value, Tensor):
-        value = as_tensor(value, dtype)
+        value = as_tensor(value, parameter.dtype)
+        value = value.to(parameter.device) if isinstance(value, Tensor) else value
         if isinstance(value, list | tuple | str) or (is_array(value) and not isinstance(value, Tensor)):
             raise DataError(
                 f"the value of observed site '{msg['name']}' ({named_type(value)}) holds something else than numbers: "
                 "give it numbers, for instance codes for categories"
             )
-    is_integral = isinstance(value, Tensor) and not value.is_floating_point()
-    if is_integral and (value.dtype == torch.bool or _is_boolean(msg["fn"])):
-        value = value.to(dtype)
+    if isinstance(value, Tensor) and (value.dtype == torch.bool or _is_boolean(msg["fn"])):
+        value = value.to(parameter.dtype)
     msg["value"] = value
 
 
@@ -105,14 +107,14 @@ class TensorObservations(Messenger):
         observe_tensor(msg)
 
 
-def _dtype(fn: Any) -> torch.dtype:
-    """The floating dtype of a distribution's parameters; torch's default dtype if it shows none."""
+def _parameter(fn: Any) -> Tensor:
+    """A floating parameter of a distribution; zero, with torch's default dtype and device, if it shows none."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     for value in vars(fn).values():
         if isinstance(value, Tensor) and value.is_floating_point():
-            return value.dtype
-    return torch.get_default_dtype()
+            return value
+    return torch.zeros(())
 
 
 def _is_boolean(fn: Any) -> bool:

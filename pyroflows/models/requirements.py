@@ -43,7 +43,9 @@ def describe_for_flow(
         require_flow(structure)
     except DataError as error:
         found = non_finite(model, args, kwargs)
-        raise DataError(f"{error} ({'; '.join(found)})") if found else error  # noqa: B904
+        if not found:
+            raise
+        raise DataError(f"{error} ({'; '.join(found)})") from None
     require_finite(model, args, kwargs, trace)
     return structure, trace
 
