@@ -12,6 +12,7 @@ from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, OptionError
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
+from pyroflows.grad_mode import require_trainable, with_gradients
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
 from pyroflows.training.data import ArrayLike, DataLike, Rows, load, split
@@ -68,6 +69,7 @@ class DensityFit:
         )
 
 
+@with_gradients
 def fit_density(
     flow: Flow,
     x: DataLike,
@@ -175,6 +177,7 @@ def _check_options(flow: Flow, validation: float, batch_size: int, max_epochs: i
         raise OptionError(f"fit_density fits a pyroflows.Flow, got {type(flow).__name__}")
     if not any(parameter.requires_grad for parameter in flow.parameters()):
         raise OptionError("this flow has no parameters to train")
+    require_trainable(flow)
     if not 0 < validation < 1:
         raise OptionError(f"validation must be a fraction of the rows, between 0 and 1, got {validation}")
     for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):

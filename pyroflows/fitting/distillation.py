@@ -18,6 +18,7 @@ from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.fitting.regression import Regression, draw_stages, same_law
 from pyroflows.fitting.student_teacher import StudentAndTeacher
 from pyroflows.flows import Flow, FlowDistribution
+from pyroflows.grad_mode import require_trainable, with_gradients
 from pyroflows.plots import plot_distillation
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
@@ -76,6 +77,7 @@ class Distillation:
         )
 
 
+@with_gradients
 def distill(
     student: Flow,
     teacher: Flow | Distribution,
@@ -151,6 +153,7 @@ def distill(
         torch.Size([5, 2])
     """
     _check_options(num_steps, batch_size, warm_start, regression)
+    require_trainable(student)
     # The guard handles values that are not finite; torch's validation would raise at them.
     with seeded(seed), pyro.validation_enabled(False):
         pair = StudentAndTeacher(student, teacher, context)

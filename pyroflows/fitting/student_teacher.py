@@ -142,7 +142,7 @@ def _warn_if_slow(student: Flow) -> None:
         warnings.warn(
             "this student draws dimension by dimension, so that nothing is gained: are student and teacher swapped? An "
             "IAF or couplings draw in one pass",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -21,13 +21,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
+from pyroflows.grad_mode import with_gradients
 from pyroflows.guides.neutra import ToDeclaredSpace
 from pyroflows.guides.state import FlowState
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout, constrain_site, unpack
 from pyroflows.models.masks import LeftOut
-from pyroflows.models.requirements import require_flow
-from pyroflows.models.structure import InitFn, Model, ModelStructure, Site, describe_run, in_dtype, latent_init
+from pyroflows.models.requirements import describe_for_flow, require_dtype
+from pyroflows.models.structure import InitFn, Model, ModelStructure, Site, in_dtype, latent_init
 from pyroflows.transforms import Compose, Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 
@@ -99,7 +100,8 @@ class AutoFlow(AutoContinuous):
 
     Raises:
         ModelError: at the first call, if a flow cannot fit the model; names the site.
-        OptionError: if ``flow_fn`` is no function or ``init_scale`` is not positive.
+        OptionError: if ``flow_fn`` is no function, ``init_scale`` is not positive, or ``dtype`` is no float32 or
+            float64.
 
     Example:
         >>> def model(y):
@@ -126,6 +128,7 @@ class AutoFlow(AutoContinuous):
             )
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
+        require_dtype(dtype)
         super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))
         self.flow_fn = flow_fn or Recipe("default")
         self._init_scale = init_scale
@@ -204,9 +207,9 @@ class AutoFlow(AutoContinuous):
             _PARAMETERS[parameter] = None
         self._holds_new_values = False
 
+    @with_gradients
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        structure, trace = describe_run(self.model, args, kwargs)
-        require_flow(structure)
+        structure, trace = describe_for_flow(self.model, args, kwargs)
         require_fixed_supports(structure, self.model, args, kwargs)
         layout = Layout(structure).at_centers(self._centers)
         flow = self._modules.get("flow")

@@ -11,15 +11,17 @@ from torch import Tensor
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import ModelError, OptionError
 from pyroflows.flows import Flow
+from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import NOT_BUILT
 from pyroflows.inference.predictive import posterior_predictive
+from pyroflows.models.arguments import explain_failure, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.requirements import check_static, require_flow, require_full_plates
-from pyroflows.models.structure import Model, describe, in_dtype
+from pyroflows.models.requirements import check_static, describe_for_flow, require_full_plates
+from pyroflows.models.structure import Model, in_dtype
 from pyroflows.randomness import seeded
 
 
@@ -46,14 +48,13 @@ class Approximation:
         self.model = model
         self.guide = guide
         self._model = in_dtype(model, guide.dtype)
-        self._args, self._kwargs = args, kwargs
+        self._args, self._kwargs = usable_arguments(self._model, args, kwargs, guide.dtype)
         self._compile = compile
         self._flow = guide.flow
         self._center = _median(self._flow)
         self._init_fn = init_to_value(values=guide.layout.constrain(self._center)[0])
         if log_joint is None:
-            structure = describe(self._model, self._args, self._kwargs, self._init_fn)
-            require_flow(structure)
+            structure, _ = describe_for_flow(self._model, self._args, self._kwargs, self._init_fn)
             require_fixed_supports(structure, self._model, self._args, self._kwargs)
             check_static(guide.layout.structure, structure)
             self.layout = Layout(structure).at_centers(guide.layout.centers)
@@ -63,12 +64,14 @@ class Approximation:
         self.structure = self.layout.structure
 
     @cached_property
+    @with_gradients
     def log_joint(self) -> LogJoint:
         """The log joint of the model with these arguments, made at the first use."""
         with seeded(0), torch.no_grad():
             examples = self._flow().sample((NUM_EXAMPLES,))
         return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
 
+    @with_gradients
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """Draw latents from the flow, in the constrained space, and the deterministic sites that follow from them.
 
@@ -99,6 +102,7 @@ class Approximation:
         with torch.no_grad():
             return self._flow().log_prob(vectors) - ladj
 
+    @with_gradients
     def predictive(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw observed and deterministic sites given draws from the flow, ``(num_samples, *site shape)`` by site.
 
@@ -112,6 +116,8 @@ class Approximation:
         Raises:
             OptionError: if ``num_samples`` is not a positive integer.
             ModelError: if a latent site has another shape at these arguments.
+            DataError: if the model fails because an argument holds NaN, infinite values, or something else than
+                numbers; names the argument.
 
         Example:
             >>> def model(x, y=None):
@@ -125,7 +131,12 @@ class Approximation:
         """
         values, _ = self.layout.constrain(self._draw(num_samples))
         if args or kwargs:
-            batched = BatchedModel(self._model, args, kwargs, values, draw=True, kept=self.structure.kept)
+            args, kwargs = usable_arguments(self._model, args, kwargs, self.guide.dtype)
+            try:
+                batched = BatchedModel(self._model, args, kwargs, values, draw=True, kept=self.structure.kept)
+            except (ValueError, RuntimeError) as error:
+                explain_failure(self._model, args, kwargs, error)
+                raise
         else:
             batched = self.log_joint.batched.drawing(values, self.structure.kept)
         return posterior_predictive(batched, values, num_samples)

@@ -9,17 +9,20 @@ import torch
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
+from pyroflows.grad_mode import with_gradients
 from pyroflows.inference.arviz import to_arviz_data
 from pyroflows.inference.predictive import posterior_predictive as draw_posterior_predictive
 from pyroflows.inference.predictive import prior_draws
+from pyroflows.models.arguments import usable_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.masks import to_rank
-from pyroflows.models.requirements import require_flow
-from pyroflows.models.structure import Model, ModelStructure, Site, describe
+from pyroflows.models.requirements import describe_for_flow
+from pyroflows.models.structure import Model, ModelStructure, Site
 
 Arrays = dict[str, np.ndarray]
 
 
+@with_gradients
 def to_arviz(
     draws: Mapping[str, Tensor],
     model: Model | None = None,
@@ -61,10 +64,9 @@ def to_arviz(
     """
     structure = batched = None
     if model is not None:
-        kwargs = kwargs or {}
+        args, kwargs = usable_arguments(model, tuple(args), dict(kwargs or {}))
         first = {name: value[0] for name, value in draws.items()}
-        structure = describe(model, args, kwargs, init_to_value(values=first))
-        require_flow(structure)
+        structure, _ = describe_for_flow(model, args, kwargs, init_to_value(values=first))
         batched = BatchedModel(model, args, kwargs, {site.name: draws[site.name] for site in structure.latents})
     return arviz_data(
         draws,

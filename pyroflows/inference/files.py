@@ -17,6 +17,7 @@ from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.starts import Starts
+from pyroflows.models.arguments import usable_arguments
 from pyroflows.models.structure import Model, in_dtype, model_parameters
 from pyroflows.training.history import History
 
@@ -82,6 +83,7 @@ def load(
         guide.load_state_dict(_part(tensors, "flow."))
     except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{path} holds another flow than flow_fn makes: {error}") from error
+    args, kwargs = usable_arguments(guide.model, args, kwargs, dtype)
     guide._setup_prototype(*args, **kwargs)
     assert guide.layout is not None
     structure = guide.layout.structure

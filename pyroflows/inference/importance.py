@@ -14,16 +14,18 @@ from tqdm.auto import tqdm
 
 from pyroflows.errors import ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow
+from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
+from pyroflows.models.arguments import usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel, SiteValues
 from pyroflows.models.bijections import declared_bijection
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.masks import CountLeftOut, entry_mask, to_rank
-from pyroflows.models.requirements import require_flow, require_full_plates
-from pyroflows.models.structure import Model, ModelStructure, describe, in_dtype
+from pyroflows.models.requirements import describe_for_flow, require_full_plates
+from pyroflows.models.structure import Model, ModelStructure, in_dtype
 from pyroflows.models.supports import has_declared_support
 
 # The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
@@ -33,6 +35,7 @@ BATCH_SIZE = 16_384
 Proposal = Callable[[int], tuple[SiteValues, Tensor]]
 
 
+@with_gradients
 @torch.no_grad()
 def importance_sample(
     model: Model,
@@ -79,9 +82,10 @@ def importance_sample(
         raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
     if isinstance(proposal, Posterior):
         proposal = proposal.guide
-    model = in_dtype(model, proposal.dtype if isinstance(proposal, AutoFlow) else None)
-    structure = describe(model, args, kwargs)
-    require_flow(structure)
+    dtype = proposal.dtype if isinstance(proposal, AutoFlow) else None
+    model = in_dtype(model, dtype)
+    args, kwargs = usable_arguments(model, args, kwargs, dtype)
+    structure, _ = describe_for_flow(model, args, kwargs)
     require_full_plates(structure, "give arguments for which the model runs on all rows")
     if isinstance(proposal, Flow | AutoContinuous):
         require_fixed_supports(structure, model, args, kwargs)

@@ -9,6 +9,7 @@ from pyroflows import plots
 from pyroflows.errors import OptionError
 from pyroflows.fitting import DensityFit, Distillation
 from pyroflows.flows import Recipe
+from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference import files, refit
@@ -95,6 +96,7 @@ class Posterior(Approximation):
         """Whether a Gaussian was enough, so that no flow was trained."""
         return not self.history and self.guide.flow_fn == Recipe("Gaussian")
 
+    @with_gradients
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same flow as the posterior at other arguments of the model, for instance without subsampling.
 
@@ -109,6 +111,7 @@ class Posterior(Approximation):
             self.model, self.guide, args, kwargs, self.history, self.starts, self.num_diagnostic_samples, self._compile
         )
 
+    @with_gradients
     def importance_sample(self, num_samples: int) -> WeightedDraws:
         """Draw from the flow and weight the draws by Pareto-smoothed importance weights.
 
@@ -133,6 +136,7 @@ class Posterior(Approximation):
         weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
         return WeightedDraws(self._sites(latents), weights)
 
+    @with_gradients
     def distill(self, flow_fn: FlowFn | None = None, **options: Any) -> "Posterior":
         """Distill the flow into another one, for instance a slow sampler into a quick one.
 
@@ -159,6 +163,7 @@ class Posterior(Approximation):
         guide, found = refit.distilled_guide(self.model, self.guide, flow_fn, self._args, self._kwargs, options)
         return self._with_guide(guide, self.starts, found)
 
+    @with_gradients
     def fit_proposal(
         self, flow_fn: FlowFn | None = None, num_samples: int = 20_000, seed: int | None = None, **options: Any
     ) -> "Posterior":
@@ -206,6 +211,7 @@ class Posterior(Approximation):
         made.refitted = found
         return made
 
+    @with_gradients
     def mcmc(
         self,
         num_samples: int = 250,
@@ -244,6 +250,7 @@ class Posterior(Approximation):
         draws = {name: value.unflatten(0, found.latents.shape[:2]) for name, value in sites.items()}
         return Chains(draws, found.stats, method, self.structure, self.log_joint.batched)
 
+    @with_gradients
     def bridge_sample(
         self, num_samples: int = 10_000, num_warmup: int = 300, seed: int | None = None, progress_bar: bool = True
     ) -> BridgeEstimate:
@@ -268,6 +275,7 @@ class Posterior(Approximation):
         return bridge_estimate(self._flow, self.log_joint, num_samples, num_warmup, seed, progress_bar)
 
     @cached_property
+    @with_gradients
     def _diagnostics(self) -> DiagnosticDraws:
         self._require_full_plates()
         return DiagnosticDraws.drawn(self._flow(), self.log_joint, self.num_diagnostic_samples)
@@ -336,6 +344,7 @@ class Posterior(Approximation):
             f"{self.diagnose()}"
         )
 
+    @with_gradients
     def to_arviz(
         self,
         num_samples: int = 1000,

@@ -16,6 +16,7 @@ from pyroflows.compiling.check import Compiler, is_singular
 from pyroflows.errors import DivergedError, ModelError, OptionError
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
+from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
@@ -24,10 +25,11 @@ from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.starts import find_start, starting_points
+from pyroflows.models.arguments import bound_arguments, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.requirements import check_static
+from pyroflows.models.requirements import check_static, require_dtype, require_finite_gradient, require_proper
 from pyroflows.models.structure import InitFn, Model, describe, in_dtype, model_parameters
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
@@ -117,6 +119,8 @@ class FlowVI:
         seed: int | None = None,
         progress_bar: bool = True,
     ) -> None:
+        if not callable(model):
+            raise OptionError(f"model must be a function with pyro.sample statements, got {type(model).__name__}")
         for name, value in (("num_particles", num_particles), ("num_steps", num_steps), ("num_starts", num_starts)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be positive and an integer, got {value!r}")
@@ -131,6 +135,7 @@ class FlowVI:
             raise OptionError('estimator="vargrad" needs a variance, hence num_particles of at least 2')
         if dtype is not None and isinstance(guide, AutoFlow):
             raise OptionError("give dtype to the guide, not to FlowVI, where the guide is yours")
+        require_dtype(dtype)
         self.model = model
         self.guide = guide
         self.num_steps = num_steps
@@ -145,13 +150,19 @@ class FlowVI:
         self.seed = seed
         self.progress_bar = progress_bar
 
+    @with_gradients
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         """Fit to the model's arguments.
+
+        NumPy arrays, pandas data and lists of numbers become tensors, if the model does not run with them as they are;
+        floating numbers then get the dtype of the fit. Torch's modes for gradients and casts around the call do not
+        matter.
 
         Raises:
             UntraceableError: if ``compile`` is "trace" or "inductor", and the model cannot be compiled.
             ModelError: if the model cannot be fitted; names the site.
-            DataError: if observed values are NaN.
+            DataError: if observed values are NaN, or an argument holds something else than finite numbers where it
+                matters; names the site or the argument.
             DivergedError: if the fit diverges; the guide keeps its last good state.
             OptionError: if the guide holds a mixture of flows, which a fit with several modes leaves in it.
         """
@@ -188,10 +199,13 @@ class FlowVI:
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
         guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
+        args, kwargs = usable_arguments(in_dtype(self.model, guide.dtype), args, kwargs, guide.dtype)
         # A call of the guide would also put the flow's parameters into Pyro's store.
         guide._setup_prototype(*args, **kwargs)
         assert guide.layout is not None
         layout, model = guide.layout, in_dtype(self.model, guide.dtype)
+        if not layout.structure.has_data:
+            _warn_of_missing(model, args, kwargs)
         center = guide._init_loc().to(guide.dtype or layout.dtype)
         log_joint = self._log_joint(model, args, kwargs, layout, center)
         if layout.centers and not isinstance(self.guide, AutoFlow):
@@ -231,6 +245,8 @@ class FlowVI:
             # Code that reads values through numpy goes unnoticed, but neither a plate nor vmap can run it.
             _check_static_around(layout, center, model, args, kwargs)
         _check_start(log_joint)
+        require_finite_gradient(log_joint, center, model, args, kwargs)
+        require_proper(log_joint, center)
         return log_joint
 
     def _train_guide(self, guide: AutoFlow, train: Callable[[Flow], History]) -> History:
@@ -258,7 +274,7 @@ class FlowVI:
         try:
             heavy = fit(Recipe("default", base="student_t"))
         except DivergedError as error:
-            warnings.warn(f"a flow with heavier tails was tried, and left out: {error}", stacklevel=4)
+            warnings.warn(f"a flow with heavier tails was tried, and left out: {error}", stacklevel=5)
             return light
         return min(light, heavy, key=lambda fitted: fitted.diagnosis.log_weight_variance)
 
@@ -275,6 +291,7 @@ class FlowVI:
         ).run()
 
 
+@with_gradients
 def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None = None, **kwargs: Any) -> Posterior:
     """Read a posterior from the file that :meth:`Posterior.save` wrote.
 
@@ -364,6 +381,17 @@ def _describe_edges(posterior: Posterior) -> str | None:
     return (
         f"the fit in float32 has many draws on an edge of their support ({sites}), which it cannot tell from the edge"
     )
+
+
+def _warn_of_missing(model: Model, args: Any, kwargs: Any) -> None:
+    """Warn if nothing is observed, and an argument without a value may be the reason."""
+    missing = [name for name, value in bound_arguments(model, args, kwargs).items() if value is None]
+    if missing:
+        warnings.warn(
+            f"nothing is observed, so that the posterior is the prior: was argument '{missing[0]}' to be given? It is "
+            "None",
+            stacklevel=5,
+        )
 
 
 def _check_start(log_joint: LogJoint) -> None:

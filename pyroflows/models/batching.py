@@ -27,8 +27,10 @@ from torch.utils._pytree import tree_map
 from pyroflows.errors import ModelError
 from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
+from pyroflows.models.observations import observe_tensor
 from pyroflows.models.structure import Model, follows_from_others
 from pyroflows.models.supports import support_of, without_events
+from pyroflows.randomness import random_state, seeded
 
 Mode = Literal["plate", "vmap", "loop"]
 SiteValues = Mapping[str, Tensor]
@@ -38,6 +40,14 @@ LogsBySite = Mapping[str, Logs]
 # up to four times as fast as work that does not.
 MAX_NUMBERS = 2**19
 NUM_EXAMPLES = 5
+# A model that draws random numbers of its own, such as dropout with a small rate, repeats itself by chance only rarely.
+NUM_REPEATS, SEED_OF_REPEATS = 10, 20_011
+NOT_FIXED = (
+    "the model has no fixed log joint: two runs at equal values of all sites give site '{}' other log-densities, since "
+    "the model draws random numbers outside of pyro.sample, or at a site that poutine.block hides. Take rows by "
+    "pyro.plate(..., subsample_size=...) instead of torch.randperm, noise by pyro.sample instead of torch.randn, and "
+    "call .eval() on a module with dropout"
+)
 LONG = 5.0  # a warning says how long draws one by one take, if it is more than this many seconds
 
 
@@ -76,7 +86,8 @@ class BatchedModel:
         reference: the single run at the first example.
 
     Raises:
-        ModelError: if a latent has no value, or a given value has another shape than its site.
+        ModelError: if a latent has no value, a given value has another shape than its site, or the log-densities of two
+            runs at equal values differ, as in a model that draws random numbers outside of ``pyro.sample``.
 
     Example:
         >>> def model():
@@ -109,8 +120,12 @@ class BatchedModel:
         with torch.no_grad():
             first = {name: value[0] for name, value in examples.items()}
             self._fillers: dict[str, Tensor] = {}
+            state = random_state()
             handler = self._run(first, subsample or {}, single=True)
             self._handler, self.reference = handler, handler.record
+            self._first = first
+            if not draw and not kept and _differs(state, random_state()):
+                self._require_fixed()
             self._variants: dict[tuple[frozenset[str], bool, bool], BatchedModel] = {}
             self._failures: dict[str, str] = {}
             self.mode: Mode = self._right_mode(examples, subsample or {})
@@ -180,6 +195,19 @@ class BatchedModel:
             self._variants[key] = BatchedModel(self._model, self._args, self._kwargs, examples, draw, kept=kept)
         return self._variants[key]
 
+    def _require_fixed(self) -> None:
+        """Raise if another run at the values of the reference, with other random numbers, has other log-densities."""
+        with seeded(SEED_OF_REPEATS):
+            for _ in range(NUM_REPEATS):
+                state = random_state()
+                other = self._run(self._first, self._handler.rows).record.log_probs
+                for name, log_prob in self.reference.log_probs.items():
+                    if name in other and not _close(log_prob, other[name]):
+                        raise ModelError(NOT_FIXED.format(name))
+                # A model that draws no numbers of torch's has now shown what it does.
+                if not _differs(state, random_state()):
+                    break
+
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         modes: tuple[Mode, ...] = ("plate", "vmap")
         for mode in modes:
@@ -192,9 +220,10 @@ class BatchedModel:
                 return mode
             self._failures[mode] = "differs from single draws"
         start = time.perf_counter()
-        self._run(_rows(examples, 0), subsample)
+        self._run(self._first, subsample)
         self._seconds = time.perf_counter() - start
-        if not self._draw:
+        if not self._draw and not self._kept:
+            self._require_fixed()
             self._warn("draw by draw, which makes every step slow")
         return "loop"
 
@@ -302,10 +331,12 @@ class _Handler(Messenger):
         self._values, self._subsample, self._logs, self._kept, self._single = values, subsample, logs, kept, single
         self.record = RunRecord({}, {})
         self.event_dims: dict[str, int] = {}  # by site, for sites that can be given a value
+        self.rows: dict[str, Tensor] = {}  # the indices that were drawn, by subsampled plate
         self.max_plate_nesting = 0
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
+        observe_tensor(msg)
         if name in self._values:
             msg["value"] = self._values[name]
             if self._single and msg["value"].shape != fn.shape():
@@ -329,13 +360,15 @@ class _Handler(Messenger):
         elif msg["is_observed"] and not _is_fixed(msg):
             if self._single and may_hide_nan(msg):
                 # Other runs take the same numbers, since drawing costs time, and not every distribution can under vmap.
-                self._fillers[name] = draw_like(fn, msg["value"])
+                with seeded(0):
+                    self._fillers[name] = draw_like(fn, msg["value"])
             if name in self._fillers:
                 msg["value"] = without_masked_nan(msg, self._fillers[name])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if type(fn).__name__ == "_Subsample":
+            self.rows[name] = msg["value"]
             return
         self.max_plate_nesting = max([self.max_plate_nesting, len(fn.batch_shape)])
         if not isinstance(fn, dist.Unit):
@@ -351,6 +384,10 @@ class _Handler(Messenger):
                 log_prob = _zero_outside(support_of(fn), msg["value"], log_prob)
             scale = msg["scale"] if self._is_scaled else 1.0
             self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
+
+
+def _differs(state: list[Tensor], other: list[Tensor]) -> bool:
+    return not all(map(torch.equal, state, other))
 
 
 def _is_fixed(msg: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyroflows.errors import ModelError
+from pyroflows.models.observations import TensorObservations
 from pyroflows.randomness import seeded
 
 Model = Callable[..., Any]
@@ -251,8 +252,8 @@ def dependent_entries(
     everywhere = {name: torch.ones_like(mask) for name, mask in masks.items()}
 
     def log_joint(values: SiteValues) -> Tensor:
-        with pyro.validation_enabled(False), seeded(0):
-            trace = poutine.block(poutine.trace(Given(values)(model)).get_trace)(*args, **kwargs)
+        with pyro.validation_enabled(False), seeded(0), poutine.block(), TensorObservations():
+            trace = poutine.trace(Given(values)(model)).get_trace(*args, **kwargs)
             return torch.as_tensor(trace.log_prob_sum())
 
     try:

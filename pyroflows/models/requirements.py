@@ -1,8 +1,54 @@
 """The requirements on a model that a flow can fit; each error names the site, and says what to do."""
 
-from pyroflows.errors import DataError, ModelError
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyroflows.errors import DataError, FlowError, ModelError, OptionError
+from pyroflows.models.arguments import explain_failure, non_finite, require_finite
+from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.masks import require_same_mask
-from pyroflows.models.structure import ModelStructure, Site
+from pyroflows.models.structure import InitFn, Model, ModelStructure, Site, describe_run
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def describe_for_flow(
+    model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
+) -> tuple[ModelStructure, Trace]:
+    """Describe a model by one run, as ``describe_run`` does, and raise if a flow cannot be its posterior.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        init_fn: initial values of the latents, by site; None to draw them from their priors.
+
+    Raises:
+        ModelError: as :func:`require_flow` does.
+        DataError: if observed values are NaN, or if the model fails or its log-density is not finite because an
+            argument holds NaN or infinite values; names the site, the argument and the position.
+    """
+    try:
+        structure, trace = describe_run(model, args, kwargs, init_fn)
+    except FlowError as error:
+        # Pyro adds a table of shapes to errors that pass through a trace.
+        raise type(error)(str(error).partition("\nTrace Shapes")[0]) from None
+    except (ValueError, RuntimeError) as error:
+        explain_failure(model, args, kwargs, error)
+        raise
+    try:
+        require_flow(structure)
+    except DataError as error:
+        found = non_finite(model, args, kwargs)
+        if not found:
+            raise
+        raise DataError(f"{error} ({'; '.join(found)})") from None
+    require_finite(model, args, kwargs, trace)
+    return structure, trace
 
 
 def require_flow(structure: ModelStructure) -> None:
@@ -13,8 +59,9 @@ def require_flow(structure: ModelStructure) -> None:
 
     Raises:
         ModelError: if the model has no latents, or a latent is discrete, has a support without a bijection to the
-            reals, stands in a sequential plate, or is local to a subsampled plate, or if all latents are masked and
-            nothing depends on them; names the site.
+            reals, stands in a sequential plate, or is local to a subsampled plate; if all latents are masked and
+            nothing depends on them; or if a site's value is broadcast along dimensions that no plate declares; names
+            the site.
         DataError: if observed values are NaN, and with them their log-densities.
 
     Example:
@@ -32,6 +79,13 @@ def require_flow(structure: ModelStructure) -> None:
         _require_all_rows(site)
     for site in structure.observed:
         _require_no_nan(site)
+    for site in (*structure.latents, *structure.observed, *structure.factors):
+        _require_declared_shape(site)
+    if structure.latents and structure.dtype in HALF_PRECISION:
+        raise ModelError(
+            f"the latents, such as site '{structure.latents[0].name}', have dtype {_name(structure.dtype)}, which is "
+            "too coarse for log-densities: use float32 or float64 for the model's priors and data"
+        )
     if not structure.latents:
         raise ModelError(
             "the model has no latent variables, so there is no posterior to fit: at least one pyro.sample site must "
@@ -85,6 +139,162 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
                 f"{tuple(second[name].shape)} in another; a flow needs the same shapes in every run"
             )
         require_same_mask(name, site.mask, second[name].mask)
+
+
+def require_finite_gradient(log_joint: LogJoint, vector: Tensor, model: Model, args: Any, kwargs: Any) -> None:
+    """Raise if the log joint is finite but its gradient is not, and an argument holds NaN or infinite values.
+
+    Masked rows are the usual cause: the log-density there is left out, but its gradient is NaN times zero.
+
+    Args:
+        log_joint: the log joint of the model.
+        vector: an unconstrained vector ``(dim,)``.
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        DataError: if so; names argument and position.
+    """
+    found = non_finite(model, args, kwargs)
+    if found:
+        leaf = vector.detach()[None].requires_grad_()
+        (gradient,) = torch.autograd.grad(log_joint(leaf).sum(), leaf)
+        if not gradient.isfinite().all():
+            raise DataError(
+                f"{'; '.join(found)}, so that the gradient of the log joint is not finite, even where a mask hides "
+                "these rows: fill them with any finite number, for instance by x.nan_to_num()"
+            )
+
+
+def require_proper(log_joint: LogJoint, vector: Tensor) -> None:
+    """Raise if a flat prior over an unbounded support leaves a posterior that cannot be normalised.
+
+    That is so if nothing is observed, and if nothing depends on the site: the log-densities of all sites have gradient
+    exactly zero, and stay the same however far the value moves.
+
+    Args:
+        log_joint: the log joint of the model.
+        vector: an unconstrained vector ``(dim,)`` at which it is finite.
+
+    Raises:
+        ModelError: if so; names the site.
+    """
+    layout, structure = log_joint.layout, log_joint.structure
+    for site in structure.latents:
+        if not site.is_flat or _is_bounded(site, vector):
+            continue
+        free = torch.zeros_like(vector, dtype=torch.bool)
+        free[layout.slices[site.name]] = True
+        if structure.has_data:
+            free &= _gradient_of_log_probs(log_joint, vector) == 0
+        if free.any() and (not structure.has_data or _is_constant(log_joint, vector, free)):
+            raise ModelError(
+                f"the prior of site '{site.name}' is flat and nothing observed depends on it, so that the posterior "
+                "cannot be normalised: give the site a proper prior, or use it"
+            )
+
+
+def _is_bounded(site: Site, like: Tensor) -> bool:
+    """Whether the bijection to a site's support saturates in both directions."""
+    assert site.bijection is not None
+    ends = [torch.full(site.bijection.unconstrained_shape, end).to(like) for end in (1e4, 2e4, -1e4, -2e4)]
+    high, higher, low, lower = (site.bijection.constrain(end)[0] for end in ends)
+    saturates = torch.equal(high, higher) and torch.equal(low, lower)
+    return saturates and bool(high.isfinite().all() and low.isfinite().all())
+
+
+def _log_probs(log_joint: LogJoint, vectors: Tensor) -> Tensor:
+    """The sum of the log-densities of all sites ``(S,)``, without the Jacobian of the bijections."""
+    values, _ = log_joint.layout.constrain(vectors)
+    log_probs = log_joint.batched(values, len(vectors), log_joint.draw_subsample()).log_probs
+    return torch.stack([log_prob.reshape(len(vectors), -1).sum(-1) for log_prob in log_probs.values()]).sum(0)
+
+
+def _gradient_of_log_probs(log_joint: LogJoint, vector: Tensor) -> Tensor:
+    leaf = vector.detach()[None].requires_grad_()
+    total = _log_probs(log_joint, leaf).sum()
+    if not total.requires_grad:
+        return torch.zeros_like(vector)
+    return torch.autograd.grad(total, leaf)[0][0]
+
+
+@torch.no_grad()
+def _is_constant(log_joint: LogJoint, vector: Tensor, free: Tensor) -> bool:
+    """Whether log-densities stay exactly the same if the free components of a vector move, near and far."""
+    moves = torch.tensor([0.0, 1.0, -1.0, 10.0, -10.0]).to(vector)[:, None]
+    with pyro.validation_enabled(False):
+        totals = _log_probs(log_joint, vector + moves * free)
+    return bool((totals == totals[0]).all())
+
+
+def require_dtype(dtype: torch.dtype | None) -> None:
+    """Raise if a dtype cannot be that of a flow and its model.
+
+    Args:
+        dtype: the dtype that a user has chosen; None for no choice.
+
+    Raises:
+        OptionError: if the dtype is not floating, or of half precision.
+
+    Example:
+        >>> require_dtype(torch.float16)
+        Traceback (most recent call last):
+        pyroflows.errors.OptionError: dtype must be torch.float32 or torch.float64, got torch.float16
+    """
+    if dtype is not None and dtype not in (torch.float32, torch.float64):
+        raise OptionError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _require_declared_shape(site: Site) -> None:
+    """Raise if a value counts several times along a dimension that is no plate, since shapes do not fit.
+
+    Batch dimensions without a plate are no fault by themselves, unlike for Pyro's own ELBO.
+    """
+    is_factor = site.family == "Unit"
+    law_batch = site.law_shape[: len(site.law_shape) - site.event_dim]
+    event_shape = torch.Size() if is_factor else site.law_shape[len(law_batch) :]
+    value_shape = law_batch if is_factor else site.shape
+    # A mask of the distribution itself has given the distribution its shape.
+    outside = [shape for shape in (site.mask_shape, torch.as_tensor(site.scale).shape) if shape]
+    plates = {plate.dim: plate for plate in site.plates if plate.dim is not None}
+    around = "".join(f" in plate '{plate.name}' of size {plate.subsample_size}" for plate in plates.values())
+    kind = "latent" if site.bijection else "observed"
+    law = f"batch shape {tuple(law_batch)}" + (f" and event shape {tuple(event_shape)}" if event_shape else "")
+    shapes = f"{kind} site '{site.name}'{around} has a value of shape {tuple(value_shape)} and a distribution of {law}"
+    if is_factor:
+        shapes = f"factor '{site.name}'{around} has shape {tuple(law_batch)}"
+    try:
+        full = torch.broadcast_shapes(torch.broadcast_shapes(law_batch, *outside) + event_shape, value_shape)
+    except RuntimeError:
+        if value_shape[len(value_shape) - len(event_shape) :] != event_shape:
+            return  # such as a series of another length, for which a distribution has its own rules
+        raise ModelError(f"{shapes}, which do not fit: {_repair(site)}") from None
+    batch = full[: len(full) - len(event_shape)]
+    undeclared = any(dim not in plates and batch[dim] > 1 for dim in range(-len(batch), 0))
+    if is_factor and plates and undeclared:
+        raise ModelError(f"{shapes}, where a dimension is no plate: {_repair(site)}")
+    # Other distributions than independent ones may have events of any length.
+    widens_event = site.family == "Independent" and full[len(batch) :] != event_shape
+    is_repeated = value_shape.numel() not in (1, full.numel())
+    if not is_factor and is_repeated and (undeclared or widens_event):
+        within = ", with mask and scale," if outside else ""
+        raise ModelError(
+            f"{shapes}, which broadcast{within} to {tuple(full)}, so that values count several times: {_repair(site)}"
+        )
+
+
+def _repair(site: Site) -> str:
+    if site.shape[-1:] == (1,) and site.law_shape[-1:] != (1,):
+        return "drop the last dimension of the data, for instance by y.squeeze(-1)"
+    return (
+        "bring data and parameters to the same shape, for instance by x.squeeze(-1), and declare every dimension by a "
+        "plate, or as part of one value by .to_event(1)"
+    )
 
 
 def _require_continuous(site: Site) -> None:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from pyroflows.errors import ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
 from pyroflows.models.masks import dependent_entries, entry_mask, innermost, to_rank
+from pyroflows.models.observations import TensorObservations
 from pyroflows.models.supports import simplified, support_of
 from pyroflows.models.value_reads import ValueReads
 
@@ -75,6 +76,9 @@ class Site:
         is_enumerable: whether its distribution can enumerate its support.
         is_flat: whether its density is constant, by ``ImproperUniform`` or by a mask, so that it cannot be drawn.
         nan_at: the indices of the NaN in an observed value that make its log-density NaN, ``(n, dimensions)``.
+        mask_shape: the shape of the mask of the effect handlers around it; without dimensions if that is no tensor.
+        law_shape: the batch and event shape of its distribution, which differs from ``shape`` where an observed value
+            is broadcast, or has further dimensions.
         bijection: the map from the reals to the support of a latent; None if there is none, and for sites that are not
             latent.
         kept: the entries of a latent that belong to the posterior, booleans of the shape of ``mask``; the others are
@@ -93,6 +97,8 @@ class Site:
     is_enumerable: bool
     is_flat: bool
     nan_at: Tensor
+    mask_shape: torch.Size
+    law_shape: torch.Size
     bijection: Bijection | None = None
     kept: Tensor | None = None
 
@@ -120,6 +126,7 @@ class ModelStructure:
     Args:
         latents: the sites that are not observed, in the order of the model.
         observed: the observed sites, without ``pyro.factor`` statements.
+        factors: the ``pyro.factor`` statements.
         deterministic: the ``pyro.deterministic`` sites, and those that ``poutine.reparam`` has replaced.
         plates: the plates by name.
         parameters: the names of the ``pyro.param`` statements, including those of ``pyro.module``.
@@ -130,6 +137,7 @@ class ModelStructure:
 
     latents: tuple[Site, ...]
     observed: tuple[Site, ...]
+    factors: tuple[Site, ...]
     deterministic: tuple[Site, ...]
     plates: Mapping[str, Plate]
     parameters: tuple[str, ...]
@@ -146,6 +154,12 @@ class ModelStructure:
     def subsampled(self) -> tuple[Plate, ...]:
         """The plates of which a run sees only a part."""
         return tuple(plate for plate in self.plates.values() if plate.is_subsampled)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether anything but priors counts: an observed value or a factor. Without it the posterior is the prior."""
+        counted = [site for site in self.observed if site.shape.numel()] + list(self.factors)
+        return any(not site.is_flat for site in counted)
 
 
 def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> ModelStructure:
@@ -233,7 +247,8 @@ def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = N
 def _run(model: Model, args: Any, kwargs: Any) -> Trace:
     tracer = poutine.trace(model)
     try:
-        return poutine.block(tracer.get_trace)(*args, **kwargs)
+        with poutine.block(), TensorObservations():
+            return tracer.get_trace(*args, **kwargs)
     except Exception:
         # A value of a wrong shape fails where the model uses it, with an error that does not name the site.
         for node in _latent_nodes(tracer.trace):
@@ -307,6 +322,7 @@ def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
         finally:
             torch.set_default_dtype(before)
 
+    run.__dict__["__wrapped__"] = model  # for the names of its arguments
     return run
 
 
@@ -360,7 +376,7 @@ def _not_chosen(value: Tensor) -> Tensor:
 
 
 def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
-    latents, observed, deterministic = [], [], []
+    latents, observed, factors, deterministic = [], [], [], []
     nesting = 0
     for node in _sample_nodes(trace):
         frames = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
@@ -372,13 +388,16 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
             deterministic.append(replace(site, event_dim=event_dim, mask=None, is_flat=False))
         elif not node["is_observed"]:
             latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape, site.support)))
-        elif not isinstance(node["fn"], dist.Unit):
+        elif isinstance(node["fn"], dist.Unit):
+            factors.append(site)
+        else:
             observed.append(site)
     dtypes = [trace.nodes[site.name]["value"].dtype for site in latents]
     floating = [dtype for dtype in dtypes if dtype.is_floating_point] or [torch.get_default_dtype()]
     return ModelStructure(
         latents=tuple(latents),
         observed=tuple(observed),
+        factors=tuple(factors),
         deterministic=tuple(deterministic),
         plates=_plates(trace),
         parameters=tuple(name for name, node in trace.nodes.items() if node["type"] == "param"),
@@ -443,8 +462,10 @@ def _site(node: Any) -> Site:
         scale=node["scale"],
         is_discrete=support is not None and support.is_discrete,
         is_enumerable=fn.has_enumerate_support,
-        is_flat=_is_improper(fn) or (mask is not None and not mask.all()),
+        is_flat=_is_improper(fn) or (mask is not None and not mask.any()),
         nan_at=_nan_at(node, value, mask) if node["is_observed"] else torch.zeros(0, value.dim()),
+        mask_shape=node["mask"].shape if isinstance(node["mask"], Tensor) else torch.Size(),
+        law_shape=fn.shape(),
     )
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, OptionError
+from pyroflows.grad_mode import require_trainable, with_gradients
 from pyroflows.randomness import random_state, seeded, set_random_state
 from pyroflows.training.history import History
 from pyroflows.training.objective import Objective
@@ -85,6 +86,7 @@ class Trainer:
         self._good = Snapshot([*self._step.parameters, *objective.flow.buffers()])
         self._num_bad = 0
 
+    @with_gradients
     def run(self) -> History:
         """Train until the schedule ends, from the start or from the state that was loaded.
 
@@ -184,6 +186,7 @@ class Trainer:
         return figures[monitor]
 
 
+@with_gradients
 def train(
     objective: Objective,
     num_steps: int | None = None,
@@ -222,6 +225,7 @@ def train(
     """
     if not isinstance(objective, Objective):
         raise OptionError(f"train needs a pyroflows.Objective, got {type(objective).__name__}")
+    require_trainable(objective.flow)
     schedule = Plateau(objective.monitor, num_steps, falls=objective.falls)
     with seeded(seed):
         return Trainer(objective, schedule, optimizer, compile=compile, progress_bar=progress_bar).run()

@@ -3,14 +3,30 @@
 import warnings
 from functools import partial
 
+import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
+from torch.distributions import constraints
 
-from pyroflows import DataError, DivergedError, FlowError, FlowVI, ModelError, OptionError, Posterior, ShapeError
+from pyroflows import (
+    DataError,
+    DivergedError,
+    FlowError,
+    FlowVI,
+    ModelError,
+    OptionError,
+    Posterior,
+    ShapeError,
+    importance_sample,
+    load_posterior,
+    to_arviz,
+)
 from pyroflows.errors import InexactError
 from pyroflows.flows import Planar
 from pyroflows.guides import AutoFlow, AutoPlanar
@@ -268,6 +284,154 @@ def test_data_outside_the_support():
 
     with pytest.raises(ValueError, match="'y'|support"):
         fit(model, torch.tensor([1.0, -1.0]))
+
+
+# Shapes, data and arguments
+
+
+def line(x, y=None):
+    a, b = pyro.sample("a", dist.Normal(0.0, 3.0)), pyro.sample("b", dist.Normal(0.0, 3.0))
+    with pyro.plate("n", len(x)):
+        pyro.sample("y", dist.Normal(a + b * x, 0.3), obs=y)
+
+
+X = torch.linspace(-1, 1, 60)
+ON_LINE = 1 + 2 * X + 0.3 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+
+
+def test_data_of_another_shape():
+    """The likelihood would have 60 times 60 terms."""
+    message = r"observed site 'y' in plate 'n' of size 60 has a value of shape \(60, 1\).*y\.squeeze\(-1\)"
+    with pytest.raises(ModelError, match=message):
+        fit(line, X, ON_LINE[:, None])
+    with pytest.raises(ModelError, match=message):
+        importance_sample(line, AutoFlow(line), X, ON_LINE[:, None], num_samples=10, progress_bar=False)
+    with pytest.raises(ModelError, match=message):
+        AutoFlow(line)(X, ON_LINE[:, None])
+    with pytest.raises(ModelError, match=message):
+        fit(line, X, ON_LINE).with_data(X, ON_LINE[:, None])
+
+
+def test_forgotten_data():
+    with pytest.warns(UserWarning, match="nothing is observed.*the posterior is the prior.*'y' to be given"):
+        posterior = fit(line, X)
+    assert not posterior.structure.has_data
+    assert fit(line, X, ON_LINE).structure.has_data
+
+
+FORMS = {
+    "numpy": lambda tensor: tensor.double().numpy(),
+    "series": lambda tensor: pd.Series(tensor.double().numpy()),
+    "list": lambda tensor: tensor.tolist(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_arguments_that_are_no_tensors(form):
+    """A fit, new data, predictions, weights, ArviZ data and a file give what they give with tensors."""
+    convert = FORMS[form]
+    args = convert(X), convert(ON_LINE)
+    posterior, expected = fit(line, *args), fit(line, X, ON_LINE)
+    assert posterior.elbo == pytest.approx(expected.elbo, abs=1e-3)
+    assert posterior.with_data(*args).elbo == pytest.approx(expected.elbo, abs=1e-3)
+    assert posterior.predictive(5, convert(X[:7]))["y"].shape == (5, 7)
+    weighted = importance_sample(line, posterior, *args, num_samples=200, progress_bar=False)
+    assert weighted.log_evidence == pytest.approx(expected.log_evidence, abs=0.1)
+    data = to_arviz(posterior.sample(10), line, args)
+    assert data["observed_data"]["y"].shape == (60,)
+
+
+@pytest.mark.parametrize("obs", [9.5, [9.5], np.array(9.5)], ids=repr)
+def test_observations_that_are_no_tensors(obs):
+    def model(y):
+        w = pyro.sample("w", dist.Normal(8.5, 1.0))
+        pyro.sample("m", dist.Normal(w, 0.75), obs=y)
+
+    posterior = FlowVI(model, seed=0, progress_bar=False).run(obs)
+    exact = dist.Normal(8.5, 1.25).log_prob(torch.tensor(9.5)).item()
+    assert posterior.log_evidence == pytest.approx(exact, abs=1e-3)
+    assert AutoFlow(model)(obs)["w"].shape == ()
+
+
+def test_a_saved_posterior_with_arguments_of_numpy(tmp_path):
+    args = X.numpy(), ON_LINE.numpy()
+    posterior = fit(line, *args)
+    posterior.save(tmp_path / "posterior.safetensors")
+    assert load_posterior(tmp_path / "posterior.safetensors", line, *args).elbo == posterior.elbo
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_nan_in_any_argument(index):
+    args = [X, ON_LINE]
+    args[index] = torch.where(X[3] == X, torch.nan, args[index])
+    with pytest.raises(DataError, match=rf"argument '{'xy'[index]}' has 1 NaN of 60 values, the first at \[3\]"):
+        fit(line, *args)
+
+
+def test_nan_in_arguments_of_predictions():
+    with pytest.raises(DataError, match=r"argument 'x' has 1 NaN of 2 values, the first at \[1\]"):
+        fit(line, X, ON_LINE).predictive(5, torch.tensor([1.0, torch.nan]))
+
+
+def test_nan_under_a_mask_make_the_gradient_nan():
+    def model(x, y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)), poutine.mask(mask=~x.isnan()):
+            pyro.sample("y", dist.StudentT(3.0, slope * x, 1.0, validate_args=False), obs=y)
+
+    with pytest.raises(
+        DataError, match=r"argument 'x' has 1 NaN of 3 values, the first at \[1\].*gradient.*nan_to_num"
+    ):
+        fit(model, torch.tensor([1.0, torch.nan, 2.0]), Y)
+    assert fit(model, torch.tensor([1.0, 0.5, 2.0]), Y).sample(3)["slope"].shape == (3,)
+
+
+def test_a_model_that_draws_rows_by_itself():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x[torch.randperm(len(x))[:2]])
+
+    with pytest.raises(ModelError, match="no fixed log joint.*'x'.*outside of pyro.sample"):
+        fit(model, Y)
+    svi = SVI(model, AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert svi.step(Y) > 0  # there every step may have other rows
+
+
+def test_dropout():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.1))
+
+    def model(x, y):
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        features = network(x[:, None]).detach()
+        pyro.sample("y", dist.Normal(weights @ features.T, 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ModelError, match=r"'y'.*\.eval\(\) on a module with dropout"):
+        fit(model, X, ON_LINE)
+    network.eval()
+    fit(model, X, ON_LINE)
+
+
+def test_a_flat_prior_on_what_nothing_depends():
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("unused", dist.ImproperUniform(constraints.positive, (), ()))
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    with pytest.raises(ModelError, match="the prior of site 'unused' is flat"):
+        fit(model, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, "float32"])
+def test_dtypes(dtype):
+    for make in (FlowVI, AutoFlow):
+        with pytest.raises(OptionError, match="dtype must be torch.float32 or torch.float64"):
+            make(good, dtype=dtype)
+
+
+def test_a_model_that_is_no_function():
+    with pytest.raises(OptionError, match="model must be a function with pyro.sample statements, got Tensor"):
+        FlowVI(torch.zeros(3))
 
 
 # Where a fit starts

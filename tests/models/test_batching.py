@@ -1,5 +1,6 @@
 """A batch of draws means what single draws mean, whatever the model is made of."""
 
+import random
 import warnings
 from dataclasses import dataclass
 
@@ -752,3 +753,103 @@ def test_reference_is_the_run_at_the_first_example():
     assert batched.reference.log_probs["x"].item() == pytest.approx(
         dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)).item()
     )
+
+
+# Models that draw random numbers outside of pyro.sample
+
+
+def chosen_rows(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=x[torch.randperm(len(x))[:3]])
+
+
+def chosen_rows_by_python(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=x[random.sample(range(len(x)), 3)])
+
+
+def chosen_rows_of_a_plate(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x), subsample=torch.randperm(len(x))[:3]) as rows:
+        pyro.sample("y", dist.Normal(z, 1.0), obs=x[rows])
+
+
+def noisy(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("y", -((x.sum() - z - torch.randn(())) ** 2))
+
+
+def seldom(x):
+    """Three of four runs are equal."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("y", z * (torch.rand(()) < 0.25))
+
+
+def dropout(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(z + torch.nn.functional.dropout(x, 0.2), 1.0), obs=x)
+
+
+RANDOM = [chosen_rows, chosen_rows_by_python, chosen_rows_of_a_plate, noisy, seldom, dropout]
+
+
+@pytest.mark.parametrize("model", RANDOM, ids=lambda model: model.__name__)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_model_that_is_random_beyond_its_sites_is_refused(model, seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    with pytest.raises(
+        ModelError, match=r"no fixed log joint.*'y'.*outside of pyro.sample.*subsample_size.*\.eval\(\)"
+    ):
+        BatchedModel(model, (torch.arange(1.0, 20.0),), {}, {"z": torch.randn(5)})
+
+
+def test_a_random_model_can_be_drawn_from():
+    """Predictions have no log joint."""
+    BatchedModel(noisy, (torch.arange(1.0, 20.0),), {}, {"z": torch.zeros(5)}, draw=True)
+
+
+@pytest.mark.parametrize("rows", [None, {"rows": torch.tensor([0, 2])}])
+def test_subsampled_plates_are_not_random_beyond_their_sites(rows):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 50, subsample_size=2) as i:
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.arange(50.0)[i])
+
+    # Without given rows every run has others, so that no batch agrees with single runs.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        BatchedModel(model, (), {}, {"z": torch.zeros(5)}, subsample=rows)
+
+
+def test_the_check_leaves_the_generator_as_it_was(monkeypatch):
+    """A model that draws numbers without effect runs often, but advances the generator as if it ran once."""
+    num_runs = []
+
+    def model():
+        num_runs.append(1)
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        torch.randn(10)
+
+    states = []
+    for repeats in (10, 1):
+        monkeypatch.setattr(batching, "NUM_REPEATS", repeats)
+        torch.manual_seed(0)
+        BatchedModel(model, (), {}, {"z": torch.zeros(5)})
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    assert len(num_runs) == 2 * (1 + 1 + batching.NUM_EXAMPLES - 1) + 10 + 1
+
+
+def test_a_model_that_draws_nothing_runs_no_more_than_before():
+    num_runs = []
+
+    def model():
+        num_runs.append(1)
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    BatchedModel(model, (), {}, {"z": torch.zeros(5)})
+    assert len(num_runs) == 1 + 1 + (batching.NUM_EXAMPLES - 1)

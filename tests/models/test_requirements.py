@@ -7,9 +7,14 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch.distributions import constraints
 
 from pyroflows.errors import DataError, FlowError, ModelError
-from pyroflows.models.requirements import check_static, require_flow, require_full_plates
+from pyroflows.models.layout import Layout
+from pyroflows.models.log_joint import LogJoint
+from pyroflows.models.requirements import check_static, require_flow, require_full_plates, require_proper
 from pyroflows.models.structure import describe
 from tests.models.test_structure import MASK, everything
 
@@ -114,3 +119,209 @@ def test_dynamic_support_raises():
 
     with pytest.raises(ModelError, match="'x'"):
         check_static(describe(model, (True,), {}), describe(model, (False,), {}))
+
+
+# Shapes of log-densities
+
+X, ROWS = torch.arange(6.0), torch.ones(6)
+
+
+def in_plate(loc, obs, mask=True, scale=1.0, event_dim=0):
+    """A model with a plate of six rows."""
+
+    def model():
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 6), poutine.mask(mask=mask), poutine.scale(scale=scale):
+            pyro.sample("y", dist.Normal(slope * loc, 1.0).to_event(event_dim), obs=obs)
+
+    return model
+
+
+def bare(loc, obs, event_dim=0):
+    """A model without a plate."""
+
+    def model():
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(slope * loc, 1.0).to_event(event_dim), obs=obs)
+
+    return model
+
+
+def factor_in_plate():
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 6):
+        pyro.factor("y", dist.Normal(slope * X[:, None], 1.0).log_prob(ROWS))
+
+
+def masked_latent():
+    with pyro.plate("rows", 6), poutine.mask(mask=torch.ones(6, 1).bool()):
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (in_plate(X, ROWS[:, None]), r"site 'y' in plate 'rows' of size 6.*\(6, 1\).*\(6, 6\).*y\.squeeze\(-1\)"),
+        (in_plate(X[:, None], ROWS), r"'y'.*batch shape \(6, 6\).*x\.squeeze\(-1\).*\.to_event\(1\)"),
+        (in_plate(X[:, None], ROWS, event_dim=1), r"'y'.*event shape \(1,\), which broadcast to \(6, 6\)"),
+        (in_plate(X, ROWS, mask=torch.ones(6, 1).bool()), r"'y'.*\(6, 6\)"),
+        (in_plate(X, ROWS, scale=torch.ones(6, 1)), r"'y'.*\(6, 6\)"),
+        (in_plate(X, ROWS[:4]), r"'y' in plate 'rows' of size 6 has a value of shape \(4,\).*do not fit"),
+        (in_plate(torch.zeros(6, 3), torch.zeros(6, 1, 3), event_dim=1), r"'y'.*\(6, 6, 3\)"),
+        (bare(X, ROWS[:, None]), r"'y' has a value.*\(6, 6\).*y\.squeeze\(-1\)"),
+        (bare(X, ROWS[:, None], event_dim=1), r"'y'.*event shape \(6,\).*y\.squeeze\(-1\)"),
+        (bare(torch.zeros(4, 6), ROWS), r"'y'.*\(4, 6\)"),
+        (factor_in_plate, r"factor 'y' in plate 'rows' of size 6 has shape \(6, 6\)"),
+        (masked_latent, r"latent site 'y'.*\(6, 6\)"),
+    ],
+)
+def test_a_value_that_counts_several_times_is_refused(model, message):
+    """Pyro's own ELBO refuses these too, except for a value that is spread over an event."""
+    with pytest.raises(ModelError, match=message):
+        require_flow(describe(model, (), {}))
+    if "event shape \\(1,\\)" not in message:
+        with pytest.raises((ValueError, RuntimeError)):
+            Trace_ELBO().loss(model, AutoNormal(model))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        in_plate(X, ROWS),
+        in_plate(X, torch.tensor(1.0)),
+        in_plate(torch.zeros(6, 3), torch.zeros(6, 3), event_dim=1),
+        in_plate(torch.zeros(6, 3), torch.zeros(3), event_dim=1),
+        in_plate(X, ROWS, mask=ROWS.bool(), scale=ROWS),
+        bare(X, ROWS, event_dim=1),
+        bare(X, ROWS),
+        bare(1.0, ROWS),
+        bare(X, torch.tensor(1.0)),
+        bare(X, torch.zeros(4, 6)),
+    ],
+)
+def test_every_value_that_counts_once_passes(model):
+    require_flow(describe(model, (), {}))
+
+
+def test_crossed_plates_may_spread_a_value():
+    def model():
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("columns", 6, dim=-2), pyro.plate("rows", 6):
+            pyro.sample("y", dist.Normal(slope * X, 1.0), obs=ROWS[:, None])
+
+    require_flow(describe(model, (), {}))
+
+
+# Data
+
+
+@pytest.mark.parametrize(
+    ("body", "has_data"),
+    [
+        (lambda: None, False),
+        (lambda: pyro.sample("y", dist.Normal(0.0, 1.0)), False),
+        (lambda: pyro.deterministic("y", torch.zeros(3)), False),
+        (lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.zeros(0)), False),
+        (lambda: pyro.sample("y", dist.Normal(0.0, 1.0).mask(False), obs=torch.tensor(0.0)), False),
+        (lambda: pyro.sample("y", dist.Normal(X, 1.0).mask(torch.zeros(6).bool()), obs=ROWS), False),
+        (lambda: pyro.sample("y", dist.Normal(X, 1.0).mask(X > 2), obs=ROWS), True),
+        (lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0)), True),
+        (lambda: pyro.factor("y", torch.tensor(0.0)), True),
+    ],
+)
+def test_has_data(body, has_data):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        body()
+
+    assert describe(model, (), {}).has_data is has_data
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_of_half_precision_are_refused(dtype):
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)))
+
+    with pytest.raises(ModelError, match=r"'x', have dtype (b?float16), .*use float32 or float64"):
+        require_flow(describe(model, (), {}))
+
+
+# Flat priors
+
+
+def log_joint_of(model):
+    layout = Layout(describe(model, (), {}))
+    vector = torch.full((layout.dim,), 0.3)
+    return LogJoint(model, (), {}, layout, vector[None]), vector
+
+
+def flat(support, *event_shape):
+    return pyro.sample("x", dist.ImproperUniform(support, (), event_shape))
+
+
+def unseen(support, *event_shape):
+    flat(support, *event_shape)
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+
+def one_of_three():
+    x = flat(constraints.real, 3)
+    pyro.sample("y", dist.Normal(x[..., :2].sum(-1), 1.0), obs=torch.tensor(1.0))
+
+
+def without_data():
+    x = flat(constraints.real)
+    pyro.sample("z", dist.Normal(x, 1.0))
+
+
+def masked_prior():
+    with poutine.mask(mask=False):
+        pyro.sample("x", dist.HalfNormal(1.0))
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: unseen(constraints.real),
+        lambda: unseen(constraints.positive, 2),
+        lambda: unseen(constraints.less_than(3.0)),
+        lambda: unseen(dist.constraints.ordered_vector, 2),
+        one_of_three,
+        without_data,
+        masked_prior,
+    ],
+)
+def test_a_flat_prior_without_data_is_refused(model):
+    with pytest.raises(ModelError, match="the prior of site 'x' is flat.*cannot be normalised"):
+        require_proper(*log_joint_of(model))
+
+
+def seen():
+    x = flat(constraints.real, 2)
+    pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.tensor([1.0, 2.0]))
+
+
+def walled():
+    """The log joint is constant around the start, and -inf beyond a wall."""
+    x = flat(constraints.real)
+    pyro.factor("wall", torch.where(x.abs() < 2.0, 0.0, -torch.inf))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        seen,
+        walled,
+        lambda: unseen(constraints.unit_interval),
+        lambda: unseen(constraints.interval(-2.0, 3.0)),
+        lambda: unseen(constraints.simplex, 3),
+        lambda: unseen(constraints.corr_cholesky, 3, 3),
+    ],
+)
+def test_a_flat_prior_with_data_or_bounds_passes(model):
+    require_proper(*log_joint_of(model))
