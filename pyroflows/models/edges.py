@@ -1,7 +1,7 @@
 r"""Log-densities near the edges of a support, where a value in floating point cannot be told from the edge.
 
-A Beta law of concentrations 0.1 has a twentieth of its mass within :math:`10^{-13}` of 1, where float32 has no number
-but 1. Its density there follows from the logarithms of the distances from the edges, which are known from the
+A Beta law of concentrations 0.1 has a twelfth of its mass within :math:`10^{-8}` of 1, where float32 has no number but
+1. Its density there follows from the logarithms of the distances from the edges, which are known from the
 unconstrained value:
 
 - of an interval from a to b, :math:`\log\frac{x - a}{b - a}` and :math:`\log\frac{b - x}{b - a}`;
