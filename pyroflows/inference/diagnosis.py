@@ -19,8 +19,8 @@ from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 
 NUM_DIAGNOSTIC_SAMPLES = 10_000
-# Where figures lie within so many standard errors of limits that decide, there are so many batches of draws.
-MIN_DISTANCE, NUM_BATCHES = 2.0, 4
+# Where figures that decide lie within so many standard errors of their limits, there are so many batches of draws.
+MIN_DISTANCE, NUM_BATCHES = 1.0, 4
 # Seeds of further draws, far from those of the first.
 SEED_OF_BATCHES, SEED_OF_REACH = 2**20, 2**21
 NUM_LOOKS = 200  # at draws where the log joint is not finite
@@ -263,7 +263,7 @@ class DiagnosticDraws:
         raw_log_weights: their log weights :math:`\log p(x, y) - \log q(x)`, ``(S,)``.
         weights: the same weights, smoothed.
         seed: the seed of the draws.
-        num_batches: the number of batches of draws, as many in each.
+        batch_size: the number of draws in a batch, of which there may be several.
     """
 
     law: Law
@@ -272,14 +272,14 @@ class DiagnosticDraws:
     raw_log_weights: Tensor
     weights: Weights
     seed: int
-    num_batches: int
+    batch_size: int
 
     @classmethod
     def first(cls, law: Law, log_joint: LogJoint, num_samples: int, seed: int = 0) -> "DiagnosticDraws":
         """Draw one batch from the law of a flow, the same whenever the seed is the same."""
         with seeded(seed):
             latents, raw = _weighted(law, log_joint, num_samples)
-        return cls(law, log_joint, latents, raw, Weights.smoothed(raw), seed, num_batches=1)
+        return cls(law, log_joint, latents, raw, Weights.smoothed(raw), seed, num_samples)
 
     @classmethod
     def drawn(cls, law: Law, log_joint: LogJoint, num_samples: int, seed: int = 0) -> "DiagnosticDraws":
@@ -295,11 +295,9 @@ class DiagnosticDraws:
         if verdicts[0] == verdicts[1] or self.log_joint.batched.mode == "loop":
             return self
         with seeded(SEED_OF_BATCHES + self.seed):
-            latents, raw = _weighted(self.law, self.log_joint, (NUM_BATCHES - 1) * len(self.latents))
+            latents, raw = _weighted(self.law, self.log_joint, (NUM_BATCHES - 1) * self.batch_size)
         latents, raw = torch.cat([self.latents, latents]), torch.cat([self.raw_log_weights, raw])
-        return replace(
-            self, latents=latents, raw_log_weights=raw, weights=Weights.smoothed(raw), num_batches=NUM_BATCHES
-        )
+        return replace(self, latents=latents, raw_log_weights=raw, weights=Weights.smoothed(raw))
 
     @cached_property
     def figures(self) -> Figures:
@@ -312,8 +310,14 @@ class DiagnosticDraws:
         if self.figures.khat_is_low:
             return None
         with seeded(SEED_OF_REACH + self.seed):
-            draws = ReachingDraws.drawn(self.law, self.log_joint, len(self.latents))
-        return None if draws is None else draws.unseen(len(self.latents) // self.num_batches)
+            draws = ReachingDraws.drawn(self.law, self.log_joint, self.batch_size)
+            if draws is None:
+                return None
+            unseen = draws.unseen(self.batch_size)
+            if unseen.is_certain(MIN_DISTANCE) or self.log_joint.batched.mode == "loop":
+                return unseen
+            more = ReachingDraws.drawn(self.law, self.log_joint, (NUM_BATCHES - 1) * self.batch_size)
+        return unseen if more is None else draws.joined(more).unseen(self.batch_size)
 
     def diagnosis(self, flow: Flow, history: History, starts: Starts | None) -> Diagnosis:
         """Judge the flow by these draws, its training, and its starts where it had several."""
@@ -349,6 +353,8 @@ class DiagnosticDraws:
         return f", at site {' and '.join(repr(name) for name in sites)}" if sites else ""
 
     def _mismatch(self) -> Iterator[str]:
+        if len(self.raw_log_weights) - self.figures.num_zero - self.figures.num_nan < 2:
+            return
         log_weights, weights = self.raw_log_weights.double(), self.weights.normalized.to(self.latents.device)
         sites = worst_sites(self.log_joint.layout, self.latents.double(), log_weights, weights)
         if sites:

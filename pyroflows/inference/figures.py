@@ -1,6 +1,5 @@
 """What the draws from a flow show of its posterior: figures with their errors, and the verdict on the draws alone."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -63,6 +62,11 @@ class Unseen(NamedTuple):
     share: Estimate
     num_draws: int
 
+    def is_certain(self, errors: float) -> bool:
+        """Whether the limits of the verdict lie at least so many standard errors away."""
+        limits = (MAX_UNSEEN_SHARE, MAX_CORRECTABLE_SHARE)
+        return all(abs(self.share.value - limit) > errors * self.share.se for limit in limits)
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -97,7 +101,8 @@ class Figures:
         num_zero = int(torch.isneginf(raw).sum())
         finite = raw[torch.isfinite(raw)]
         squares = (finite - finite.mean()) ** 2
-        variance = Estimate(finite.var().item(), (squares.std() / math.sqrt(max(1, len(finite)))).item())
+        error = ((squares - squares.mean()) ** 2).mean().sqrt() / len(finite) ** 0.5
+        variance = Estimate(squares.mean().item(), error.item())
         moments = _moment_change(latents.double(), weights.normalized.to(latents.device))
         num_nan = len(raw) - len(finite) - num_zero
         khat = Estimate(weights.khat, weights.khat_se)
@@ -135,9 +140,9 @@ class Figures:
 
     def verdict_on_tail(self, unseen: Unseen | None, errors: float = 0.0) -> Verdict:
         """The verdict that the tail of the weights allows at best, by k-hat and by what the draws do not see."""
-        if self.khat_is_low or (unseen is not None and unseen.share.at(errors) <= MAX_UNSEEN_SHARE):
+        if self.khat_is_low or (unseen is not None and unseen.share.value <= MAX_UNSEEN_SHARE):
             return "good"
-        is_far = unseen is not None and unseen.share.at(errors) > MAX_CORRECTABLE_SHARE
+        is_far = unseen is not None and unseen.share.value > MAX_CORRECTABLE_SHARE
         is_high = self.khat.at(errors - CLEARLY_ABOVE) > self.khat_threshold
         return "do not use" if is_far or is_high else "correct it"
 

@@ -71,6 +71,11 @@ class ReachingDraws:
         joined = torch.cat(log_weights).cpu().double()
         return cls(torch.where(joined.isfinite(), joined, -torch.inf), torch.cat(log_ratios).cpu().double())
 
+    def joined(self, other: "ReachingDraws") -> "ReachingDraws":
+        """These draws and others from the same law."""
+        log_ratios = torch.cat([self.log_ratios, other.log_ratios])
+        return ReachingDraws(torch.cat([self.log_weights, other.log_weights]), log_ratios)
+
     def unseen(self, num_draws: int) -> Unseen:
         """The share of the posterior that lies where weights are larger than those of draws from the flow.
 
