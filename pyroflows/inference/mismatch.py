@@ -110,7 +110,7 @@ def helpful_forms(log_joint: LogJoint, latents: Tensor, log_weights: Tensor, nam
     for scaled, scale in pairs[:2]:
         yield (
             f"site '{scale}' sets the scale of site '{scaled}': fit the non-centred form, "
-            f'poutine.reparam(model, config={{"{scaled}": LocScaleReparam(0)}})'
+            f'poutine.reparam(model, config={{"{scaled}": LocScaleReparam(0.0)}})'
         )
     sds = {site.name: part.double().std(0) for site, part in log_joint.layout.split(latents)}
     low, high = min(sds, key=lambda name: sds[name].min()), max(sds, key=lambda name: sds[name].max())

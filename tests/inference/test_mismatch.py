@@ -6,7 +6,9 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro import poutine
 from pyro.infer.autoguide import init_to_median
+from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import constraints
 
 from pyroflows.inference.mismatch import helpful_forms, worst_sites
@@ -106,7 +108,15 @@ def test_a_centred_hierarchy_is_named_with_its_way_out(model, draws, pair):
     (text, *_) = forms(log_joint, draws(log_joint))
     scale, scaled = pair
     assert f"site '{scale}' sets the scale of site '{scaled}'" in text
-    assert f'poutine.reparam(model, config={{"{scaled}": LocScaleReparam(0)}})' in text
+    assert f'poutine.reparam(model, config={{"{scaled}": LocScaleReparam(0.0)}})' in text
+
+
+def test_the_form_is_code_that_runs():
+    log_joint = log_joint_of(centred)
+    (text, *_) = forms(log_joint, normal_draws(log_joint))
+    names = {"model": centred, "poutine": poutine, "LocScaleReparam": LocScaleReparam}
+    model = eval(text[text.index("poutine.reparam") :], names)
+    assert "theta_decentered" in poutine.trace(model).get_trace().nodes
 
 
 def non_centred():
