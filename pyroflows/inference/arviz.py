@@ -217,6 +217,23 @@ def pareto_k_threshold(num_samples: int) -> float:
     return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
 
 
+def pareto_k_se(khat: float, num_weights: int) -> float:
+    r"""The asymptotic standard error of :math:`\hat k` as fitted to S weights, which are not zero.
+
+    .. math:: (1 + k) / \sqrt M, \quad k > -1/2
+
+    with the M weights of the tail (Smith 1987, Annals of Statistics 15(3)). Below -1/2, where the estimate converges
+    faster, it is the value at -1/2. It is 0 where there was no tail to fit, or none that could be fitted.
+
+    Examples:
+        >>> round(pareto_k_se(0.5, 10_000), 3)
+        0.087
+    """
+    if khat == 0 or not math.isfinite(khat):
+        return 0.0
+    return (1 + max(khat, -0.5)) / math.sqrt(_tail_size(num_weights))
+
+
 def _by_component(function: Callable[[np.ndarray], Any], draws: np.ndarray) -> np.ndarray:
     components = draws.reshape(*draws.shape[:2], -1)
     # Chains that stand still divide by zero.
@@ -228,7 +245,7 @@ def _by_component(function: Callable[[np.ndarray], Any], draws: np.ndarray) -> n
 def _smoothed_finite(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     size = log_weights.size
     # If there are too few weights for a tail, all of them must be equal to count as without one.
-    num_tail = math.ceil(min(size / 5, 3 * math.sqrt(size))) if size >= MIN_WEIGHTS else size
+    num_tail = _tail_size(size) if size >= MIN_WEIGHTS else size
     # The fit starts at the largest weight below the tail, which is hence compared too.
     if size > 1 and np.ptp(_largest(log_weights, min(num_tail + 1, size))) <= EQUAL:
         return log_weights, 0.0
@@ -241,6 +258,10 @@ def _smoothed_finite(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         return log_weights, math.inf
     # ArviZ normalises the weights. Most are below the tail and otherwise unchanged, so the median change undoes that.
     return smoothed + np.median(log_weights - smoothed), float(khat)
+
+
+def _tail_size(num_weights: int) -> int:
+    return math.ceil(min(num_weights / 5, 3 * math.sqrt(num_weights)))
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

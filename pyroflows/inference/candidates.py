@@ -16,11 +16,9 @@ from pyroflows.models.log_joint import LogJoint
 from pyroflows.training.history import History
 
 NUM_EVIDENCE_DRAWS = 4000
-# A Gaussian is enough up to this variance of its log weights, this k-hat, and this change under the weights of any mean
-# (in standard deviations) and any standard deviation (relative).
-MAX_VARIANCE, MAX_KHAT, MAX_MOVE = 0.05, 0.5, 0.05
-# Below this variance of the log weights their k-hat is an estimate from rounding errors, and is ignored.
-EXACT_VARIANCE = 0.01
+# A Gaussian is enough up to this variance of its log weights, this share of the posterior that its draws do not see,
+# and this change under the weights of any mean (in standard deviations) and any standard deviation (relative).
+MAX_VARIANCE, MAX_SHARE, MAX_MOVE = 0.05, 0.001, 0.05
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,14 @@ class FittedCandidate:
     found: Starts
 
     @cached_property
+    def first_draws(self) -> DiagnosticDraws:
+        """A batch of draws for a first look, made at the first use."""
+        return DiagnosticDraws.first(self.flow(), self.log_joint, NUM_DIAGNOSTIC_SAMPLES)
+
+    @cached_property
     def draws(self) -> DiagnosticDraws:
-        """The draws on which the verdict rests, made at the first use."""
-        return DiagnosticDraws.drawn(self.flow(), self.log_joint, NUM_DIAGNOSTIC_SAMPLES)
+        """The draws on which the verdict rests."""
+        return self.first_draws.settled()
 
     @cached_property
     def diagnosis(self) -> Diagnosis:
@@ -95,13 +98,15 @@ class FittedCandidate:
         return self.draws.diagnosis(self.flow, self.history, self.found)
 
 
-def is_enough(gaussian: Diagnosis) -> bool:
-    """Whether a Gaussian with this diagnosis is so close to the posterior that a flow could not improve on it."""
+def is_enough(gaussian: FittedCandidate) -> bool:
+    """Whether a Gaussian is so close to the posterior that a flow could not improve on it."""
+    figures = gaussian.first_draws.figures
+    # What takes no further draws comes first, since most Gaussians are not enough.
     return (
-        gaussian.verdict == "good"
-        and gaussian.log_weight_variance < MAX_VARIANCE
-        and (gaussian.khat < MAX_KHAT or gaussian.log_weight_variance < EXACT_VARIANCE)
-        and max(gaussian.mean_shift, abs(gaussian.sd_ratio - 1)) < MAX_MOVE
+        figures.log_weight_variance.value < MAX_VARIANCE
+        and max(figures.mean_shift.value, abs(figures.sd_ratio.value - 1)) < MAX_MOVE
+        and gaussian.diagnosis.verdict == "good"
+        and (gaussian.diagnosis.unseen_share or 0.0) < MAX_SHARE
     )
 
 

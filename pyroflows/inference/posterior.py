@@ -43,7 +43,7 @@ class Posterior(Approximation):
         history: the history of the training; empty if the flow was not trained on the model.
         starts: the result of the search for modes, if the fit made one.
         num_diagnostic_samples: number of draws from which ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict
-            are computed, at least 100.
+            are computed, at least 100; four times as many where the verdict would otherwise hang on their errors.
         compile: how the log joint is compiled for chains, as for :class:`FlowVI`.
         log_joint: the log joint of the model with these arguments, if a fit has made it; None to make it when needed.
         draws: the draws behind the figures, if a fit has made them; None to make them when needed.
@@ -288,7 +288,8 @@ class Posterior(Approximation):
     @property
     def elbo_se(self) -> float:
         """Standard error of the ELBO, in nats."""
-        return self._diagnostics.raw_log_weights.double().std().item() / self.num_diagnostic_samples**0.5
+        log_weights = self._diagnostics.raw_log_weights.double()
+        return log_weights.std().item() / len(log_weights) ** 0.5
 
     @property
     def khat(self) -> float:
@@ -297,7 +298,7 @@ class Posterior(Approximation):
 
     @property
     def ess(self) -> float:
-        """Effective sample size of the weighted draws, between 1 and ``num_diagnostic_samples``."""
+        """Effective sample size of the weighted draws, between 1 and their number."""
         return self._diagnostics.weights.ess
 
     @property

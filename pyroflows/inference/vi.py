@@ -266,7 +266,7 @@ class FlowVI:
         """Fit a Gaussian, a flow and a flow with heavier tails, in this order, until one is good enough."""
         if may_be_gaussian:
             gaussian = fit(Recipe("Gaussian"), is_trained=False)
-            if is_enough(gaussian.diagnosis):
+            if is_enough(gaussian):
                 return gaussian
         light = fit(Recipe("default"))
         if light.diagnosis.verdict != "do not use":

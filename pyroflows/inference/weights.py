@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroflows.inference.arviz import pareto_smoothed
+from pyroflows.inference.arviz import pareto_k_se, pareto_smoothed
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Weights:
     Args:
         log_weights: smoothed log weights ``(S,)`` in float64, with the offset of the raw ones.
         khat: Pareto shape of the tail of the raw weights (Vehtari et al. 2024, JMLR 25(72)); 0 for constant weights.
+        khat_se: standard error of k-hat.
         ess: effective sample size :math:`(\sum_i w_i)^2 / \sum_i w_i^2`, between 1 and S.
         log_evidence: :math:`\log \frac1S \sum_i w_i` of the raw weights, in nats.
         log_evidence_se: standard error of the log evidence, by the delta method.
@@ -29,22 +30,24 @@ class Weights:
 
     log_weights: Tensor
     khat: float
+    khat_se: float
     ess: float
     log_evidence: float
     log_evidence_se: float
 
     @classmethod
     def smoothed(cls, raw: Tensor) -> "Weights":
-        """Smooth raw log weights ``(S,)``; one that is NaN counts as zero weight."""
-        values = np.nan_to_num(raw.detach().cpu().double().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        """Smooth raw log weights ``(S,)``; one that is NaN or +inf counts as zero weight."""
+        values = np.nan_to_num(raw.detach().cpu().double().numpy(), nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
         smoothed, khat = pareto_smoothed(values)
+        khat_se = pareto_k_se(khat, int(np.isfinite(values).sum()))
         log_weights = torch.from_numpy(smoothed)
         num_draws = len(log_weights)
         # The evidence is the mean of the raw weights, which is unbiased; smoothing a tail of k-hat above 1 is not.
         raw_weights = torch.from_numpy(values)
         variance = max(0.0, num_draws / _ess(raw_weights) - 1) / num_draws
         log_evidence = torch.logsumexp(raw_weights, 0).item() - math.log(num_draws)
-        return cls(log_weights, khat, _ess(log_weights), log_evidence, math.sqrt(variance))
+        return cls(log_weights, khat, khat_se, _ess(log_weights), log_evidence, math.sqrt(variance))
 
     @property
     def normalized(self) -> Tensor:
@@ -67,7 +70,7 @@ class WeightedDraws:
     Example:
         >>> weighted = WeightedDraws({"x": torch.arange(3.0)}, Weights.smoothed(torch.zeros(3)))
         >>> weighted
-        WeightedDraws(3 draws, ess=3, khat=0.00, log_evidence=0.000 +- 0.000)
+        WeightedDraws(3 draws, ess=3, khat=0.00 +- 0.00, log_evidence=0.000 +- 0.000)
         >>> weighted.resample(5)["x"].shape
         torch.Size([5])
     """
@@ -84,6 +87,11 @@ class WeightedDraws:
     def khat(self) -> float:
         """Pareto k-hat of the weights."""
         return self.weights.khat
+
+    @property
+    def khat_se(self) -> float:
+        """Standard error of k-hat."""
+        return self.weights.khat_se
 
     @property
     def ess(self) -> float:
@@ -114,6 +122,7 @@ class WeightedDraws:
 
     def __repr__(self) -> str:
         return (
-            f"WeightedDraws({len(self.log_weights)} draws, ess={self.ess:.0f}, khat={self.khat:.2f}, "
+            f"WeightedDraws({len(self.log_weights)} draws, ess={self.ess:.0f}, "
+            f"khat={self.khat:.2f} +- {self.khat_se:.2f}, "
             f"log_evidence={self.log_evidence:.3f} +- {self.log_evidence_se:.3f})"
         )

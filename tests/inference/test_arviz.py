@@ -543,3 +543,22 @@ def test_rhat_of_one_chain(module):
     noise = rng.normal(size=(1, 400))
     assert module.rhat(noise) < 1.02
     assert module.rhat(noise + np.linspace(0, 5, 400)) > 1.5
+
+
+def test_the_standard_error_of_khat_covers_its_spread():
+    """The sd of k-hat over 40 sets of Pareto weights of shape 0.7, which is known to 11 %."""
+    module = load()
+    rng = np.random.default_rng(11)
+    found = [module.pareto_smoothed(-0.7 * np.log(rng.uniform(size=10_000)))[1] for _ in range(40)]
+    assert module.pareto_k_se(0.7, 10_000) == pytest.approx(1.7 / math.sqrt(300))
+    assert np.std(found) == pytest.approx(module.pareto_k_se(0.7, 10_000), rel=0.4)
+
+
+@pytest.mark.parametrize("khat", [0.0, math.inf])
+def test_khat_that_was_not_fitted_has_no_error(khat):
+    assert load().pareto_k_se(khat, 10_000) == 0.0
+
+
+def test_the_error_of_khat_of_short_tails():
+    module = load()
+    assert module.pareto_k_se(-0.9, 10_000) == module.pareto_k_se(-0.5, 10_000)

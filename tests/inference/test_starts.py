@@ -12,7 +12,8 @@ from torch.distributions import constraints
 from pyroflows import ModelError
 from pyroflows.compiling.check import Compiler
 from pyroflows.inference.candidates import is_enough
-from pyroflows.inference.diagnosis import Diagnosis
+from pyroflows.inference.diagnosis import diagnose
+from pyroflows.inference.figures import Estimate, Figures, Unseen
 from pyroflows.inference.pathfinder import GaussianApproximation
 from pyroflows.inference.starts import WIDE, Starts, _separate, find_start, starting_points
 from pyroflows.models.layout import Layout
@@ -205,35 +206,53 @@ def test_one_start_at_which_it_is_not_finite_is_left_out():
 
 # When one is enough
 
-GOOD = Diagnosis(
-    verdict="good",
-    reasons=(),
-    khat=0.2,
-    khat_threshold=0.7,
-    ess=900.0,
-    num_samples=1000,
-    log_weight_variance=0.03,
-    mean_shift=0.02,
-    sd_ratio=0.98,
-    num_non_finite=0,
+FIGURES = Figures(
+    num_samples=10_000,
+    khat=Estimate(0.2, 0.07),
+    ess=9500.0,
+    log_weight_variance=Estimate(0.03, 0.001),
+    mean_shift=Estimate(0.02, 0.002),
+    sd_ratio=Estimate(0.98, 0.005),
+    widening=Estimate(1.0, 0.005),
+    num_zero=0,
+    num_nan=0,
 )
+
+
+@dataclasses.dataclass
+class Fitted:
+    """A Gaussian with these figures; none of which but the share takes more draws than a first batch."""
+
+    figures: Figures
+    share: float | None
+
+    @property
+    def first_draws(self):
+        return self
+
+    @property
+    def diagnosis(self):
+        unseen = None if self.share is None else Unseen(Estimate(self.share, 0.0001), 10_000)
+        return diagnose(self.figures, unseen)
 
 
 @pytest.mark.parametrize(
-    ("change", "enough"),
+    ("changes", "share", "enough"),
     [
-        ({}, True),
-        ({"verdict": "correct it"}, False),
-        ({"log_weight_variance": 0.06}, False),
-        ({"khat": 0.6}, False),
-        ({"khat": 0.6, "log_weight_variance": 0.005}, True),  # of next to nothing
-        ({"mean_shift": 0.06}, False),
-        ({"sd_ratio": 0.94}, False),
-        ({"sd_ratio": 1.06}, False),
+        ({}, None, True),
+        ({"log_weight_variance": Estimate(0.06, 0.001)}, None, False),
+        ({"mean_shift": Estimate(0.06, 0.001)}, None, False),
+        ({"sd_ratio": Estimate(0.94, 0.001)}, None, False),
+        ({"sd_ratio": Estimate(1.06, 0.001)}, None, False),
+        ({"num_zero": 1}, None, False),
+        ({"khat": Estimate(1.6, 0.1)}, 0.0005, True),
+        ({"khat": Estimate(1.6, 0.1)}, 0.002, False),
+        ({"khat": Estimate(1.6, 0.1)}, None, False),
     ],
 )
-def test_enough(change, enough):
-    assert is_enough(dataclasses.replace(GOOD, **change)) is enough
+def test_enough(changes, share, enough):
+    """The verdict is "good", with room to spare; a tail that holds next to nothing does not count."""
+    assert is_enough(Fitted(dataclasses.replace(FIGURES, **changes), share)) is enough
 
 
 def test_starts_near_the_best():
