@@ -1,0 +1,244 @@
+"""The separate modes of a log density: a search in batches, which ends when a further start would hardly find another."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroflows.inference.pathfinder import Approximation, Density, Search, approximations, look, refine
+from pyroflows.inference.symmetries import Symmetry
+
+# Gaussians whose means are nearer than this many standard deviations of either describe the same mode.
+SEPARATION = 4.0
+# Between two modes the log joint falls by at least this many nats; where it falls less, a single mode is bent, or a
+# funnel.
+MIN_DIP = 3.0
+# A Gaussian whose mass lies this many nats below the best stands for less than a hundredth of it.
+MAX_DEFICIT = math.log(100.0)
+# Mass by the curvature at an optimum is uncertain by this many nats, and by half a nat a dimension.
+LAPLACE_ERROR = 5.0
+# Above this variance of its log weights, a Gaussian may cover a valley.
+POOR_VARIANCE = 0.5
+# A further start climbs for at most this many steps; lines to known modes are looked at in this many points.
+MAX_CLIMB, NUM_ON_LINE, NUM_NEAREST = 40, 16, 4
+# Images of modes under symmetries are followed up to this number of modes.
+MAX_IMAGES = 64
+
+
+@dataclass(eq=False)
+class Mode:
+    """A mode of a log density.
+
+    Args:
+        gaussian: the Gaussian there.
+        orbit: a number that all modes share which symmetries map to one another.
+        num_hits: the number of starts that ended in it.
+    """
+
+    gaussian: Approximation
+    orbit: int
+    num_hits: int = 0
+
+
+class ModeSearch:
+    """The modes that starts have found so far, and in how many starts.
+
+    Args:
+        density: the log density.
+        starts: the first starts, ``(S, D)``, from each of which the best Gaussian on its path is sought; further ones
+            are given to :meth:`explore`.
+
+    Attributes:
+        modes: all modes, those of next to no mass included.
+        elbos: the ELBO of the Gaussian in which each start ended, in nats.
+
+    Raises:
+        ValueError: if the density is finite at none of the starts.
+
+    Example:
+        >>> def value_and_grad(u):
+        ...     return -0.5 * (u.abs() - 9).square().sum(-1), -(u.abs() - 9) * u.sign()
+        >>> starts = 10 * torch.rand(8, 1) - 5
+        >>> search = ModeSearch(Density(value_and_grad, 64, starts), starts)
+        >>> search.explore(10 * torch.rand(16, 1) - 5)
+        >>> sorted(round(mode.gaussian.loc.item()) for mode in search.modes)
+        [-9, 9]
+    """
+
+    def __init__(self, density: Density, starts: Tensor) -> None:
+        self.density = density
+        self.modes: list[Mode] = []
+        self.elbos: list[float] = []
+        self.num_starts = len(starts)
+        self._num_closed = 0
+        for gaussian in approximations(density, starts):
+            self._note(gaussian)
+        self.first_cost = density.num_calls
+        self._cost_of_modes = 0
+
+    @property
+    def kept(self) -> list[Mode]:
+        """The modes that are not negligible, the best ELBO first."""
+        modes = sorted(self.modes, key=lambda mode: mode.gaussian.elbo, reverse=True)
+        return [mode for mode in modes if mode is modes[0] or self._has_mass(mode.gaussian.log_mass)]
+
+    @property
+    def new_mode_probability(self) -> float:
+        r"""An estimate of the probability that a further start ends in a mode that is not known.
+
+        By Good and Turing it is the share of the starts whose mode no other start has found. A start more, which found
+        a new mode, is counted in: :math:`(n_1 + 1) / (n + 1)`, for :math:`n_1` modes that were found once among n
+        starts, does not vanish while n is small (Good 1953, Biometrika 40). Modes that symmetries map to one another
+        count as one, and starts that ended in modes of next to no mass do not count.
+        """
+        hits: dict[int, int] = {}
+        for mode in self.kept:
+            hits[mode.orbit] = hits.get(mode.orbit, 0) + mode.num_hits
+        return (list(hits.values()).count(1) + 1) / (sum(hits.values()) + 1)
+
+    @property
+    def relative_cost(self) -> float:
+        """The cost of the further starts as a multiple of that of the first; the fits of new modes do not count."""
+        return (self.density.num_calls - self.first_cost - self._cost_of_modes) / self.first_cost
+
+    def explore(self, starts: Tensor) -> None:
+        """Climb from further starts, until each is inside a known mode or at an optimum, where a Gaussian is fitted.
+
+        Args:
+            starts: ``(S, D)``, S at most the number of rows of the density.
+        """
+        self.num_starts += len(starts)
+        search = Search(self.density, starts.double(), self.kept[0].gaussian.root)
+        is_finite = search.active.clone()
+        homes: list[Mode | None] = [None] * len(starts)
+        seen: set[tuple[int, int]] = set()
+        for _ in range(MAX_CLIMB):
+            self._stop_inside(search, homes, seen)
+            if not search.active.any():
+                break
+            search.advance()
+        loc, root = search.gaussians()
+        masses = search.value + torch.linalg.slogdet(root)[1] + 0.5 * loc.shape[1] * math.log(2 * math.pi)
+        for i in masses.argsort(descending=True).tolist():
+            if home := homes[i]:
+                self._count(home)
+            elif is_finite[i]:
+                self._settle(search.loc[i], Approximation(loc[i], root[i], masses[i].item()))
+
+    def close(self, symmetries: Sequence[Symmetry]) -> None:
+        """Add the images of all modes under symmetries, and of these in turn, up to a number."""
+        while self._num_closed < len(self.modes) < MAX_IMAGES:
+            mode = self.modes[self._num_closed]
+            self._num_closed += 1
+            if self._has_mass(mode.gaussian.log_mass):
+                for symmetry in symmetries:
+                    if len(self.modes) < MAX_IMAGES:
+                        self._add_image(mode, symmetry)
+
+    def _add_image(self, mode: Mode, symmetry: Symmetry) -> None:
+        q = mode.gaussian
+        loc = symmetry(q.loc[None])[0]
+        image = self._at(loc)
+        if image is None:
+            root = symmetry.root_of_image(q.loc, q.root)
+            gaussian = look(self.density, loc, root).as_approximation()
+            if not gaussian.elbo > q.elbo - 0.1 - 3 * math.sqrt(2 * q.log_weight_variance / self.density.num_rows):
+                gaussian = refine(self.density, gaussian, [other.gaussian for other in self.modes])
+            image = self._same(gaussian)
+            if image is None:
+                self.modes.append(Mode(gaussian, mode.orbit))
+        if image is not None and image.orbit != mode.orbit:
+            joined = image.orbit
+            for other in self.modes:
+                other.orbit = mode.orbit if other.orbit == joined else other.orbit
+
+    def _stop_inside(self, search: Search, homes: list[Mode | None], seen: set[tuple[int, int]]) -> None:
+        """Stop the climbs that have come inside a known mode, without a valley between."""
+        inside = (self._distances(search.loc) < _reach(search.loc.shape[1])) & search.active[:, None]
+        pairs = [(i, m) for i, m in inside.nonzero().tolist() if (i, m) not in seen]
+        seen.update(pairs)
+        poor = [(i, m) for i, m in pairs if self.modes[m].gaussian.log_weight_variance >= POOR_VARIANCE]
+        valleys = {pair for pair, dip in zip(poor, self._dips(search.loc, poor), strict=True) if dip > MIN_DIP}
+        for i, m in pairs:
+            if (i, m) not in valleys:
+                homes[i] = self.modes[m]
+                search.active[i] = False
+
+    def _settle(self, optimum: Tensor, at_optimum: Approximation) -> None:
+        """Attribute an optimum to the known mode without a valley between, or fit a Gaussian there."""
+        distances = self._distances(optimum[None])[0]
+        nearest = distances.argsort()[:NUM_NEAREST].tolist()
+        dips = self._dips(optimum[None], [(0, m) for m in nearest])
+        if min(dips) <= MIN_DIP:
+            self._count(self.modes[nearest[dips.index(min(dips))]])
+            return
+        if not self._has_mass(at_optimum.elbo + LAPLACE_ERROR + 0.5 * len(optimum)):
+            self.elbos.append(at_optimum.elbo)
+            return
+        before, num_modes = self.density.num_calls, len(self.modes)
+        self._note(refine(self.density, at_optimum, [mode.gaussian for mode in self.modes]))
+        if len(self.modes) > num_modes and self._has_mass(self.modes[-1].gaussian.log_mass):
+            self._cost_of_modes += self.density.num_calls - before
+
+    def _note(self, gaussian: Approximation) -> None:
+        """Count the Gaussian in which a start ended, as a new mode if it is separate from all known ones."""
+        mode = self._same(gaussian)
+        if mode is None:
+            mode = Mode(gaussian, orbit=len(self.modes))
+            self.modes.append(mode)
+        elif gaussian.elbo > mode.gaussian.elbo:
+            mode.gaussian = gaussian
+        self._count(mode)
+
+    def _count(self, mode: Mode) -> None:
+        mode.num_hits += 1
+        self.elbos.append(mode.gaussian.elbo)
+
+    def _same(self, gaussian: Approximation) -> Mode | None:
+        """The known mode that a Gaussian describes."""
+        for mode in self.modes:
+            if gaussian is mode.gaussian or not is_separate(gaussian, mode.gaussian, self.density):
+                return mode
+        return None
+
+    def _at(self, loc: Tensor) -> Mode | None:
+        """The known mode whose mean is near a vector, the image of another mean."""
+        distance, m = self._distances(loc[None])[0].min(0)
+        return self.modes[int(m)] if distance < 1 else None
+
+    def _has_mass(self, log_mass: float) -> bool:
+        best = max((mode.gaussian.log_mass for mode in self.modes), default=-math.inf)
+        return log_mass > best - MAX_DEFICIT
+
+    def _distances(self, vectors: Tensor) -> Tensor:
+        """Squared Mahalanobis distances ``(S, M)`` of vectors from the means."""
+        parts = [torch.linalg.solve(m.gaussian.root, (vectors - m.gaussian.loc).mT) for m in self.modes]
+        return torch.stack([part.square().sum(0) for part in parts], -1)
+
+    def _dips(self, vectors: Tensor, pairs: Sequence[tuple[int, int]]) -> list[float]:
+        if not pairs:
+            return []
+        ends = torch.stack([self.modes[m].gaussian.loc for _, m in pairs])
+        return dips(self.density, vectors[[i for i, _ in pairs]], ends, NUM_ON_LINE).tolist()
+
+
+def is_separate(a: Approximation, b: Approximation, density: Density) -> bool:
+    """Whether two Gaussians describe separate modes: they lie apart, with a valley of the log density between them."""
+    gap = a.loc - b.loc
+    # In standard deviations of the wider Gaussian along the gap.
+    distance = min(torch.linalg.solve(q.root, gap).norm().item() for q in (a, b))
+    return distance > SEPARATION and dips(density, a.loc[None], b.loc[None], density.num_rows).item() > MIN_DIP
+
+
+def dips(density: Density, a: Tensor, b: Tensor, num_points: int) -> Tensor:
+    """How far the log density falls on lines ``(R, D)`` to ``(R, D)`` below its lower end, ``(R,)``."""
+    weight = torch.linspace(0, 1, num_points).to(a)[:, None]
+    values, _ = density(a[:, None] + weight * (b - a)[:, None])
+    return (torch.minimum(values[:, 0], values[:, -1]) - values.amin(1)).nan_to_num(nan=math.inf)
+
+
+def _reach(dim: int) -> float:
+    """The squared distance from the mean within which nearly all draws of a Gaussian lie."""
+    return dim + 5 * math.sqrt(2 * dim)
