@@ -21,8 +21,10 @@ MAX_DEFICIT = math.log(100.0)
 LAPLACE_ERROR = 5.0
 # Above this variance of its log weights, a Gaussian may cover a valley.
 POOR_VARIANCE = 0.5
-# A further start climbs for at most this many steps; lines to known modes are looked at in this many points.
-MAX_CLIMB, NUM_ON_LINE, NUM_NEAREST = 40, 16, 4
+# A further start climbs for at most this many steps, and for fewer if it is still far below all modes after the first of
+# them. Lines to the nearest known modes are looked at in a number of points.
+MIN_CLIMB, MAX_CLIMB = 12, 40
+NUM_ON_LINE, NUM_NEAREST = 16, 4
 # Images of modes under symmetries are followed up to this number of modes.
 MAX_IMAGES = 64
 
@@ -93,10 +95,24 @@ class ModeSearch:
         starts, does not vanish while n is small (Good 1953, Biometrika 40). Modes that symmetries map to one another
         count as one, and starts that ended in modes of next to no mass do not count.
         """
+        once, total = self._hits
+        return (once + 1) / (total + 1)
+
+    def num_wanted(self, probability: float) -> float:
+        """About the number of further starts that bring the probability below a number, if they find no new mode.
+
+        Some of them will not count; their share is taken to be that of the starts so far, and a tenth.
+        """
+        once, total = self._hits
+        return ((once + 1) / probability - total) * (1.1 * self.num_starts / total)
+
+    @property
+    def _hits(self) -> tuple[int, int]:
+        """The number of modes, up to symmetries, that one start found; and of all starts that found a mode."""
         hits: dict[int, int] = {}
         for mode in self.kept:
             hits[mode.orbit] = hits.get(mode.orbit, 0) + mode.num_hits
-        return (list(hits.values()).count(1) + 1) / (sum(hits.values()) + 1)
+        return list(hits.values()).count(1), sum(hits.values())
 
     @property
     def relative_cost(self) -> float:
@@ -114,13 +130,16 @@ class ModeSearch:
         is_finite = search.active.clone()
         homes: list[Mode | None] = [None] * len(starts)
         seen: set[tuple[int, int]] = set()
-        for _ in range(MAX_CLIMB):
+        for num_steps in range(MAX_CLIMB):
             self._stop_inside(search, homes, seen)
+            if num_steps >= MIN_CLIMB:
+                lost = search.active & (_masses(search) < self._least_mass)
+                search.active, is_finite = search.active & ~lost, is_finite & ~lost
             if not search.active.any():
                 break
             search.advance()
         loc, root = search.gaussians()
-        masses = search.value + torch.linalg.slogdet(root)[1] + 0.5 * loc.shape[1] * math.log(2 * math.pi)
+        masses = _masses(search)
         for i in masses.argsort(descending=True).tolist():
             if home := homes[i]:
                 self._count(home)
@@ -168,14 +187,13 @@ class ModeSearch:
 
     def _settle(self, optimum: Tensor, at_optimum: Approximation) -> None:
         """Attribute an optimum to the known mode without a valley between, or fit a Gaussian there."""
-        distances = self._distances(optimum[None])[0]
-        nearest = distances.argsort()[:NUM_NEAREST].tolist()
+        if at_optimum.elbo < self._least_mass:
+            self.elbos.append(at_optimum.elbo)
+            return
+        nearest = self._distances(optimum[None])[0].argsort()[:NUM_NEAREST].tolist()
         dips = self._dips(optimum[None], [(0, m) for m in nearest])
         if min(dips) <= MIN_DIP:
             self._count(self.modes[nearest[dips.index(min(dips))]])
-            return
-        if not self._has_mass(at_optimum.elbo + LAPLACE_ERROR + 0.5 * len(optimum)):
-            self.elbos.append(at_optimum.elbo)
             return
         before, num_modes = self.density.num_calls, len(self.modes)
         self._note(refine(self.density, at_optimum, [mode.gaussian for mode in self.modes]))
@@ -209,8 +227,13 @@ class ModeSearch:
         return self.modes[int(m)] if distance < 1 else None
 
     def _has_mass(self, log_mass: float) -> bool:
-        best = max((mode.gaussian.log_mass for mode in self.modes), default=-math.inf)
-        return log_mass > best - MAX_DEFICIT
+        return log_mass > max(mode.gaussian.log_mass for mode in self.modes) - MAX_DEFICIT
+
+    @property
+    def _least_mass(self) -> float:
+        """The mass by the curvature at an optimum below which its Gaussian is certainly negligible."""
+        best = max(self.modes, key=lambda mode: mode.gaussian.log_mass).gaussian
+        return best.log_mass - MAX_DEFICIT - LAPLACE_ERROR - 0.5 * len(best.loc)
 
     def _distances(self, vectors: Tensor) -> Tensor:
         """Squared Mahalanobis distances ``(S, M)`` of vectors from the means."""
@@ -237,6 +260,12 @@ def dips(density: Density, a: Tensor, b: Tensor, num_points: int) -> Tensor:
     weight = torch.linspace(0, 1, num_points).to(a)[:, None]
     values, _ = density(a[:, None] + weight * (b - a)[:, None])
     return (torch.minimum(values[:, 0], values[:, -1]) - values.amin(1)).nan_to_num(nan=math.inf)
+
+
+def _masses(search: Search) -> Tensor:
+    """The log mass at the present place of each climb, if it were an optimum, by the curvature learnt so far."""
+    dim = search.loc.shape[1]
+    return search.value + torch.linalg.slogdet(search.root)[1] + 0.5 * dim * math.log(2 * math.pi)
 
 
 def _reach(dim: int) -> float:

@@ -20,7 +20,9 @@ LARGEST_VALUE = 1e60
 # Constants of the search, whose Gaussians need only be near enough for the variational steps.
 GAIN, NUM_STALLS, SHORTEST = 1e-3, 5, 1e-7
 NUM_FIRST, THINNING, PATIENCE = 12, 3, 20
-# A first step along a metric that is given, in its standard deviations, over the root of the dimension.
+# With a given root of the inverse Hessian: step lengths that are tried, and the longest first step in its standard
+# deviations, over the root of the dimension.
+FEW_LENGTHS = (8.0, 1.0)
 MAX_FIRST_STEP = 3.0
 # Constants of the variational steps.
 ROWS_PER_DIM = 4
@@ -187,14 +189,16 @@ class Search:
         self.loc = starts
         self.value, self.grad = density(starts)
         self.active = self.value.isfinite()
-        self.lengths = 2.0 ** (2 - torch.arange(density.num_rows // num_starts)).to(starts)
+        if root is None:
+            self.lengths = 2.0 ** (2 - torch.arange(density.num_rows // num_starts)).to(starts)
+        else:
+            self.lengths = torch.tensor(FEW_LENGTHS).to(starts)
         self.root = starts.new_zeros(num_starts, dim, dim)
         self.reach, self.stalls = starts.new_zeros(2, num_starts)
         self.unscaled = torch.ones_like(self.active)
         self._restart(self.active)
         if root is not None:
             self.root, self.unscaled = root.expand_as(self.root), ~self.unscaled
-            # No first step is longer than the distance to anywhere near.
             pull = _times(self.root.mT, self.grad).norm(dim=-1)
             self.reach = (MAX_FIRST_STEP * math.sqrt(dim) / pull).clamp(max=1.0)
 
@@ -208,7 +212,8 @@ class Search:
         slope = pull.square().sum(-1)
         lengths = self.reach[:, None] * self.lengths
         trials = self.loc[:, None] + lengths[..., None] * _times(self.root, pull)[:, None]
-        values, grads = self.density(trials)
+        values, grads = torch.full_like(lengths, -torch.inf), torch.zeros_like(trials)
+        values[self.active], grads[self.active] = self.density(trials[self.active])
         # A log density is a sum of many terms with this rounding error, on which the search would otherwise stop.
         rounding = 10 * self.density.eps * self.value.abs()
         enough = values >= (self.value - rounding)[:, None] + 1e-4 * lengths * slope[:, None]

@@ -19,8 +19,8 @@ from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import Model, trace_model
 
 NUM_ROWS = 64
-# Further starts come in batches of this size, of fewer where their matrices would have more entries than this.
-BATCH, MAX_ENTRIES = 16, 2**22
+# Further starts come in batches of these sizes, of fewer where their matrices would have more entries than this.
+LEAST_BATCH, BATCH, MAX_ENTRIES = 8, 48, 2**22
 # Starts go on until a further one would find a new mode with this probability; or until there are this many, or they
 # have cost this multiple of the first ones.
 SMALL_PROBABILITY, MAX_STARTS, MAX_COST = 0.02, 200, 2.0
@@ -201,9 +201,10 @@ def find_start(
         raise ModelError(f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}})") from error
     symmetries = _symmetries(search, log_joint.layout)
     search.close(symmetries)
-    batch = max(2, min(BATCH, MAX_ENTRIES // starts.shape[1] ** 2))
+    batch = max(2, min(BATCH, num_rows, MAX_ENTRIES // starts.shape[1] ** 2))
     while propose is not None and _goes_on(search, max_starts):
-        search.explore(propose(search.kept, min(batch, max_starts - search.num_starts)))
+        wanted = max(LEAST_BATCH, math.ceil(search.num_wanted(SMALL_PROBABILITY)))
+        search.explore(propose(search.kept, min(batch, wanted, max_starts - search.num_starts)))
         search.close(symmetries)
     return [as_gaussian(mode.gaussian, starts) for mode in _fitted(search.kept)], _summary(search)
 
