@@ -13,8 +13,8 @@ from pyroflows.inference.symmetries import Symmetry
 # Gaussians whose means are nearer than this many standard deviations of either describe the same mode.
 SEPARATION = 4.0
 # Between two modes the log joint falls by at least this many nats; where it falls less, a single mode is bent, or a
-# funnel.
-MIN_DIP = 3.0
+# funnel. On a path that is bent it falls by at least the second.
+MIN_DIP, MIN_BENT_DIP = 3.0, 1.0
 # A Gaussian whose mass lies this many nats below the best stands for less than a hundredth of it.
 MAX_DEFICIT = math.log(100.0)
 # Mass by the curvature at an optimum is uncertain by this many nats, and by half a nat a dimension.
@@ -23,8 +23,10 @@ LAPLACE_ERROR = 5.0
 POOR_VARIANCE = 0.5
 # A further start climbs for at most this many steps, and for fewer if it is still far below all modes after the first of
 # them. Lines to the nearest known modes are looked at in a number of points.
-MIN_CLIMB, MAX_CLIMB = 12, 40
+MIN_CLIMB, MAX_CLIMB = 16, 40
 NUM_ON_LINE, NUM_NEAREST = 16, 4
+# A path between two modes has so many nodes, with so many points to each, and bends at most so many times.
+NUM_NODES, PER_NODE, MAX_BENDS = 16, 4, 30
 # Images of modes under symmetries are followed up to this number of modes.
 MAX_IMAGES = 64
 
@@ -248,11 +250,43 @@ class ModeSearch:
 
 
 def is_separate(a: Approximation, b: Approximation, density: Density) -> bool:
-    """Whether two Gaussians describe separate modes: they lie apart, with a valley of the log density between them."""
+    """Whether two Gaussians describe separate modes: they lie apart, with a valley of the log density between them.
+
+    A bent path must be nearly free of valleys to connect them, since a flow that is trained at one of them has to find the
+    other along it.
+    """
     gap = a.loc - b.loc
     # In standard deviations of the wider Gaussian along the gap.
     distance = min(torch.linalg.solve(q.root, gap).norm().item() for q in (a, b))
-    return distance > SEPARATION and dips(density, a.loc[None], b.loc[None], density.num_rows).item() > MIN_DIP
+    if distance <= SEPARATION:
+        return False
+    straight = dips(density, a.loc[None], b.loc[None], density.num_rows).item()
+    return straight > MIN_DIP and valley(a, b, density) > MIN_BENT_DIP
+
+
+def valley(a: Approximation, b: Approximation, density: Density) -> float:
+    """How far the log density falls between the means of two Gaussians below its lower end, on the best path that is found.
+
+    The first path is straight. As long as that helps, its nodes climb, across the line between the means and by at most a
+    standard deviation of the first Gaussian at once, so that the path follows a ridge that is bent.
+    """
+    line = torch.linalg.solve(a.root, b.loc - a.loc)
+    along = line / line.norm()
+    nodes = a.loc + torch.linspace(0, 1, NUM_NODES).to(line)[:, None] * (b.loc - a.loc)
+    between = torch.arange(PER_NODE).to(line)[:, None] / PER_NODE
+    best = math.inf
+    for _ in range(MAX_BENDS):
+        inner = nodes[:-1, None] + between * (nodes[1:] - nodes[:-1])[:, None]
+        values, gradients = density(torch.cat([inner.flatten(0, 1), nodes[-1:]]))
+        dip = (torch.minimum(values[0], values[-1]) - values.min()).nan_to_num(nan=math.inf).item()
+        if dip <= MIN_BENT_DIP or not dip < 0.9 * best:
+            return min(dip, best)
+        best = dip
+        climb = gradients[::PER_NODE] @ a.root
+        climb = climb - (climb @ along)[:, None] * along
+        climb[[0, -1]] = 0.0
+        nodes = nodes + (climb / climb.norm(dim=-1, keepdim=True).clamp(min=1.0)) @ a.root.mT
+    return best
 
 
 def dips(density: Density, a: Tensor, b: Tensor, num_points: int) -> Tensor:

@@ -29,6 +29,8 @@ MAX_MODES = 12
 # Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space; others near zero lie
 # between -NEAR and NEAR.
 WIDE, NEAR = 10.0, 2.0
+# The kinds of further starts, in turn; a draw from the prior takes a run of the model.
+KINDS = ("prior", "near", "dispersed", "image", "near", "dispersed")
 # Over-dispersed starts lie around a known mode with so many times its standard deviations.
 DISPERSION = (3.0, 10.0)
 NUM_TESTS_OF_SYMMETRY = 5
@@ -104,7 +106,7 @@ def further_points(
     """Choose further points from which a search for modes starts, ``(num_starts, dim)``.
 
     They are, in turn, draws from the prior, points near zero, over-dispersed points around a known mode, and draws at
-    the image of a known mode, with random signs or with components permuted.
+    an image of a known mode, with signs changed or components permuted at random.
 
     Args:
         model: the Pyro model.
@@ -117,18 +119,17 @@ def further_points(
     """
     points = []
     for i in range(num_starts):
-        near = NEAR * _uniform(1, center)[0]
+        kind = KINDS[i % len(KINDS)]
         mode = modes[int(torch.randint(len(modes), ()))].gaussian
         noise = mode.root @ torch.randn_like(mode.loc)
-        low, high = DISPERSION
-        if i % 4 == 0:
-            points.append(_prior_draw(model, args, kwargs, layout, instead=near))
-        elif i % 4 == 1:
-            points.append(near)
-        elif i % 4 == 2:
+        if kind == "dispersed":
+            low, high = DISPERSION
             points.append(mode.loc + low * (high / low) ** torch.rand(()).item() * noise)
-        else:
+        elif kind == "image":
             points.append(_random_map(layout)((mode.loc + noise)[None])[0])
+        else:
+            near = NEAR * _uniform(1, center)[0]
+            points.append(near if kind == "near" else _prior_draw(model, args, kwargs, layout, instead=near))
     return torch.stack([point.to(center) for point in points])
 
 
