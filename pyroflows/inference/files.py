@@ -103,7 +103,7 @@ def load(
             parameter.copy_(saved[name])
     history = History({name: values.tolist() for name, values in _part(tensors, "history.").items()})
     found = header["starts"]
-    starts = found and Starts(tuple(found["elbos"]), tuple(found["modes"]), found["num_starts"])
+    starts = found and Starts(**{**found, "elbos": tuple(found["elbos"]), "modes": tuple(found["modes"])})
     return guide, history, starts
 
 

@@ -20,6 +20,10 @@ LARGEST_VALUE = 1e60
 # Constants of the search, whose Gaussians need only be near enough for the variational steps.
 GAIN, NUM_STALLS, SHORTEST = 1e-3, 5, 1e-7
 NUM_FIRST, THINNING, PATIENCE = 12, 3, 20
+# With a given root of the inverse Hessian: step lengths that are tried, and the longest first step in its standard
+# deviations, over the root of the dimension.
+FEW_LENGTHS = (8.0, 1.0)
+MAX_FIRST_STEP = 3.0
 # Constants of the variational steps.
 ROWS_PER_DIM = 4
 MAX_STEPS = 50
@@ -90,37 +94,61 @@ def pathfinder(
     """
     if starts.ndim != 2 or not 1 <= len(starts) <= num_rows:
         raise ValueError(f"starts must be (S, D) with 1 <= S <= num_rows = {num_rows}, got {tuple(starts.shape)}")
-    density = _Density(value_and_grad, num_rows, starts)
-    search = _Search(density, starts.double())
+    found = approximations(Density(value_and_grad, num_rows, starts), starts, max_iterations)
+    results = {id(q): as_gaussian(q, starts) for q in found}
+    return [results[id(q)] for q in found]
+
+
+def approximations(density: "Density", starts: Tensor, max_iterations: int = 150) -> "list[Approximation]":
+    """Search as :func:`pathfinder` does; the Gaussians stay in float64, with the variances of their log weights."""
+    search = Search(density, starts.double())
     if not search.active.any():
         raise ValueError("the log density or its gradient is finite at none of the starts")
     finite = search.active.nonzero()[:, 0].tolist()
     firsts = _best_on_paths(density, search, max_iterations)
-    found: list[_Approximation] = []
+    found: list[Approximation] = []
     shared = []
     for i in sorted(finite, key=lambda i: firsts[i].elbo, reverse=True):
-        q = _containing(search.loc[i], found) or _refine(density, firsts[i], found)
+        q = containing(search.loc[i], found) or refine(density, firsts[i], found)
         if all(q is not other for other in found):
             found.append(q)
         shared.append(q)
-    results = {id(q): _as_gaussian(q, starts) for q in found}
-    return sorted((results[id(q)] for q in shared), key=lambda g: g.elbo, reverse=True)
+    return sorted(shared, key=lambda q: q.elbo, reverse=True)
 
 
-class _Approximation(NamedTuple):
-    """A Gaussian N(loc, root root^T) in float64, whose root need not be triangular."""
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """A Gaussian N(loc, root root^T) in float64, whose root need not be triangular.
+
+    Args:
+        loc: the mean, ``(D,)``.
+        root: a square root of the covariance, ``(D, D)``.
+        elbo: an estimate of its ELBO, in nats.
+        log_weight_variance: the variance of its log weights; inf where it is not known.
+        log_evidence: the log of its mean weight, an estimate of the log mass of its mode; -inf where it is not known.
+    """
 
     loc: Tensor
     root: Tensor
     elbo: float
     log_weight_variance: float = math.inf
+    log_evidence: float = -math.inf
+
+    @property
+    def log_mass(self) -> float:
+        """The better of two lower bounds of the log mass of its mode, in nats."""
+        return max(self.elbo, self.log_evidence)
 
 
-class _Density:
-    """The log density of any number of vectors in float64; where it is not finite, it is -inf with gradient zero."""
+class Density:
+    """The log density of any number of vectors in float64; where it is not finite, it is -inf with gradient zero.
+
+    ``num_calls`` counts the calls of ``value_and_grad``, which are what a search costs.
+    """
 
     def __init__(self, value_and_grad: ValueAndGrad, num_rows: int, starts: Tensor) -> None:
         self.value_and_grad = value_and_grad
+        self.num_calls = 0
         self.num_rows = num_rows
         self.starts = starts
         self.eps = torch.finfo(starts.dtype).eps
@@ -130,7 +158,9 @@ class _Density:
         flat = vectors.reshape(-1, vectors.shape[-1])
         padding = flat[-1:].expand(-len(flat) % self.num_rows, -1)
         rows = torch.cat([flat, padding]).to(self.starts)
-        values, grads = zip(*[self.value_and_grad(part) for part in rows.split(self.num_rows)], strict=True)
+        parts = rows.split(self.num_rows)
+        self.num_calls += len(parts)
+        values, grads = zip(*[self.value_and_grad(part) for part in parts], strict=True)
         value = torch.cat(values)[: len(flat)].detach().double()
         grad = torch.cat(grads)[: len(flat)].detach().double()
         finite = (value.abs() < LARGEST_VALUE) & (grad.abs() < LARGEST_VALUE).all(-1)
@@ -143,20 +173,34 @@ class _Density:
         return value - _log_normal(noise) + torch.linalg.slogdet(root)[1][..., None], grad
 
 
-class _Search:
-    """BFGS from all starts at once; one call of the density tries several step lengths of every start."""
+class Search:
+    """BFGS from all starts at once; one call of the density tries several step lengths of every start.
 
-    def __init__(self, density: _Density, starts: Tensor) -> None:
+    Args:
+        density: the log density.
+        starts: vectors ``(S, D)`` in float64.
+        root: a square root of the inverse Hessian from which all starts learn theirs, ``(D, D)``; None for a multiple
+            of the identity.
+    """
+
+    def __init__(self, density: Density, starts: Tensor, root: Tensor | None = None) -> None:
         num_starts, dim = starts.shape
         self.density = density
         self.loc = starts
         self.value, self.grad = density(starts)
         self.active = self.value.isfinite()
-        self.lengths = 2.0 ** (2 - torch.arange(density.num_rows // num_starts)).to(starts)
+        if root is None:
+            self.lengths = 2.0 ** (2 - torch.arange(density.num_rows // num_starts)).to(starts)
+        else:
+            self.lengths = torch.tensor(FEW_LENGTHS).to(starts)
         self.root = starts.new_zeros(num_starts, dim, dim)
         self.reach, self.stalls = starts.new_zeros(2, num_starts)
         self.unscaled = torch.ones_like(self.active)
         self._restart(self.active)
+        if root is not None:
+            self.root, self.unscaled = root.expand_as(self.root), ~self.unscaled
+            pull = _times(self.root.mT, self.grad).norm(dim=-1)
+            self.reach = (MAX_FIRST_STEP * math.sqrt(dim) / pull).clamp(max=1.0)
 
     def gaussians(self) -> tuple[Tensor, Tensor]:
         """Pathfinder's Gaussians, which are exact if the log density is quadratic."""
@@ -168,7 +212,8 @@ class _Search:
         slope = pull.square().sum(-1)
         lengths = self.reach[:, None] * self.lengths
         trials = self.loc[:, None] + lengths[..., None] * _times(self.root, pull)[:, None]
-        values, grads = self.density(trials)
+        values, grads = torch.full_like(lengths, -torch.inf), torch.zeros_like(trials)
+        values[self.active], grads[self.active] = self.density(trials[self.active])
         # A log density is a sum of many terms with this rounding error, on which the search would otherwise stop.
         rounding = 10 * self.density.eps * self.value.abs()
         enough = values >= (self.value - rounding)[:, None] + 1e-4 * lengths * slope[:, None]
@@ -221,7 +266,7 @@ class _Search:
         self.root = self.root - step[:, :, None] * _times(self.root.mT, v)[:, None]
 
 
-def _best_on_paths(density: _Density, search: _Search, max_iterations: int) -> list[_Approximation]:
+def _best_on_paths(density: Density, search: Search, max_iterations: int) -> list[Approximation]:
     """Choose on the path of each start the Gaussian of the best ELBO, estimated from few draws."""
     num_starts, dim = search.loc.shape
     noise = _antithetic(density.num_rows // num_starts, search.loc)
@@ -244,10 +289,10 @@ def _best_on_paths(density: _Density, search: _Search, max_iterations: int) -> l
         last_gain = torch.where(better, i, last_gain)
         # Towards the neck of a funnel the density grows without bound while the Gaussians get worse.
         search.active = search.active & (i - last_gain < PATIENCE)
-    return [_Approximation(loc[i], root[i], elbo[i].item()) for i in range(num_starts)]
+    return [Approximation(loc[i], root[i], elbo[i].item()) for i in range(num_starts)]
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """A Gaussian with estimates from its draws: ELBO and standard error, and moments of the whitened score."""
 
     loc: Tensor
@@ -255,11 +300,15 @@ class _Look(NamedTuple):
     elbo: float
     error: float
     log_weight_variance: float
+    log_evidence: float
     mean_score: Tensor
     precision: Tensor
 
+    def as_approximation(self) -> Approximation:
+        return Approximation(self.loc, self.root, self.elbo, self.log_weight_variance, self.log_evidence)
 
-def _look(density: _Density, loc: Tensor, root: Tensor) -> _Look:
+
+def look(density: Density, loc: Tensor, root: Tensor) -> Look:
     """Estimate the ELBO of a Gaussian, and the regression of the whitened score on the noise."""
     dim = len(loc)
     num_draws = max(density.num_rows, ROWS_PER_DIM * dim)
@@ -276,26 +325,28 @@ def _look(density: _Density, loc: Tensor, root: Tensor) -> _Look:
     precision = (precision + precision.mT) / 2
     variance = (log_weights[finite] - log_weights[finite].mean()).square().mean().nan_to_num(torch.inf).item()
     error = math.sqrt(variance / len(log_weights))
-    return _Look(loc, root, log_weights.mean().item(), error, variance, mean_score + precision @ center, precision)
+    log_evidence = torch.logsumexp(log_weights, 0).item() - math.log(len(log_weights))
+    elbo = log_weights.mean().item()
+    return Look(loc, root, elbo, error, variance, log_evidence, mean_score + precision @ center, precision)
 
 
-def _refine(density: _Density, start: _Approximation, found: list[_Approximation]) -> _Approximation:
+def refine(density: Density, start: Approximation, found: list[Approximation]) -> Approximation:
     """Raise the ELBO by natural gradient steps, in full until it settles, then with falling rates.
 
     A Gaussian that was found before is returned as soon as the steps end up inside it.
     """
-    now = _look(density, start.loc, start.root)
+    now = look(density, start.loc, start.root)
     bound, num_settled = FIRST_BOUND, 0
     for _ in range(MAX_STEPS):
-        if same := _containing(now.loc, found):
+        if same := containing(now.loc, found):
             return same
         # If the curvature is not constant, full steps overshoot, and need not converge.
         rate = 1 / max(2, 2 + num_settled - NUM_HALF) if num_settled else 1.0
-        new = _look(density, *_step(now, bound, rate))
+        new = look(density, *_step(now, bound, rate))
         if new.elbo < now.elbo - 3 * now.error - 0.1:
             bound = max(math.sqrt(bound), LEAST_BOUND)
             # A new estimate from other draws replaces the old one, which may have been high by chance.
-            now = _look(density, now.loc, now.root)
+            now = look(density, now.loc, now.root)
             continue
         if new.elbo < now.elbo + now.error + new.error:
             num_settled += 1
@@ -305,10 +356,10 @@ def _refine(density: _Density, start: _Approximation, found: list[_Approximation
         exact = now.log_weight_variance < EXACT_VARIANCE
         if num_settled >= (NUM_SETTLED_IF_EXACT if exact else NUM_SETTLED):
             break
-    return _Approximation(now.loc, now.root, now.elbo, now.log_weight_variance)
+    return now.as_approximation()
 
 
-def _step(now: _Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
+def _step(now: Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
     """Mean and root after a natural gradient step, which changes no variance by more than the factor ``bound``."""
     identity = torch.eye(len(now.loc)).to(now.loc)
     precision, axes = torch.linalg.eigh((1 - rate) * identity + rate * now.precision)
@@ -318,7 +369,7 @@ def _step(now: _Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
     return now.loc + now.root @ shift, now.root @ (axes / precision.sqrt())
 
 
-def _containing(vector: Tensor, found: list[_Approximation]) -> _Approximation | None:
+def containing(vector: Tensor, found: list[Approximation]) -> Approximation | None:
     """The first good Gaussian that contains a vector.
 
     A Gaussian is good if the variance of its log weights is small, and contains a vector whose squared Mahalanobis
@@ -332,7 +383,7 @@ def _containing(vector: Tensor, found: list[_Approximation]) -> _Approximation |
     return None
 
 
-def _as_gaussian(q: _Approximation, like: Tensor) -> GaussianApproximation:
+def as_gaussian(q: Approximation, like: Tensor) -> GaussianApproximation:
     # J^T = Q R gives J J^T = R^T R without squaring the condition number.
     upper = torch.linalg.qr(q.root.mT).R
     return GaussianApproximation(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo)

@@ -93,7 +93,7 @@ class Posterior(Approximation):
 
     @property
     def is_gaussian(self) -> bool:
-        """Whether a Gaussian was enough, so that no flow was trained."""
+        """Whether a Gaussian, or one at each mode, was enough, so that no flow was trained."""
         return not self.history and self.guide.flow_fn == Recipe("Gaussian")
 
     @with_gradients
@@ -337,7 +337,8 @@ class Posterior(Approximation):
         if self.structure.subsampled:
             names = ", ".join(p.name for p in self.structure.subsampled)
             return f"{table}\n\nno verdict: plate {names} is subsampled, see Posterior.with_data"
-        trained = "a Gaussian was enough, so that no flow was trained\n" if self.is_gaussian else ""
+        each = " at each mode" if len(self._flow.components) > 1 else ""
+        trained = f"a Gaussian{each} was enough, so that no flow was trained\n" if self.is_gaussian else ""
         return (
             f"{table}\n\n{trained}"
             f"ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}, "

@@ -1,6 +1,7 @@
 """Where a fit starts: points, the modes of the log joint to which they lead, and a Gaussian at each."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +11,31 @@ from torch import Tensor
 
 from pyroflows.compiling.check import is_singular
 from pyroflows.errors import ModelError
-from pyroflows.inference.pathfinder import GaussianApproximation, pathfinder
+from pyroflows.inference.modes import Mode, ModeSearch
+from pyroflows.inference.pathfinder import Density, GaussianApproximation, as_gaussian
+from pyroflows.inference.symmetries import Symmetry, exchangeable_axes, find_symmetries, permutation
 from pyroflows.models.layout import Layout
-from pyroflows.models.log_joint import LogJoint, ValueAndGrad
+from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import Model, trace_model
 
 NUM_ROWS = 64
-# Gaussians whose means are nearer than this many standard deviations of either describe the same mode.
-SEPARATION = 4.0
-# Between two modes the log joint falls by at least this many nats; where it falls less, a single mode is bent, or a
-# funnel.
-MIN_DIP = 3.0
-# A Gaussian whose ELBO lies this many nats below the best stands for less than a hundredth of the best mode's mass, if
-# both fit well.
-MAX_DEFICIT = math.log(100.0)
-# Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space.
-WIDE = 10.0
+# Further starts come in batches of these sizes, of fewer where their matrices would have more entries than this.
+LEAST_BATCH, BATCH, MAX_ENTRIES = 8, 48, 2**22
+# Starts go on until a further one would find a new mode with this probability; or until there are this many, or they
+# have cost this multiple of the first ones.
+SMALL_PROBABILITY, MAX_STARTS, MAX_COST = 0.02, 200, 2.0
+# At most this many modes are fitted.
+MAX_MODES = 12
+# Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space; others near zero lie
+# between -NEAR and NEAR.
+WIDE, NEAR = 10.0, 2.0
+# The kinds of further starts, in turn; a draw from the prior takes a run of the model.
+KINDS = ("prior", "near", "dispersed", "image", "near", "dispersed")
+# Over-dispersed starts lie around a known mode with so many times its standard deviations.
+DISPERSION = (3.0, 10.0)
+NUM_TESTS_OF_SYMMETRY = 5
+
+Propose = Callable[[Sequence[Mode], int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,15 +46,21 @@ class Starts:
         elbos: the ELBO of the best Gaussian of each start with a finite log joint, in nats, the best first.
         modes: the ELBO of the Gaussian at each separate mode that is not negligible, in nats, the best first.
         num_starts: the number of starts that were tried.
+        new_mode_probability: an estimate of the probability that a further start would find a new mode.
+        num_equal: the number of modes that symmetries of the log joint map to the best one, which is counted in; modes
+            beyond 64 are not counted.
 
     Example:
-        >>> print(Starts(elbos=(-3.0, -3.1, -9.0), modes=(-3.0,), num_starts=3))
-        2 of 3 starts ended within 1 nat of the best Gaussian
+        >>> print(Starts(elbos=(-3.0, -3.1, -9.0), modes=(-3.0,), num_starts=3, new_mode_probability=0.25))
+        2 of 3 starts ended within 1 nat of the best Gaussian; a further start would find a new mode with probability
+        below 25 %
     """
 
     elbos: tuple[float, ...]
     modes: tuple[float, ...]
     num_starts: int
+    new_mode_probability: float = 0.0
+    num_equal: int = 1
 
     def __str__(self) -> str:
         near = sum(elbo > self.elbos[0] - 1 for elbo in self.elbos)
@@ -53,6 +69,14 @@ class Starts:
             text += (
                 f", in {len(self.modes)} separate modes whose ELBOs lie {self.modes[0] - self.modes[-1]:.1f} nats apart"
             )
+        if self.num_equal > MAX_MODES:
+            text += (
+                f"; {self.num_equal} or more of them are equal by exchangeable components or signs, too many to fit: "
+                "order the components, or fix the signs, in the model"
+            )
+        if self.new_mode_probability:
+            percent = math.ceil(round(100 * self.new_mode_probability, 6))
+            text += f"; a further start would find a new mode with probability below {percent} %"
         return text
 
 
@@ -72,21 +96,68 @@ def starting_points(model: Model, args: Any, kwargs: Any, layout: Layout, center
     """
     starts = [center, *_uniform(num_starts - 1, center)]
     for i in range(2, num_starts, 2):
-        # At an extreme draw from a vague prior a scale may underflow, or a matrix be singular.
-        with pyro.validation_enabled(False):
-            try:
-                trace = trace_model(model, args, kwargs)
-            except RuntimeError as error:
-                if not is_singular(error):
-                    raise
-                continue
-        drawn = layout.unconstrain({name: trace.nodes[name]["value"] for name in layout.slices})
-        starts[i] = drawn.to(center)
-        for site in layout.structure.latents:
-            if site.is_flat:
-                part = layout.slices[site.name]
-                starts[i][part] = WIDE * _uniform(1, center)[0, part]
+        starts[i] = _prior_draw(model, args, kwargs, layout, instead=starts[i])
     return torch.stack(starts)
+
+
+def further_points(
+    model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor, modes: Sequence[Mode], num_starts: int
+) -> Tensor:
+    """Choose further points from which a search for modes starts, ``(num_starts, dim)``.
+
+    They are, in turn, draws from the prior, points near zero, over-dispersed points around a known mode, and draws at
+    an image of a known mode, with signs changed or components permuted at random.
+
+    Args:
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        layout: the layout of its latents.
+        center: the initial values, packed, ``(dim,)``.
+        modes: the modes that were found so far.
+        num_starts: the number of points, at least 1.
+    """
+    points = []
+    for i in range(num_starts):
+        kind = KINDS[i % len(KINDS)]
+        mode = modes[int(torch.randint(len(modes), ()))].gaussian
+        noise = mode.root @ torch.randn_like(mode.loc)
+        if kind == "dispersed":
+            low, high = DISPERSION
+            points.append(mode.loc + low * (high / low) ** torch.rand(()).item() * noise)
+        elif kind == "image":
+            points.append(_random_map(layout)((mode.loc + noise)[None])[0])
+        else:
+            near = NEAR * _uniform(1, center)[0]
+            points.append(near if kind == "near" else _prior_draw(model, args, kwargs, layout, instead=near))
+    return torch.stack([point.to(center) for point in points])
+
+
+def _random_map(layout: Layout) -> Symmetry:
+    """Change signs at random, or permute components along axes of one length."""
+    groups = exchangeable_axes(layout)
+    if groups and torch.rand(()) < 0.5:
+        axes = groups[int(torch.randint(len(groups), ()))]
+        return permutation(layout, axes, torch.randperm(axes[0].size))
+    return Symmetry(torch.arange(layout.dim), 2.0 * torch.randint(2, (layout.dim,)) - 1)
+
+
+def _prior_draw(model: Model, args: Any, kwargs: Any, layout: Layout, instead: Tensor) -> Tensor:
+    """Draw from the prior; where that fails, and where it is flat, the draw is another."""
+    # At an extreme draw from a vague prior a scale may underflow, or a matrix be singular.
+    with pyro.validation_enabled(False):
+        try:
+            trace = trace_model(model, args, kwargs)
+        except RuntimeError as error:
+            if not is_singular(error):
+                raise
+            return instead
+    drawn = layout.unconstrain({name: trace.nodes[name]["value"] for name in layout.slices}).to(instead)
+    for site in layout.structure.latents:
+        if site.is_flat:
+            part = layout.slices[site.name]
+            drawn[part] = WIDE * _uniform(1, drawn)[0, part]
+    return drawn
 
 
 def _uniform(num: int, like: Tensor) -> Tensor:
@@ -95,20 +166,27 @@ def _uniform(num: int, like: Tensor) -> Tensor:
 
 
 def find_start(
-    log_joint: LogJoint, starts: Tensor, inverse_temperature: float | None = None
+    log_joint: LogJoint,
+    starts: Tensor,
+    inverse_temperature: float | None = None,
+    propose: Propose | None = None,
+    max_starts: int = MAX_STARTS,
 ) -> tuple[list[GaussianApproximation], Starts]:
     """Find the separate modes of a log joint, and fit a Gaussian at each.
 
     Args:
         log_joint: the log joint of a model.
-        starts: packed unconstrained vectors ``(S, dim)``.
+        starts: packed unconstrained vectors ``(S, dim)``, the first starts.
         inverse_temperature: a factor of the log joint, between 0 and 1; None for 1.
+        propose: a function from the known modes and a number to as many further starts; None to use the first alone.
+        max_starts: the largest number of starts, the first ones included.
 
     Returns:
-        The Gaussians at all modes that are not negligible, the best ELBO first; and a summary of the search.
+        The Gaussians at all modes that are not negligible, the best ELBO first; and a summary of the search. Where
+        there are more than 12 of them, only one of those that symmetries map to one another is returned.
 
     Raises:
-        ModelError: if the log joint is finite at none of them.
+        ModelError: if the log joint is finite at none of the first starts.
     """
     num_rows = max(NUM_ROWS, len(starts))
     value_and_grad = log_joint.value_and_grad(starts[:1].repeat(num_rows, 1))
@@ -119,36 +197,47 @@ def find_start(
         return beta * value, beta * gradient
 
     try:
-        found = pathfinder(tempered, starts, num_rows=num_rows)
+        search = ModeSearch(Density(tempered, num_rows, starts), starts)
     except ValueError as error:
         raise ModelError(f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}})") from error
-    modes = _separate(found, tempered, num_rows)
-    return modes, Starts(tuple(g.elbo for g in found), tuple(g.elbo for g in modes), len(starts))
+    symmetries = _symmetries(search, log_joint.layout)
+    search.close(symmetries)
+    batch = max(2, min(BATCH, num_rows, MAX_ENTRIES // starts.shape[1] ** 2))
+    while propose is not None and _goes_on(search, max_starts):
+        wanted = max(LEAST_BATCH, math.ceil(search.num_wanted(SMALL_PROBABILITY)))
+        search.explore(propose(search.kept, min(batch, wanted, max_starts - search.num_starts)))
+        search.close(symmetries)
+    return [as_gaussian(mode.gaussian, starts) for mode in _fitted(search.kept)], _summary(search)
 
 
-def _separate(
-    gaussians: list[GaussianApproximation], value_and_grad: ValueAndGrad, num_rows: int
-) -> list[GaussianApproximation]:
-    modes = gaussians[:1]
-    for gaussian in gaussians[1:]:
-        has_mass = gaussian.elbo > gaussians[0].elbo - MAX_DEFICIT
-        if has_mass and all(
-            _distance(gaussian, mode) > SEPARATION and _dip(gaussian, mode, value_and_grad, num_rows) > MIN_DIP
-            for mode in modes
-        ):
-            modes.append(gaussian)
-    return modes
+def _goes_on(search: ModeSearch, max_starts: int) -> bool:
+    return (
+        search.new_mode_probability >= SMALL_PROBABILITY
+        and search.num_starts < max_starts
+        and search.relative_cost < MAX_COST
+        and len(search.kept) <= MAX_MODES
+    )
 
 
-def _distance(a: GaussianApproximation, b: GaussianApproximation) -> float:
-    """The distance between the means, in standard deviations of the wider Gaussian along that direction."""
-    gap = (a.loc - b.loc)[:, None]
-    solved = [torch.linalg.solve_triangular(g.scale_tril, gap, upper=False) for g in (a, b)]
-    return min(s.norm().item() for s in solved)
+def _symmetries(search: ModeSearch, layout: Layout) -> list[Symmetry]:
+    """The symmetries of the log joint, tested at draws around the best mode."""
+    best = search.kept[0].gaussian
+    scale = torch.tensor([1.0, 2.0]).repeat(NUM_TESTS_OF_SYMMETRY)[:, None]
+    points = best.loc + (scale * torch.randn(len(scale), len(best.loc))).to(best.root) @ best.root.mT
+    finite = points[search.density(points)[0].isfinite()]
+    return find_symmetries(layout, lambda u: search.density(u)[0], finite[:NUM_TESTS_OF_SYMMETRY])
 
 
-def _dip(a: GaussianApproximation, b: GaussianApproximation, value_and_grad: ValueAndGrad, num_rows: int) -> float:
-    """How far the log joint falls between the means, below its lower end; inf where it is not finite."""
-    weight = torch.linspace(0, 1, num_rows).to(a.loc)[:, None]
-    values, _ = value_and_grad(a.loc + weight * (b.loc - a.loc))
-    return (torch.minimum(values[0], values[-1]) - values.nan_to_num(nan=-torch.inf).min()).item()
+def _fitted(modes: list[Mode]) -> list[Mode]:
+    if len(modes) <= MAX_MODES:
+        return modes
+    first = {mode.orbit: mode for mode in reversed(modes)}
+    return [mode for mode in modes if first[mode.orbit] is mode][:MAX_MODES]
+
+
+def _summary(search: ModeSearch) -> Starts:
+    kept = search.kept
+    num_equal = sum(mode.orbit == kept[0].orbit for mode in kept)
+    elbos = tuple(sorted(search.elbos, reverse=True))
+    modes = tuple(mode.gaussian.elbo for mode in kept)
+    return Starts(elbos, modes, search.num_starts, search.new_mode_probability, num_equal)

@@ -24,7 +24,7 @@ from pyroflows.inference.circles import find_centers
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.starts import find_start, starting_points
+from pyroflows.inference.starts import MAX_STARTS, find_start, further_points, starting_points
 from pyroflows.models.arguments import bound_arguments, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
@@ -41,7 +41,7 @@ NUM_PARTICLES = 128
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
 NUM_STARTS = 8
-# With more latents than this the search from each start takes seconds, hence few starts.
+# With more latents than this the search from each of the first starts takes seconds, hence few of them.
 MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
 # The inverse temperature rises to 1 over this many steps, where the fit itself decides on their number.
 NUM_TEMPERED_STEPS = 500
@@ -216,9 +216,11 @@ class FlowVI:
         posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compile, log_joint=log_joint)
         if isinstance(self.guide, AutoFlow):
             return posterior(history=self._train_guide(guide, train))
-        num_starts = self.num_starts or (NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
-        points = starting_points(model, args, kwargs, layout, center, num_starts)
-        modes, found = find_start(log_joint, points, self.temper)
+        max_starts = self.num_starts or MAX_STARTS
+        num_first = min(max_starts, NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
+        points = starting_points(model, args, kwargs, layout, center, num_first)
+        propose = partial(further_points, model, args, kwargs, layout, center)
+        modes, found = find_start(log_joint, points, self.temper, propose, max_starts)
 
         def fit(flow_fn: FlowFn, is_trained: bool = True) -> FittedCandidate:
             return Candidate(flow_fn, tuple(modes), is_trained).fit(log_joint, train, found)
@@ -226,7 +228,7 @@ class FlowVI:
         # Candidates are compared by their verdicts, which need all rows and a model whose parameters are fixed.
         has_verdict = not own and not layout.structure.subsampled
         if has_verdict and self.guide is None and self.num_steps is None and self.temper is None:
-            fitted = self._best(fit, may_be_gaussian=self.gate and len(modes) == 1)
+            fitted = self._best(fit, may_be_gaussian=self.gate)
             draws = fitted.draws
         else:
             fitted, draws = fit(guide.flow_fn), None

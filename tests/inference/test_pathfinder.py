@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyroflows.inference.pathfinder import _Density, _Search, pathfinder
+from pyroflows.inference.pathfinder import Density, Search, pathfinder
 
 NUM_ROWS = 64
 
@@ -126,7 +126,7 @@ def test_the_search_learns_the_curvature():
     """The secant equation, H y = s, where the last step needed no damping; and the mode."""
     curvatures = torch.tensor([1.0, 10.0, 1e4], dtype=torch.float64)
     starts = uniform_starts(2, 3)
-    search = _Search(_Density(Traced(lambda u: -0.5 * (curvatures * u * u).sum(-1)), NUM_ROWS, starts), starts)
+    search = Search(Density(Traced(lambda u: -0.5 * (curvatures * u * u).sum(-1)), NUM_ROWS, starts), starts)
     search.advance()
     num_checked = 0
     while search.active.any():

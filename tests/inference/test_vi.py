@@ -1,6 +1,7 @@
 """Fits as a user sees them: whether a flow is trained, from where, compiled or not, and at what temperature."""
 
 import math
+import re
 import warnings
 from functools import partial
 
@@ -69,7 +70,8 @@ def test_where_a_gaussian_is_enough_no_flow_is_trained(gaussian):
 
 def test_it_says_so(gaussian):
     assert "a Gaussian was enough, so that no flow was trained" in repr(gaussian)
-    assert "8 of 8 starts ended within 1 nat of the best Gaussian" in repr(gaussian)
+    assert re.search(r"\d+ of \d+ starts ended within 1 nat of the best Gaussian", repr(gaussian))
+    assert "a further start would find a new mode with probability below 2 %" in repr(gaussian)
     with pytest.raises(PlotError, match="a Gaussian was enough"):
         gaussian.plot_training()
 
@@ -261,7 +263,7 @@ def mixed():
 
 def test_two_modes_are_found_and_weighted(mixed):
     assert isinstance(mixed.guide.flow, Mixture) and len(mixed.guide.flow.components) == 2
-    assert not mixed.is_gaussian
+    assert mixed.is_gaussian and "a Gaussian at each mode was enough" in repr(mixed)
     x = draws_of(mixed, "x")
     left = x[:, 0] < 0
     # The weights are evidences from 4000 draws each, of nearly exact flows.
@@ -326,10 +328,10 @@ def test_few_starts(num_starts):
 
 
 def near_modes():
-    """Two modes that are near enough for one flow to cover."""
+    """Two modes that are near enough for one flow to cover, and no mirror images."""
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 20.0).to_event(1).mask(False))
     parts = dist.Normal(torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), 1.0).to_event(1)
-    pyro.factor("density", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts).log_prob(x))
+    pyro.factor("density", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.6, 0.4])), parts).log_prob(x))
 
 
 @pytest.mark.slow
@@ -341,8 +343,8 @@ def test_tempering_helps_out_of_one_mode():
         left = draws_of(posterior, "x")[:, 0].lt(0).double().mean().item()
         return min(left, 1 - left)
 
-    assert smaller_share(None) < 0.05
-    assert smaller_share(0.1) == pytest.approx(0.5, abs=0.1)
+    assert smaller_share(None) < 0.1
+    assert smaller_share(0.1) == pytest.approx(0.4, abs=0.1)
 
 
 def test_a_tempered_fit_ends_at_the_target():
@@ -471,7 +473,7 @@ def test_options_of_the_wrong_type(options):
 
 
 def test_a_fit_runs_its_model_a_few_times():
-    """Traced once for the search and once for training, and described, batched and checked by a dozen runs."""
+    """Traced once for the search and once for training, described, batched and checked, and drawn from as a start."""
     num_runs = 0
 
     def model(y):
@@ -486,9 +488,9 @@ def test_a_fit_runs_its_model_a_few_times():
 
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     posterior = FlowVI(model, num_steps=20, seed=0, progress_bar=False).run(y)
-    assert num_runs < 15
+    assert num_runs < 25
     posterior.diagnose()
-    assert num_runs < 17  # in chunks
+    assert num_runs < 27  # in chunks
     for _ in range(2):
         posterior.predictive(10)
     assert num_runs < 17 + 7 + 2  # the ways of drawing are compared once
