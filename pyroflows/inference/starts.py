@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyroflows.compiling.check import is_singular
+from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import ModelError
 from pyroflows.inference.pathfinder import GaussianApproximation, pathfinder
 from pyroflows.models.layout import Layout

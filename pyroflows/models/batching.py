@@ -22,7 +22,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.errors import ModelError
+from pyroflows.compiling.singular import nan_where_singular
+from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.structure import Model
 
 Mode = Literal["plate", "vmap", "loop"]
@@ -65,7 +66,7 @@ class BatchedModel:
 
     Attributes:
         mode: the way of running that agrees with single runs: "plate", "vmap" or "loop".
-        reference: the single run at the first example.
+        reference: the single run at the first example that passes validation.
 
     Raises:
         ModelError: if a latent has no value, or a given value has another shape than its site.
@@ -96,8 +97,8 @@ class BatchedModel:
         self._zero_outside_support = zero_outside_support
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
-            first = {name: value[0] for name, value in examples.items()}
-            handler = self._run(first, subsample or {}, single=True)
+            handler, index = self._first_valid(examples, subsample or {})
+            examples = {name: value.roll(-index, 0) for name, value in examples.items()}
             self._handler, self.reference = handler, handler.record
             self._drawing: dict[frozenset[str], BatchedModel] = {}
             self._failures: dict[str, str] = {}
@@ -141,6 +142,20 @@ class BatchedModel:
             self._drawing[given] = BatchedModel(self._model, self._args, self._kwargs, examples, draw=True)
         return self._drawing[given]
 
+    def _first_valid(self, examples: SiteValues, subsample: SiteValues) -> tuple["_Handler", int]:
+        """Run at the first example that passes validation, which may fail where the density is zero."""
+        first_error = None
+        for index in range(NUM_EXAMPLES):
+            try:
+                values = {name: value[index] for name, value in examples.items()}
+                return self._run(values, subsample, single=True), index
+            except ValueError as error:
+                if isinstance(error, FlowError):
+                    raise
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         modes: tuple[Mode, ...] = ("plate", "vmap")
         for mode in modes:
@@ -172,7 +187,9 @@ class BatchedModel:
         for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
             is_known = i == 0 and not self._draw
-            single = self.reference if is_known else self._run(given, subsample).record
+            # An example may lie where the density is zero, at which validation would raise.
+            with pyro.validation_enabled(False):
+                single = self.reference if is_known else self._run(given, subsample).record
             batched = RunRecord(
                 {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
             )
@@ -188,10 +205,13 @@ class BatchedModel:
         plate: Any = nullcontext(),  # noqa: B008
         single: bool = False,
     ) -> "_Handler":
-        # The plate is the inner context, so that the handler sees the distributions that it has expanded.
-        with _Handler(values, subsample, self._draw, single, self._zero_outside_support) as handler, plate:
-            self._model(*self._args, **self._kwargs)
-        return handler
+        def run() -> _Handler:
+            # The plate is the inner context, so that the handler sees the distributions that it has expanded.
+            with _Handler(values, subsample, self._draw, single, self._zero_outside_support) as handler, plate:
+                self._model(*self._args, **self._kwargs)
+            return handler
+
+        return nan_where_singular(run)
 
     def _batch(self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues) -> RunRecord:
         # The single run has validated the arguments; vmap cannot look at values, and validation costs time.
@@ -239,6 +259,28 @@ class BatchedModel:
         return RunRecord(flat(record.values, self.reference.values), flat(record.log_probs, self.reference.log_probs))
 
 
+def run_once(model: Model, args: Any, kwargs: Any, values: SiteValues) -> RunRecord:
+    """Run a model once at given values of its latents, with validation and gradients.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        values: values by latent site.
+
+    Raises:
+        ValueError: if validation fails; if it fails at the value of a site, the message names the site.
+    """
+    with _Handler(values, {}, draw=False, single=True, zero_outside_support=False) as handler:
+        try:
+            model(*args, **kwargs)
+        except ValueError as error:
+            if handler.scored is None or isinstance(error, FlowError):
+                raise
+            raise ValueError(f"at site '{handler.scored}': {error}") from error
+    return handler.record
+
+
 class _Handler(Messenger):
     """An effect handler that gives sites their values, and records values and log-densities."""
 
@@ -251,6 +293,7 @@ class _Handler(Messenger):
         self.record = RunRecord({}, {})
         self.event_dims: dict[str, int] = {}  # by site, for sites that can be given a value
         self.max_plate_nesting = 0
+        self.scored: str | None = None  # the site whose log-density is being computed
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -283,7 +326,9 @@ class _Handler(Messenger):
         if not _is_fixed(msg):
             self.event_dims[name] = fn.event_dim
         if not msg["infer"].get("_deterministic"):
+            self.scored = name
             log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            self.scored = None
             if self._zero_outside_support and name in self._values and _can_be_left(fn.support):
                 log_prob = torch.where(fn.support.check(msg["value"]), log_prob, -torch.inf)
             self.record.log_probs[name] = scale_and_mask(log_prob, msg["scale"], msg["mask"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
@@ -15,7 +16,8 @@ from torch.distributions import biject_to, constraints
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from pyroflows.errors import ModelError
+from pyroflows.compiling.singular import is_singular, nan_where_singular
+from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
 from pyroflows.models.value_reads import ValueReads
 
@@ -166,8 +168,19 @@ def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
 def describe_run(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> tuple[ModelStructure, Trace]:
     """Describe a model as :func:`describe` does, and also give the trace of the run."""
     with ValueReads() as reads:
-        trace = trace_model(model, args, kwargs, init_fn)
+        trace = _traced_anywhere(model, args, kwargs, init_fn)
     return _structure_of(trace, reads.any), trace
+
+
+def _traced_anywhere(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None) -> Trace:
+    """Trace a model also at values where its density is zero, so that validation or a factorisation fails."""
+    try:
+        return trace_model(model, args, kwargs, init_fn)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, FlowError) or not (isinstance(error, ValueError) or is_singular(error)):
+            raise
+    with pyro.validation_enabled(False):
+        return nan_where_singular(trace_model, model, args, kwargs, init_fn)
 
 
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
