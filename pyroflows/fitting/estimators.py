@@ -72,8 +72,9 @@ def path_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     log_weights = (log_p - log_q).detach()
     is_good = log_weights.isfinite()
     along_path = _inner(score, x)
-    seen_by_model.register_hook(lambda gradient: _finite_or(gradient, -score, is_good / is_good.sum()))
-    surrogate = _mean(along_path - log_p, is_good) - PRICE * _log_share(log_q - along_path, is_good)
+    seen_by_model.register_hook(lambda gradient: _along_path(gradient, is_good, -score / len(x)))
+    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
+    surrogate = torch.where(is_good.all(), along_path.mean(), -at_fixed_x) - _mean(log_p, is_good)
     return _with_gradient_of(surrogate, -elbo(log_weights)), log_weights
 
 
@@ -117,10 +118,15 @@ def dreg_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     is_good = log_weights.isfinite()
     weights = torch.softmax(log_weights.where(is_good, -torch.inf), 0)
     along_path = _inner(score, x)
+
     # Parameters of the model need the weights themselves; the hook squares them in the gradient that goes on to x.
-    seen_by_model.register_hook(lambda gradient: _finite_or(_rows(weights, x) * gradient, -score, weights**2))
-    surrogate = (weights**2 * along_path - weights * log_p).where(is_good, 0.0).sum()
-    surrogate = surrogate - PRICE * _log_share(log_q - along_path, is_good)
+    def squared(gradient: Tensor) -> Tensor:
+        return _along_path(_rows(weights, x) * gradient, is_good, -_rows(weights**2, x) * score)
+
+    seen_by_model.register_hook(squared)
+    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
+    surrogate = torch.where(is_good.all(), (weights**2 * along_path).sum(), -at_fixed_x)
+    surrogate = surrogate - (weights * log_p).where(is_good, 0.0).sum()
     return _with_gradient_of(surrogate, -_log_mean_exp(log_weights)), log_weights
 
 
@@ -146,9 +152,7 @@ def log_variance_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor)
     is_good = log_weights.isfinite()
     # With the draws held fixed, log q changes by its total change less the change along the draws.
     log_q_at_fixed_x = log_q - _inner(score, x)
-    centered = log_weights - _mean(log_weights, is_good)
-    surrogate = -(centered * log_q_at_fixed_x).where(is_good, 0.0).sum() / (is_good.sum() - 1) - _mean(log_p, is_good)
-    surrogate = surrogate - PRICE * _log_share(log_q_at_fixed_x, is_good)
+    surrogate = -_cut_elbo_at_fixed_x(log_weights, log_q_at_fixed_x, is_good) - _mean(log_p, is_good)
     return _with_gradient_of(surrogate, log_weight_variance(log_weights) / 2), log_weights
 
 
@@ -196,23 +200,27 @@ class _FiniteRows(torch.autograd.Function):
         return of_x.where(_rows(is_good, of_x), 0.0), of_log_q.where(is_good, 0.0)
 
 
-def _finite_or(gradient: Tensor, other: Tensor, weights: Tensor) -> Tensor:
-    """Return gradients of draws; where one of them is not finite, weights times another one."""
+def _cut_elbo_at_fixed_x(log_weights: Tensor, log_q_at_fixed_x: Tensor, is_good: Tensor) -> Tensor:
+    r"""Return a number with the gradient of the bound of the cut flow, and of the logarithm of the share of good draws.
+
+    The first is the covariance of the log weights, over good draws, with the gradients of :math:`\log q` at fixed draws.
+    The second is the mean of these gradients over good draws, less their mean over all draws, which is zero.
+    """
+    deviations = (log_weights - _mean(log_weights, is_good)).where(is_good, 0.0)
+    of_bound = (deviations * log_q_at_fixed_x).sum() / (is_good.sum() - 1).clamp(min=1)
+    of_log_share = _mean(log_q_at_fixed_x, is_good) - log_q_at_fixed_x.mean()
+    return of_bound + PRICE * of_log_share
+
+
+def _along_path(gradient: Tensor, is_good: Tensor, if_not_finite: Tensor) -> Tensor:
+    """Return the gradients of the draws, none if a draw is outside, and another one for each that is not finite."""
     is_finite = gradient.flatten(1).isfinite().all(-1)
-    return gradient.where(_rows(is_finite, gradient), _rows(weights, other) * other)
+    return gradient.where(_rows(is_finite, gradient), if_not_finite).where(is_good.all(), 0.0)
 
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:
     """Give values of draws ``(S,)`` the shape ``(S, 1, ...)``, with as many axes as a tensor of draws."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def _log_share(log_q_at_fixed_x: Tensor, is_good: Tensor) -> Tensor:
-    r"""Return a number with the gradient of :math:`\log q(A)`, the mean over A of that of log q at fixed draws.
-
-    The mean over all draws is zero, and is subtracted so that none is left where all draws are in A.
-    """
-    return _mean(log_q_at_fixed_x, is_good) - log_q_at_fixed_x.mean()
 
 
 def _mean(values: Tensor, is_good: Tensor) -> Tensor:

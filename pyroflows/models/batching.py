@@ -20,10 +20,10 @@ from pyro import distributions as dist
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyroflows.compiling.singular import nan_where_singular
 from pyroflows.errors import FlowError, ModelError
+from pyroflows.models.inside import inside_support
 from pyroflows.models.structure import Model
 
 Mode = Literal["plate", "vmap", "loop"]
@@ -61,8 +61,8 @@ class BatchedModel:
         draw: whether every site without a given value is drawn, observed sites included; otherwise a latent without a
             value is an error.
         subsample: row indices by subsampled plate, for the runs at the examples.
-        zero_outside_support: whether a given value outside a univariate support has log-density -inf; without
-            validation the distribution's ``log_prob`` may give any number there.
+        zero_outside_support: whether a given value outside of its support has log-density -inf, as an observed one has;
+            without validation the distribution's ``log_prob`` may give any number there.
 
     Attributes:
         mode: the way of running that agrees with single runs: "plate", "vmap" or "loop".
@@ -145,7 +145,7 @@ class BatchedModel:
     def _first_valid(self, examples: SiteValues, subsample: SiteValues) -> tuple["_Handler", int]:
         """Run at the first example that passes validation, which may fail where the density is zero."""
         first_error = None
-        for index in range(NUM_EXAMPLES):
+        for index in range(NUM_EXAMPLES if examples else 1):
             try:
                 values = {name: value[index] for name, value in examples.items()}
                 return self._run(values, subsample, single=True), index
@@ -329,24 +329,16 @@ class _Handler(Messenger):
             self.scored = name
             log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
             self.scored = None
-            if self._zero_outside_support and name in self._values and _can_be_left(fn.support):
-                log_prob = torch.where(fn.support.check(msg["value"]), log_prob, -torch.inf)
+            is_given = msg["is_observed"] or (self._zero_outside_support and name in self._values)
+            is_inside = inside_support(fn, torch.as_tensor(msg["value"])) if is_given else None
+            if is_inside is not None:
+                log_prob = torch.where(is_inside, log_prob, -torch.inf)
             self.record.log_probs[name] = scale_and_mask(log_prob, msg["scale"], msg["mask"])
 
 
 def _is_fixed(msg: Any) -> bool:
     """Whether the value of a site follows from others, as for factors and ``pyro.deterministic``."""
     return isinstance(msg["fn"], dist.Unit) or bool(msg["infer"].get("_deterministic"))
-
-
-def _can_be_left(support: constraints.Constraint) -> bool:
-    """Whether a support has to be checked.
-
-    All numbers are in the real line; and supports of vectors, such as a simplex, are met only up to rounding.
-    """
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support.event_dim == 0 and not isinstance(support, type(constraints.real))
 
 
 def _draws_first(tensor: Tensor, num_draws: int, shape: torch.Size) -> Tensor:
