@@ -118,8 +118,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = torch.finfo(b.dtype).eps ** 0.5
     size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * (1 + size), equal_nan=True)
-
-
-def is_singular(error: RuntimeError) -> bool:
-    """Tell whether an error says that a factorisation or a solve failed; a program loses torch's class of the error."""
-    return "linalg" in str(error)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.eager import Recording
+from pyroflows.compiling.singular import nan_where_failed
 from pyroflows.errors import UntraceableError
 
 _aten = torch.ops.aten
@@ -126,7 +127,7 @@ class Recorder(Recording):
             # factorisation would leave finite numbers.
             factor, info = output
             with self:
-                return factor.masked_fill((info != 0)[..., None, None], torch.nan), info
+                return nan_where_failed(factor, info), info
         if function is _aten.lift_fresh.default:
             # What torch.tensor makes is first seen here. A copy can be written to, and made again by a run.
             with self:

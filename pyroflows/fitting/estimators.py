@@ -8,16 +8,25 @@ ELBO, or with "iwae" and "dreg" that of minus the importance-weighted bound.
 Below, :math:`s_i = \nabla_x \log q_\phi(x_i)` is the score, see :meth:`FlowDistribution.transport_and_score`. What it
 costs in addition to "total" depends on the layers: for couplings about one backward pass through the conditioner, for
 autoregressive layers the same arithmetic dimension by dimension.
+
+A draw leaves the estimate if its log weight, or its gradient, is not finite. Where the density p is zero outside of a
+set A, as behind a hard constraint, what is left is an estimate for the flow cut to A, :math:`q_A = q / q(A)` on A: its
+bound is the mean log weight of the draws in A plus :math:`\log q(A)`. "path", "dreg" and "vargrad" vanish where q has
+the shape of p on A, whatever share of the draws lies outside; importance weights then reject these. "total" and "iwae"
+do not: the change of q(A) has no reparametrised gradient, without which they favour a flow that leaves A. Choose one of
+the other three there.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.flows import FlowDistribution
 
+PRICE = 1.0
 LogDensity = Callable[[Tensor], Tensor]
 Estimator = Callable[[FlowDistribution, LogDensity, Tensor], tuple[Tensor, Tensor]]
 
@@ -38,9 +47,9 @@ def total_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tup
         >>> torch.equal(loss, -log_weights.mean()), log_weights.shape
         (True, torch.Size([5]))
     """
-    x, log_q = q.transport(z)
+    x, log_q = _FiniteRows.apply(*q.transport(z))
     log_weights = log_joint(x) - log_q
-    return -log_weights.mean(), log_weights.detach()
+    return -elbo(log_weights), log_weights.detach()
 
 
 def path_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,9 +67,15 @@ def path_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
         z: base draws ``(S, *base_shape)``.
     """
     x, log_q, score = q.transport_and_score(z)
-    log_p = log_joint(x)
+    seen_by_model = x.view_as(x)
+    log_p = log_joint(seen_by_model)
     log_weights = (log_p - log_q).detach()
-    return _with_gradient_of((_inner(score, x) - log_p).mean(), -log_weights.mean()), log_weights
+    is_good = log_weights.isfinite()
+    along_path = _inner(score, x)
+    seen_by_model.register_hook(lambda gradient: _along_path(gradient, is_good, -score / len(x)))
+    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
+    surrogate = torch.where(is_good.all(), along_path.mean(), -at_fixed_x) - _mean(log_p, is_good)
+    return _with_gradient_of(surrogate, -elbo(log_weights)), log_weights
 
 
 def iwae_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +91,7 @@ def iwae_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
         log_joint: a function that maps draws ``(S, *event_shape)`` to :math:`\log p(x, y)`, ``(S,)``.
         z: base draws ``(S, *base_shape)``.
     """
-    x, log_q = q.transport(z)
+    x, log_q = _FiniteRows.apply(*q.transport(z))
     log_weights = log_joint(x) - log_q
     return -_log_mean_exp(log_weights), log_weights.detach()
 
@@ -100,10 +115,18 @@ def dreg_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     seen_by_model = x.view_as(x)
     log_p = log_joint(seen_by_model)
     log_weights = (log_p - log_q).detach()
-    weights = torch.softmax(log_weights, 0)
+    is_good = log_weights.isfinite()
+    weights = torch.softmax(log_weights.where(is_good, -torch.inf), 0)
+    along_path = _inner(score, x)
+
     # Parameters of the model need the weights themselves; the hook squares them in the gradient that goes on to x.
-    seen_by_model.register_hook(lambda gradient: weights.reshape(-1, *[1] * (x.dim() - 1)) * gradient)
-    surrogate = (weights**2 * _inner(score, x)).sum() - (weights * log_p).sum()
+    def squared(gradient: Tensor) -> Tensor:
+        return _along_path(_rows(weights, x) * gradient, is_good, -_rows(weights**2, x) * score)
+
+    seen_by_model.register_hook(squared)
+    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
+    surrogate = torch.where(is_good.all(), (weights**2 * along_path).sum(), -at_fixed_x)
+    surrogate = surrogate - (weights * log_p).where(is_good, 0.0).sum()
     return _with_gradient_of(surrogate, -_log_mean_exp(log_weights)), log_weights
 
 
@@ -126,11 +149,11 @@ def log_variance_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor)
     x, log_q, score = q.transport_and_score(z)
     log_p = log_joint(x.detach())
     log_weights = (log_p - log_q).detach()
+    is_good = log_weights.isfinite()
     # With the draws held fixed, log q changes by its total change less the change along the draws.
     log_q_at_fixed_x = log_q - _inner(score, x)
-    centered = log_weights - log_weights.mean()
-    surrogate = -(centered * log_q_at_fixed_x).sum() / (len(z) - 1) - log_p.mean()
-    return _with_gradient_of(surrogate, log_weights.var() / 2), log_weights
+    surrogate = -_cut_elbo_at_fixed_x(log_weights, log_q_at_fixed_x, is_good) - _mean(log_p, is_good)
+    return _with_gradient_of(surrogate, log_weight_variance(log_weights) / 2), log_weights
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -140,6 +163,69 @@ ESTIMATORS: dict[str, Estimator] = {
     "dreg": dreg_gradient,
     "vargrad": log_variance_gradient,
 }
+
+
+def elbo(log_weights: Tensor) -> Tensor:
+    r"""Estimate the ELBO of a flow from log weights ``(S,)``.
+
+    Where some of them are not finite, it is that of the flow cut to the set A of the others,
+    :math:`E_{q_A}[\log w] + \log q(A)`.
+
+    Example:
+        >>> elbo(torch.tensor([1.0, 2.0])), elbo(torch.tensor([1.0, 2.0, -torch.inf, torch.nan]))
+        (tensor(1.5000), tensor(0.8069))
+    """
+    is_good = log_weights.isfinite()
+    return _mean(log_weights, is_good) + (is_good.sum() / len(is_good)).log()
+
+
+def log_weight_variance(log_weights: Tensor) -> Tensor:
+    """Estimate the variance of log weights ``(S,)``, of those that are finite; NaN if there are fewer than two."""
+    is_good = log_weights.isfinite()
+    deviations = (log_weights - _mean(log_weights, is_good)).where(is_good, 0.0)
+    return deviations.square().sum() / (is_good.sum() - 1)
+
+
+class _FiniteRows(torch.autograd.Function):
+    """The identity for draws and their log-densities, which passes no gradient to a draw that has not a finite one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), log_q.view_as(log_q)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        of_x, of_log_q = gradients
+        is_good = of_x.flatten(1).isfinite().all(-1) & of_log_q.isfinite()
+        return of_x.where(_rows(is_good, of_x), 0.0), of_log_q.where(is_good, 0.0)
+
+
+def _cut_elbo_at_fixed_x(log_weights: Tensor, log_q_at_fixed_x: Tensor, is_good: Tensor) -> Tensor:
+    r"""Return a number with the gradient of the bound of the cut flow, and of the logarithm of the share of good draws.
+
+    The first is the covariance of the log weights, over good draws, with the gradients of :math:`\log q` at fixed draws.
+    The second is the mean of these gradients over good draws, less their mean over all draws, which is zero.
+    """
+    deviations = (log_weights - _mean(log_weights, is_good)).where(is_good, 0.0)
+    of_bound = (deviations * log_q_at_fixed_x).sum() / (is_good.sum() - 1).clamp(min=1)
+    of_log_share = _mean(log_q_at_fixed_x, is_good) - log_q_at_fixed_x.mean()
+    return of_bound + PRICE * of_log_share
+
+
+def _along_path(gradient: Tensor, is_good: Tensor, if_not_finite: Tensor) -> Tensor:
+    """Return the gradients of the draws, none if a draw is outside, and another one for each that is not finite."""
+    is_finite = gradient.flatten(1).isfinite().all(-1)
+    return gradient.where(_rows(is_finite, gradient), if_not_finite).where(is_good.all(), 0.0)
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """Give values of draws ``(S,)`` the shape ``(S, 1, ...)``, with as many axes as a tensor of draws."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _mean(values: Tensor, is_good: Tensor) -> Tensor:
+    """Return the mean of good values; NaN if there are none, so that the guard leaves out the step."""
+    return values.where(is_good, 0.0).sum() / is_good.sum()
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -153,4 +239,6 @@ def _with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
 
 
 def _log_mean_exp(log_weights: Tensor) -> Tensor:
-    return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+    """Return the logarithm of the mean weight, where a log weight that is not finite stands for the weight zero."""
+    finite = log_weights.where(log_weights.isfinite(), -torch.inf)
+    return torch.logsumexp(finite, 0) - math.log(len(log_weights))

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
 from pyroflows.errors import ShapeError
-from pyroflows.fitting.estimators import Estimator, path_gradient
+from pyroflows.fitting.estimators import Estimator, elbo, log_weight_variance, path_gradient
 from pyroflows.flows import Flow
 from pyroflows.training.objective import Figures, Objective
 
@@ -66,5 +65,4 @@ class ReverseKL(Objective):
             return log_p
 
         loss, log_weights = self.estimator(q, log_density, self.base_draws(noise))
-        variance = log_weights.var() if len(log_weights) > 1 else log_weights.new_tensor(torch.nan)
-        return loss, {"elbo": log_weights.mean(), "log_weight_variance": variance}
+        return loss, {"elbo": elbo(log_weights), "log_weight_variance": log_weight_variance(log_weights)}

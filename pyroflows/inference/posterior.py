@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pyroflows import plots
 from pyroflows.errors import OptionError
 from pyroflows.fitting import DensityFit, Distillation
@@ -282,12 +284,12 @@ class Posterior(Approximation):
 
     @property
     def elbo(self) -> float:
-        """Evidence lower bound in nats, the mean log weight."""
+        """Evidence lower bound in nats, the mean log weight; -inf if the model's density is zero at some of the draws."""
         return self._diagnostics.raw_log_weights.double().mean().item()
 
     @property
     def elbo_se(self) -> float:
-        """Standard error of the ELBO, in nats."""
+        """Standard error of the ELBO, in nats; NaN where the ELBO is -inf."""
         log_weights = self._diagnostics.raw_log_weights.double()
         return log_weights.std().item() / len(log_weights) ** 0.5
 
@@ -341,10 +343,15 @@ class Posterior(Approximation):
         trained = f"a Gaussian{each} was enough, so that no flow was trained\n" if self.is_gaussian else ""
         return (
             f"{table}\n\n{trained}"
-            f"ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}, "
-            f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}\n"
+            f"{self._elbo_in_words()}, log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}\n"
             f"{self.diagnose()}"
         )
+
+    def _elbo_in_words(self) -> str:
+        outside = self._diagnostics.raw_log_weights == -torch.inf
+        if outside.any():
+            return f"ELBO -inf, since {outside.double().mean():.2%} of the draws have density zero"
+        return f"ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}"
 
     @with_gradients
     def to_arviz(

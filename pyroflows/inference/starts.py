@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyroflows.compiling.check import is_singular
+from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import ModelError
 from pyroflows.inference.modes import Mode, ModeSearch
 from pyroflows.inference.pathfinder import Density, GaussianApproximation, as_gaussian

@@ -12,8 +12,9 @@ import torch
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
-from pyroflows.compiling.check import Compiler, is_singular
-from pyroflows.errors import DivergedError, ModelError, OptionError
+from pyroflows.compiling.check import Compiler
+from pyroflows.compiling.singular import is_singular
+from pyroflows.errors import DivergedError, OptionError
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
 from pyroflows.grad_mode import with_gradients
@@ -23,6 +24,7 @@ from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
 from pyroflows.inference.circles import find_centers
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
+from pyroflows.inference.initial import finite_center, require_finite
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.starts import MAX_STARTS, find_start, further_points, starting_points
 from pyroflows.models.arguments import bound_arguments, usable_arguments
@@ -207,6 +209,10 @@ class FlowVI:
         if not layout.structure.has_data:
             _warn_of_missing(model, args, kwargs)
         center = guide._init_loc().to(guide.dtype or layout.dtype)
+        if isinstance(self.guide, AutoFlow):
+            require_finite(model, args, kwargs, layout, center)
+        else:
+            center = finite_center(model, args, kwargs, layout, center)
         log_joint = self._log_joint(model, args, kwargs, layout, center)
         if layout.centers and not isinstance(self.guide, AutoFlow):
             log_joint, center = _cut_circles(guide, log_joint, center)
@@ -236,7 +242,7 @@ class FlowVI:
         return posterior(history=fitted.history, starts=found, draws=draws)
 
     def _log_joint(self, model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor) -> LogJoint:
-        """Make the log joint, after checks that the latents are the same in all runs and that it is finite at first."""
+        """Make the log joint, after checks that the latents are the same in all runs."""
         if layout.structure.reads_values:
             _check_static_around(layout, center, model, args, kwargs)
         with seeded(0):
@@ -246,7 +252,6 @@ class FlowVI:
         if log_joint.batched.mode == "loop" and not layout.structure.reads_values:
             # Code that reads values through numpy goes unnoticed, but neither a plate nor vmap can run it.
             _check_static_around(layout, center, model, args, kwargs)
-        _check_start(log_joint)
         require_finite_gradient(log_joint, center, model, args, kwargs)
         require_proper(log_joint, center)
         return log_joint
@@ -288,9 +293,13 @@ class FlowVI:
         objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, own, tempering)
         hold = tempering.num_steps if tempering else 0
         schedule = Plateau(objective.monitor, self.num_steps, _is_settled, hold, objective.falls)
-        return Trainer(
+        trainer = Trainer(
             objective, schedule, self.optimizer, compile=log_joint.compiler, progress_bar=self.progress_bar
-        ).run()
+        )
+        try:
+            return trainer.run()
+        except DivergedError as error:
+            raise _explained(error, flow, log_joint) from None
 
 
 @with_gradients
@@ -344,6 +353,19 @@ def _is_settled(history: History) -> bool:
     return len(recent) == SETTLED_WINDOW and float(recent.mean()) < SETTLED_LOG_WEIGHT_VARIANCE
 
 
+@torch.no_grad()
+def _explained(error: DivergedError, flow: Flow, log_joint: LogJoint) -> DivergedError:
+    """Name the sites whose log-density is not finite at draws of a flow whose training diverged."""
+    sites = log_joint.non_finite_sites(flow().sample((NUM_PARTICLES,)))
+    if not sites:
+        return error
+    shares = ", ".join(f"'{name}' at {count / NUM_PARTICLES:.0%}" for name, count in sites.items())
+    return DivergedError(
+        f"{error}. At draws of the flow these sites have a log-density that is not finite: {shares} of {NUM_PARTICLES} "
+        "draws. If that is a constraint, give the latents a support that meets it"
+    )
+
+
 def _init_at(layout: Layout, vector: Tensor) -> InitFn:
     return init_to_value(values=layout.constrain(vector)[0])
 
@@ -394,13 +416,3 @@ def _warn_of_missing(model: Model, args: Any, kwargs: Any) -> None:
             "None",
             stacklevel=5,
         )
-
-
-def _check_start(log_joint: LogJoint) -> None:
-    """Raise if the log joint is not finite at the initial values, which are the first of its examples."""
-    for name, log_prob in log_joint.batched.reference.log_probs.items():
-        if not torch.isfinite(log_prob).all():
-            raise ModelError(
-                f"the log joint is not finite at the initial values: site '{name}' has log-density "
-                f"{log_prob.sum().item()}. Give a guide with init_loc_fn=init_to_value(values={{...}}) where it is"
-            )

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyro
@@ -21,15 +21,15 @@ from pyro import distributions as dist
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints
 from torch.utils._pytree import tree_map
 
-from pyroflows.errors import ModelError
+from pyroflows.compiling.singular import nan_where_singular
+from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.edges import Logs, log_density
+from pyroflows.models.inside import inside_support
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import observe_tensor
 from pyroflows.models.structure import Model, follows_from_others
-from pyroflows.models.supports import support_of, without_events
 from pyroflows.randomness import random_state, seeded
 
 Mode = Literal["plate", "vmap", "loop"]
@@ -78,12 +78,12 @@ class BatchedModel:
         subsample: row indices by subsampled plate, for the runs at the examples.
         kept: which entries of a given value are taken, by site, booleans over leading dimensions of the site; the
             others are drawn from the site's distribution. None to take all.
-        zero_outside_support: whether a given value outside a univariate support has log-density -inf; without
-            validation the distribution's ``log_prob`` may give any number there.
+        zero_outside_support: whether a given value outside of its support has log-density -inf, as an observed one has;
+            without validation the distribution's ``log_prob`` may give any number there.
 
     Attributes:
         mode: the way of running that agrees with single runs: "plate", "vmap" or "loop".
-        reference: the single run at the first example.
+        reference: the single run at the first example that passes validation.
 
     Raises:
         ModelError: if a latent has no value, a given value has another shape than its site, or the log-densities of two
@@ -112,18 +112,16 @@ class BatchedModel:
         kept: SiteValues | None = None,
         zero_outside_support: bool = False,
     ) -> None:
-        self._model, self._args, self._kwargs, self._draw = model, args, kwargs, draw
+        self._model, self._args, self._kwargs = model, args, kwargs
         self._kept = kept or {}
-        self._is_scaled = True
-        self._zero_outside_support = zero_outside_support
+        self._options = _Options(draw=draw, zero_outside_support=zero_outside_support)
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
-            first = {name: value[0] for name, value in examples.items()}
-            self._fillers: dict[str, Tensor] = {}
             state = random_state()
-            handler = self._run(first, subsample or {}, single=True)
+            handler, index = self._first_valid(examples, subsample or {})
+            examples = {name: value.roll(-index, 0) for name, value in examples.items()}
             self._handler, self.reference = handler, handler.record
-            self._first = first
+            self._first = {name: value[0] for name, value in examples.items()}
             if not draw and not kept and _differs(state, random_state()):
                 self._require_fixed()
             self._variants: dict[tuple[frozenset[str], bool, bool], BatchedModel] = {}
@@ -168,7 +166,7 @@ class BatchedModel:
     def unscaled(self) -> "BatchedModel":
         """The same model without ``poutine.scale``, for the log-densities of single observations."""
         made = copy.copy(self)
-        made._is_scaled = False
+        made._options = replace(self._options, is_scaled=False)
         return made
 
     def drawing(self, examples: SiteValues, kept: SiteValues | None = None) -> "BatchedModel":
@@ -187,7 +185,7 @@ class BatchedModel:
             examples: values ``(n, *site shape)`` by latent site, as for the class.
             kept: which entries of a given value are taken, as for the class.
         """
-        return self._variant(examples, self._draw, kept)
+        return self._variant(examples, self._options.draw, kept)
 
     def _variant(self, examples: SiteValues, draw: bool, kept: SiteValues | None) -> "BatchedModel":
         key = (frozenset(examples), draw, bool(kept))
@@ -208,6 +206,20 @@ class BatchedModel:
                 if not _differs(state, random_state()):
                     break
 
+    def _first_valid(self, examples: SiteValues, subsample: SiteValues) -> tuple["_Handler", int]:
+        """Run at the first example that passes validation, which may fail where the density is zero."""
+        first_error = None
+        for index in range(NUM_EXAMPLES if examples else 1):
+            try:
+                values = {name: value[index] for name, value in examples.items()}
+                return self._run(values, subsample, single=True), index
+            except ValueError as error:
+                if isinstance(error, FlowError):
+                    raise
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         modes: tuple[Mode, ...] = ("plate", "vmap")
         for mode in modes:
@@ -222,7 +234,7 @@ class BatchedModel:
         start = time.perf_counter()
         self._run(self._first, subsample)
         self._seconds = time.perf_counter() - start
-        if not self._draw and not self._kept:
+        if not self._options.draw and not self._kept:
             self._require_fixed()
             self._warn("draw by draw, which makes every step slow")
         return "loop"
@@ -239,9 +251,11 @@ class BatchedModel:
         """Whether single runs at the values of a batch give the same values and log-densities as the batch."""
         for i in range(NUM_EXAMPLES):
             given = {name: record.values[name][i] for name in self._handler.event_dims}
-            is_known = i == 0 and not self._draw and not self._kept
-            # All entries of the batch's values are given, also those that it has drawn.
-            single = self.reference if is_known else self._run(given, subsample, takes_all=True).record
+            is_known = i == 0 and not self._options.draw and not self._kept
+            # An example may lie where the density is zero, at which validation would raise.
+            with pyro.validation_enabled(False):
+                # All entries of the batch's values are given, also those that it has drawn.
+                single = self.reference if is_known else self._run(given, subsample, takes_all=True).record
             batched = RunRecord(
                 {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
             )
@@ -260,10 +274,14 @@ class BatchedModel:
         takes_all: bool = False,
     ) -> "_Handler":
         kept = {} if takes_all else self._kept
-        # The plate is the inner context, so that the handler sees the distributions that it has expanded.
-        with _Handler(self, values, subsample, logs or {}, kept, single) as handler, plate:
-            self._model(*self._args, **self._kwargs)
-        return handler
+
+        def run() -> _Handler:
+            # The plate is the inner context, so that the handler sees the distributions that it has expanded.
+            with _Handler(self._options, values, subsample, logs or {}, kept, single) as handler, plate:
+                self._model(*self._args, **self._kwargs)
+            return handler
+
+        return nan_where_singular(run)
 
     def _batch(
         self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues, logs: LogsBySite
@@ -313,12 +331,44 @@ class BatchedModel:
         return RunRecord(flat(record.values, self.reference.values), flat(record.log_probs, self.reference.log_probs))
 
 
+def run_once(model: Model, args: Any, kwargs: Any, values: SiteValues) -> RunRecord:
+    """Run a model once at given values of its latents, with validation and gradients.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        values: values by latent site.
+
+    Raises:
+        ValueError: if validation fails; if it fails at the value of a site, the message names the site.
+    """
+    with _Handler(_Options(), values, {}, {}, {}, single=True) as handler:
+        try:
+            model(*args, **kwargs)
+        except ValueError as error:
+            if handler.scored is None or isinstance(error, FlowError):
+                raise
+            raise ValueError(f"at site '{handler.scored}': {error}") from error
+    return handler.record
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What all runs of a batched model have in common: its options, and values for masked NaN by observed site."""
+
+    draw: bool = False
+    zero_outside_support: bool = False
+    is_scaled: bool = True
+    fillers: dict[str, Tensor] = field(default_factory=dict)
+
+
 class _Handler(Messenger):
     """An effect handler that gives sites their values, and records values and log-densities."""
 
     def __init__(
         self,
-        batched: BatchedModel,
+        options: "_Options",
         values: SiteValues,
         subsample: SiteValues,
         logs: LogsBySite,
@@ -326,13 +376,13 @@ class _Handler(Messenger):
         single: bool,
     ) -> None:
         super().__init__()
-        self._draw, self._is_scaled, self._fillers = batched._draw, batched._is_scaled, batched._fillers
-        self._zero_outside_support = batched._zero_outside_support
+        self._options = options
         self._values, self._subsample, self._logs, self._kept, self._single = values, subsample, logs, kept, single
         self.record = RunRecord({}, {})
         self.event_dims: dict[str, int] = {}  # by site, for sites that can be given a value
         self.rows: dict[str, Tensor] = {}  # the indices that were drawn, by subsampled plate
         self.max_plate_nesting = 0
+        self.scored: str | None = None  # the site whose log-density is being computed
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -348,7 +398,7 @@ class _Handler(Messenger):
                 msg["value"] = drawn_where_left_out(fn, msg["value"], self._kept[name])
         elif name in self._subsample and msg["value"] is None:
             msg["value"] = self._subsample[name]
-        elif self._draw:
+        elif self._options.draw:
             if not _is_fixed(msg) and type(fn).__name__ != "_Subsample":
                 # A call of fn would use rsample, which in many distributions fills tensors in place; vmap refuses that.
                 msg["is_observed"], msg["value"] = False, fn.sample()
@@ -361,9 +411,9 @@ class _Handler(Messenger):
             if self._single and may_hide_nan(msg):
                 # Other runs take the same numbers, since drawing costs time, and not every distribution can under vmap.
                 with seeded(0):
-                    self._fillers[name] = draw_like(fn, msg["value"])
-            if name in self._fillers:
-                msg["value"] = without_masked_nan(msg, self._fillers[name])
+                    self._options.fillers[name] = draw_like(fn, msg["value"])
+            if name in self._options.fillers:
+                msg["value"] = without_masked_nan(msg, self._options.fillers[name])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -376,13 +426,17 @@ class _Handler(Messenger):
         if not _is_fixed(msg):
             self.event_dims[name] = fn.event_dim
         if not msg["infer"].get("_deterministic"):
+            self.scored = name
             if name in self._logs:
                 log_prob = log_density(fn, self._logs[name])
             else:
                 log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            if self._zero_outside_support and name in self._values:
-                log_prob = _zero_outside(support_of(fn), msg["value"], log_prob)
-            scale = msg["scale"] if self._is_scaled else 1.0
+            self.scored = None
+            is_given = msg["is_observed"] or (self._options.zero_outside_support and name in self._values)
+            is_inside = inside_support(fn, torch.as_tensor(msg["value"])) if is_given else None
+            if is_inside is not None:
+                log_prob = torch.where(is_inside, log_prob, -torch.inf)
+            scale = msg["scale"] if self._options.is_scaled else 1.0
             self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
 
 
@@ -393,16 +447,6 @@ def _differs(state: list[Tensor], other: list[Tensor]) -> bool:
 def _is_fixed(msg: Any) -> bool:
     """Whether a site has no value of its own: factors, and sites that follow from others."""
     return isinstance(msg["fn"], dist.Unit) or follows_from_others(msg)
-
-
-def _zero_outside(support: constraints.Constraint | None, value: Tensor, log_prob: Tensor) -> Tensor:
-    """Replace log-densities by -inf where a value is outside a support.
-
-    All numbers are in the real line; and supports of vectors, such as a simplex, are met only up to rounding.
-    """
-    if support is None or isinstance(entry := without_events(support), type(constraints.real)) or entry.event_dim:
-        return log_prob
-    return torch.where(support.check(value), log_prob, -torch.inf)
 
 
 def _draws_first(tensor: Tensor, num_draws: int, shape: torch.Size) -> Tensor:

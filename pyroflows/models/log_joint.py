@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.compiling.check import Compiler, is_singular
+from pyroflows.compiling.check import Compiler
+from pyroflows.compiling.singular import is_singular
 from pyroflows.models.batching import BatchedModel, SiteValues
 from pyroflows.models.layout import Layout
 from pyroflows.models.structure import Model
@@ -78,10 +79,11 @@ class LogJoint:
 
     @torch.no_grad()
     def in_chunks(self, vectors: Tensor) -> Tensor:
-        """The log joint of any number of vectors, without gradients; -inf where a matrix of the model is singular."""
+        """The log joint of any number of vectors, without gradients; -inf where it is NaN or a matrix is singular."""
 
         def function(part: Tensor) -> tuple[Tensor]:
-            return (self(part),)
+            value = self(part)
+            return (value.where(~value.isnan(), -torch.inf),)
 
         return torch.cat([_row_by_row(function, part)[0] for part in vectors.split(self.batched.chunk_size)])
 

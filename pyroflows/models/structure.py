@@ -19,7 +19,8 @@ from torch.distributions import biject_to, constraints
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from pyroflows.errors import ModelError
+from pyroflows.compiling.singular import is_singular, nan_where_singular
+from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
 from pyroflows.models.masks import dependent_entries, entry_mask, innermost, to_rank
 from pyroflows.models.observations import TensorObservations
@@ -191,7 +192,7 @@ def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
 def describe_run(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> tuple[ModelStructure, Trace]:
     """Describe a model as :func:`describe` does, and also give the trace of the run."""
     with ValueReads() as reads:
-        trace = trace_model(model, args, kwargs, init_fn)
+        trace = _traced_anywhere(model, args, kwargs, init_fn)
     structure = _structure_of(trace, reads.any)
     masks = {s.name: s.mask for s in structure.latents if s.mask is not None and not s.mask.all() and not s.is_discrete}
     if masks:
@@ -222,6 +223,17 @@ def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
         is_flat=_is_improper(fn) or bool((kept & ~site.mask).any()),
         bijection=site.bijection and bijection_of(fn, site.shape, simplified(support_of(fn))),
     )
+
+
+def _traced_anywhere(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None) -> Trace:
+    """Trace a model also at values where its density is zero, so that validation or a factorisation fails."""
+    try:
+        return trace_model(model, args, kwargs, init_fn)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, FlowError) or not (isinstance(error, ValueError) or is_singular(error)):
+            raise
+    with pyro.validation_enabled(False):
+        return nan_where_singular(trace_model, model, args, kwargs, init_fn)
 
 
 def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:

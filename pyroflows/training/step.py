@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.compiling.check import Compiler, is_singular
+from pyroflows.compiling.check import Compiler
+from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import OptionError
 from pyroflows.training.objective import Figures, Objective
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyroflows.compiling.check import Compiler, is_singular
+from pyroflows.compiling.check import Compiler
+from pyroflows.compiling.singular import is_singular
 from pyroflows.flows import IAF
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
