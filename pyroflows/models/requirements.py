@@ -196,12 +196,12 @@ def require_proper(log_joint: LogJoint, vector: Tensor) -> None:
 
 
 def _is_bounded(site: Site, like: Tensor) -> bool:
-    """Whether the bijection to a site's support saturates in both directions."""
+    """Whether no value of a site is large, however far the unconstrained value goes."""
     assert site.bijection is not None
-    ends = [torch.full(site.bijection.unconstrained_shape, end).to(like) for end in (1e4, 2e4, -1e4, -2e4)]
-    high, higher, low, lower = (site.bijection.constrain(end)[0] for end in ends)
-    saturates = torch.equal(high, higher) and torch.equal(low, lower)
-    return saturates and bool(high.isfinite().all() and low.isfinite().all())
+    shape, far = site.bijection.unconstrained_shape, torch.finfo(like.dtype).max ** 0.5
+    ends = [site.bijection.constrain(torch.full(shape, end).to(like))[0] for end in (far, -far)]
+    # Values of a half line stop at the largest number instead of becoming infinite.
+    return all(bool((end.abs() < far).all()) for end in ends)
 
 
 def _log_probs(log_joint: LogJoint, vectors: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pyroflows.models.arguments import bound_arguments, non_finite, usable_argum
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.observations import as_tensor
 from pyroflows.models.requirements import describe_for_flow
-from pyroflows.models.structure import describe, describe_run, in_dtype
+from pyroflows.models.structure import describe_run, in_dtype
 
 X, Y = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, -1.0, 2.0])
 NAN = torch.tensor([0.0, torch.nan, torch.nan])
@@ -359,8 +359,3 @@ def test_other_faults_are_not_blamed_on_arguments():
 
     with pytest.raises(RuntimeError, match="Multiple sample sites named 'slope'"):
         describe_for_flow(twice, (NAN, Y), {})
-
-
-def test_describing_raises_what_the_model_raises():
-    with pytest.raises(ValueError, match="Expected parameter loc"):
-        describe(line, (NAN, Y), {})
