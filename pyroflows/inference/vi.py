@@ -19,7 +19,7 @@ from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
-from pyroflows.inference.circles import find_centers
+from pyroflows.inference.circles import find_centers, require_no_flat_angles
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.posterior import Posterior
@@ -194,6 +194,7 @@ class FlowVI:
         layout, model = guide.layout, in_dtype(self.model, guide.dtype)
         center = guide._init_loc().to(guide.dtype or layout.dtype)
         log_joint = self._log_joint(model, args, kwargs, layout, center)
+        require_no_flat_angles(log_joint, center)
         if layout.centers and not isinstance(self.guide, AutoFlow):
             log_joint, center = _cut_circles(guide, log_joint, center)
             layout = log_joint.layout

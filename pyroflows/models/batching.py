@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from pyroflows.errors import ModelError
 from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.structure import Model
-from pyroflows.models.supports import support_of, without_events
+from pyroflows.models.supports import is_real, support_of, without_events
 
 Mode = Literal["plate", "vmap", "loop"]
 SiteValues = Mapping[str, Tensor]
@@ -324,7 +324,7 @@ def _zero_outside(support: constraints.Constraint | None, value: Tensor, log_pro
 
     All numbers are in the real line; and supports of vectors, such as a simplex, are met only up to rounding.
     """
-    if support is None or isinstance(entry := without_events(support), type(constraints.real)) or entry.event_dim:
+    if support is None or is_real(support) or without_events(support).event_dim:
         return log_prob
     return torch.where(support.check(value), log_prob, -torch.inf)
 
