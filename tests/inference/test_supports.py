@@ -205,6 +205,25 @@ def test_unconstrained_prior_has_its_mass(model):
     assert weights.std() < 10
 
 
+@pytest.mark.parametrize("mode", ["plate", "vmap", "loop"])
+def test_logs_reach_the_model_however_it_runs(mode):
+    def model():
+        a = pyro.sample("a", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("n", 3):
+            pyro.sample("p", dist.Beta(a[..., :1], a[..., 1:]).to_event(1))
+            pyro.sample("r", dist.Dirichlet(a))
+
+    layout = Layout(describe(model, (), {}))
+    log_joint = LogJoint(model, (), {}, layout, torch.zeros(5, layout.dim))
+    u = 50 * torch.randn(4, layout.dim)
+    u[:, layout.slices["a"]] = torch.randn(4, 2)
+    expected = log_joint(u)
+    log_joint.batched.mode = mode
+    torch.testing.assert_close(log_joint(u), expected)
+    torch.testing.assert_close(log_joint(u.double()).float(), expected)
+    torch.testing.assert_close(log_joint.in_chunks(u), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(10.0, 0.0, 0.0), (0.0, 0.0, 10.0), (5.0, 5.0, 0.0)])
 def test_counts_of_categories(counts):
