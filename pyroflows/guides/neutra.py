@@ -36,7 +36,7 @@ class ToDeclaredSpace(FlowTransform):
         return not self._sites
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._mapped(z, [(part, ours, declared) for part, ours, declared in self._sites])
+        return self._mapped(z, self._sites)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._mapped(x, [(part, declared, ours) for part, ours, declared in self._sites])
