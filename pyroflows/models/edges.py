@@ -24,10 +24,9 @@ from torch.distributions import (
     Independent,
     SigmoidTransform,
     TransformedDistribution,
-    constraints,
 )
 
-from pyroflows.models.supports import support_of, without_events
+from pyroflows.models.supports import is_real, support_of
 
 Logs = tuple[Tensor, ...]
 
@@ -48,7 +47,7 @@ def has_log_density(fn: Any) -> bool:
     if not _is_transformed(fn):
         return False
     last, rest = _last_transform(fn)
-    return has_log_density(rest) if isinstance(last, AffineTransform) else _is_real(rest)
+    return has_log_density(rest) if isinstance(last, AffineTransform) else is_real(support_of(rest))
 
 
 def log_density(fn: Any, logs: Logs) -> Tensor:
@@ -101,11 +100,6 @@ def _last_transform(fn: Any) -> tuple[Any, Any]:
     """The last transform of a distribution, and the distribution before it."""
     *before, last = fn.transforms
     return last, dist.TransformedDistribution(fn.base_dist, before) if before else fn.base_dist
-
-
-def _is_real(fn: Any) -> bool:
-    support = support_of(fn)
-    return support is not None and isinstance(without_events(support), type(constraints.real))
 
 
 def _after_transform(fn: Any, logs: Logs) -> Tensor:

@@ -6,9 +6,8 @@ import torch
 from pyro import distributions as dist
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyroflows.models.supports import support_of
+from pyroflows.models.supports import is_real, support_of
 
 _TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
 
@@ -51,6 +50,6 @@ def inside_support(fn: Any, value: Tensor) -> Tensor | None:
             value = transform.inv(value)
         return inside_support(fn.base_dist, value)
     support = support_of(fn)
-    if support is None or support.is_discrete or support.event_dim or isinstance(support, type(constraints.real)):
+    if support is None or support.is_discrete or support.event_dim or is_real(support):
         return None
     return support.check(value)
