@@ -72,7 +72,7 @@ def is_list(value: Any) -> bool:
 def observe_tensor(msg: Any) -> None:
     """Make the observed value of a site a tensor that its distribution can score.
 
-    Numbers that are no tensor get the dtype and the device of the distribution. Booleans become floating numbers, and so
+    Numbers that are no tensor get dtype and device of the distribution. Booleans become floating numbers, and so
     do integers where the support is that of a Bernoulli distribution, since torch cannot score them otherwise.
 
     Args:
