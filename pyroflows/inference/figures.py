@@ -29,6 +29,9 @@ MAX_UNSEEN_SHARE = 0.005
 # The Gaussian proposal of Pareto shape 0.7 leaves 3 % unseen by 10,000 draws.
 MAX_CORRECTABLE_SHARE = 0.03
 MAX_NAN_SHARE = 0.01
+# Moments are those of coordinates that are cut off at so many standard deviations: a share too small to matter would
+# otherwise change an sd by any amount, and differently in each set of draws, if it lies far enough away.
+CUT = 4.0
 
 
 class Estimate(NamedTuple):
@@ -168,7 +171,7 @@ def _moment_change(latents: Tensor, weights: Tensor) -> tuple[Estimate, Estimate
         the largest of these ratios. Their errors are those of the differences, since the draws are the same.
     """
     mean, sd = latents.mean(0), latents.std(0)
-    z = (latents - mean) / sd
+    z = ((latents - mean) / sd).clamp(-CUT, CUT)
     excess = (weights - 1 / len(weights))[:, None]
     shift = weights @ z
     ratio = (weights @ (z - shift) ** 2).sqrt()

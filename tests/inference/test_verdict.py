@@ -566,3 +566,14 @@ def test_weights_that_move_a_mean_far_are_not_trusted():
     diagnosis = diagnose(Figures.of(raw, Weights.smoothed(raw), x))
     assert diagnosis.khat < diagnosis.khat_threshold and diagnosis.mean_shift > 1
     assert diagnosis.verdict == "do not use", diagnosis
+
+
+def test_a_far_share_that_is_too_small_to_matter_does_not_decide():
+    """Two draws of 10,000, at 30 sd with weights of ten: a share of 0.2 %, which changes the plain sd by a third."""
+    x = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0))
+    x[:2] = 30.0
+    raw = torch.zeros(10_000)
+    raw[:2] = math.log(10.0)
+    figures = Figures.of(raw, Weights.smoothed(raw), x)
+    assert figures.sd_ratio.value == pytest.approx(1, abs=0.05)
+    assert diagnose(figures, unseen(0.002)).verdict == "good"
