@@ -4,7 +4,7 @@ The targets are densities without data: Gaussians, a banana, Neal's funnel, Stud
 sum over coordinates of the 1-D Wasserstein distances, each the mean absolute difference of sorted draws, of 10,000
 draws against 10,000 exact ones (Agrawal and Domke 2024). Its yardstick is the distance of exact draws from exact ones.
 All distances are medians over pairs of fresh sets of draws. Corrected draws are resampled from weighted ones, or come
-from MCMC where k-hat says that the weights cannot be trusted.
+from MCMC where the verdict says that the weights cannot be trusted.
 
     python -m benchmarks.synthetic --targets gaussian banana --seeds 0 1 --json output/synthetic.json
 """
@@ -159,7 +159,7 @@ def corrected(posterior: pf.Posterior, correction: str) -> tuple[str, Draws]:
     """How the fit was corrected, and what draws from that. Many more draws stand behind each set of 10,000."""
     diagnosis = posterior.diagnose()
     if correction == "auto":
-        correction = "mcmc" if diagnosis.khat > diagnosis.khat_threshold else "importance"
+        correction = "mcmc" if diagnosis.verdict == "do not use" else "importance"
     if correction == "importance":
         weighted = posterior.importance_sample(NUM_WEIGHTED)
         return correction, lambda: weighted.resample(NUM_DRAWS)

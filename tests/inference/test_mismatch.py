@@ -133,7 +133,14 @@ def location_alone():
         pyro.sample("theta", dist.Normal(mu, 1.0))
 
 
-@pytest.mark.parametrize("model", [non_centred, location_alone, three_sites])
+def gamma_hierarchy():
+    """A site that has no location, so that it has no non-centred form of this kind."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("group", 6):
+        pyro.sample("theta", dist.Gamma(2.0, rate))
+
+
+@pytest.mark.parametrize("model", [non_centred, location_alone, three_sites, gamma_hierarchy])
 def test_no_centre_is_named_where_none_is_to_blame(model):
     log_joint = log_joint_of(model)
     assert forms(log_joint, normal_draws(log_joint)) == []

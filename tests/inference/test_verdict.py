@@ -352,7 +352,7 @@ def test_the_error_of_khat():
 
 
 def test_draws_are_pooled_where_a_figure_is_near_its_limit():
-    """The mean of the guide lies 0.1 sd off, which is the limit; figures and verdict are of the same draws."""
+    """The mean of the guide lies 0.1 sd off, which is about the limit; figures and verdict are of the same draws."""
     posterior = Gaussian(1, loc=0.1).posterior
     diagnosis = posterior.diagnose()
     assert diagnosis.num_samples == 40_000
@@ -566,3 +566,18 @@ def test_weights_that_move_a_mean_far_are_not_trusted():
     diagnosis = diagnose(Figures.of(raw, Weights.smoothed(raw), x))
     assert diagnosis.khat < diagnosis.khat_threshold and diagnosis.mean_shift > 1
     assert diagnosis.verdict == "do not use", diagnosis
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"sd_ratio": Estimate(1.15, 0.07)}, "good"),
+        ({"sd_ratio": Estimate(1.15, 0.04)}, "correct it"),
+        ({"sd_ratio": Estimate(0.87, 0.02)}, "correct it"),
+        ({"mean_shift": Estimate(0.15, 0.07)}, "good"),
+        ({"mean_shift": Estimate(0.15, 0.04)}, "correct it"),
+        ({"log_weight_variance": Estimate(0.11, 0.02)}, "correct it"),
+    ],
+)
+def test_moments_that_surely_change(changes, verdict):
+    assert diagnose(of_figures(**changes)).verdict == verdict
