@@ -310,3 +310,30 @@ def test_conditioner_by_factory():
 def test_no_permutation_as_order_raises(order):
     with pytest.raises(OptionError, match="permutation of 0 to 2"):
         Autoregressive(3, order=order)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_of_adam_moves_a_scaled_mlp_alike_at_any_width(seed):
+    """The output layer starts at zero, so the first step moves the output by the rate times the sum of its inputs."""
+
+    def moved(kind, width):
+        torch.manual_seed(seed)
+        net, x = kind(3, 4, (width, width)), torch.randn(20, 3)
+        optimiser = torch.optim.Adam(net.parameters(), lr=0.05)
+        net(x).sum().backward()
+        optimiser.step()
+        return net(x).abs().mean()
+
+    assert 0.5 < moved(nets.ScaledMLP, 512) / moved(nets.ScaledMLP, 32) < 2
+    assert moved(nets.MLP, 512) / moved(nets.MLP, 32) > 6
+
+
+def test_a_scaled_mlp_starts_where_an_mlp_does():
+    """The same seed gives hidden layers with the same values; the output layers are zero, here they are set."""
+    x, found = torch.randn(5, 3), []
+    for kind, factor in ((nets.MLP, 1), (nets.ScaledMLP, 2 / 16)):
+        torch.manual_seed(0)
+        net = kind(3, 4, (16, 16))
+        torch.nn.init.ones_(net[-1].weight)
+        found.append(net(x) / factor)
+    torch.testing.assert_close(found[0], found[1])

@@ -20,9 +20,11 @@ class FlowDistribution(TransformedDistribution):
 
     Log-densities are exact, even if the transform's own log-determinant is an estimate; :meth:`estimated` returns the
     law that uses the estimate. Reparametrisations of Pyro's, such as ``TransformReparam``, see it as the transformed
-    distribution that it is, through ``base_dist`` and ``transforms``. The distribution remembers its last sample with its log-density, so that scoring a fresh
-    sample once is free. Deepcopy and pickle drop the memory, and it is not used after the sample, the context, or a
-    parameter or a buffer of transform or base, has changed.
+    distribution that it is, through ``base_dist`` and ``transforms``.
+
+    The distribution remembers its last sample with its log-density, so that scoring a fresh sample once is free.
+    Deepcopy and pickle drop the memory, and it is not used after the sample, the context, or a parameter or a buffer of
+    transform or base, has changed.
 
     Args:
         base: the distribution of z, of the transform's base shape.

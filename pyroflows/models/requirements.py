@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import constraints
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -306,7 +307,7 @@ def _require_continuous(site: Site) -> None:
     if site.is_enumerable or site.is_discrete:
         raise ModelError(
             f"latent site '{site.name}' is discrete ({site.family}): a flow needs continuous latents. Sum it out with "
-            "dist.MixtureSameFamily or dist.DiscreteHMM; or use AutoFlow(poutine.block(model, hide="
+            "dist.MixtureSameFamily or dist.DiscreteHMM; or use enumeration, by AutoFlow(poutine.block(model, hide="
             f"['{site.name}'])) with SVI and TraceEnum_ELBO, the site marked infer={{'enumerate': 'parallel'}}"
         )
 
@@ -319,10 +320,21 @@ def _require_bijection(site: Site) -> None:
             f"distribution at a site of its own, and transform its value by pyro.deterministic('{site.name}', ...)"
         )
     if site.unconstrained_shape is None:
+        way_out = "reparametrise it"
+        if _is_sphere(site.support):
+            way_out = (
+                "draw it as dist.ProjectedNormal, and use poutine.reparam(model, config="
+                f"{{'{site.name}': ProjectedNormalReparam()}})"
+            )
         raise ModelError(
-            f"latent site '{site.name}' has support {site.support}, which has no bijection to the reals: reparametrise "
-            "it"
+            f"latent site '{site.name}' has support {site.support}, which has no bijection to the reals: {way_out}"
         )
+
+
+def _is_sphere(support: constraints.Constraint | None) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.sphere
 
 
 def _require_parallel_plates(site: Site) -> None:

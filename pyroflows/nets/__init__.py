@@ -6,7 +6,7 @@ The output layer of every conditioner starts at zero, so that a layer starts at 
 from pyroflows.nets.causal_conv import CausalConv
 from pyroflows.nets.incremental import GradientSteps, Incremental, IncrementalGradient, ParameterSteps
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE
-from pyroflows.nets.mlp import MLP, Parameters, Pointwise, ResidualMLP
+from pyroflows.nets.mlp import MLP, Parameters, Pointwise, ResidualMLP, ScaledMLP
 
 __all__ = [
     "MADE",
@@ -21,4 +21,5 @@ __all__ = [
     "Pointwise",
     "ResMADE",
     "ResidualMLP",
+    "ScaledMLP",
 ]

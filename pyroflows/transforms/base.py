@@ -268,11 +268,17 @@ class FlowTransform(TransformModule):
         """Return the shape of z for an x of this shape."""
         return torch.Size(shape)[: len(shape) - len(self.event_shape)] + self.base_shape
 
+    # torch.jit asks a module for all names that its class has, by hasattr, which lets other errors than AttributeError
+    # through. Torch's own properties raise such errors where they make no sense.
     @property
     def sign(self) -> int:
-        # Torch's own property raises NotImplementedError for maps of vectors. torch.jit asks a module for all names that
-        # its class has, by hasattr, which lets that error through.
         raise AttributeError(f"{type(self).__name__} maps vectors or arrays, so it has no sign")
+
+    @property
+    def event_dim(self) -> int:
+        if len(self.base_shape) != len(self.event_shape):
+            raise AttributeError(f"{type(self).__name__} changes the number of dimensions of an event")
+        return len(self.event_shape)
 
     def __getstate__(self) -> dict[str, Any]:
         drop_param_store_references(self)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MLP, Parameters, Pointwise, ResidualMLP
+from pyroflows.nets import MLP, Parameters, Pointwise, ResidualMLP, ScaledMLP
 from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import axis_from_the_end, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
@@ -15,7 +15,7 @@ from pyroflows.transforms.gradients import elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import Univariate, univariate_named
 
-_CONDITIONERS: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP}
+_CONDITIONERS: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP, "scaled_mlp": ScaledMLP}
 
 
 class Coupling(FlowTransform):
@@ -33,8 +33,8 @@ class Coupling(FlowTransform):
         univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
         mask: one boolean for each index of the masked axis, true for those that pass, see
             :mod:`pyroflows.transforms.masks`; None lets the first half pass, which is nothing if there is one index.
-        conditioner: "mlp", "residual", or a factory that is called as ``factory(in_dim, out_dim, hidden_dims)``. Its
-            module maps :math:`z_A` and the context, one after the other along the masked axis, to the parameters. If
+        conditioner: "mlp", "scaled_mlp", "residual", or a factory that is called as
+            ``factory(in_dim, out_dim, hidden_dims)``. Its module maps :math:`z_A` and the context, one after the other along the masked axis, to the parameters. If
             there is neither, each element has parameters of its own, without a network. The named networks act along
             the masked axis and treat all places of the other axes alike, as 1 x 1 convolutions do.
         hidden_dims: widths of the conditioner's hidden layers.
