@@ -201,7 +201,9 @@ def _is_bounded(site: Site, like: Tensor) -> bool:
     ends = [torch.full(site.bijection.unconstrained_shape, end).to(like) for end in (1e4, 2e4, -1e4, -2e4)]
     high, higher, low, lower = (site.bijection.constrain(end)[0] for end in ends)
     saturates = torch.equal(high, higher) and torch.equal(low, lower)
-    return saturates and bool(high.isfinite().all() and low.isfinite().all())
+    # The largest number of the dtype stands for infinity.
+    largest = torch.finfo(high.dtype).max
+    return saturates and bool((high.abs() < largest).all() and (low.abs() < largest).all())
 
 
 def _log_probs(log_joint: LogJoint, vectors: Tensor) -> Tensor:

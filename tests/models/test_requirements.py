@@ -278,12 +278,6 @@ def without_data():
     pyro.sample("z", dist.Normal(x, 1.0))
 
 
-def masked_prior():
-    with poutine.mask(mask=False):
-        pyro.sample("x", dist.HalfNormal(1.0))
-    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
-
-
 @pytest.mark.parametrize(
     "model",
     [
@@ -293,7 +287,6 @@ def masked_prior():
         lambda: unseen(dist.constraints.ordered_vector, 2),
         one_of_three,
         without_data,
-        masked_prior,
     ],
 )
 def test_a_flat_prior_without_data_is_refused(model):
