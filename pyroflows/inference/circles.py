@@ -1,11 +1,14 @@
-"""Where to cut circles, so that a flow on the real line can fit the posterior of angles."""
+"""Angles: where to cut circles, so that a flow on the real line can fit the posterior, and angles on a line."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from pyroflows.errors import ModelError
+from pyroflows.models.bijections import wrapped
 from pyroflows.models.log_joint import LogJoint
+from pyroflows.models.supports import is_real
 
 NUM_ANGLES = 32
 NUM_SWEEPS = 2
@@ -45,4 +48,30 @@ def find_centers(log_joint: LogJoint, center: Tensor) -> dict[str, Tensor]:
         for k, (name, i) in enumerate(components):
             values[name].view(-1)[i] = angles[profile[k].argmax()]
             lowest[name].view(-1)[i] = angles[profile[k].argmin()]
-    return {name: angle + math.pi for name, angle in lowest.items()}
+    return {name: wrapped(angle + math.pi) for name, angle in lowest.items()}
+
+
+@torch.no_grad()
+def require_no_flat_angles(log_joint: LogJoint, center: Tensor) -> None:
+    """Raise if a latent with a flat prior on the real line is an angle, so that its posterior has infinite mass.
+
+    Args:
+        log_joint: the log joint of a model.
+        center: an unconstrained vector at which it is finite, ``(dim,)``.
+
+    Raises:
+        ModelError: if the log joint has a period of one turn in such a latent; names the site.
+    """
+    sites = [site for site in log_joint.structure.latents if site.is_flat and is_real(site.support)]
+    for site in sites:
+        for i in range(*log_joint.layout.slices[site.name].indices(len(center))):
+            moved = center.repeat(4, 1)
+            moved[1:, i] += torch.tensor([2 * math.pi, 4 * math.pi, 1.0]).to(center)
+            value, turned, turned_twice, other = log_joint.in_chunks(moved).double().tolist()
+            tolerance = 1e-4 * (1 + abs(value))
+            if max(abs(turned - value), abs(turned_twice - value)) < tolerance < 0.1 * abs(other - value):
+                raise ModelError(
+                    f"latent site '{site.name}' has a flat prior on the real line, but the log joint has a period of "
+                    "one turn in it, so that the posterior has infinite mass: draw the angle from "
+                    "dist.VonMises(torch.tensor(0.), torch.tensor(1.)).mask(False), which is flat on one period"
+                )

@@ -20,7 +20,7 @@ from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
-from pyroflows.inference.circles import find_centers
+from pyroflows.inference.circles import find_centers, require_no_flat_angles
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.posterior import Posterior
@@ -47,9 +47,9 @@ MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
 NUM_TEMPERED_STEPS = 500
 # A model whose code reads values runs at this many others, within this time, to see whether its sites stay the same.
 NUM_LOOKS = 16
+MAX_SECONDS_OF_LOOKS = 0.5
 # A fit in float32 is repeated in float64 if more than this share of its draws lies on an edge of their support.
 MAX_SHARE_AT_EDGES, NUM_EDGE_DRAWS = 0.01, 1000
-MAX_SECONDS_OF_LOOKS = 0.5
 
 
 class FlowVI:
@@ -84,7 +84,8 @@ class FlowVI:
         temper: inverse temperature between 0 and 1, by which the log joint is multiplied in the search for modes and at
             the start of training; it rises to 1 over a third of ``num_steps``, or over 500 steps. Tempering helps to
             find several modes, and to leave a poor one.
-        dtype: dtype in which the flow and the model run; None for that of the model's latents.
+        dtype: dtype in which the flow and the model run; None for that of the model's latents. A fit in float32 that
+            diverges, or has many draws on an edge of their support, is then repeated in float64, with a warning.
         seed: seed that makes the run reproducible and leaves the global generator as it was; None to use the global
             generator.
         progress_bar: whether to show the ELBO while training.
@@ -163,9 +164,12 @@ class FlowVI:
             ModelError: if the model cannot be fitted; names the site.
             DataError: if observed values are NaN, or an argument holds something else than finite numbers where it
                 matters; names the site or the argument.
-            DivergedError: if the fit diverges; the guide keeps its last good state.
+            DivergedError: if the fit diverges, also in float64 where neither ``dtype`` nor a guide of the model is
+                given; the guide keeps its last good state.
             OptionError: if the guide holds a mixture of flows, which a fit with several modes leaves in it.
         """
+        if self.dtype is not None or isinstance(self.guide, AutoFlow):
+            return self._seeded_run(args, kwargs)
         try:
             posterior = self._seeded_run(args, kwargs)
         except DivergedError as error:
@@ -182,9 +186,7 @@ class FlowVI:
             return self._run(args, kwargs)
 
     def _run_in_float64(self, args: Any, kwargs: Any, reason: str) -> Posterior | None:
-        """Repeat a fit in float64 with a warning; None where the dtype is given, is not float32, or float64 fails."""
-        if self.dtype is not None or isinstance(self.guide, AutoFlow):
-            return None
+        """Repeat a fit in float64 with a warning; None if the model is not in float32, or float64 fails."""
         with seeded(0):
             if describe(self.model, args, kwargs).dtype != torch.float32:
                 return None
@@ -208,6 +210,7 @@ class FlowVI:
             _warn_of_missing(model, args, kwargs)
         center = guide._init_loc().to(guide.dtype or layout.dtype)
         log_joint = self._log_joint(model, args, kwargs, layout, center)
+        require_no_flat_angles(log_joint, center)
         if layout.centers and not isinstance(self.guide, AutoFlow):
             log_joint, center = _cut_circles(guide, log_joint, center)
             layout = log_joint.layout

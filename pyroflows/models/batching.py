@@ -29,7 +29,7 @@ from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import observe_tensor
 from pyroflows.models.structure import Model, follows_from_others
-from pyroflows.models.supports import support_of, without_events
+from pyroflows.models.supports import is_real, support_of, without_events
 from pyroflows.randomness import random_state, seeded
 
 Mode = Literal["plate", "vmap", "loop"]
@@ -400,7 +400,7 @@ def _zero_outside(support: constraints.Constraint | None, value: Tensor, log_pro
 
     All numbers are in the real line; and supports of vectors, such as a simplex, are met only up to rounding.
     """
-    if support is None or isinstance(entry := without_events(support), type(constraints.real)) or entry.event_dim:
+    if support is None or is_real(support) or without_events(support).event_dim:
         return log_prob
     return torch.where(support.check(value), log_prob, -torch.inf)
 

@@ -218,7 +218,8 @@ class StickBreaking(StickBreakingTransform):
         return self.log_entries(x)[0].exp().clamp(min=torch.finfo(x.dtype).tiny)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        # The rest of the stick is summed from its end, since one minus a sum near one would be zero.
+        # Draws may have underflown. The rest of the stick is summed from its end, since one minus a sum may be zero.
+        y = y.clamp(min=torch.finfo(y.dtype).tiny)
         rest = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
         return y[..., :-1].log() - rest.log() + torch.arange(rest.shape[-1], 0, -1).to(y).log()
 

@@ -1,7 +1,7 @@
 r"""Log-densities near the edges of a support, where a value in floating point cannot be told from the edge.
 
-A Beta law of concentrations 0.1 has a twentieth of its mass within :math:`10^{-13}` of 1, where float32 has no number
-but 1. Its density there follows from the logarithms of the distances from the edges, which are known from the
+A Beta law of concentrations 0.1 has a twelfth of its mass within :math:`10^{-8}` of 1, where float32 has no number but
+1. Its density there follows from the logarithms of the distances from the edges, which are known from the
 unconstrained value:
 
 - of an interval from a to b, :math:`\log\frac{x - a}{b - a}` and :math:`\log\frac{b - x}{b - a}`;
@@ -24,10 +24,9 @@ from torch.distributions import (
     Independent,
     SigmoidTransform,
     TransformedDistribution,
-    constraints,
 )
 
-from pyroflows.models.supports import support_of, without_events
+from pyroflows.models.supports import is_real, support_of
 
 Logs = tuple[Tensor, ...]
 
@@ -48,7 +47,7 @@ def has_log_density(fn: Any) -> bool:
     if not _is_transformed(fn):
         return False
     last, rest = _last_transform(fn)
-    return has_log_density(rest) if isinstance(last, AffineTransform) else _is_real(rest)
+    return has_log_density(rest) if isinstance(last, AffineTransform) else is_real(support_of(rest))
 
 
 def log_density(fn: Any, logs: Logs) -> Tensor:
@@ -101,11 +100,6 @@ def _last_transform(fn: Any) -> tuple[Any, Any]:
     """The last transform of a distribution, and the distribution before it."""
     *before, last = fn.transforms
     return last, dist.TransformedDistribution(fn.base_dist, before) if before else fn.base_dist
-
-
-def _is_real(fn: Any) -> bool:
-    support = support_of(fn)
-    return support is not None and isinstance(without_events(support), type(constraints.real))
 
 
 def _after_transform(fn: Any, logs: Logs) -> Tensor:

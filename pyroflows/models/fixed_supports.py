@@ -57,7 +57,7 @@ def require_fixed_supports(structure: ModelStructure, model: Model, args: Any, k
     bounded = {site.name: site for site in structure.latents[1:] if _has_tensor_bounds(site)}
     if not bounded:
         return
-    elsewhere = _supports_elsewhere(model, args, kwargs, structure.dtype)
+    elsewhere = _supports_elsewhere(model, args, kwargs)
     for name, site in bounded.items():
         other = elsewhere.get(name, site.support)
         if not _is_same(site.support, other):
@@ -77,25 +77,31 @@ def _has_tensor_bounds(site: Site) -> bool:
 class _Elsewhere(Messenger):
     """An effect handler that gives latents other values than the model's own handlers, such as those of a guide, do."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if msg["is_observed"] or type(fn).__name__ == "_Subsample":
             return
         bijection = bijection_of(fn, fn.shape(), simplified(support_of(fn)))
         if bijection is not None:
-            u = torch.full(bijection.unconstrained_shape, ELSEWHERE, dtype=self._dtype)
+            u = _like(msg).new_full(bijection.unconstrained_shape, ELSEWHERE)
             msg["value"], _ = bijection.constrain(u)
 
 
-def _supports_elsewhere(model: Model, args: Any, kwargs: Any, dtype: torch.dtype) -> dict[str, Constraint | None]:
+def _like(msg: Any) -> Tensor:
+    """A tensor of the dtype and the device of a site."""
+    if msg["value"] is not None:
+        return msg["value"]
+    try:
+        return msg["fn"].sample()
+    except NotImplementedError:
+        return torch.zeros(())
+
+
+def _supports_elsewhere(model: Model, args: Any, kwargs: Any) -> dict[str, Constraint | None]:
     """The supports of the latents in a run at other values; none if the model refuses these."""
     try:
         with seeded(0), pyro.validation_enabled(False):
-            structure = describe(_Elsewhere(dtype)(model), args, kwargs)
+            structure = describe(_Elsewhere()(model), args, kwargs)
     except Exception:  # a model may raise anything at values that are not its own
         return {}
     return {site.name: site.support for site in structure.latents}

@@ -148,6 +148,7 @@ class Layout:
         Args:
             centers: angles by site on circles.
         """
+        centers = {name: centers[name] for name in self.centers.keys() & centers.keys()}
         if not centers:
             return self
         latents = tuple(

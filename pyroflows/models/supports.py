@@ -69,6 +69,10 @@ def support_of(fn: Any) -> constraints.Constraint | None:
     if isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
         support = support_of(fn.base_dist)
         return support and _with_events(support, getattr(fn, "reinterpreted_batch_ndims", 0))
+    if isinstance(fn, MixtureSameFamily):
+        support = support_of(fn.component_distribution)
+        # Where components have bounds of their own, the mixture's density is zero between them.
+        return fn.support if support is None or any(isinstance(end, Tensor) for end in bounds(support)) else support
     if type(fn).support is TransformedDistribution.support:
         support = _image(support_of(fn.base_dist), fn.transforms)
         return support and _with_events(support, fn.event_dim - support.event_dim)
@@ -98,6 +102,11 @@ def without_events(support: constraints.Constraint) -> constraints.Constraint:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+def is_real(support: constraints.Constraint | None) -> bool:
+    """Whether a support is the real line, for each entry."""
+    return support is not None and isinstance(without_events(support), type(constraints.real))
 
 
 def bounds(support: constraints.Constraint) -> Iterator[End]:

@@ -10,7 +10,7 @@ from pyro.distributions import TransformedDistribution as Transformed
 from torch.distributions import AffineTransform
 
 import pyroflows as pf
-from pyroflows.errors import DivergedError
+from pyroflows.errors import DivergedError, ModelError
 from pyroflows.inference.circles import find_centers
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
@@ -205,6 +205,25 @@ def test_unconstrained_prior_has_its_mass(model):
     assert weights.std() < 10
 
 
+@pytest.mark.parametrize("mode", ["plate", "vmap", "loop"])
+def test_logs_reach_the_model_however_it_runs(mode):
+    def model():
+        a = pyro.sample("a", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("n", 3):
+            pyro.sample("p", dist.Beta(a[..., :1], a[..., 1:]).to_event(1))
+            pyro.sample("r", dist.Dirichlet(a))
+
+    layout = Layout(describe(model, (), {}))
+    log_joint = LogJoint(model, (), {}, layout, torch.zeros(5, layout.dim))
+    u = 50 * torch.randn(4, layout.dim)
+    u[:, layout.slices["a"]] = torch.randn(4, 2)
+    expected = log_joint(u)
+    log_joint.batched.mode = mode
+    torch.testing.assert_close(log_joint(u), expected)
+    torch.testing.assert_close(log_joint(u.double()).float(), expected)
+    torch.testing.assert_close(log_joint.in_chunks(u), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(10.0, 0.0, 0.0), (0.0, 0.0, 10.0), (5.0, 5.0, 0.0)])
 def test_counts_of_categories(counts):
@@ -265,6 +284,28 @@ def test_centers_lie_opposite_to_the_lowest_density():
     torch.testing.assert_close(
         other(torch.zeros(1, layout.dim)) - ladj, log_joint(again) - other_ladj, rtol=1e-4, atol=1e-4
     )
+
+
+def unwrapped(y):
+    """What NumPyro's CircularReparam makes of an angle: flat on the line, with a periodic density."""
+    real = torch.distributions.constraints.independent(torch.distributions.constraints.real, 1)
+    angle = pyro.sample("angle", dist.ImproperUniform(real, (), (2,)))
+    pyro.factor("prior", dist.VonMises(0.0, 1.0).log_prob(angle).sum(-1))
+    pyro.sample("y", dist.VonMises(angle, 2.0).to_event(1), obs=y)
+
+
+def test_angle_with_a_flat_prior_on_the_line_raises():
+    with pytest.raises(ModelError, match=r"'angle' has a flat prior on the real line.*\.mask\(False\)"):
+        _fit(unwrapped, torch.tensor([1.0, 2.0]))
+
+
+def test_number_with_a_flat_prior_is_fitted():
+    def model(y):
+        a, b = (pyro.sample(name, dist.Normal(0.0, 1.0).mask(False)) for name in "ab")
+        pyro.factor("proper", dist.Normal(0.0, 1.0).log_prob(b))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    _check_evidence(_fit(model, torch.tensor(1.0)), 0.0)
 
 
 def far_from_zero(y):

@@ -212,3 +212,11 @@ def test_wrapped_angles():
 )
 def test_circles_are_centered_at_the_direction_of_the_prior(fn, center):
     torch.testing.assert_close(_bijection(fn).center, tensor(center))
+
+
+def test_draws_that_underflow_have_finite_vectors():
+    bijection = _bijection(dist.Dirichlet(torch.ones(4)))
+    x = tensor([0.0, 1.0, 0.0, 0.0])
+    u = bijection.unconstrain(x)
+    assert u.isfinite().all()
+    torch.testing.assert_close(bijection.constrain(u)[0], x, rtol=0, atol=1e-30)

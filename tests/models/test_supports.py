@@ -2,6 +2,7 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -59,6 +60,7 @@ REVERSE = dist.transforms.Permute(torch.tensor([1, 0]))
         (dist.VonMises(torch.zeros(2), 1.0).mask(False).to_event(1), independent(circle, 1)),
         (dist.SineBivariateVonMises(0.0, 0.0, 1.0, 1.0, 0.5), independent(circle, 1)),
         (dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.VonMises(torch.zeros(2), 1.0)), circle),
+        (dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Beta(torch.ones(2), 1.0)), unit_interval),
     ],
     ids=str,
 )
@@ -83,6 +85,19 @@ def test_support_that_has_no_name_is_not_known(fn):
     assert simplified(support_of(fn)) is None
 
 
+def test_mixture_of_laws_with_their_own_bounds_is_no_interval():
+    fn = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Uniform(0.0, torch.tensor([1.0, 2.0])))
+    assert support_of(fn).check(torch.tensor([0.5])).all()
+    assert _is_refused(fn)
+
+
+def _is_refused(fn):
+    def model():
+        pyro.sample("x", fn)
+
+    return describe(model, (), {}).latents[0].bijection is None
+
+
 def test_tensor_bounds_keep_their_entries():
     fn = Transformed(dist.Exponential(torch.ones(2)), [AffineTransform(torch.tensor([1.0, 2.0]), torch.ones(2))])
     support = simplified(support_of(fn))
@@ -97,10 +112,8 @@ def test_circle_holds_one_period():
 
 def test_structure_shows_the_true_support():
     def model():
-        from pyro import sample
-
-        sample("debt", Transformed(dist.HalfNormal(1.0), [FLIP]))
-        sample("angle", dist.VonMises(0.0, 1.0))
+        pyro.sample("debt", Transformed(dist.HalfNormal(1.0), [FLIP]))
+        pyro.sample("angle", dist.VonMises(0.0, 1.0))
 
     debt, angle = describe(model, (), {}).latents
     assert repr(debt.support) == "LessThan(upper_bound=0.0)"
