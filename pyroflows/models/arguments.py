@@ -66,16 +66,18 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
             return converted
         explain_failure(model, *converted, error=failure)
         failures.append(failure)
-    if not any(is_array(leaf) for _, leaf in leaves):  # lists may be options; a further run shows what is wrong
-        return args, kwargs
     failure = failures[1]
     for name, leaf in leaves:
-        if is_array(leaf) and as_tensor(leaf) is leaf:
+        # A list of words may be names; it is at fault only if an operation does not take it.
+        is_fault = is_array(leaf) or (is_list(leaf) and isinstance(failure, TypeError))
+        if is_fault and as_tensor(leaf) is leaf:
             raise DataError(
                 f"argument '{name}' ({named_type(leaf)}) holds something else than numbers, with which the model fails "
                 f"({_first_line(failure)}): give it numbers, for instance codes for categories"
             ) from failure
-    raise failure
+    if any(is_array(leaf) for _, leaf in leaves):
+        raise failure
+    return args, kwargs
 
 
 def _unchanged(leaf: Any, dtype: torch.dtype | None) -> Any:
@@ -152,7 +154,8 @@ def bound_arguments(model: Model, args: Any, kwargs: Any) -> dict[str, Any]:
         >>> bound_arguments(lambda x, y=None: None, (1,), {})
         {'x': 1, 'y': None}
     """
-    function = unwrap(model)  # without effect handlers around it
+    # What effect handlers around the model give is such an object, which shows no names.
+    function = unwrap(model) if type(model).__name__ == "_bound_partial" else model
     function = function.forward if isinstance(function, torch.nn.Module) else function
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)

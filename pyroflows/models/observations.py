@@ -37,10 +37,10 @@ def _as_numbers(value: Any) -> np.ndarray | None:
     """The numbers of a value as an array of float64, int64 or bool; None if it holds anything else."""
     if is_array(value):
         value = value.to_numpy() if hasattr(value, "to_numpy") else value
-    elif not isinstance(value, list | tuple | numbers.Real):
+    elif not isinstance(value, list | tuple | range | numbers.Real):
         return None
     try:
-        array = np.asarray(value) if not isinstance(value, list | tuple) or _is_numeric(value) else None
+        array = np.asarray(value) if is_array(value) or _is_nested(value, numbers.Real) else None
     except ValueError:  # lists of different lengths
         return None
     if array is None:
@@ -57,22 +57,22 @@ def is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray | np.generic) or hasattr(value, "to_numpy")
 
 
-def _is_numeric(value: Any) -> bool:
-    """Whether a value is a number, or lists of numbers."""
-    if isinstance(value, list | tuple):
-        return len(value) > 0 and all(_is_numeric(entry) for entry in value)
-    return isinstance(value, numbers.Real)
+def _is_nested(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind, or lists of such values."""
+    if isinstance(value, list | tuple | range):
+        return len(value) > 0 and all(_is_nested(entry, kind) for entry in value)
+    return isinstance(value, kind)
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value is a list or a tuple of numbers, or of lists of numbers."""
-    return isinstance(value, list | tuple) and type(value) in (list, tuple) and _is_numeric(value)
+    """Whether a value is a list of numbers or words, or of such lists."""
+    return type(value) in (list, tuple, range) and _is_nested(value, numbers.Real | str)
 
 
 def observe_tensor(msg: Any) -> None:
     """Make the observed value of a site a tensor that its distribution can score.
 
-    Numbers that are no tensor get the dtype and the device of the distribution. Booleans become floating numbers, and so
+    Numbers that are no tensor get dtype and device of the distribution. Booleans become floating numbers, and so
     do integers where the support is that of a Bernoulli distribution, since torch cannot score them otherwise.
 
     Args:

@@ -274,7 +274,7 @@ def _require_declared_shape(site: Site) -> None:
     try:
         full = torch.broadcast_shapes(torch.broadcast_shapes(law_batch, *outside) + event_shape, value_shape)
     except RuntimeError:
-        if value_shape[len(value_shape) - len(event_shape) :] != event_shape:
+        if site.family != "Independent" and value_shape[len(value_shape) - len(event_shape) :] != event_shape:
             return  # such as a series of another length, for which a distribution has its own rules
         raise ModelError(f"{shapes}, which do not fit: {_repair(site)}") from None
     batch = full[: len(full) - len(event_shape)]

@@ -1,6 +1,7 @@
 """Arguments and observations in whatever form users have numbers, and what is not finite in them."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,7 @@ def logit(x, y):
         (pd.DataFrame({"a": [1.0, 2.0], "b": [3, 4]}), torch.tensor([[1.0, 3.0], [2.0, 4.0]])),
         ([[1, 2], [3, 4]], torch.tensor([[1, 2], [3, 4]])),
         ((0.5, 1), torch.tensor([0.5, 1.0])),
+        (range(3), torch.tensor([0, 1, 2])),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -219,10 +221,35 @@ def test_a_model_without_arrays_does_not_run():
     usable_arguments(lambda *args: pytest.fail("it has run"), (X, 3, "text", {"y": None}), {})
 
 
-@pytest.mark.parametrize("words", [np.array(["a", "b", "c"]), pd.Series(["a", "b", None]), np.array([1.0, 2.0, None])])
+@pytest.mark.parametrize(
+    "words",
+    [np.array(["a", "b", "c"]), pd.Series(["a", "b", None]), np.array([1.0, 2.0, None]), ["a", "b", "c"]],
+    ids=str,
+)
 def test_arrays_of_words_raise(words):
     with pytest.raises(DataError, match=r"argument 'x' \(.*\) holds something else than numbers.*give it numbers"):
         usable_arguments(line, (words, Y), {})
+
+
+def test_names_stay_names():
+    def model(x, names):
+        for name in names:
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+        line(x, x)
+
+    assert usable_arguments(model, (X, ["a", "b"]), {})[0][1] == ["a", "b"]
+    ((x, names), _) = usable_arguments(model, (X.numpy(), ["a", "b"]), {})
+    assert torch.equal(x, X)
+    assert names == ["a", "b"]
+
+
+def test_options_that_are_lists_hide_no_error():
+    def model(x, sizes):
+        line(x, x)
+        raise ValueError("what the user wrote")
+
+    args = X, [3, 4]
+    assert usable_arguments(model, args, {}) == (args, {})
 
 
 def test_an_error_of_the_model_passes_on():
@@ -247,6 +274,7 @@ def test_names_of_arguments():
     assert bound_arguments(poutine.scale(line, scale=2.0), (X,), {}) == {"x": X, "y": None}
     assert bound_arguments(in_dtype(line, torch.float64), (X,), {}) == {"x": X, "y": None}
     assert bound_arguments(lambda *rows: None, (1, 2), {}) == {"rows": (1, 2)}
+    assert bound_arguments(partial(lambda a, b, c: None, 1, 2), (3,), {}) == {"c": 3}
 
 
 # Values that are not finite

@@ -168,6 +168,7 @@ def masked_latent():
         (in_plate(X, ROWS, scale=torch.ones(6, 1)), r"'y'.*\(6, 6\)"),
         (in_plate(X, ROWS[:4]), r"'y' in plate 'rows' of size 6 has a value of shape \(4,\).*do not fit"),
         (in_plate(torch.zeros(6, 3), torch.zeros(6, 1, 3), event_dim=1), r"'y'.*\(6, 6, 3\)"),
+        (in_plate(torch.zeros(6, 3), torch.zeros(3, 6), event_dim=1), r"'y'.*\(3, 6\).*event shape \(3,\).*do not fit"),
         (bare(X, ROWS[:, None]), r"'y' has a value.*\(6, 6\).*y\.squeeze\(-1\)"),
         (bare(X, ROWS[:, None], event_dim=1), r"'y'.*event shape \(6,\).*y\.squeeze\(-1\)"),
         (bare(torch.zeros(4, 6), ROWS), r"'y'.*\(4, 6\)"),
