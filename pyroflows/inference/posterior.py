@@ -446,10 +446,10 @@ class Posterior(Approximation):
     def _summary_names(self) -> list[str]:
         structure = self.structure
         local = {plate for site in structure.latents for plate in site.plate_names} | {None}
-        latents = {site.name for site in structure.latents}
+        observed = {site.name for site in structure.observed}
         deterministic = [
             s.name
             for s in structure.deterministic
-            if local.issuperset(s.plate_names) and f"{s.name}_unobserved" not in latents
+            if local.issuperset(s.plate_names) and f"{s.name}_observed" not in observed
         ]
         return [*(site.name for site in structure.latents), *deterministic]

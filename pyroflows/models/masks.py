@@ -16,7 +16,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, biject_to
 
 from pyroflows.errors import ModelError
 from pyroflows.models.observations import TensorObservations
@@ -96,6 +96,20 @@ class Given(Messenger):
             msg["value"] = self._values[msg["name"]]
         elif msg["is_observed"] and may_hide_nan(msg):
             msg["value"] = without_masked_nan(msg, draw_like(msg["fn"], msg["value"]))
+
+
+class Drawn(Messenger):
+    """An effect handler that draws latents from their priors, whatever values the model's own handlers give them."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["is_observed"] or type(fn).__name__ == "_Subsample":
+            return
+        try:
+            msg["value"] = fn.sample()
+        except NotImplementedError:  # an improper prior
+            transform = biject_to(fn.support)
+            msg["value"] = transform(torch.randn(transform.inverse_shape(fn.shape())))
 
 
 class LeftOut(Messenger):
@@ -230,7 +244,7 @@ def draw_like(fn: Any, value: Tensor) -> Tensor:
 
 
 def dependent_entries(
-    model: Model, args: Any, kwargs: Any, masks: Mapping[str, Tensor], draw: Callable[[], Trace]
+    model: Model, args: Any, kwargs: Any, masks: Mapping[str, Tensor], run: Callable[..., Trace]
 ) -> dict[str, Tensor]:
     """Find the entries of masked latents on which the log joint depends, with all its masks.
 
@@ -242,7 +256,7 @@ def dependent_entries(
         args: its positional arguments.
         kwargs: its keyword arguments.
         masks: the masks of the latents that have one, by site.
-        draw: runs the model with draws of the prior, and gives the trace.
+        run: runs a model with its arguments, and gives the trace.
 
     Returns:
         Booleans of the shape of the mask, by site; True everywhere if the model cannot run at draws of its prior, or if
@@ -257,8 +271,8 @@ def dependent_entries(
             return torch.as_tensor(trace.log_prob_sum())
 
     try:
-        with seeded(0):
-            traces = [draw() for _ in range(NUM_LOOKS)]
+        with seeded(0), pyro.validation_enabled(False):
+            traces = [run(Drawn()(model), args, kwargs) for _ in range(NUM_LOOKS)]
         if not all(torch.equal(_mask_in(trace, name), mask) for trace in traces for name, mask in masks.items()):
             return everywhere
         first, *others = map(_latents, traces)

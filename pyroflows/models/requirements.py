@@ -140,6 +140,7 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
                 f"{tuple(second[name].shape)} in another; a flow needs the same shapes in every run"
             )
         require_same_mask(name, site.mask, second[name].mask)
+        require_same_mask(name, site.kept, second[name].kept)
 
 
 def require_finite_gradient(log_joint: LogJoint, vector: Tensor, model: Model, args: Any, kwargs: Any) -> None:

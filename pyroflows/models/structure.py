@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
-import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
@@ -196,15 +195,10 @@ def describe_run(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = 
     structure = _structure_of(trace, reads.any)
     masks = {s.name: s.mask for s in structure.latents if s.mask is not None and not s.mask.all() and not s.is_discrete}
     if masks:
-        depends = dependent_entries(model, args, kwargs, masks, partial(_prior_trace, model, args, kwargs))
+        depends = dependent_entries(model, args, kwargs, masks, trace_model)
         latents = [_with_kept(site, trace, depends.get(site.name)) for site in structure.latents]
         structure = replace(structure, latents=tuple(latents))
     return structure, trace
-
-
-def _prior_trace(model: Model, args: Any, kwargs: Any) -> Trace:
-    with pyro.validation_enabled(False):
-        return trace_model(model, args, kwargs)
 
 
 def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:

@@ -196,6 +196,20 @@ def test_scales_and_masks_together():
     assert Trace_ELBO().loss(model, guide) == pytest.approx(-sum(rows).item(), abs=1e-3)
 
 
+@INITS
+def test_a_flat_prior_where_the_initial_gradient_is_zero(init_loc_fn):
+    """Whether the log joint depends on entries is not judged at initial values, such as zero for a symmetric model."""
+
+    def model():
+        with pyro.plate("row", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(SEEN))
+            pyro.sample("y", dist.Normal(z**2, 1.0), obs=torch.ones(3))
+
+    guide = AutoFlow(model, init_loc_fn=init_loc_fn)
+    guide()
+    assert guide.latent_dim == 3
+
+
 # Later calls
 
 
