@@ -26,8 +26,8 @@ LEAST_BATCH, BATCH, MAX_ENTRIES = 8, 48, 2**22
 SMALL_PROBABILITY, MAX_STARTS, MAX_COST = 0.02, 200, 2.0
 # At most this many modes are fitted.
 MAX_MODES = 12
-# Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space; others near zero lie
-# between -NEAR and NEAR.
+# Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space; further ones near
+# zero lie between -NEAR and NEAR.
 WIDE, NEAR = 10.0, 2.0
 # The kinds of further starts, in turn; a draw from the prior takes a run of the model.
 KINDS = ("prior", "near", "dispersed", "image", "near", "dispersed")

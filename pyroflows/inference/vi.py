@@ -51,11 +51,11 @@ class FlowVI:
 
     The fit maximises :math:`\mathrm{ELBO} = E_q[\log p(x, y) - \log q(x)]` over the flow q in the unconstrained space,
     with several draws a step, for all of which the model runs once. It first searches for modes from as many starts as
-    it takes and fits a Gaussian at each, see :func:`pyroflows.inference.starts.find_start`. If the Gaussian is certainly
-    good enough, it becomes the posterior; otherwise a flow starts at it. If there are separate modes, a Gaussian or a
-    flow is fitted at each, and the posterior is their mixture, weighted by their evidences. If neither ``guide``, ``num_steps`` nor
-    ``temper`` is given and the verdict is "do not use", a second flow with a Student-t base is fitted, and the flow
-    whose log weights have the smaller variance is kept.
+    it takes and fits a Gaussian at each, see :func:`pyroflows.inference.starts.find_start`. If the Gaussian is
+    certainly good enough, it becomes the posterior; otherwise a flow starts at it. If there are separate modes, a
+    Gaussian or a flow is fitted at each, and the posterior is their mixture, weighted by their evidences. If neither
+    ``guide``, ``num_steps`` nor ``temper`` is given and the verdict is "do not use", a second flow with a Student-t
+    base is fitted, and the flow whose log weights have the smaller variance is kept.
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.

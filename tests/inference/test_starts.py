@@ -11,9 +11,9 @@ from torch.distributions import constraints
 
 from pyroflows import ModelError
 from pyroflows.compiling.check import Compiler
+from pyroflows.inference import starts as starts_module
 from pyroflows.inference.candidates import is_enough
 from pyroflows.inference.diagnosis import Diagnosis
-from pyroflows.inference import starts as starts_module
 from pyroflows.inference.modes import Mode, ModeSearch, is_separate
 from pyroflows.inference.pathfinder import Approximation, Density
 from pyroflows.inference.starts import WIDE, Starts, find_start, further_points, starting_points
