@@ -136,24 +136,21 @@ class ModeSearch:
         """
         self.num_starts += len(starts)
         search = Search(self.density, starts.double(), self.kept[0].gaussian.root)
-        is_finite = search.active.clone()
-        homes: list[Mode | None] = [None] * len(starts)
-        seen: set[tuple[int, int]] = set()
+        search.keep(search.active)
+        seen = torch.zeros(len(search.loc), len(self.modes), dtype=torch.bool, device=search.loc.device)
         for num_steps in range(MAX_CLIMB):
-            self._stop_inside(search, homes, seen)
+            goes_on = ~self._count_inside(search, seen)
             if num_steps >= MIN_CLIMB:
-                lost = search.active & (_masses(search) < self._least_mass)
-                search.active, is_finite = search.active & ~lost, is_finite & ~lost
+                goes_on &= ~search.active | (_masses(search) >= self._least_mass)
+            search.keep(goes_on)
+            seen = seen[goes_on]
             if not search.active.any():
                 break
             search.advance()
         loc, root = search.gaussians()
         masses = _masses(search)
         for i in masses.argsort(descending=True).tolist():
-            if home := homes[i]:
-                self._count(home)
-            elif is_finite[i]:
-                self._settle(search.loc[i], Approximation(loc[i], root[i], masses[i].item()))
+            self._settle(search.loc[i], Approximation(loc[i], root[i], masses[i].item()))
 
     def close(self, symmetries: Sequence[Symmetry]) -> None:
         """Add the images of all modes under symmetries, and of these in turn, up to a number."""
@@ -182,18 +179,25 @@ class ModeSearch:
             for other in self.modes:
                 other.orbit = mode.orbit if other.orbit == joined else other.orbit
 
-    def _stop_inside(self, search: Search, homes: list[Mode | None], seen: set[tuple[int, int]]) -> None:
-        """Stop the climbs that have come inside a known mode, without a valley between."""
-        inside = (self._distances(search.loc) < reach(search.loc.shape[1])) & search.active[:, None]
-        pairs = [(i, m) for i, m in inside.nonzero().tolist() if (i, m) not in seen]
-        seen.update(pairs)
+    def _count_inside(self, search: Search, seen: Tensor) -> Tensor:
+        """Count the climbs that have come inside a known mode, without a valley between, and say which these are.
+
+        Args:
+            search: the climbs.
+            seen: whether a climb has been inside a mode, ``(S, M)``; updated, since a second look would say the same.
+        """
+        inside = (self._distances(search.loc) < reach(search.loc.shape[1])) & search.active[:, None] & ~seen
+        seen |= inside
+        pairs: list[tuple[int, int]] = [(i, m) for i, m in inside.nonzero().tolist()]
         # A Gaussian that fits badly may cover a valley.
         poor = [(i, m) for i, m in pairs if self.modes[m].gaussian.log_weight_variance >= POOR_VARIANCE]
         valleys = {pair for pair, dip in zip(poor, self._dips(search.loc, poor), strict=True) if dip > MIN_DIP}
-        for i, m in pairs:
-            if (i, m) not in valleys:
-                homes[i] = self.modes[m]
-                search.active[i] = False
+        homes = {i: self.modes[m] for i, m in pairs if (i, m) not in valleys}
+        for mode in homes.values():
+            self._count(mode)
+        is_home = torch.zeros_like(search.active)
+        is_home[list(homes)] = True
+        return is_home
 
     def _settle(self, optimum: Tensor, at_optimum: Approximation) -> None:
         """Attribute an optimum to the known mode without a valley between, or fit a Gaussian there."""

@@ -202,6 +202,11 @@ class Search:
             pull = _times(self.root.mT, self.grad).norm(dim=-1)
             self.reach = (MAX_FIRST_STEP * math.sqrt(dim) / pull).clamp(max=1.0)
 
+    def keep(self, which: Tensor) -> None:
+        """Leave out all starts but these, ``(S,)``."""
+        for name in ("loc", "value", "grad", "active", "root", "reach", "stalls", "unscaled"):
+            setattr(self, name, getattr(self, name)[which])
+
     def gaussians(self) -> tuple[Tensor, Tensor]:
         """Pathfinder's Gaussians, which are exact if the log density is quadratic."""
         return self.loc + _times(self.root, _times(self.root.mT, self.grad)), self.root

@@ -73,7 +73,7 @@ class Symmetry:
             assert axis.site.bijection is not None
             part, bijection = self.layout.slices[axis.site.name], axis.site.bijection
             value, _ = bijection.constrain(image[:, part].reshape(-1, *bijection.unconstrained_shape))
-            moved = bijection.unconstrain(value.index_select(axis.dim, order)).flatten(1).to(image)
+            moved = bijection.unconstrain(value.index_select(axis.dim, order.to(value.device))).flatten(1).to(image)
             image = torch.cat([image[:, : part.start], moved, image[:, part.stop :]], -1)
         return image
 
