@@ -21,7 +21,7 @@ from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.starts import MAX_STARTS, find_start, further_points, starting_points
+from pyroflows.inference.starts import find_start, further_points, starting_points
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
@@ -72,9 +72,9 @@ class FlowVI:
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam with learning
             rate 0.01.
         num_starts: the largest number of points from which modes are sought: the initial values, and others at random;
-            None for as many as it takes until a further one would find a new mode with a probability below 2 %, which
-            are about 55 where there is one mode, and at most 200. A guide made of the model starts where it stands,
-            whatever this number is.
+            None for 200, or fewer if they cost too much. There are fewer in any case as soon as a further one would
+            find a new mode with a probability below 2 %, which takes about 55 where there is one mode. A guide made of
+            the model starts where it stands, whatever this number is.
         gate: whether a Gaussian that is certainly good enough may stand in for a flow. It never does if ``guide``,
             ``num_steps`` or ``temper`` is given, if rows are subsampled, or if the model has parameters of its own.
         temper: inverse temperature between 0 and 1, by which the log joint is multiplied in the search for modes and at
@@ -169,11 +169,11 @@ class FlowVI:
         posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compile, log_joint=log_joint)
         if isinstance(self.guide, AutoFlow):
             return posterior(history=self._train_guide(guide, train))
-        max_starts = self.num_starts or MAX_STARTS
-        num_first = min(max_starts, NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS)
+        num_first = NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS
+        num_first = min(num_first, self.num_starts or num_first)
         points = starting_points(model, args, kwargs, layout, center, num_first)
         propose = partial(further_points, model, args, kwargs, layout, center)
-        modes, found = find_start(log_joint, points, self.temper, propose, max_starts)
+        modes, found = find_start(log_joint, points, self.temper, propose, self.num_starts)
 
         def fit(flow_fn: FlowFn, is_trained: bool = True) -> FittedCandidate:
             return Candidate(flow_fn, tuple(modes), is_trained).fit(log_joint, train, found)

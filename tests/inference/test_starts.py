@@ -278,7 +278,7 @@ def uniform(num, scale=12.0, dim=2):
     return scale * (2 * torch.rand(num, dim) - 1)
 
 
-def searched(law, propose, first, max_starts=200):
+def searched(law, propose, first, max_starts=None):
     torch.manual_seed(0)
     model = of_density(law)
     layout = Layout(describe(model, (), {}))
@@ -337,6 +337,7 @@ def test_where_all_starts_are_poor_the_search_ends():
 def test_the_cost_has_a_cap(monkeypatch):
     """Further starts that never help stop after a multiple of the calls of the first ones."""
     monkeypatch.setattr(starts_module, "SMALL_PROBABILITY", 0.0)
+    monkeypatch.setattr(starts_module, "MAX_STARTS", 10**6)
     monkeypatch.setattr(starts_module.ModeSearch, "num_wanted", lambda *_: 8.0)
     costs = []
 
@@ -346,7 +347,7 @@ def test_the_cost_has_a_cap(monkeypatch):
             costs.append(self.relative_cost)
 
     monkeypatch.setattr(starts_module, "ModeSearch", Counted)
-    _, starts = searched(modes_at(0.0), lambda known, num: uniform(num), uniform(8), max_starts=10**6)
+    _, starts = searched(modes_at(0.0), lambda known, num: uniform(num), uniform(8))
     assert starts_module.MAX_COST <= costs[-1] < 2 * starts_module.MAX_COST
     assert all(cost < starts_module.MAX_COST for cost in costs[:-1])
     assert starts.num_starts == 8 + 8 * len(costs)
