@@ -69,10 +69,10 @@ class Starts:
             text += (
                 f", in {len(self.modes)} separate modes whose ELBOs lie {self.modes[0] - self.modes[-1]:.1f} nats apart"
             )
-        if self.num_equal > MAX_MODES:
+        if len(self.modes) > MAX_MODES and self.num_equal > 1:
             text += (
-                f"; {self.num_equal} or more of them are equal by exchangeable components or signs, too many to fit: "
-                "order the components, or fix the signs, in the model"
+                f"; they are too many to fit, but {self.num_equal} of them are equal by exchangeable components or "
+                "signs: order the components, or fix the signs, in the model"
             )
         if self.new_mode_probability:
             percent = math.ceil(round(100 * self.new_mode_probability, 6))
