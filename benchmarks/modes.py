@@ -2,8 +2,8 @@
 
 Ten models with two to eight modes, equal and unequal, by symmetry or not, of two to twenty dimensions. The share of
 each mode is known. A fit with default settings has found a mode if its share among the draws is at least half of the
-right one. A mode counts as missing if it holds more than 2 % of the mass and was not found; with the verdict "good" that
-is an error, of which there should be none.
+right one. A mode counts as missing if it holds more than 2 % of the mass and was not found; with the verdict "good"
+that is an error, of which there should be none.
 
     python -m benchmarks.modes --targets signs crescents --seeds 0 1 2 --json output/modes.json
 """

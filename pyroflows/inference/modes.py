@@ -1,4 +1,4 @@
-"""The separate modes of a log density: a search in batches, which ends when a further start would hardly find another."""
+"""The separate modes of a log density, sought from batches of starts."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.inference.pathfinder import Approximation, Density, Search, approximations, look, refine
+from pyroflows.inference.pathfinder import (
+    POOR_VARIANCE,
+    Approximation,
+    Density,
+    Search,
+    approximations,
+    look,
+    reach,
+    refine,
+)
 from pyroflows.inference.symmetries import Symmetry
 
 # Gaussians whose means are nearer than this many standard deviations of either describe the same mode.
@@ -19,10 +28,8 @@ MIN_DIP, MIN_BENT_DIP = 3.0, 1.0
 MAX_DEFICIT = math.log(100.0)
 # Mass by the curvature at an optimum is uncertain by this many nats, and by half a nat a dimension.
 LAPLACE_ERROR = 5.0
-# Above this variance of its log weights, a Gaussian may cover a valley.
-POOR_VARIANCE = 0.5
-# A further start climbs for at most this many steps, and for fewer if it is still far below all modes after the first of
-# them. Lines to the nearest known modes are looked at in a number of points.
+# A further start climbs for at most this many steps, and for fewer if it is still far below all modes after the first
+# of them. Lines to the nearest known modes are looked at in a number of points.
 MIN_CLIMB, MAX_CLIMB = 16, 40
 NUM_ON_LINE, NUM_NEAREST = 16, 4
 # A path between two modes has so many nodes, with so many points to each, and bends at most so many times.
@@ -129,24 +136,21 @@ class ModeSearch:
         """
         self.num_starts += len(starts)
         search = Search(self.density, starts.double(), self.kept[0].gaussian.root)
-        is_finite = search.active.clone()
-        homes: list[Mode | None] = [None] * len(starts)
-        seen: set[tuple[int, int]] = set()
+        search.keep(search.active)
+        seen = torch.zeros(len(search.loc), len(self.modes), dtype=torch.bool, device=search.loc.device)
         for num_steps in range(MAX_CLIMB):
-            self._stop_inside(search, homes, seen)
+            goes_on = ~self._count_inside(search, seen)
             if num_steps >= MIN_CLIMB:
-                lost = search.active & (_masses(search) < self._least_mass)
-                search.active, is_finite = search.active & ~lost, is_finite & ~lost
+                goes_on &= ~search.active | (_masses(search) >= self._least_mass)
+            search.keep(goes_on)
+            seen = seen[goes_on]
             if not search.active.any():
                 break
             search.advance()
         loc, root = search.gaussians()
         masses = _masses(search)
         for i in masses.argsort(descending=True).tolist():
-            if home := homes[i]:
-                self._count(home)
-            elif is_finite[i]:
-                self._settle(search.loc[i], Approximation(loc[i], root[i], masses[i].item()))
+            self._settle(search.loc[i], Approximation(loc[i], root[i], masses[i].item()))
 
     def close(self, symmetries: Sequence[Symmetry]) -> None:
         """Add the images of all modes under symmetries, and of these in turn, up to a number."""
@@ -175,17 +179,25 @@ class ModeSearch:
             for other in self.modes:
                 other.orbit = mode.orbit if other.orbit == joined else other.orbit
 
-    def _stop_inside(self, search: Search, homes: list[Mode | None], seen: set[tuple[int, int]]) -> None:
-        """Stop the climbs that have come inside a known mode, without a valley between."""
-        inside = (self._distances(search.loc) < _reach(search.loc.shape[1])) & search.active[:, None]
-        pairs = [(i, m) for i, m in inside.nonzero().tolist() if (i, m) not in seen]
-        seen.update(pairs)
+    def _count_inside(self, search: Search, seen: Tensor) -> Tensor:
+        """Count the climbs that have come inside a known mode, without a valley between, and say which these are.
+
+        Args:
+            search: the climbs.
+            seen: whether a climb has been inside a mode, ``(S, M)``; updated, since a second look would say the same.
+        """
+        inside = (self._distances(search.loc) < reach(search.loc.shape[1])) & search.active[:, None] & ~seen
+        seen |= inside
+        pairs: list[tuple[int, int]] = [(i, m) for i, m in inside.nonzero().tolist()]
+        # A Gaussian that fits badly may cover a valley.
         poor = [(i, m) for i, m in pairs if self.modes[m].gaussian.log_weight_variance >= POOR_VARIANCE]
         valleys = {pair for pair, dip in zip(poor, self._dips(search.loc, poor), strict=True) if dip > MIN_DIP}
-        for i, m in pairs:
-            if (i, m) not in valleys:
-                homes[i] = self.modes[m]
-                search.active[i] = False
+        homes = {i: self.modes[m] for i, m in pairs if (i, m) not in valleys}
+        for mode in homes.values():
+            self._count(mode)
+        is_home = torch.zeros_like(search.active)
+        is_home[list(homes)] = True
+        return is_home
 
     def _settle(self, optimum: Tensor, at_optimum: Approximation) -> None:
         """Attribute an optimum to the known mode without a valley between, or fit a Gaussian there."""
@@ -219,7 +231,13 @@ class ModeSearch:
     def _same(self, gaussian: Approximation) -> Mode | None:
         """The known mode that a Gaussian describes."""
         for mode in self.modes:
-            if gaussian is mode.gaussian or not is_separate(gaussian, mode.gaussian, self.density):
+            if gaussian is mode.gaussian:
+                return mode
+        if not self.modes:
+            return None
+        nearest = self._distances(gaussian.loc[None])[0].argsort()[:NUM_NEAREST].tolist()
+        for mode in (self.modes[m] for m in nearest):
+            if not is_separate(gaussian, mode.gaussian, self.density):
                 return mode
         return None
 
@@ -252,8 +270,8 @@ class ModeSearch:
 def is_separate(a: Approximation, b: Approximation, density: Density) -> bool:
     """Whether two Gaussians describe separate modes: they lie apart, with a valley of the log density between them.
 
-    A bent path must be nearly free of valleys to connect them, since a flow that is trained at one of them has to find the
-    other along it.
+    A bent path must be nearly free of valleys to connect them, since a flow that is trained at one of them has to find
+    the other along it.
     """
     gap = a.loc - b.loc
     # In standard deviations of the wider Gaussian along the gap.
@@ -265,10 +283,10 @@ def is_separate(a: Approximation, b: Approximation, density: Density) -> bool:
 
 
 def valley(a: Approximation, b: Approximation, density: Density) -> float:
-    """How far the log density falls between the means of two Gaussians below its lower end, on the best path that is found.
+    """How far the log density falls below its lower end on a path between the means of two Gaussians.
 
-    The first path is straight. As long as that helps, its nodes climb, across the line between the means and by at most a
-    standard deviation of the first Gaussian at once, so that the path follows a ridge that is bent.
+    The first path is straight. As long as that helps, its nodes climb, across the line between the means and by at most
+    a standard deviation of the first Gaussian at once, so that the path follows a ridge that is bent.
     """
     line = torch.linalg.solve(a.root, b.loc - a.loc)
     along = line / line.norm()
@@ -300,8 +318,3 @@ def _masses(search: Search) -> Tensor:
     """The log mass at the present place of each climb, if it were an optimum, by the curvature learnt so far."""
     dim = search.loc.shape[1]
     return search.value + torch.linalg.slogdet(search.root)[1] + 0.5 * dim * math.log(2 * math.pi)
-
-
-def _reach(dim: int) -> float:
-    """The squared distance from the mean within which nearly all draws of a Gaussian lie."""
-    return dim + 5 * math.sqrt(2 * dim)

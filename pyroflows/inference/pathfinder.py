@@ -203,6 +203,11 @@ class Search:
             pull = _times(self.root.mT, self.grad).norm(dim=-1)
             self.reach = (MAX_FIRST_STEP * math.sqrt(dim) / pull).clamp(max=1.0)
 
+    def keep(self, which: Tensor) -> None:
+        """Leave out all starts but these, ``(S,)``."""
+        for name in ("loc", "value", "grad", "active", "root", "reach", "stalls", "unscaled"):
+            setattr(self, name, getattr(self, name)[which])
+
     def gaussians(self) -> tuple[Tensor, Tensor]:
         """Pathfinder's Gaussians, which are exact if the log density is quadratic."""
         return self.loc + _times(self.root, _times(self.root.mT, self.grad)), self.root
@@ -378,10 +383,9 @@ def _step(now: Look, bound: float, rate: float) -> tuple[Tensor, Tensor]:
 def containing(vector: Tensor, found: list[Approximation]) -> Approximation | None:
     """The first good Gaussian that contains a vector.
 
-    A Gaussian is good if the variance of its log weights is small, and contains a vector whose squared Mahalanobis
-    distance is within five standard deviations of its mean over draws.
+    A Gaussian is good if the variance of its log weights is small.
     """
-    far = len(vector) + 5 * math.sqrt(2 * len(vector))
+    far = reach(len(vector))
     for q in found:
         fits = q.log_weight_variance < POOR_VARIANCE
         if fits and torch.linalg.solve(q.root, vector - q.loc).square().sum() < far:
@@ -389,7 +393,13 @@ def containing(vector: Tensor, found: list[Approximation]) -> Approximation | No
     return None
 
 
+def reach(dim: int) -> float:
+    """The squared Mahalanobis distance within which a Gaussian contains a vector, five sd above the mean over draws."""
+    return dim + 5 * math.sqrt(2 * dim)
+
+
 def as_gaussian(q: Approximation, like: Tensor) -> GaussianApproximation:
+    """Give a Gaussian a triangular root, and the dtype of another tensor."""
     # J^T = Q R gives J J^T = R^T R without squaring the condition number.
     upper = torch.linalg.qr(q.root.mT).R
     return GaussianApproximation(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo)

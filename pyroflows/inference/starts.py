@@ -26,8 +26,8 @@ LEAST_BATCH, BATCH, MAX_ENTRIES = 8, 48, 2**22
 SMALL_PROBABILITY, MAX_STARTS, MAX_COST = 0.02, 200, 2.0
 # At most this many modes are fitted.
 MAX_MODES = 12
-# Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space; others near zero lie
-# between -NEAR and NEAR.
+# Where a prior is flat, starts are drawn from a cube from -WIDE to WIDE in the unconstrained space; further ones near
+# zero lie between -NEAR and NEAR.
 WIDE, NEAR = 10.0, 2.0
 # The kinds of further starts, in turn; a draw from the prior takes a run of the model.
 KINDS = ("prior", "near", "dispersed", "image", "near", "dispersed")
@@ -69,10 +69,10 @@ class Starts:
             text += (
                 f", in {len(self.modes)} separate modes whose ELBOs lie {self.modes[0] - self.modes[-1]:.1f} nats apart"
             )
-        if self.num_equal > MAX_MODES:
+        if len(self.modes) > MAX_MODES and self.num_equal > 1:
             text += (
-                f"; {self.num_equal} or more of them are equal by exchangeable components or signs, too many to fit: "
-                "order the components, or fix the signs, in the model"
+                f"; they are too many to fit, but {self.num_equal} of them are equal by exchangeable components or "
+                "signs: order the components, or fix the signs, in the model"
             )
         if self.new_mode_probability:
             percent = math.ceil(round(100 * self.new_mode_probability, 6))
@@ -170,7 +170,7 @@ def find_start(
     starts: Tensor,
     inverse_temperature: float | None = None,
     propose: Propose | None = None,
-    max_starts: int = MAX_STARTS,
+    max_starts: int | None = None,
 ) -> tuple[list[GaussianApproximation], Starts]:
     """Find the separate modes of a log joint, and fit a Gaussian at each.
 
@@ -179,7 +179,8 @@ def find_start(
         starts: packed unconstrained vectors ``(S, dim)``, the first starts.
         inverse_temperature: a factor of the log joint, between 0 and 1; None for 1.
         propose: a function from the known modes and a number to as many further starts; None to use the first alone.
-        max_starts: the largest number of starts, the first ones included.
+        max_starts: the largest number of starts, the first ones included, whatever they cost; None for 200, and for
+            fewer where the further ones cost more than twice as much as the first.
 
     Returns:
         The Gaussians at all modes that are not negligible, the best ELBO first; and a summary of the search. Where
@@ -203,18 +204,19 @@ def find_start(
     symmetries = _symmetries(search, log_joint.layout)
     search.close(symmetries)
     batch = max(2, min(BATCH, num_rows, MAX_ENTRIES // starts.shape[1] ** 2))
-    while propose is not None and _goes_on(search, max_starts):
+    limit, max_cost = (MAX_STARTS, MAX_COST) if max_starts is None else (max_starts, math.inf)
+    while propose is not None and _goes_on(search, limit, max_cost):
         wanted = max(LEAST_BATCH, math.ceil(search.num_wanted(SMALL_PROBABILITY)))
-        search.explore(propose(search.kept, min(batch, wanted, max_starts - search.num_starts)))
+        search.explore(propose(search.kept, min(batch, wanted, limit - search.num_starts)))
         search.close(symmetries)
     return [as_gaussian(mode.gaussian, starts) for mode in _fitted(search.kept)], _summary(search)
 
 
-def _goes_on(search: ModeSearch, max_starts: int) -> bool:
+def _goes_on(search: ModeSearch, max_starts: int, max_cost: float) -> bool:
     return (
         search.new_mode_probability >= SMALL_PROBABILITY
         and search.num_starts < max_starts
-        and search.relative_cost < MAX_COST
+        and search.relative_cost < max_cost
         and len(search.kept) <= MAX_MODES
     )
 

@@ -1,7 +1,7 @@
 """Exact symmetries of a log joint: sign changes, and permutations of exchangeable components.
 
-A symmetry maps each mode to a mode of the same mass, without a search. Candidates follow from the shapes of the latents;
-which of them are symmetries, the log joint itself tells.
+A symmetry maps each mode to a mode of the same mass, without a search. Candidates follow from the shapes of the
+latents; which of them are symmetries, the log joint itself tells.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -69,10 +69,11 @@ class Symmetry:
     def __call__(self, vectors: Tensor) -> Tensor:
         image = vectors[:, self.index] * self.signs.to(vectors)
         for axis, order in self.swaps:
-            assert self.layout is not None and axis.site.bijection is not None
+            assert self.layout is not None
+            assert axis.site.bijection is not None
             part, bijection = self.layout.slices[axis.site.name], axis.site.bijection
             value, _ = bijection.constrain(image[:, part].reshape(-1, *bijection.unconstrained_shape))
-            moved = bijection.unconstrain(value.index_select(axis.dim, order)).flatten(1).to(image)
+            moved = bijection.unconstrain(value.index_select(axis.dim, order.to(value.device))).flatten(1).to(image)
             image = torch.cat([image[:, : part.start], moved, image[:, part.stop :]], -1)
         return image
 
@@ -102,7 +103,8 @@ def find_symmetries(layout: Layout, log_density: Callable[[Tensor], Tensor], poi
         >>> from pyroflows.models.structure import describe
         >>> def model():
         ...     pyro.sample("x", dist.Normal(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1))
-        >>> found = find_symmetries(Layout(describe(model, (), {})), lambda u: -u[:, 0].abs() + u[:, 1], torch.rand(5, 2))
+        >>> layout = Layout(describe(model, (), {}))
+        >>> found = find_symmetries(layout, lambda u: -u[:, 0].abs() + u[:, 1], torch.rand(5, 2))
         >>> [symmetry.signs for symmetry in found]
         [tensor([-1.,  1.])]
     """

@@ -11,11 +11,13 @@ from torch.distributions import constraints
 
 from pyroflows import ModelError
 from pyroflows.compiling.check import Compiler
+from pyroflows.inference import starts as starts_module
 from pyroflows.inference.candidates import is_enough
 from pyroflows.inference.diagnosis import diagnose
 from pyroflows.inference.figures import Estimate, Figures, Unseen
-from pyroflows.inference.pathfinder import GaussianApproximation
-from pyroflows.inference.starts import WIDE, Starts, _separate, find_start, starting_points
+from pyroflows.inference.modes import Mode, ModeSearch, is_separate
+from pyroflows.inference.pathfinder import Approximation, Density
+from pyroflows.inference.starts import WIDE, Starts, find_start, further_points, starting_points
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe
@@ -111,14 +113,19 @@ def test_separate_modes(mode):
     assert starts.num_starts == len(starts.elbos) == 4
     assert starts.modes == tuple(m.elbo for m in modes)
     assert list(starts.elbos) == sorted(starts.elbos, reverse=True)
-    text = "4 of 4 starts ended within 1 nat of the best Gaussian, in 2 separate modes whose ELBOs lie 0.8 nats apart"
-    assert str(starts) == text
+    assert str(starts) == (
+        "4 of 4 starts ended within 1 nat of the best Gaussian, in 2 separate modes whose ELBOs lie 0.8 nats apart; "
+        "a further start would find a new mode with probability below 20 %"
+    )
 
 
 def test_one_mode():
     modes, starts = found_from(of_density(modes_at(0.0)), [[1.0, 0.0], [0.0, -3.0], [5.0, 5.0]])
     assert len(modes) == len(starts.modes) == 1
-    assert str(starts) == "3 of 3 starts ended within 1 nat of the best Gaussian"
+    assert str(starts) == (
+        "3 of 3 starts ended within 1 nat of the best Gaussian; "
+        "a further start would find a new mode with probability below 25 %"
+    )
 
 
 @pytest.mark.parametrize(("weight", "num_modes"), [(0.02, 2), (0.005, 1)])
@@ -130,26 +137,16 @@ def test_a_mode_of_next_to_no_mass_does_not_count(weight, num_modes):
 
 
 def gaussian(loc, sd=1.0, elbo=0.0):
-    return GaussianApproximation(torch.tensor([loc, 0.0]), sd * torch.eye(2), elbo)
+    return Approximation(torch.tensor([loc, 0.0]).double(), sd * torch.eye(2).double(), elbo)
 
 
-@pytest.mark.parametrize(
-    ("other", "is_separate"),
-    [
-        (gaussian(4.1), True),
-        (gaussian(3.9), False),
-        (gaussian(7.9, sd=2.0), False),  # by the wider one
-        (gaussian(8.1, sd=2.0), True),
-        (gaussian(5.0, sd=0.1), True),
-        (gaussian(3.0, sd=0.1), False),
-        (gaussian(50.0, elbo=-4.5), True),
-        (gaussian(50.0, elbo=-4.7), False),  # log 100 is 4.605
-    ],
-)
-def test_which_gaussians_are_separate(other, is_separate):
-    first = gaussian(0.0)
-    modes = _separate([first, other], between(first, other, dip=50.0), 64)
-    assert modes[0] is first and len(modes) == 1 + is_separate
+def density_of(log_density, dim=2):
+    def value_and_grad(u):
+        u = u.detach().requires_grad_()
+        value = log_density(u)
+        return value.detach(), torch.autograd.grad(value.sum(), u)[0]
+
+    return Density(value_and_grad, 64, torch.zeros(1, dim, dtype=torch.float64))
 
 
 def between(a, b, dip, at_b=0.0):
@@ -160,20 +157,217 @@ def between(a, b, dip, at_b=0.0):
         fall = (dip * (1 - (2 * weight - 1).abs())).nan_to_num(nan=0.0, posinf=math.inf)
         return at_b * weight - fall, torch.zeros_like(x)
 
-    return value_and_grad
+    return Density(value_and_grad, 65, a.loc[None])
 
 
-@pytest.mark.parametrize(("dip", "is_separate"), [(0.0, False), (2.8, False), (3.2, True), (math.inf, True)])
-def test_modes_have_a_dip_between_them(dip, is_separate):
+@pytest.mark.parametrize(
+    ("other", "separate"),
+    [
+        (gaussian(4.1), True),
+        (gaussian(3.9), False),
+        (gaussian(7.9, sd=2.0), False),  # by the wider one
+        (gaussian(8.1, sd=2.0), True),
+        (gaussian(5.0, sd=0.1), True),
+        (gaussian(3.0, sd=0.1), False),
+    ],
+)
+def test_which_gaussians_are_separate(other, separate):
+    first = gaussian(0.0)
+    assert is_separate(first, other, between(first, other, dip=50.0)) is separate
+
+
+@pytest.mark.parametrize(("dip", "separate"), [(0.0, False), (2.8, False), (3.2, True), (math.inf, True)])
+def test_modes_have_a_dip_between_them(dip, separate):
     """Else they are one with a bend."""
     a, b = gaussian(0.0), gaussian(20.0)
-    assert len(_separate([a, b], between(a, b, dip), 65)) == 1 + is_separate
+    assert is_separate(a, b, between(a, b, dip)) is separate
 
 
 def test_the_dip_is_below_the_lower_of_the_two():
     a, b = gaussian(0.0), gaussian(20.0)
-    assert len(_separate([a, b], between(a, b, 4.2, at_b=-2.0), 65)) == 2  # -5.2 between 0 and -2
-    assert len(_separate([a, b], between(a, b, 3.8, at_b=-2.0), 65)) == 1
+    assert is_separate(a, b, between(a, b, 4.2, at_b=-2.0))  # -5.2 between 0 and -2
+    assert not is_separate(a, b, between(a, b, 3.8, at_b=-2.0))
+
+
+def test_a_ridge_may_be_bent():
+    """On the way along a ring the log density does not fall, on the straight line it falls by 13 nats."""
+    ring = density_of(lambda u: -0.5 * ((u.norm(dim=-1) - 4) / 0.3).square())
+    north, east = gaussian(0.0, sd=0.5), gaussian(4.0, sd=0.5)
+    north.loc[1] = 4.0
+    assert not is_separate(north, east, ring)
+    crescents = density_of(
+        lambda u: -0.5 * ((u.norm(dim=-1) - 4) / 0.3).square() + 3 * torch.cos(2 * u[:, 0].atan2(u[:, 1]))
+    )
+    assert is_separate(north, Approximation(-north.loc, north.root, 0.0), crescents)
+
+
+def known(*gaussians, hits, orbits=None):
+    """A search that has found these modes, in so many starts."""
+    search = ModeSearch.__new__(ModeSearch)
+    orbits = orbits or range(len(hits))
+    search.modes = [Mode(g, o, h) for g, o, h in zip(gaussians, orbits, hits, strict=True)]
+    return search
+
+
+@pytest.mark.parametrize(("elbo", "num_modes"), [(-4.5, 2), (-4.7, 1)])
+def test_a_hundredth_of_the_best_mass_counts(elbo, num_modes):
+    """log 100 is 4.605."""
+    assert len(known(gaussian(0.0), gaussian(50.0, elbo=elbo), hits=(1, 1)).kept) == num_modes
+
+
+def test_the_mass_is_that_of_the_weights():
+    """A Gaussian that fits badly has an ELBO far below the mass of its mode."""
+    poor = Approximation(torch.ones(2).double(), torch.eye(2).double(), elbo=-9.0, log_evidence=-1.0)
+    assert len(known(gaussian(0.0), poor, hits=(1, 1)).kept) == 2
+
+
+@pytest.mark.parametrize("elbo", [-math.inf, math.nan])
+def test_there_is_always_a_mode(elbo):
+    """Where the log joint is not finite at some draws of every Gaussian, the first of them is the start."""
+    search = known(gaussian(0.0, elbo=elbo), gaussian(9.0, elbo=elbo), hits=(1, 1))
+    assert search.kept == search.modes[:1]
+
+
+# How many starts
+
+
+@pytest.mark.parametrize(
+    ("hits", "probability"),
+    [
+        ((8,), 1 / 9),  # one mode, never found once: (0 + 1) / (8 + 1)
+        ((7, 1), 2 / 9),
+        ((1, 1, 1), 1.0),
+        ((40, 2, 8), 1 / 51),
+        ((97, 1, 1), 3 / 100),
+        ((8, 0), 1 / 9),  # a mode that no start found, but a symmetry
+    ],
+)
+def test_good_and_turing_by_hand(hits, probability):
+    search = known(*[gaussian(9.0 * i) for i in range(len(hits))], hits=hits)
+    assert search.new_mode_probability == pytest.approx(probability)
+
+
+def test_symmetric_modes_count_as_one():
+    modes = [gaussian(9.0 * i) for i in range(4)]
+    assert known(*modes, hits=(1, 1, 1, 1), orbits=(0, 0, 0, 0)).new_mode_probability == pytest.approx(1 / 5)
+    assert known(*modes, hits=(3, 1, 1, 0), orbits=(0, 0, 2, 2)).new_mode_probability == pytest.approx(2 / 6)
+
+
+def test_modes_of_next_to_no_mass_do_not_count():
+    """Neither as found once, nor as starts."""
+    search = known(gaussian(0.0), gaussian(9.0, elbo=-100.0), gaussian(18.0, elbo=-50.0), hits=(9, 20, 1))
+    assert search.new_mode_probability == pytest.approx(1 / 10)
+
+
+def test_good_turing_is_right_on_average():
+    """Of modes that starts find by known probabilities, the expected share that n starts have missed is known."""
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.03, 0.01, 0.01])
+    num_starts, num_repeats = 60, 2000
+    torch.manual_seed(0)
+    counts = dist.Multinomial(num_starts, probabilities).sample((num_repeats,))
+    missed = ((counts == 0) * probabilities).sum(-1)
+    estimates = torch.tensor(
+        [known(*[gaussian(9.0 * i) for i in range(6)], hits=row).new_mode_probability for row in counts.int().tolist()]
+    )
+    # It is above the missed share on average, by no more than what counts in one more mode, 1 / (n + 1).
+    excess = (estimates - missed).mean().item()
+    error = (estimates - missed).std().item() / math.sqrt(num_repeats)
+    assert -4 * error < excess < 1 / (num_starts + 1) + 4 * error
+
+
+def uniform(num, scale=12.0, dim=2):
+    return scale * (2 * torch.rand(num, dim) - 1)
+
+
+def searched(law, propose, first, max_starts=None):
+    torch.manual_seed(0)
+    model = of_density(law)
+    layout = Layout(describe(model, (), {}))
+    log_joint = LogJoint(model, (), {}, layout, torch.zeros(5, layout.dim), Compiler("none"))
+    return find_start(log_joint, first, None, propose, max_starts)
+
+
+def test_starts_go_on_until_a_further_one_would_hardly_find_a_mode():
+    corners = torch.tensor([[-8.0, -6.0], [-8.0, 5.0], [7.0, -6.0], [9.0, 5.0], [0.0, 0.0]])
+    parts = dist.Normal(corners, 1.0).to_event(1)
+    law = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])), parts)
+    first = corners[:1] + torch.rand(8, 2)
+    modes, starts = searched(law, lambda known, num: uniform(num), first)
+    assert len(modes) == 5
+    assert starts.new_mode_probability < 0.02
+    assert 50 <= starts.num_starts <= 200
+    assert "a further start would find a new mode with probability below 2 %" in str(starts)
+
+
+def test_no_more_starts_than_are_allowed():
+    modes, starts = searched(modes_at(-10.0, 10.0), lambda known, num: uniform(num), uniform(8), max_starts=20)
+    assert starts.num_starts == 20 and len(modes) == 2
+    assert 1 / 21 <= starts.new_mode_probability <= 2 / 21
+
+
+class Rough(dist.TorchDistribution):
+    """A standard normal that is lowered by 60 nats to the left of -3, where waves make many poor optima."""
+
+    arg_constraints = {}  # noqa: RUF012
+    support = constraints.real_vector
+
+    def __init__(self):
+        super().__init__(event_shape=torch.Size([2]))
+
+    def log_prob(self, x):
+        wall = torch.sigmoid(20 * (x[..., 0] + 3))
+        waves = -60 + 5 * torch.cos(3 * x).sum(-1) - 0.02 * x.square().sum(-1)
+        return wall * dist.Normal(0.0, 1.0).log_prob(x).sum(-1) + (1 - wall) * waves
+
+
+def test_poor_optima_do_not_use_up_the_budget():
+    """Half of the starts end 60 nats below the mode, and count for nothing."""
+    modes, starts = searched(Rough(), lambda known, num: uniform(num, 9.0), uniform(8, 2.0))
+    assert len(modes) == 1
+    poor = starts.num_starts - sum(elbo > starts.elbos[0] - 1 for elbo in starts.elbos)
+    assert poor > 10
+    assert starts.num_starts - poor >= 50 or starts.new_mode_probability > 0.02
+    assert starts.new_mode_probability == pytest.approx(1 / (starts.num_starts - poor + 1), rel=0.1)
+
+
+def test_where_all_starts_are_poor_the_search_ends():
+    modes, starts = searched(Rough(), lambda known, num: uniform(num, 1.0) - 20.0, uniform(8, 1.0) - 20.0)
+    assert starts.num_starts <= 200 and modes
+
+
+def test_the_cost_has_a_cap(monkeypatch):
+    """Further starts that never help stop after a multiple of the calls of the first ones."""
+    monkeypatch.setattr(starts_module, "SMALL_PROBABILITY", 0.0)
+    monkeypatch.setattr(starts_module, "MAX_STARTS", 10**6)
+    monkeypatch.setattr(starts_module.ModeSearch, "num_wanted", lambda *_: 8.0)
+    costs = []
+
+    class Counted(ModeSearch):
+        def explore(self, starts):
+            super().explore(starts)
+            costs.append(self.relative_cost)
+
+    monkeypatch.setattr(starts_module, "ModeSearch", Counted)
+    _, starts = searched(modes_at(0.0), lambda known, num: uniform(num), uniform(8))
+    assert starts_module.MAX_COST <= costs[-1] < 2 * starts_module.MAX_COST
+    assert all(cost < starts_module.MAX_COST for cost in costs[:-1])
+    assert starts.num_starts == 8 + 8 * len(costs)
+
+
+def test_further_points_are_of_all_kinds():
+    layout = Layout(describe(far_prior, (), {}))
+    center = torch.full((6,), 7.0)
+    mode = Mode(Approximation(100.0 + torch.arange(6).double(), 0.1 * torch.eye(6).double(), 0.0), 0)
+    torch.manual_seed(0)
+    points = further_points(far_prior, (), {}, layout, center, [mode], 600)
+    assert points.shape == (600, 6) and points.dtype == center.dtype
+    prior, near, dispersed, image = points[0::6], points[1::6], points[2::6], points[3::6]
+    assert abs(prior[:, :2].mean() - 50.0) < 4 / math.sqrt(200)
+    assert near.abs().max() <= 2.0 and near.std() == pytest.approx(2 / math.sqrt(3), rel=0.1)
+    spread = (dispersed - mode.gaussian.loc.float()) / 0.1
+    assert 3 < spread.std() < 10
+    assert (image.abs().mean(0) - mode.gaussian.loc).abs().max() < 2  # permuted rows differ by 2 at most
+    assert (image < 0).any() and (image[:, 3] > 100.5).any()
 
 
 def test_a_temperature_widens():
@@ -259,8 +453,15 @@ def test_starts_near_the_best():
     assert str(Starts((-1.0, -1.5, -2.5), (-1.0,), 8)).startswith("2 of 8 starts")
 
 
-@pytest.mark.parametrize("elbo", [-math.inf, math.nan])
-def test_there_is_always_a_mode(elbo):
-    """Where the log joint is not finite at some draws of every Gaussian, the first of them is the start."""
-    gaussian = GaussianApproximation(torch.zeros(1), torch.eye(1), elbo)
-    assert _separate([gaussian, gaussian], lambda u: (u[:, 0], u), 4) == [gaussian]
+@pytest.mark.parametrize(
+    ("probability", "text"), [(0.0196, "below 2 %"), (0.02, "below 2 %"), (1 / 9, "below 12 %"), (1.0, "below 100 %")]
+)
+def test_the_probability_in_words(probability, text):
+    assert text in str(Starts((-1.0,), (-1.0,), 8, probability))
+
+
+def test_too_many_equal_modes_in_words():
+    text = str(Starts((-1.0,), (-1.0,) * 24, 60, 0.01, num_equal=24))
+    assert "24 of them are equal by exchangeable components" in text
+    assert "order the components" in text
+    assert "equal" not in str(Starts((-1.0,), (-1.0,) * 12, 60, 0.01, num_equal=12))  # all are fitted
