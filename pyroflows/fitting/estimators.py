@@ -73,7 +73,7 @@ def path_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     is_good = log_weights.isfinite()
     along_path = _inner(score, x)
     seen_by_model.register_hook(lambda gradient: _along_path(gradient, is_good, -score / len(x)))
-    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
+    at_fixed_x = _elbo_at_fixed_x(log_weights, log_q - along_path)
     surrogate = torch.where(is_good.all(), along_path.mean(), -at_fixed_x) - _mean(log_p, is_good)
     return _with_gradient_of(surrogate, -elbo(log_weights)), log_weights
 
@@ -124,7 +124,7 @@ def dreg_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
         return _along_path(_rows(weights, x) * gradient, is_good, -_rows(weights**2, x) * score)
 
     seen_by_model.register_hook(squared)
-    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
+    at_fixed_x = _elbo_at_fixed_x(log_weights, log_q - along_path)
     surrogate = torch.where(is_good.all(), (weights**2 * along_path).sum(), -at_fixed_x)
     surrogate = surrogate - (weights * log_p).where(is_good, 0.0).sum()
     return _with_gradient_of(surrogate, -_log_mean_exp(log_weights)), log_weights
@@ -152,7 +152,7 @@ def log_variance_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor)
     is_good = log_weights.isfinite()
     # With the draws held fixed, log q changes by its total change less the change along the draws.
     log_q_at_fixed_x = log_q - _inner(score, x)
-    surrogate = -_cut_elbo_at_fixed_x(log_weights, log_q_at_fixed_x, is_good) - _mean(log_p, is_good)
+    surrogate = -_elbo_at_fixed_x(log_weights, log_q_at_fixed_x) - _mean(log_p, is_good)
     return _with_gradient_of(surrogate, log_weight_variance(log_weights) / 2), log_weights
 
 
@@ -200,16 +200,24 @@ class _FiniteRows(torch.autograd.Function):
         return of_x.where(_rows(is_good, of_x), 0.0), of_log_q.where(is_good, 0.0)
 
 
-def _cut_elbo_at_fixed_x(log_weights: Tensor, log_q_at_fixed_x: Tensor, is_good: Tensor) -> Tensor:
-    r"""Return a number with the gradient of the bound of the cut flow, and of the logarithm of the share of good draws.
+def filled(log_weights: Tensor) -> Tensor:
+    """Give log weights ``(..., S)`` that are not finite the value of the smallest one that is, less a price.
 
-    The first is the covariance of the log weights, over good draws, with the gradients of :math:`\log q` at fixed draws.
-    The second is the mean of these gradients over good draws, less their mean over all draws, which is zero.
+    Where none is finite, all become -inf.
+
+    Example:
+        >>> filled(torch.tensor([1.0, 2.0, -torch.inf, torch.nan]))
+        tensor([1., 2., 0., 0.])
     """
-    deviations = (log_weights - _mean(log_weights, is_good)).where(is_good, 0.0)
-    of_bound = (deviations * log_q_at_fixed_x).sum() / (is_good.sum() - 1).clamp(min=1)
-    of_log_share = _mean(log_q_at_fixed_x, is_good) - log_q_at_fixed_x.mean()
-    return of_bound + PRICE * of_log_share
+    is_good = log_weights.isfinite()
+    least = log_weights.where(is_good, torch.inf).amin(-1, keepdim=True)
+    return log_weights.where(is_good, (least - PRICE).where(least.isfinite(), -torch.inf))
+
+
+def _elbo_at_fixed_x(log_weights: Tensor, log_q_at_fixed_x: Tensor) -> Tensor:
+    """Return the covariance of the filled log weights with log q at fixed draws, whose gradient is that of the ELBO."""
+    values = filled(log_weights)
+    return ((values - values.mean()) * log_q_at_fixed_x).sum() / max(1, len(values) - 1)
 
 
 def _along_path(gradient: Tensor, is_good: Tensor, if_not_finite: Tensor) -> Tensor:
