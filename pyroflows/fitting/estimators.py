@@ -9,12 +9,14 @@ Below, :math:`s_i = \nabla_x \log q_\phi(x_i)` is the score, see :meth:`FlowDist
 costs in addition to "total" depends on the layers: for couplings about one backward pass through the conditioner, for
 autoregressive layers the same arithmetic dimension by dimension.
 
-A draw leaves the estimate if its log weight, or its gradient, is not finite. Where the density p is zero outside of a
-set A, as behind a hard constraint, what is left is an estimate for the flow cut to A, :math:`q_A = q / q(A)` on A: its
-bound is the mean log weight of the draws in A plus :math:`\log q(A)`. "path", "dreg" and "vargrad" vanish where q has
-the shape of p on A, whatever share of the draws lies outside; importance weights then reject these. "total" and "iwae"
-do not: the change of q(A) has no reparametrised gradient, without which they favour a flow that leaves A. Choose one of
-the other three there.
+A draw leaves the estimate if its log weight, or its gradient, is not finite. Let the density p be zero outside of a set
+A, as behind a hard constraint. The loss is then that of the flow cut to A, :math:`q_A = q / q(A)`, whose ELBO is the
+mean log weight of the draws in A plus :math:`\log q(A)`. But draws in A say nothing of the mass that a flow loses over
+the edge: "path" alone would vanish wherever q has the shape of p on A, however little of q lies there. So "path" and
+"dreg" add the gradient of :math:`\log q(A)`, :math:`E_{q_A}[\nabla_\phi \log q_\phi(x)]`, times a price: a draw outside
+counts as one nat worse than the worst draw in A. "vargrad" gives it a log weight of that size. Where all draws are in A,
+nothing is added. "total" and "iwae" have no score with which to do this, and let a flow drift out of A; "dreg", "path"
+and "vargrad" are for models with hard constraints.
 """
 
 import math
@@ -26,7 +28,9 @@ from torch import Tensor
 
 from pyroflows.flows import FlowDistribution
 
+# By how many nats a draw at which the density is zero counts as worse than the worst of the others.
 PRICE = 1.0
+
 LogDensity = Callable[[Tensor], Tensor]
 Estimator = Callable[[FlowDistribution, LogDensity, Tensor], tuple[Tensor, Tensor]]
 
@@ -72,9 +76,8 @@ def path_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     log_weights = (log_p - log_q).detach()
     is_good = log_weights.isfinite()
     along_path = _inner(score, x)
-    seen_by_model.register_hook(lambda gradient: _along_path(gradient, is_good, -score / len(x)))
-    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
-    surrogate = torch.where(is_good.all(), along_path.mean(), -at_fixed_x) - _mean(log_p, is_good)
+    seen_by_model.register_hook(lambda gradient: _finite_or(gradient, -score, is_good / is_good.sum()))
+    surrogate = _mean(along_path - log_p, is_good) - _priced_share(log_weights, log_q - along_path)
     return _with_gradient_of(surrogate, -elbo(log_weights)), log_weights
 
 
@@ -118,15 +121,10 @@ def dreg_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor) -> tupl
     is_good = log_weights.isfinite()
     weights = torch.softmax(log_weights.where(is_good, -torch.inf), 0)
     along_path = _inner(score, x)
-
     # Parameters of the model need the weights themselves; the hook squares them in the gradient that goes on to x.
-    def squared(gradient: Tensor) -> Tensor:
-        return _along_path(_rows(weights, x) * gradient, is_good, -_rows(weights**2, x) * score)
-
-    seen_by_model.register_hook(squared)
-    at_fixed_x = _cut_elbo_at_fixed_x(log_weights, log_q - along_path, is_good)
-    surrogate = torch.where(is_good.all(), (weights**2 * along_path).sum(), -at_fixed_x)
-    surrogate = surrogate - (weights * log_p).where(is_good, 0.0).sum()
+    seen_by_model.register_hook(lambda gradient: _finite_or(_rows(weights, x) * gradient, -score, weights**2))
+    surrogate = (weights**2 * along_path - weights * log_p).where(is_good, 0.0).sum()
+    surrogate = surrogate - _priced_share(log_weights, log_q - along_path)
     return _with_gradient_of(surrogate, -_log_mean_exp(log_weights)), log_weights
 
 
@@ -152,7 +150,7 @@ def log_variance_gradient(q: FlowDistribution, log_joint: LogDensity, z: Tensor)
     is_good = log_weights.isfinite()
     # With the draws held fixed, log q changes by its total change less the change along the draws.
     log_q_at_fixed_x = log_q - _inner(score, x)
-    surrogate = -_cut_elbo_at_fixed_x(log_weights, log_q_at_fixed_x, is_good) - _mean(log_p, is_good)
+    surrogate = -_elbo_at_fixed_x(log_weights, log_q_at_fixed_x) - _mean(log_p, is_good)
     return _with_gradient_of(surrogate, log_weight_variance(log_weights) / 2), log_weights
 
 
@@ -200,22 +198,40 @@ class _FiniteRows(torch.autograd.Function):
         return of_x.where(_rows(is_good, of_x), 0.0), of_log_q.where(is_good, 0.0)
 
 
-def _cut_elbo_at_fixed_x(log_weights: Tensor, log_q_at_fixed_x: Tensor, is_good: Tensor) -> Tensor:
-    r"""Return a number with the gradient of the bound of the cut flow, and of the logarithm of the share of good draws.
+def filled(log_weights: Tensor) -> Tensor:
+    """Give log weights ``(..., S)`` that are not finite the value of the smallest one that is, less a price.
 
-    The first is the covariance of the log weights, over good draws, with the gradients of :math:`\log q` at fixed draws.
-    The second is the mean of these gradients over good draws, less their mean over all draws, which is zero.
+    Where none is finite, all become -inf.
+
+    Example:
+        >>> filled(torch.tensor([1.0, 2.0, -torch.inf, torch.nan]))
+        tensor([1., 2., 0., 0.])
     """
-    deviations = (log_weights - _mean(log_weights, is_good)).where(is_good, 0.0)
-    of_bound = (deviations * log_q_at_fixed_x).sum() / (is_good.sum() - 1).clamp(min=1)
-    of_log_share = _mean(log_q_at_fixed_x, is_good) - log_q_at_fixed_x.mean()
-    return of_bound + PRICE * of_log_share
+    is_good = log_weights.isfinite()
+    least = log_weights.where(is_good, torch.inf).amin(-1, keepdim=True)
+    return log_weights.where(is_good, (least - PRICE).where(least.isfinite(), -torch.inf))
 
 
-def _along_path(gradient: Tensor, is_good: Tensor, if_not_finite: Tensor) -> Tensor:
-    """Return the gradients of the draws, none if a draw is outside, and another one for each that is not finite."""
+def _elbo_at_fixed_x(log_weights: Tensor, log_q_at_fixed_x: Tensor) -> Tensor:
+    """Return the covariance of the filled log weights with log q at fixed draws, whose gradient is that of the ELBO."""
+    values = filled(log_weights)
+    return ((values - values.mean()) * log_q_at_fixed_x).sum() / max(1, len(values) - 1)
+
+
+def _priced_share(log_weights: Tensor, log_q_at_fixed_x: Tensor) -> Tensor:
+    r"""Return a number with the gradient of :math:`\log q(A)`, times the price of a draw outside of A.
+
+    The gradient is the mean over A of that of log q at fixed draws, less its mean over all draws, which is zero.
+    """
+    is_good = log_weights.isfinite()
+    price = _mean(log_weights, is_good) - filled(log_weights).min()
+    return (price * (_mean(log_q_at_fixed_x, is_good) - log_q_at_fixed_x.mean())).where(~is_good.all(), 0.0)
+
+
+def _finite_or(gradient: Tensor, other: Tensor, weights: Tensor) -> Tensor:
+    """Return gradients of draws; where one of them is not finite, weights times another one."""
     is_finite = gradient.flatten(1).isfinite().all(-1)
-    return gradient.where(_rows(is_finite, gradient), if_not_finite).where(is_good.all(), 0.0)
+    return gradient.where(_rows(is_finite, gradient), _rows(weights, other) * other)
 
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroflows.fitting.estimators import PRICE
+from pyroflows.fitting.estimators import filled
 from pyroflows.models.log_joint import ValueAndGrad
 
 PLAIN_SCALE = 0.1
@@ -278,7 +278,7 @@ def _best_on_paths(density: Density, search: Search, max_iterations: int) -> lis
     noise = _antithetic(density.num_rows // num_starts, search.loc)
     identity = torch.eye(dim).to(search.loc)
     loc, root = search.loc, PLAIN_SCALE * identity.expand(num_starts, dim, dim)
-    elbo = _elbo(density.log_weights(loc, root, noise)[0])
+    elbo = filled(density.log_weights(loc, root, noise)[0]).mean(-1)
     last_gain = torch.zeros_like(elbo)
     for i in range(max_iterations):
         if not search.active.any():
@@ -287,7 +287,7 @@ def _best_on_paths(density: Density, search: Search, max_iterations: int) -> lis
         if i >= NUM_FIRST and i % THINNING and search.active.any():
             continue
         new_loc, new_root = search.gaussians()
-        new_elbo = _elbo(density.log_weights(new_loc, new_root, noise)[0])
+        new_elbo = filled(density.log_weights(new_loc, new_root, noise)[0]).mean(-1)
         better = new_elbo > elbo
         elbo = new_elbo.where(better, elbo)
         loc = new_loc.where(better[:, None], loc)
@@ -320,25 +320,33 @@ def look(density: Density, loc: Tensor, root: Tensor) -> Look:
     num_draws = max(density.num_rows, ROWS_PER_DIM * dim)
     noise = _antithetic(num_draws + -num_draws % density.num_rows, loc)
     log_weights, grad = density.log_weights(loc, root, noise)
-    score = grad @ root
-    finite = log_weights.isfinite()
-    center_of_all, spread_of_all = noise.mean(0), noise.mT.cov(correction=0).reshape(dim, dim)
-    noise, score = noise[finite], score[finite]
-    num_finite = max(len(noise), 1)
-    center, mean_score = noise.sum(0) / num_finite, score.sum(0) / num_finite
+    values = filled(log_weights)
+    variance = values.var(correction=0).nan_to_num(torch.inf).item()
+    error = math.sqrt(variance / len(values))
+    moments = _by_gradients(noise, grad @ root) if log_weights.isfinite().all() else _by_values(noise, values)
+    log_evidence = torch.logsumexp(log_weights, 0).item() - math.log(len(log_weights))
+    return Look(loc, root, values.mean().item(), error, variance, log_evidence, *moments)
+
+
+def _by_gradients(noise: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate the mean whitened score, and the precision, by the regression of the score on the noise."""
+    center, mean_score = noise.mean(0), score.mean(0)
     noise = noise - center
-    # The ridge pulls towards the present precision, and matters only if few draws have a finite density.
-    ridge = 1e-6 * torch.eye(dim).to(loc)
+    # The ridge pulls towards the present precision, and matters only if there are few draws.
+    ridge = 1e-6 * torch.eye(noise.shape[-1]).to(noise)
     precision = torch.linalg.solve(noise.mT @ noise + ridge, ridge - noise.mT @ score)
     precision = (precision + precision.mT) / 2
-    mean_score = mean_score + precision @ center
-    # The share of the draws with a finite density has these derivatives, of its logarithm.
-    mean_score = mean_score + PRICE * (center - center_of_all)
-    precision = precision + PRICE * (spread_of_all - noise.mT @ noise / num_finite)
-    variance = (log_weights[finite] - log_weights[finite].mean()).square().mean().nan_to_num(torch.inf).item()
-    error = math.sqrt(variance / num_finite + (1 + PRICE) ** 2 * (1 / num_finite - 1 / len(finite)))
-    log_evidence = torch.logsumexp(log_weights, 0).item() - math.log(len(log_weights))
-    return Look(loc, root, _elbo(log_weights).item(), error, variance, log_evidence, mean_score, precision)
+    return mean_score + precision @ center, precision
+
+
+def _by_values(noise: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate the same by Stein's lemma from the log weights alone, which also works where the density is zero.
+
+    There the gradients do not show that a Gaussian which moves over the edge loses draws.
+    """
+    identity = torch.eye(noise.shape[-1]).to(noise)
+    deviations = (values - values.mean()).nan_to_num(0.0)[:, None] / len(values)
+    return noise.mT @ deviations[:, 0], identity - noise.mT @ (deviations * noise)
 
 
 def refine(density: Density, start: Approximation, found: list[Approximation]) -> Approximation:
@@ -403,17 +411,6 @@ def as_gaussian(q: Approximation, like: Tensor) -> GaussianApproximation:
     # J^T = Q R gives J J^T = R^T R without squaring the condition number.
     upper = torch.linalg.qr(q.root.mT).R
     return GaussianApproximation(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo)
-
-
-def _elbo(log_weights: Tensor) -> Tensor:
-    """The ELBO by the last dimension, cut to where the density is positive, with a price of the draws outside.
-
-    The price is that of the estimators of the training.
-    """
-    finite = log_weights.isfinite()
-    num_finite = finite.sum(-1)
-    mean = log_weights.where(finite, 0.0).sum(-1) / num_finite.clamp(min=1)
-    return mean + (1 + PRICE) * (num_finite / finite.shape[-1]).log()
 
 
 def _antithetic(num_draws: int, like: Tensor) -> Tensor:

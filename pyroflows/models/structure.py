@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine

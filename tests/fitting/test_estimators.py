@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Independent, Laplace, MultivariateNormal, ReshapeTransform
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyroflows.compiling.program import compiled
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import IAF, MAF, Flow, Planar, Radial, RealNVP, Sylvester
 from pyroflows.transforms import Elementwise
@@ -268,3 +269,95 @@ def test_events_with_more_axes(name, num_particles):
     found = ESTIMATORS[name](folded.double()(), lambda x: target(x.flatten(-2)), z)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient_of(found[0], folded), gradient_of(expected[0], flat))
+
+
+# Where the density is zero, or a gradient is not finite
+
+
+def cut(log_p, x, outside):
+    """A log-density that is not finite where the first component of x is above 0.3."""
+    return torch.where(x[..., 0] < 0.3, log_p, torch.tensor(outside, dtype=log_p.dtype))
+
+
+def nan_gradient(x):
+    """The root of a negative number: NaN, and so is its gradient."""
+    return (0.3 - x[..., 0]).sqrt()
+
+
+OUTSIDE = {
+    "-inf": lambda x: cut(target(x), x, -math.inf),
+    "nan": lambda x: cut(target(x), x, math.nan),
+    "nan gradient": lambda x: target(x) + 0.0 * nan_gradient(x),
+}
+
+
+@ALL
+@pytest.mark.parametrize("log_joint", OUTSIDE.values(), ids=OUTSIDE)
+def test_a_draw_of_density_zero_leaves_the_estimate(name, log_joint):
+    flow = perturbed(IAF(3, num_layers=2, hidden_dims=(8,)))
+    z = torch.randn(40, 3, dtype=torch.float64)
+    x, _ = flow().transport(z)
+    inside = x[:, 0] < 0.3
+    assert 5 < inside.sum() < 35
+    loss, log_weights = ESTIMATORS[name](flow(), log_joint, z)
+    assert torch.equal(log_weights.isfinite(), inside)
+    found = gradient_of(loss, flow)
+    assert loss.isfinite() and found.isfinite().all()
+    of_others = ESTIMATORS[name](flow(), target, z[inside])[0]
+    if name in ("total", "iwae"):
+        share = inside.double().mean().log()
+        torch.testing.assert_close(loss, of_others - share)
+        torch.testing.assert_close(found, gradient_of(of_others, flow))
+
+
+@pytest.mark.parametrize("name", ["path", "dreg", "vargrad"])
+def test_draws_outside_have_a_price(name):
+    """The shape of q is that of p where p is positive, so that the rest of the gradient is that of the share."""
+    flow = affine_flow(torch.zeros(1).double(), torch.zeros(1).double())
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+
+    def half(x):
+        return torch.where(x[..., 0] > 0, normal.log_prob(x[..., 0]), -math.inf)
+
+    draws = torch.stack([gradient(name, flow, half, 64) for _ in range(200)])
+    # The mean of the flow is the first parameter. At a price of one nat, the share grows by phi(0) / q(A) = 2 phi(0); the
+    # covariance of "vargrad" has it times q(A).
+    expected = -2 * normal.log_prob(torch.zeros(())).exp() * (0.5 if name == "vargrad" else 1.0)
+    assert_mean(draws[:, :1], expected)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_path_gradient():
+    """A finite value does not help: such a draw would push the flow as if its density were constant."""
+
+    def trap(x):  # torch.where passes NaN on
+        return torch.where(x[..., 0] < 0.3, (0.3 - x[..., 0]).sqrt(), -1.0) - x.square().sum(-1)
+
+    flow = perturbed(IAF(3, num_layers=2, hidden_dims=(8,)))
+    z = torch.randn(40, 3, dtype=torch.float64)
+    x, _, _ = flow().transport_and_score(z)
+    inside = x[:, 0] < 0.3
+    found = gradient_of(ESTIMATORS["path"](flow(), trap, z)[0], flow)
+    expected = gradient_of(ESTIMATORS["path"](flow(), trap, z[inside])[0], flow) * inside.double().mean()
+    torch.testing.assert_close(found, expected)
+
+
+@ALL
+@pytest.mark.parametrize("log_joint", OUTSIDE.values(), ids=OUTSIDE)
+def test_traced_gradients_of_a_cut_density(name, log_joint):
+    flow = perturbed(IAF(3, num_layers=2, hidden_dims=(8,)))
+
+    def step(z):
+        loss, log_weights = ESTIMATORS[name](flow(), log_joint, z)
+        return loss.detach(), log_weights, *torch.autograd.grad(loss, list(flow.parameters()))
+
+    z, other = torch.randn(2, 20, 3, dtype=torch.float64)
+    found = compiled(step, [z])(other)
+    torch.testing.assert_close(list(found), list(step(other)), equal_nan=True)
+
+
+def test_without_a_finite_draw_the_loss_is_not_finite():
+    for estimator in ESTIMATORS.values():
+        loss, _ = estimator(
+            affine_flow(torch.zeros(1), torch.zeros(1))(), lambda x: x.sum(-1) - math.inf, torch.ones(4, 1).double()
+        )
+        assert not loss.isfinite()
