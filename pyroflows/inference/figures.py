@@ -20,9 +20,9 @@ MAX_SD_CHANGE = 0.1
 MAX_WIDENING = 0.3**-0.5
 # If the weights move a mean by more standard deviations than this, they cannot be trusted to correct it.
 MAX_CORRECTION = 1.0
-# k-hat is clearly above its threshold by two standard errors. It is clearly below by three, and where it is not, the
+# k-hat is clearly above its threshold by two standard errors. It is clearly below by four, and where it is not, the
 # share of the posterior that the draws do not see is measured.
-CLEARLY_ABOVE, CLEARLY_BELOW = 2.0, 3.0
+CLEARLY_ABOVE, CLEARLY_BELOW = 2.0, 4.0
 # Draws do not see what lies some five standard deviations away. A share of this size there changes an sd by about a
 # twentieth, so that a smaller one does not matter, whatever k-hat is.
 MAX_UNSEEN_SHARE = 0.005
