@@ -11,12 +11,12 @@ autoregressive layers the same arithmetic dimension by dimension.
 
 A draw leaves the estimate if its log weight, or its gradient, is not finite. Let the density p be zero outside of a set
 A, as behind a hard constraint. The loss is then that of the flow cut to A, :math:`q_A = q / q(A)`, whose ELBO is the
-mean log weight of the draws in A plus :math:`\log q(A)`. But draws in A say nothing of the mass that a flow loses over
-the edge: "path" alone would vanish wherever q has the shape of p on A, however little of q lies there. So "path" and
-"dreg" add the gradient of :math:`\log q(A)`, :math:`E_{q_A}[\nabla_\phi \log q_\phi(x)]`, times a price: a draw outside
-counts as one nat worse than the worst draw in A. "vargrad" gives it a log weight of that size. Where all draws are in A,
-nothing is added. "total" and "iwae" have no score with which to do this, and let a flow drift out of A; "dreg", "path"
-and "vargrad" are for models with hard constraints.
+mean log weight of the draws in A plus :math:`\log q(A)`. But the gradients at draws in A do not show the mass that a
+flow loses over the edge: "path" alone would vanish wherever q has the shape of p on A, however little of q lies there.
+So "path" and "dreg" add the gradient of :math:`\log q(A)`, :math:`E_{q_A}[\nabla_\phi \log q_\phi(x)]`, times a price:
+a draw outside counts as one nat worse than the worst draw in A. "vargrad" gives it a log weight of that size. Where all
+draws are in A, nothing is added. "total" and "iwae" have no score with which to do this, and let a flow drift out of A:
+use one of the other three for a model with hard constraints.
 """
 
 import math

@@ -15,7 +15,9 @@ class ReverseKL(Objective):
 
     The ELBO is the log evidence, the logarithm of the integral of p, minus the reverse KL divergence from q to the
     normalised p. A step records ``elbo``, the mean of the log weights :math:`\log p(x) - \log q(x)` in nats, and
-    ``log_weight_variance``, their variance in squared nats.
+    ``log_weight_variance``, their variance in squared nats. A draw at which p or its gradient is not finite leaves its
+    step, see :mod:`pyroflows.fitting.estimators`. Both figures are then those of the other draws, and the logarithm of
+    the share of these is added to the ELBO.
 
     Args:
         flow: the flow q.

@@ -284,7 +284,7 @@ class Posterior(Approximation):
 
     @property
     def elbo(self) -> float:
-        """Evidence lower bound in nats, the mean log weight; -inf if the model's density is zero at some of the draws."""
+        """Evidence lower bound in nats, the mean log weight; -inf if the model's density is zero at some draws."""
         return self._diagnostics.raw_log_weights.double().mean().item()
 
     @property

@@ -320,8 +320,8 @@ def test_draws_outside_have_a_price(name):
         return torch.where(x[..., 0] > 0, normal.log_prob(x[..., 0]), -math.inf)
 
     draws = torch.stack([gradient(name, flow, half, 64) for _ in range(200)])
-    # The mean of the flow is the first parameter. At a price of one nat, the share grows by phi(0) / q(A) = 2 phi(0); the
-    # covariance of "vargrad" has it times q(A).
+    # The mean of the flow is the first parameter. The logarithm of the share grows by phi(0) / q(A) = 2 phi(0), at a
+    # price of one nat; the covariance of "vargrad" has it times q(A).
     expected = -2 * normal.log_prob(torch.zeros(())).exp() * (0.5 if name == "vargrad" else 1.0)
     assert_mean(draws[:, :1], expected)
 

@@ -133,7 +133,7 @@ CASES = {
 }
 
 
-SLOW = ("root", "corner", "residual", "uniform")
+SLOW = ("nan", "root", "corner", "residual", "uniform", "pareto")
 
 
 @pytest.mark.parametrize(
