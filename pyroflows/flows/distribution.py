@@ -79,6 +79,8 @@ class FlowDistribution(TransformedDistribution):
         """The layers from base to data, at the context; their log-determinants are those that :meth:`log_prob` uses."""
         transform = self._scoring_transform()
         layers = transform.layers if isinstance(transform, Compose) else [transform]
+        if self.context is None:
+            return list(layers)
         return [layer.condition(self.context) if layer.context_dim else layer for layer in layers]
 
     @property

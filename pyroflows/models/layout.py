@@ -31,34 +31,34 @@ class Block:
 class Layout:
     r"""Maps the latents of a model to one unconstrained vector, and back.
 
-        The value of each site is mapped to the reals by the bijection of its support and flattened; the sites follow one
-        another in the order of the model. Nothing else in the package depends on this order.
+    The value of each site is mapped to the reals by the bijection of its support and flattened; the sites follow one
+    another in the order of the model. Nothing else in the package depends on this order.
 
-        Args:
-            structure: the structure of a model that :func:`pyroflows.models.requirements.require_flow` accepts.
+    Args:
+        structure: the structure of a model that :func:`pyroflows.models.requirements.require_flow` accepts.
 
-        Attributes:
-            structure: the structure of the model.
-            dim: the size of the vector.
-            dtype: the dtype of the vector.
-            blocks: the blocks of the vector, so far a single one with all latents.
-            slices: the entries of each latent in the vector, by site.
+    Attributes:
+        structure: the structure of the model.
+        dim: the size of the vector.
+        dtype: the dtype of the vector.
+        blocks: the blocks of the vector, so far a single one with all latents.
+        slices: the entries of each latent in the vector, by site.
 
-        Shapes:
-            Vectors are ``(*batch, dim)``, and values ``(*batch, *site shape)``.
+    Shapes:
+        Vectors are ``(*batch, dim)``, and values ``(*batch, *site shape)``.
 
-        Example:
-            >>> from pyroflows.models.bijections import Bijection
-    from pyroflows.models.structure import describe
-            >>> def model():
-            ...     pyro.sample("scale", dist.HalfNormal(1.0))
-            ...     pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
-            >>> layout = Layout(describe(model, (), {}))
-            >>> layout.slices
-            {'scale': slice(0, 1, None), 'weights': slice(1, 3, None)}
-            >>> values, ladj = layout.constrain(torch.zeros(7, 3))
-            >>> values["weights"].shape, ladj.shape
-            (torch.Size([7, 3]), torch.Size([7]))
+    Example:
+        >>> from pyroflows.models.bijections import Bijection
+from pyroflows.models.structure import describe
+        >>> def model():
+        ...     pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        >>> layout = Layout(describe(model, (), {}))
+        >>> layout.slices
+        {'scale': slice(0, 1, None), 'weights': slice(1, 3, None)}
+        >>> values, ladj = layout.constrain(torch.zeros(7, 3))
+        >>> values["weights"].shape, ladj.shape
+        (torch.Size([7, 3]), torch.Size([7]))
     """
 
     def __init__(self, structure: ModelStructure) -> None:
@@ -81,22 +81,22 @@ class Layout:
     def constrain(self, vector: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         r"""Map an unconstrained vector u to the values x of the latents.
 
-                Args:
-                    vector: u, ``(*batch, dim)``.
+        Args:
+            vector: u, ``(*batch, dim)``.
 
-                Returns:
-                    The values ``(*batch, *site shape)`` by site, and :math:`\log|\det \partial x / \partial u|` of all
-                    sites together, ``(*batch,)``. Where x has fewer free entries than entries, as on a simplex, the determinant
-                    is that of the free ones.
+        Returns:
+            The values ``(*batch, *site shape)`` by site, and :math:`\log|\det \partial x / \partial u|` of all
+            sites together, ``(*batch,)``. Where x has fewer free entries than entries, as on a simplex, the determinant
+            is that of the free ones.
 
-                Example:
-                    >>> from pyroflows.models.bijections import Bijection
-        from pyroflows.models.structure import describe
-                    >>> def model():
-                    ...     pyro.sample("scale", dist.HalfNormal(1.0))
-                    >>> values, ladj = Layout(describe(model, (), {})).constrain(torch.tensor([[0.0], [1.0]]))
-                    >>> values["scale"], ladj
-                    (tensor([1.0000, 2.7183]), tensor([0., 1.]))
+        Example:
+            >>> from pyroflows.models.bijections import Bijection
+from pyroflows.models.structure import describe
+            >>> def model():
+            ...     pyro.sample("scale", dist.HalfNormal(1.0))
+            >>> values, ladj = Layout(describe(model, (), {})).constrain(torch.tensor([[0.0], [1.0]]))
+            >>> values["scale"], ladj
+            (tensor([1.0000, 2.7183]), tensor([0., 1.]))
         """
         batch_shape = vector.shape[:-1]
         values = {}
