@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MADE, MLP, CausalConv, Parameters
+from pyroflows.nets import MADE, MLP, CausalConv, Parameters, ScaledMLP
 from pyroflows.transforms import Autoregressive, Elementwise
 from pyroflows.transforms.univariate import Affine
 from tests.transforms.registry import perturb
@@ -324,14 +324,14 @@ def test_a_step_of_adam_moves_a_scaled_mlp_alike_at_any_width(seed):
         optimiser.step()
         return net(x).abs().mean()
 
-    assert 0.5 < moved(nets.ScaledMLP, 512) / moved(nets.ScaledMLP, 32) < 2
-    assert moved(nets.MLP, 512) / moved(nets.MLP, 32) > 6
+    assert 0.5 < moved(ScaledMLP, 512) / moved(ScaledMLP, 32) < 2
+    assert moved(MLP, 512) / moved(MLP, 32) > 6
 
 
 def test_a_scaled_mlp_starts_where_an_mlp_does():
     """The same seed gives hidden layers with the same values; the output layers are zero, here they are set."""
     x, found = torch.randn(5, 3), []
-    for kind, factor in ((nets.MLP, 1), (nets.ScaledMLP, 2 / 16)):
+    for kind, factor in ((MLP, 1), (ScaledMLP, 2 / 16)):
         torch.manual_seed(0)
         net = kind(3, 4, (16, 16))
         torch.nn.init.ones_(net[-1].weight)

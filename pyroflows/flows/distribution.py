@@ -79,10 +79,9 @@ class FlowDistribution(TransformedDistribution):
         """The layers from base to data, at the context; their log-determinants are those that :meth:`log_prob` uses."""
         transform = self._scoring_transform()
         layers = transform.layers if isinstance(transform, Compose) else [transform]
-        return [
-            layer if self.context is None or not layer.context_dim else layer.condition(self.context)
-            for layer in layers
-        ]
+        if self.context is None:
+            return list(layers)
+        return [layer.condition(self.context) if layer.context_dim else layer for layer in layers]
 
     @property
     def has_rsample(self) -> bool:

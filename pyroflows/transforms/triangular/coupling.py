@@ -34,9 +34,10 @@ class Coupling(FlowTransform):
         mask: one boolean for each index of the masked axis, true for those that pass, see
             :mod:`pyroflows.transforms.masks`; None lets the first half pass, which is nothing if there is one index.
         conditioner: "mlp", "scaled_mlp", "residual", or a factory that is called as
-            ``factory(in_dim, out_dim, hidden_dims)``. Its module maps :math:`z_A` and the context, one after the other along the masked axis, to the parameters. If
-            there is neither, each element has parameters of its own, without a network. The named networks act along
-            the masked axis and treat all places of the other axes alike, as 1 x 1 convolutions do.
+            ``factory(in_dim, out_dim, hidden_dims)``. Its module maps :math:`z_A` and the context, one after the other
+            along the masked axis, to the parameters. If there is neither, each element has parameters of its own,
+            without a network. The named networks act along the masked axis and treat all places of the other axes
+            alike, as 1 x 1 convolutions do.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context vector c, 0 for none; the conditioner sees it at all places.
         axis: the masked axis of the event.
