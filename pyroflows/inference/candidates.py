@@ -114,4 +114,5 @@ def is_enough(gaussian: FittedCandidate) -> bool:
 def _log_evidence(law: Law, log_joint: LogJoint) -> Tensor:
     """Estimate, by importance sampling, the log evidence of the part of the posterior that a law covers."""
     x, log_q = law.rsample_and_log_prob((NUM_EVIDENCE_DRAWS,))
-    return torch.logsumexp(log_joint.in_chunks(x) - log_q, 0)
+    log_weights = log_joint.in_chunks(x) - log_q
+    return torch.logsumexp(log_weights.where(log_weights.isfinite(), -torch.inf), 0)

@@ -79,11 +79,10 @@ class LogJoint:
 
     @torch.no_grad()
     def in_chunks(self, vectors: Tensor) -> Tensor:
-        """The log joint of any number of vectors, without gradients; -inf where it is NaN or a matrix is singular."""
+        """The log joint of any number of vectors, without gradients; NaN or -inf where a matrix is singular."""
 
         def function(part: Tensor) -> tuple[Tensor]:
-            value = self(part)
-            return (value.where(~value.isnan(), -torch.inf),)
+            return (self(part),)
 
         return torch.cat([_row_by_row(function, part)[0] for part in vectors.split(self.batched.chunk_size)])
 
