@@ -19,12 +19,13 @@ from pyroflows.guides import AutoFlow
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.arguments import usable_arguments
-from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel, SiteValues
+from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.bijections import declared_bijection
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.masks import CountLeftOut, entry_mask, to_rank
 from pyroflows.models.requirements import describe_for_flow, require_full_plates
+from pyroflows.models.run import SiteValues
 from pyroflows.models.structure import Model, ModelStructure, in_dtype
 from pyroflows.models.supports import has_declared_support
 

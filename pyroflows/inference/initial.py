@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import FlowError, ModelError
-from pyroflows.models.batching import run_once
 from pyroflows.models.layout import Layout
+from pyroflows.models.run import run_once
 from pyroflows.models.structure import Model, trace_model
 from pyroflows.randomness import seeded
 

@@ -4,7 +4,8 @@ import warnings
 
 from torch import Tensor
 
-from pyroflows.models.batching import BatchedModel, SiteValues
+from pyroflows.models.batching import BatchedModel
+from pyroflows.models.run import SiteValues
 from pyroflows.models.structure import ModelStructure
 
 

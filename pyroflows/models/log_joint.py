@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
 from pyroflows.compiling.singular import is_singular
-from pyroflows.models.batching import BatchedModel, SiteValues
+from pyroflows.models.batching import BatchedModel
 from pyroflows.models.layout import Layout
+from pyroflows.models.run import SiteValues
 from pyroflows.models.structure import Model
 
 # Vectors (S, D) -> log densities (S,) and gradients (S, D), both without autograd history.

@@ -1,0 +1,173 @@
+"""One run of a model, with values given to its sites, as the values and log-densities of all sites."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyroflows.errors import FlowError, ModelError
+from pyroflows.models.edges import Logs, log_density
+from pyroflows.models.inside import inside_support
+from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
+from pyroflows.models.observations import observe_tensor
+from pyroflows.models.structure import Model, follows_from_others
+from pyroflows.randomness import seeded
+
+SiteValues = Mapping[str, Tensor]
+LogsBySite = Mapping[str, Logs]
+
+
+@dataclass
+class RunRecord:
+    """The values and log-densities of all sites in one run, or in a batch of runs along the first dimension.
+
+    Args:
+        values: values by site, ``pyro.deterministic`` included.
+        log_probs: log-densities by site, ``pyro.factor`` included, scaled and masked, in the batch shape of the site.
+    """
+
+    values: dict[str, Tensor]
+    log_probs: dict[str, Tensor]
+
+
+def run_once(model: Model, args: Any, kwargs: Any, values: SiteValues) -> RunRecord:
+    """Run a model once at given values of its latents, with validation and gradients.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        values: values by latent site.
+
+    Raises:
+        ValueError: if validation fails; if it fails at the value of a site, the message names the site.
+    """
+    with RunHandler(RunOptions(), values, {}, {}, {}, single=True) as handler:
+        try:
+            model(*args, **kwargs)
+        except ValueError as error:
+            if handler.scored is None or isinstance(error, FlowError):
+                raise
+            raise ValueError(f"at site '{handler.scored}': {error}") from error
+    return handler.record
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What all runs of a batched model have in common.
+
+    Args:
+        draw: whether every site without a given value is drawn, observed sites included.
+        zero_outside_support: whether a given value outside of its support has log-density -inf.
+        is_scaled: whether ``poutine.scale`` counts.
+        fillers: values in place of masked NaN, by observed site; the first run, which is a single one, draws them.
+    """
+
+    draw: bool = False
+    zero_outside_support: bool = False
+    is_scaled: bool = True
+    fillers: dict[str, Tensor] = field(default_factory=dict)
+
+
+class RunHandler(Messenger):
+    """An effect handler that gives sites their values, and records values and log-densities.
+
+    Args:
+        options: what all runs of a model have in common.
+        values: values by site.
+        subsample: row indices by subsampled plate; other plates draw theirs.
+        logs: the logarithms of the values' distances from the edges of their supports, by site whose log-density is
+            computed from them.
+        kept: which entries of a given value are taken, by site; the others are drawn from the site's distribution.
+        single: whether this is a run for one draw outside of a batch, which checks the shapes of values.
+
+    Attributes:
+        record: the values and log-densities of the sites so far.
+        event_dims: the number of event dimensions, by site that can be given a value.
+        rows: the indices that were drawn, by subsampled plate.
+        max_plate_nesting: the largest number of batch dimensions of a site.
+        scored: the site whose log-density is being computed; None between sites.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        values: SiteValues,
+        subsample: SiteValues,
+        logs: LogsBySite,
+        kept: SiteValues,
+        single: bool,
+    ) -> None:
+        super().__init__()
+        self._options = options
+        self._values, self._subsample, self._logs, self._kept, self._single = values, subsample, logs, kept, single
+        self.record = RunRecord({}, {})
+        self.event_dims: dict[str, int] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.max_plate_nesting = 0
+        self.scored: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        observe_tensor(msg)
+        if name in self._values:
+            msg["value"] = self._values[name]
+            if self._single and msg["value"].shape != fn.shape():
+                raise ModelError(
+                    f"site '{name}' has shape {tuple(fn.shape())} with these arguments, but its draws have shape "
+                    f"{tuple(msg['value'].shape)}: latents that are local to rows of the data cannot serve other rows"
+                )
+            if name in self._kept:
+                msg["value"] = drawn_where_left_out(fn, msg["value"], self._kept[name])
+        elif name in self._subsample and msg["value"] is None:
+            msg["value"] = self._subsample[name]
+        elif self._options.draw:
+            if not _is_fixed(msg) and type(fn).__name__ != "_Subsample":
+                # A call of fn would use rsample, which in many distributions fills tensors in place; vmap refuses that.
+                msg["is_observed"], msg["value"] = False, fn.sample()
+        elif not msg["is_observed"] and type(fn).__name__ != "_Subsample":
+            raise ModelError(
+                f"the model has dynamic structure: site '{name}' is neither observed nor a latent of the model's first "
+                "run; a flow needs the same sites in every run"
+            )
+        elif msg["is_observed"] and not _is_fixed(msg):
+            if self._single and may_hide_nan(msg):
+                # Other runs take the same numbers, since drawing costs time, and not every distribution can under vmap.
+                with seeded(0):
+                    self._options.fillers[name] = draw_like(fn, msg["value"])
+            if name in self._options.fillers:
+                msg["value"] = without_masked_nan(msg, self._options.fillers[name])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if type(fn).__name__ == "_Subsample":
+            self.rows[name] = msg["value"]
+            return
+        self.max_plate_nesting = max([self.max_plate_nesting, len(fn.batch_shape)])
+        if not isinstance(fn, dist.Unit):
+            self.record.values[name] = torch.as_tensor(msg["value"])
+        if not _is_fixed(msg):
+            self.event_dims[name] = fn.event_dim
+        if not msg["infer"].get("_deterministic"):
+            self.scored = name
+            if name in self._logs:
+                log_prob = log_density(fn, self._logs[name])
+            else:
+                log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            self.scored = None
+            is_given = msg["is_observed"] or (self._options.zero_outside_support and name in self._values)
+            is_inside = inside_support(fn, torch.as_tensor(msg["value"])) if is_given else None
+            if is_inside is not None:
+                log_prob = torch.where(is_inside, log_prob, -torch.inf)
+            scale = msg["scale"] if self._options.is_scaled else 1.0
+            self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
+
+
+def _is_fixed(msg: Any) -> bool:
+    """Whether a site has no value of its own: factors, and sites that follow from others."""
+    return isinstance(msg["fn"], dist.Unit) or follows_from_others(msg)
