@@ -24,11 +24,13 @@ from pyroflows.flows.flow import as_flow
 from pyroflows.grad_mode import with_gradients
 from pyroflows.guides.neutra import ToDeclaredSpace
 from pyroflows.guides.state import FlowState
+from pyroflows.models.arguments import in_dtype
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout, constrain_site, unpack
 from pyroflows.models.masks import LeftOut
 from pyroflows.models.requirements import describe_for_flow, require_dtype
-from pyroflows.models.structure import InitFn, Model, ModelStructure, Site, in_dtype, latent_init
+from pyroflows.models.structure import ModelStructure, Site
+from pyroflows.models.tracing import InitFn, Model, latent_init
 from pyroflows.transforms import Compose, Elementwise, FlowTransform, Triangular
 from pyroflows.transforms.univariate import Affine
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pyroflows.flows import Recipe
 from pyroflows.guides.packed import AutoFlow
-from pyroflows.models.structure import Model
+from pyroflows.models.tracing import Model
 
 
 class AutoPlanar(AutoFlow):

@@ -15,13 +15,13 @@ from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import NOT_BUILT
 from pyroflows.inference.predictive import posterior_predictive
-from pyroflows.models.arguments import explain_failure, usable_arguments
+from pyroflows.models.arguments import explain_failure, in_dtype, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static, describe_for_flow, require_full_plates
-from pyroflows.models.structure import Model, in_dtype
+from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded
 
 

@@ -17,7 +17,8 @@ from pyroflows.models.arguments import usable_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.masks import to_rank
 from pyroflows.models.requirements import describe_for_flow
-from pyroflows.models.structure import Model, ModelStructure, Site
+from pyroflows.models.structure import ModelStructure, Site
+from pyroflows.models.tracing import Model
 
 Arrays = dict[str, np.ndarray]
 

@@ -17,8 +17,9 @@ from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.starts import Starts
-from pyroflows.models.arguments import usable_arguments
-from pyroflows.models.structure import Model, in_dtype, model_parameters
+from pyroflows.models.arguments import in_dtype, usable_arguments
+from pyroflows.models.structure import model_parameters
+from pyroflows.models.tracing import Model
 from pyroflows.training.history import History
 
 FORMAT = "pyroflows posterior 2"

@@ -18,7 +18,7 @@ from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.arguments import usable_arguments
+from pyroflows.models.arguments import in_dtype, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.bijections import declared_bijection
 from pyroflows.models.fixed_supports import require_fixed_supports
@@ -26,8 +26,9 @@ from pyroflows.models.layout import Layout
 from pyroflows.models.masks import CountLeftOut, entry_mask, to_rank
 from pyroflows.models.requirements import describe_for_flow, require_full_plates
 from pyroflows.models.run import SiteValues
-from pyroflows.models.structure import Model, ModelStructure, in_dtype
+from pyroflows.models.structure import ModelStructure
 from pyroflows.models.supports import has_declared_support
+from pyroflows.models.tracing import Model
 
 # The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
 BATCH_SIZE = 16_384

@@ -12,7 +12,7 @@ from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.layout import Layout
 from pyroflows.models.run import run_once
-from pyroflows.models.structure import Model, trace_model
+from pyroflows.models.tracing import Model, trace_model
 from pyroflows.randomness import seeded
 
 # As many points as Pyro's MCMC tries.

@@ -26,7 +26,8 @@ from pyroflows.inference.starts import Starts
 from pyroflows.inference.summary import summary_table
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import Model, model_parameters
+from pyroflows.models.structure import model_parameters
+from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 

@@ -11,7 +11,7 @@ from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.weights import Weights
-from pyroflows.models.structure import Model
+from pyroflows.models.tracing import Model
 
 NUM_CORRELATION_DRAWS = 4000
 PATIENCE = 5

@@ -16,7 +16,7 @@ from pyroflows.inference.pathfinder import Density, GaussianApproximation, as_ga
 from pyroflows.inference.symmetries import Symmetry, exchangeable_axes, find_symmetries, permutation
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.structure import Model, trace_model
+from pyroflows.models.tracing import Model, trace_model
 
 NUM_ROWS = 64
 # Further starts come in batches of these sizes, of fewer where their matrices would have more entries than this.

@@ -27,12 +27,13 @@ from pyroflows.inference.files import load
 from pyroflows.inference.initial import finite_center, require_finite
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.starts import find_start, further_points, starting_points
-from pyroflows.models.arguments import bound_arguments, usable_arguments
+from pyroflows.models.arguments import bound_arguments, in_dtype, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static, require_dtype, require_finite_gradient, require_proper
-from pyroflows.models.structure import InitFn, Model, describe, in_dtype, model_parameters
+from pyroflows.models.structure import describe, model_parameters
+from pyroflows.models.tracing import InitFn, Model
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 from pyroflows.training.loop import OptimizerLike, Trainer

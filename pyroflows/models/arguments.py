@@ -21,7 +21,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from pyroflows.errors import DataError, FlowError
 from pyroflows.models.masks import draw_like, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import TensorObservations, as_tensor, is_array, is_list, named_type
-from pyroflows.models.structure import Model, latent_init, trace_model
+from pyroflows.models.tracing import Model, latent_init, trace_model
 from pyroflows.randomness import seeded
 
 NUM_TRIALS = 2
@@ -145,6 +145,39 @@ def _map(function: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, A
     """Map the arguments, and what is inside of dictionaries and lists; a list of numbers is one thing."""
     mapped = [tree_map(function, value, is_leaf=is_list) for value in (*args, *kwargs.values())]
     return tuple(mapped[: len(args)]), dict(zip(kwargs, mapped[len(args) :], strict=True))
+
+
+def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
+    """Make a model run in another floating dtype.
+
+    Floating arguments are cast, and the dtype is torch's default while the model runs.
+
+    Args:
+        model: a Pyro model.
+        dtype: a floating dtype; None to give the model as it is.
+
+    Example:
+        >>> def model():
+        ...     return pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> in_dtype(model, torch.float64)().dtype
+        torch.float64
+    """
+    if dtype is None:
+        return model
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return model(*tree_map(cast, args), **tree_map(cast, kwargs))
+        finally:
+            torch.set_default_dtype(before)
+
+    run.__dict__["__wrapped__"] = model  # for the names of its arguments
+    return run
 
 
 def bound_arguments(model: Model, args: Any, kwargs: Any) -> dict[str, Any]:

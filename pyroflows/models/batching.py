@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from pyroflows.compiling.singular import nan_where_singular
 from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.run import LogsBySite, RunHandler, RunOptions, RunRecord, SiteValues
-from pyroflows.models.structure import Model
+from pyroflows.models.tracing import Model
 from pyroflows.randomness import random_state, seeded
 
 Mode = Literal["plate", "vmap", "loop"]

@@ -11,8 +11,9 @@ from torch.distributions.constraints import Constraint
 
 from pyroflows.errors import ModelError
 from pyroflows.models.bijections import bijection_of
-from pyroflows.models.structure import Model, ModelStructure, Site, describe
+from pyroflows.models.structure import ModelStructure, Site, describe
 from pyroflows.models.supports import bounds, simplified, support_of
+from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded
 
 # The unconstrained value of every entry in the second run: inside every support, and no value of special meaning.

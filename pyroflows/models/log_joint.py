@@ -12,7 +12,7 @@ from pyroflows.compiling.singular import is_singular
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.layout import Layout
 from pyroflows.models.run import SiteValues
-from pyroflows.models.structure import Model
+from pyroflows.models.tracing import Model
 
 # Vectors (S, D) -> log densities (S,) and gradients (S, D), both without autograd history.
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -20,9 +20,9 @@ from torch.distributions import Independent, biject_to
 
 from pyroflows.errors import ModelError
 from pyroflows.models.observations import TensorObservations
+from pyroflows.models.tracing import Model, latent_nodes, trace_model
 from pyroflows.randomness import seeded
 
-Model = Callable[..., Any]
 SiteValues = Mapping[str, Tensor]
 
 NUM_LOOKS = 5
@@ -243,9 +243,7 @@ def draw_like(fn: Any, value: Tensor) -> Tensor:
         return value
 
 
-def dependent_entries(
-    model: Model, args: Any, kwargs: Any, masks: Mapping[str, Tensor], run: Callable[..., Trace]
-) -> dict[str, Tensor]:
+def dependent_entries(model: Model, args: Any, kwargs: Any, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Find the entries of masked latents on which the log joint depends, with all its masks.
 
     The gradient tells them entry by entry, at draws of the prior. It does not see a dependence through a comparison;
@@ -256,7 +254,6 @@ def dependent_entries(
         args: its positional arguments.
         kwargs: its keyword arguments.
         masks: the masks of the latents that have one, by site.
-        run: runs a model with its arguments, and gives the trace.
 
     Returns:
         Booleans of the shape of the mask, by site; True everywhere if the model cannot run at draws of its prior, or if
@@ -272,7 +269,7 @@ def dependent_entries(
 
     try:
         with seeded(0), pyro.validation_enabled(False):
-            traces = [run(Drawn()(model), args, kwargs) for _ in range(NUM_LOOKS)]
+            traces = [trace_model(Drawn()(model), args, kwargs) for _ in range(NUM_LOOKS)]
         if not all(torch.equal(_mask_in(trace, name), mask) for trace in traces for name, mask in masks.items()):
             return everywhere
         first, *others = map(_latents, traces)
@@ -308,8 +305,4 @@ def _mask_in(trace: Trace, name: str) -> Tensor:
 
 
 def _latents(trace: Trace) -> dict[str, Tensor]:
-    return {name: node["value"] for name, node in trace.nodes.items() if _is_latent(node)}
-
-
-def _is_latent(node: Any) -> bool:
-    return node["type"] == "sample" and not node["is_observed"] and type(node["fn"]).__name__ != "_Subsample"
+    return {node["name"]: node["value"] for node in latent_nodes(trace)}

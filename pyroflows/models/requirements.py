@@ -12,7 +12,8 @@ from pyroflows.errors import DataError, FlowError, ModelError, OptionError
 from pyroflows.models.arguments import explain_failure, non_finite, require_finite
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.masks import require_same_mask
-from pyroflows.models.structure import InitFn, Model, ModelStructure, Site, describe_run
+from pyroflows.models.structure import ModelStructure, Site, describe_run
+from pyroflows.models.tracing import InitFn, Model
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 

@@ -15,7 +15,7 @@ from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.inside import inside_support
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import observe_tensor
-from pyroflows.models.structure import Model, follows_from_others
+from pyroflows.models.tracing import Model, follows_from_others
 from pyroflows.randomness import seeded
 
 SiteValues = Mapping[str, Tensor]

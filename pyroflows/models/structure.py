@@ -1,34 +1,22 @@
 """The structure of a Pyro model: what one run shows of its sites and plates, whether or not a flow can fit it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-import pyro
 import torch
 from pyro import distributions as dist
-from pyro import poutine
-from pyro.distributions.torch import Independent
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import biject_to, constraints
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.distributions import constraints
 
-from pyroflows.compiling.singular import is_singular, nan_where_singular
-from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.bijections import Bijection, bijection_of
 from pyroflows.models.masks import dependent_entries, entry_mask, innermost, to_rank
-from pyroflows.models.observations import TensorObservations
 from pyroflows.models.supports import simplified, support_of
+from pyroflows.models.tracing import InitFn, Model, follows_from_others, sample_nodes, trace_anywhere, trace_model
 from pyroflows.models.value_reads import ValueReads
-
-Model = Callable[..., Any]
-InitFn = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -192,11 +180,11 @@ def describe(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
 def describe_run(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> tuple[ModelStructure, Trace]:
     """Describe a model as :func:`describe` does, and also give the trace of the run."""
     with ValueReads() as reads:
-        trace = _traced_anywhere(model, args, kwargs, init_fn)
+        trace = trace_anywhere(model, args, kwargs, init_fn)
     structure = _structure_of(trace, reads.any)
     masks = {s.name: s.mask for s in structure.latents if s.mask is not None and not s.mask.all() and not s.is_discrete}
     if masks:
-        depends = dependent_entries(model, args, kwargs, masks, trace_model)
+        depends = dependent_entries(model, args, kwargs, masks)
         latents = [_with_kept(site, trace, depends.get(site.name)) for site in structure.latents]
         structure = replace(structure, latents=tuple(latents))
     return structure, trace
@@ -207,7 +195,7 @@ def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
     if site.mask is None or depends is None:
         return site
     # A block may hide the data of a model, and what depends on a site with it: then a mask of False is a flat prior.
-    has_data = any(node["is_observed"] and not follows_from_others(node) for node in _sample_nodes(trace))
+    has_data = any(node["is_observed"] and not follows_from_others(node) for node in sample_nodes(trace))
     if not site.mask.any() and not has_data:
         return site
     kept = site.mask | depends
@@ -218,63 +206,6 @@ def _with_kept(site: Site, trace: Trace, depends: Tensor | None) -> Site:
         is_flat=_is_improper(fn) or bool((kept & ~site.mask).any()),
         bijection=site.bijection and bijection_of(fn, site.shape, simplified(support_of(fn))),
     )
-
-
-def _traced_anywhere(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None) -> Trace:
-    """Trace a model also at values where its density is zero, so that validation or a factorisation fails."""
-    try:
-        return trace_model(model, args, kwargs, init_fn)
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, FlowError) or not (isinstance(error, ValueError) or is_singular(error)):
-            raise
-    with pyro.validation_enabled(False):
-        return nan_where_singular(trace_model, model, args, kwargs, init_fn)
-
-
-def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
-    """Run a model once without gradients and trace it, with latents from ``init_fn``, or drawn from their priors.
-
-    Handlers may replace or reshape sites, so shapes are those of the finished trace. ``poutine.reparam`` asks for the
-    value of a site before the plates around it have given the site its shape. Values that lack dimensions for this
-    reason are broadcast, and the model is run once more with them.
-
-    Raises:
-        ModelError: if a latent's initial value has another shape than its distribution, and cannot be broadcast.
-    """
-    with torch.no_grad():
-        trace = _run(InitMessenger(latent_init(init_fn or _drawn))(model), args, kwargs)
-        values = {node["name"]: _broadcast_value(node) for node in _latent_nodes(trace)}
-        if all(value.shape == trace.nodes[name]["value"].shape for name, value in values.items()):
-            return trace
-        for name, value in values.items():
-            trace.nodes[name]["value"] = value
-        return _run(poutine.replay(model, trace=trace), args, kwargs)
-
-
-def _run(model: Model, args: Any, kwargs: Any) -> Trace:
-    tracer = poutine.trace(model)
-    try:
-        with poutine.block(), TensorObservations():
-            return tracer.get_trace(*args, **kwargs)
-    except Exception:
-        # A value of a wrong shape fails where the model uses it, with an error that does not name the site.
-        for node in _latent_nodes(tracer.trace):
-            _broadcast_value(node)
-        raise
-
-
-def _broadcast_value(node: Any) -> Tensor:
-    value, shape = node["value"], node["fn"].shape()
-    if not _broadcasts_to(value.shape, shape):
-        raise ModelError(
-            f"the model has dynamic structure, or init_loc_fn is wrong: latent site '{node['name']}' has shape "
-            f"{tuple(value.shape)} in one run and {tuple(shape)} in another; a flow needs the same shapes in every run"
-        )
-    return value.expand(shape)
-
-
-def _broadcasts_to(shape: torch.Size, wider: torch.Size) -> bool:
-    return len(shape) <= len(wider) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(wider), strict=False))
 
 
 def model_parameters(
@@ -300,92 +231,10 @@ def model_parameters(
     return {name: value.unconstrained() if hasattr(value, "unconstrained") else value for name, value in values.items()}
 
 
-def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
-    """Make a model run in another floating dtype.
-
-    Floating arguments are cast, and the dtype is torch's default while the model runs.
-
-    Args:
-        model: a Pyro model.
-        dtype: a floating dtype; None to give the model as it is.
-
-    Example:
-        >>> def model():
-        ...     return pyro.sample("x", dist.Normal(0.0, 1.0))
-        >>> in_dtype(model, torch.float64)().dtype
-        torch.float64
-    """
-    if dtype is None:
-        return model
-
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return model(*tree_map(cast, args), **tree_map(cast, kwargs))
-        finally:
-            torch.set_default_dtype(before)
-
-    run.__dict__["__wrapped__"] = model  # for the names of its arguments
-    return run
-
-
-def latent_init(init_fn: InitFn) -> InitFn:
-    """Complete an init function of Pyro's, so that it gives a value at every site.
-
-    Pyro's init functions fail at priors without a sampler, such as ``dist.ImproperUniform``, and at supports without a
-    bijection to the reals. There the value is a feasible point, or else a draw, or else zero. Dimensions of size one
-    that a value has on the left of the site's own are dropped.
-
-    Args:
-        init_fn: an init function of Pyro's, such as ``init_to_median``.
-    """
-
-    def init(site: Any = None) -> Any:
-        # Pyro's init functions return a configured version of themselves when called without a site.
-        if site is None:
-            return init
-        # An init function may read values; only the model's own reads count.
-        with _disable_current_modes():
-            value = _initial_value(init_fn, site)
-        shape = site["fn"].shape()
-        num_extra = max(value.dim() - len(shape), 0)
-        return value.reshape(shape) if num_extra and value.shape == (1,) * num_extra + shape else value
-
-    return init
-
-
-def _initial_value(init_fn: InitFn, site: Any) -> Tensor:
-    for propose in (init_fn, _feasible, _drawn):
-        try:
-            return propose(site)
-        except NotImplementedError:
-            continue
-    return _not_chosen(torch.zeros(site["fn"].shape()))
-
-
-def _feasible(site: Any) -> Tensor:
-    transform = biject_to(site["fn"].support)
-    return _not_chosen(transform(torch.zeros(transform.inverse_shape(site["fn"].shape()))))
-
-
-def _drawn(site: Any) -> Tensor:
-    return _not_chosen(site["fn"].sample())
-
-
-def _not_chosen(value: Tensor) -> Tensor:
-    """Mark a value as none that a user chose, so that ``poutine.reparam`` replaces it without a warning."""
-    value._pyro_custom_init = False  # type: ignore[attr-defined]
-    return value
-
-
 def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
     latents, observed, factors, deterministic = [], [], [], []
     nesting = 0
-    for node in _sample_nodes(trace):
+    for node in sample_nodes(trace):
         frames = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
         nesting = max([nesting, len(node["fn"].batch_shape), *frames])
         site = _site(node)
@@ -414,29 +263,6 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
     )
 
 
-def follows_from_others(site: Any) -> bool:
-    """Whether the value of a Pyro site follows from other sites: ``pyro.deterministic``, and what handlers replace.
-
-    ``poutine.reparam`` turns a latent into an observed ``Delta`` at the value that it has computed.
-    """
-    fn = site["fn"]
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and isinstance(fn, dist.Delta))
-
-
-def _latent_nodes(trace: Trace) -> Iterator[Any]:
-    for node in _sample_nodes(trace):
-        if not node["is_observed"]:
-            yield node
-
-
-def _sample_nodes(trace: Trace) -> Iterator[Any]:
-    for node in trace.nodes.values():
-        if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample":
-            yield node
-
-
 def _plates(trace: Trace) -> dict[str, Plate]:
     """The plates by name: those around sites, even if their own statements are blocked, and those without sites."""
     plates = {
@@ -444,7 +270,7 @@ def _plates(trace: Trace) -> dict[str, Plate]:
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
     }
-    return plates | {plate.name: plate for node in _sample_nodes(trace) for plate in _stack(node)}
+    return plates | {plate.name: plate for node in sample_nodes(trace) for plate in _stack(node)}
 
 
 def _stack(node: Any) -> tuple[Plate, ...]:

@@ -13,11 +13,11 @@ from pyro import poutine
 from torch.distributions import constraints
 
 from pyroflows.errors import DataError
-from pyroflows.models.arguments import bound_arguments, non_finite, usable_arguments
+from pyroflows.models.arguments import bound_arguments, in_dtype, non_finite, usable_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.observations import as_tensor
 from pyroflows.models.requirements import describe_for_flow
-from pyroflows.models.structure import describe_run, in_dtype
+from pyroflows.models.structure import describe_run
 
 X, Y = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, -1.0, 2.0])
 NAN = torch.tensor([0.0, torch.nan, torch.nan])
@@ -387,3 +387,42 @@ def test_other_faults_are_not_blamed_on_arguments():
 
     with pytest.raises(RuntimeError, match="Multiple sample sites named 'slope'"):
         describe_for_flow(twice, (NAN, Y), {})
+
+
+# Other dtypes
+
+
+def test_in_dtype():
+    """Floating tensors in any argument are cast, and what the model makes of numbers is of the dtype too."""
+    seen = {}
+
+    def model(x, data, *, flag):
+        seen.update(x=x, data=data, flag=flag)
+        return pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    index = torch.arange(3)
+    run = in_dtype(model, torch.float64)
+    value = run(torch.zeros(2), {"a": [torch.ones(1), index], "b": "text"}, flag=True)
+    assert seen["x"].dtype == seen["data"]["a"][0].dtype == value.dtype == torch.float64
+    assert seen["data"]["a"][1] is index
+    assert seen["data"]["b"] == "text"
+    assert seen["flag"] is True
+
+
+def test_in_no_dtype_is_the_model_itself():
+    assert in_dtype(line, None) is line
+
+
+def test_in_dtype_restores_the_default():
+    def model():
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        in_dtype(model, torch.float64)()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_in_dtype_gradients_reach_the_arguments():
+    x = torch.ones(2, requires_grad=True)
+    in_dtype(lambda x: x.square().sum(), torch.float64)(x).backward()
+    torch.testing.assert_close(x.grad, torch.full((2,), 2.0))

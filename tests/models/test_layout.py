@@ -13,7 +13,8 @@ from pyro.infer.autoguide.guides import AutoContinuous
 
 from pyroflows.guides import AutoFlow
 from pyroflows.models.layout import Layout
-from pyroflows.models.structure import describe, latent_init
+from pyroflows.models.structure import describe
+from pyroflows.models.tracing import latent_init
 from tests.models.test_structure import DOUBLE, LATENTS, all_latents, everything
 
 

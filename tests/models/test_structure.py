@@ -10,12 +10,12 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import init_to_median, init_to_sample, init_to_value
+from pyro.infer.autoguide import init_to_median
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
-from pyroflows.models.structure import Plate, describe, in_dtype, latent_init, model_parameters, trace_model
+from pyroflows.models.structure import Plate, describe, model_parameters
 
 DOUBLE = torch.float64
 MASK = torch.tensor([True, False, True])
@@ -191,21 +191,6 @@ def test_pyro_module():
     module.weight = PyroSample(dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
     (site,) = describe(module, (torch.zeros(4, 3),), {}).latents
     assert (site.name, site.shape, site.event_dim) == ("weight", (2, 3), 2)
-
-
-def test_inspection_is_unseen():
-    """Neither handlers outside nor gradients notice that the model ran."""
-    with poutine.trace() as outer:
-        describe(everything, (), {})
-    assert not outer.trace.nodes
-    assert not trace_model(everything, (), {}).nodes["loc"]["value"].requires_grad
-
-
-def test_initial_values_are_used():
-    init = init_to_value(values={"loc": torch.tensor(3.0, dtype=DOUBLE)}, fallback=init_to_sample)
-    trace = trace_model(everything, (), {}, init)
-    assert trace.nodes["loc"]["value"] == 3
-    assert trace.nodes["double"]["value"] == 6
 
 
 def test_structure_is_copied_and_pickled(structure):
@@ -438,78 +423,6 @@ def test_flat_by_a_handler(mask):
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
     assert describe(model, (), {}).latents[0].is_flat is not mask
-
-
-# An initial value where there is nothing to draw from
-
-
-SUPPORTS = [constraints.real, constraints.positive, constraints.simplex, constraints.interval(-1.0, 3.0)]
-
-
-@pytest.mark.parametrize("support", SUPPORTS, ids=str)
-def test_latent_init(support):
-    event_shape = (3,) if support is constraints.simplex else ()
-    fn = dist.ImproperUniform(support, (2,), event_shape)
-    value = latent_init(init_to_sample)({"name": "x", "fn": fn})
-    assert value.shape == (2, *event_shape)
-    assert support.check(value).all()
-    assert (biject_to(support).inv(value).abs() < 1e-6).all()
-
-
-def test_feasible_leaves_proper_priors_alone():
-    site = {"name": "x", "fn": dist.Normal(5.0, 1e-3)}
-    assert latent_init(init_to_sample)(site).item() == pytest.approx(5.0, abs=0.01)
-
-
-def test_feasible_leaves_given_values_alone():
-    init = latent_init(init_to_value(values={"x": torch.tensor(4.0)}, fallback=init_to_sample))
-    improper = dist.ImproperUniform(constraints.positive, (), ())
-    assert init({"name": "x", "fn": improper}) == 4
-    assert init({"name": "z", "fn": improper}) == 1
-
-
-def test_feasible_without_a_site_is_itself():
-    init = latent_init(init_to_sample)
-    assert init() is init
-
-
-# Other dtypes
-
-
-def test_in_dtype():
-    """Floating tensors in any argument are cast, and what the model makes of numbers is of the dtype too."""
-    seen = {}
-
-    def model(x, data, *, flag):
-        seen.update(x=x, data=data, flag=flag)
-        return pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    index = torch.arange(3)
-    run = in_dtype(model, DOUBLE)
-    value = run(torch.zeros(2), {"a": [torch.ones(1), index], "b": "text"}, flag=True)
-    assert seen["x"].dtype == seen["data"]["a"][0].dtype == value.dtype == DOUBLE
-    assert seen["data"]["a"][1] is index
-    assert seen["data"]["b"] == "text"
-    assert seen["flag"] is True
-
-
-def test_in_no_dtype_is_the_model_itself():
-    assert in_dtype(everything, None) is everything
-
-
-def test_in_dtype_restores_the_default():
-    def model():
-        raise KeyError("stop")
-
-    with pytest.raises(KeyError):
-        in_dtype(model, DOUBLE)()
-    assert torch.get_default_dtype() == torch.float32
-
-
-def test_in_dtype_gradients_reach_the_arguments():
-    x = torch.ones(2, requires_grad=True)
-    in_dtype(lambda x: x.square().sum(), DOUBLE)(x).backward()
-    torch.testing.assert_close(x.grad, torch.full((2,), 2.0))
 
 
 # Parameters of a model

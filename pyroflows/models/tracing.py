@@ -1,0 +1,154 @@
+"""One run of a model as Pyro's trace, with initial values at which every site has a value."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pyroflows.compiling.singular import is_singular, nan_where_singular
+from pyroflows.errors import FlowError, ModelError
+from pyroflows.models.observations import TensorObservations
+
+Model = Callable[..., Any]
+InitFn = Callable[..., Any]
+
+
+def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None) -> Trace:
+    """Run a model once without gradients and trace it, with latents from ``init_fn``, or drawn from their priors.
+
+    Handlers may replace or reshape sites, so shapes are those of the finished trace. ``poutine.reparam`` asks for the
+    value of a site before the plates around it have given the site its shape. Values that lack dimensions for this
+    reason are broadcast, and the model is run once more with them.
+
+    Raises:
+        ModelError: if a latent's initial value has another shape than its distribution, and cannot be broadcast.
+    """
+    with torch.no_grad():
+        trace = _run(InitMessenger(latent_init(init_fn or _drawn))(model), args, kwargs)
+        values = {node["name"]: _broadcast_value(node) for node in latent_nodes(trace)}
+        if all(value.shape == trace.nodes[name]["value"].shape for name, value in values.items()):
+            return trace
+        for name, value in values.items():
+            trace.nodes[name]["value"] = value
+        return _run(poutine.replay(model, trace=trace), args, kwargs)
+
+
+def _run(model: Model, args: Any, kwargs: Any) -> Trace:
+    tracer = poutine.trace(model)
+    try:
+        with poutine.block(), TensorObservations():
+            return tracer.get_trace(*args, **kwargs)
+    except Exception:
+        # A value of a wrong shape fails where the model uses it, with an error that does not name the site.
+        for node in latent_nodes(tracer.trace):
+            _broadcast_value(node)
+        raise
+
+
+def _broadcast_value(node: Any) -> Tensor:
+    value, shape = node["value"], node["fn"].shape()
+    if not _broadcasts_to(value.shape, shape):
+        raise ModelError(
+            f"the model has dynamic structure, or init_loc_fn is wrong: latent site '{node['name']}' has shape "
+            f"{tuple(value.shape)} in one run and {tuple(shape)} in another; a flow needs the same shapes in every run"
+        )
+    return value.expand(shape)
+
+
+def _broadcasts_to(shape: torch.Size, wider: torch.Size) -> bool:
+    return len(shape) <= len(wider) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(wider), strict=False))
+
+
+def trace_anywhere(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None) -> Trace:
+    """Trace a model also at values where its density is zero, so that validation or a factorisation fails."""
+    try:
+        return trace_model(model, args, kwargs, init_fn)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, FlowError) or not (isinstance(error, ValueError) or is_singular(error)):
+            raise
+    with pyro.validation_enabled(False):
+        return nan_where_singular(trace_model, model, args, kwargs, init_fn)
+
+
+def latent_init(init_fn: InitFn) -> InitFn:
+    """Complete an init function of Pyro's, so that it gives a value at every site.
+
+    Pyro's init functions fail at priors without a sampler, such as ``dist.ImproperUniform``, and at supports without a
+    bijection to the reals. There the value is a feasible point, or else a draw, or else zero. Dimensions of size one
+    that a value has on the left of the site's own are dropped.
+
+    Args:
+        init_fn: an init function of Pyro's, such as ``init_to_median``.
+    """
+
+    def init(site: Any = None) -> Any:
+        # Pyro's init functions return a configured version of themselves when called without a site.
+        if site is None:
+            return init
+        # An init function may read values; only the model's own reads count.
+        with _disable_current_modes():
+            value = _initial_value(init_fn, site)
+        shape = site["fn"].shape()
+        num_extra = max(value.dim() - len(shape), 0)
+        return value.reshape(shape) if num_extra and value.shape == (1,) * num_extra + shape else value
+
+    return init
+
+
+def _initial_value(init_fn: InitFn, site: Any) -> Tensor:
+    for propose in (init_fn, _feasible, _drawn):
+        try:
+            return propose(site)
+        except NotImplementedError:
+            continue
+    return _not_chosen(torch.zeros(site["fn"].shape()))
+
+
+def _feasible(site: Any) -> Tensor:
+    transform = biject_to(site["fn"].support)
+    return _not_chosen(transform(torch.zeros(transform.inverse_shape(site["fn"].shape()))))
+
+
+def _drawn(site: Any) -> Tensor:
+    return _not_chosen(site["fn"].sample())
+
+
+def _not_chosen(value: Tensor) -> Tensor:
+    """Mark a value as none that a user chose, so that ``poutine.reparam`` replaces it without a warning."""
+    value._pyro_custom_init = False  # type: ignore[attr-defined]
+    return value
+
+
+def latent_nodes(trace: Trace) -> Iterator[Any]:
+    """Iterate over the nodes of the sites that are not observed, in the order of the model."""
+    for node in sample_nodes(trace):
+        if not node["is_observed"]:
+            yield node
+
+
+def sample_nodes(trace: Trace) -> Iterator[Any]:
+    """Iterate over the nodes of all sample sites, observed or not, without those that draw rows of plates."""
+    for node in trace.nodes.values():
+        if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample":
+            yield node
+
+
+def follows_from_others(site: Any) -> bool:
+    """Whether the value of a Pyro site follows from other sites: ``pyro.deterministic``, and what handlers replace.
+
+    ``poutine.reparam`` turns a latent into an observed ``Delta`` at the value that it has computed.
+    """
+    fn = site["fn"]
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and isinstance(fn, dist.Delta))
