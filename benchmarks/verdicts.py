@@ -30,7 +30,7 @@ import pyroflows as pf
 from benchmarks.posteriordb import reference
 from benchmarks.posteriordb.models import TARGETS
 from benchmarks.small_models import MODELS, simulated
-from pyroflows.inference.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
+from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.training.history import History
 
 NUM_DRAWS = 100_000

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyroflows.flows import Flow, Law, Mixture
 from pyroflows.guides.packed import FlowFn, flow_near
-from pyroflows.inference.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
-from pyroflows.inference.pathfinder import GaussianApproximation
-from pyroflows.inference.starts import Starts
+from pyroflows.inference.search.pathfinder import GaussianApproximation
+from pyroflows.inference.search.starts import Starts
+from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.training.history import History
 

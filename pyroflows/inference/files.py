@@ -16,7 +16,7 @@ from pyroflows.errors import CheckpointError, OptionError
 from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
-from pyroflows.inference.starts import Starts
+from pyroflows.inference.search.starts import Starts
 from pyroflows.models.arguments import in_dtype, usable_arguments
 from pyroflows.models.structure import model_parameters
 from pyroflows.models.tracing import Model

@@ -18,12 +18,12 @@ from pyroflows.inference import files, refit
 from pyroflows.inference.approximation import Approximation
 from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
-from pyroflows.inference.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.inference.export import arviz_data
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
-from pyroflows.inference.starts import Starts
+from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.summary import summary_table
+from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import model_parameters

@@ -21,12 +21,12 @@ from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
-from pyroflows.inference.circles import find_centers, require_no_flat_angles
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
-from pyroflows.inference.initial import finite_center, require_finite
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.starts import find_start, further_points, starting_points
+from pyroflows.inference.search.circles import find_centers, require_no_flat_angles
+from pyroflows.inference.search.initial import finite_center, require_finite
+from pyroflows.inference.search.starts import find_start, further_points, starting_points
 from pyroflows.models.arguments import bound_arguments, in_dtype, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
@@ -60,7 +60,7 @@ class FlowVI:
 
     The fit maximises :math:`\mathrm{ELBO} = E_q[\log p(x, y) - \log q(x)]` over the flow q in the unconstrained space,
     with several draws a step, for all of which the model runs once. It first searches for modes from as many starts as
-    it takes and fits a Gaussian at each, see :func:`pyroflows.inference.starts.find_start`. If the Gaussian is
+    it takes and fits a Gaussian at each, see :func:`pyroflows.inference.search.starts.find_start`. If the Gaussian is
     certainly good enough, it becomes the posterior; otherwise a flow starts at it. If there are separate modes, a
     Gaussian or a flow is fitted at each, and the posterior is their mixture, weighted by their evidences. If neither
     ``guide``, ``num_steps`` nor ``temper`` is given and the verdict is "do not use", a second flow with a Student-t

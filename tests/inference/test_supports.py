@@ -11,7 +11,7 @@ from torch.distributions import AffineTransform
 
 import pyroflows as pf
 from pyroflows.errors import DivergedError, ModelError
-from pyroflows.inference.circles import find_centers
+from pyroflows.inference.search.circles import find_centers
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe

@@ -9,8 +9,8 @@ from pyro import distributions as dist
 
 import pyroflows as pf
 from pyroflows.compiling.check import Compiler
-from pyroflows.inference.starts import MAX_MODES, find_start, further_points, starting_points
-from pyroflows.inference.symmetries import MAX_CANDIDATES, candidates, find_symmetries
+from pyroflows.inference.search.starts import MAX_MODES, find_start, further_points, starting_points
+from pyroflows.inference.search.symmetries import MAX_CANDIDATES, candidates, find_symmetries
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe

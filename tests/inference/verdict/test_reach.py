@@ -10,7 +10,7 @@ from scipy import stats
 from torch.distributions import constraints
 
 from pyroflows.flows import Flow, Gaussian, Mixture
-from pyroflows.inference.reach import ReachingDraws
+from pyroflows.inference.verdict.reach import ReachingDraws
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe

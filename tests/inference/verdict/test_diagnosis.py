@@ -14,9 +14,9 @@ from torch.distributions import constraints
 
 from pyroflows import FlowVI, Posterior
 from pyroflows.guides import AutoFlow
-from pyroflows.inference.diagnosis import DiagnosticDraws, Facts, diagnose, elbo_growth
-from pyroflows.inference.figures import Estimate, Figures, Unseen
-from pyroflows.inference.starts import Starts
+from pyroflows.inference.search.starts import Starts
+from pyroflows.inference.verdict.diagnosis import DiagnosticDraws, Facts, diagnose, elbo_growth
+from pyroflows.inference.verdict.figures import Estimate, Figures, Unseen
 from pyroflows.inference.weights import Weights
 from pyroflows.training.loop import History
 from pyroflows.transforms import Elementwise
@@ -365,7 +365,7 @@ def test_the_unseen_share_is_known_better_where_it_is_near_its_limit(monkeypatch
     posterior = Gaussian(1, sd=0.7).posterior
     first = DiagnosticDraws.first(posterior.guide.flow(), posterior.log_joint, 10_000)
     usual = first.unseen.share
-    monkeypatch.setattr("pyroflows.inference.figures.MAX_UNSEEN_SHARE", usual.value)
+    monkeypatch.setattr("pyroflows.inference.verdict.figures.MAX_UNSEEN_SHARE", usual.value)
     again = DiagnosticDraws.first(posterior.guide.flow(), posterior.log_joint, 10_000)
     assert again.unseen.share.se == pytest.approx(usual.se / 2, rel=0.1)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyroflows.flows import Flow, Law
-from pyroflows.inference.figures import CLEARLY_ABOVE, MAX_LOG_WEIGHT_VARIANCE, Figures, Unseen, Verdict, worst
-from pyroflows.inference.mismatch import helpful_forms, worst_sites
-from pyroflows.inference.reach import ReachingDraws
-from pyroflows.inference.starts import Starts
+from pyroflows.inference.search.starts import Starts
+from pyroflows.inference.verdict.figures import CLEARLY_ABOVE, MAX_LOG_WEIGHT_VARIANCE, Figures, Unseen, Verdict, worst
+from pyroflows.inference.verdict.mismatch import helpful_forms, worst_sites
+from pyroflows.inference.verdict.reach import ReachingDraws
 from pyroflows.inference.weights import Weights
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.randomness import seeded

@@ -13,11 +13,11 @@ from pyroflows import ModelError
 from pyroflows.compiling.check import Compiler
 from pyroflows.inference import starts as starts_module
 from pyroflows.inference.candidates import is_enough
-from pyroflows.inference.diagnosis import diagnose
-from pyroflows.inference.figures import Estimate, Figures, Unseen
-from pyroflows.inference.modes import Mode, ModeSearch, is_separate
-from pyroflows.inference.pathfinder import Approximation, Density
-from pyroflows.inference.starts import WIDE, Starts, find_start, further_points, starting_points
+from pyroflows.inference.search.modes import Mode, ModeSearch, is_separate
+from pyroflows.inference.search.pathfinder import Approximation, Density
+from pyroflows.inference.search.starts import WIDE, Starts, find_start, further_points, starting_points
+from pyroflows.inference.verdict.diagnosis import diagnose
+from pyroflows.inference.verdict.figures import Estimate, Figures, Unseen
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe

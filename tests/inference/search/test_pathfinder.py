@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyroflows.inference.pathfinder import Density, Search, pathfinder
+from pyroflows.inference.search.pathfinder import Density, Search, pathfinder
 
 NUM_ROWS = 64
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.inference.pathfinder import (
+from pyroflows.inference.search.pathfinder import (
     POOR_VARIANCE,
     Approximation,
     Density,
@@ -17,7 +17,7 @@ from pyroflows.inference.pathfinder import (
     reach,
     refine,
 )
-from pyroflows.inference.symmetries import Symmetry
+from pyroflows.inference.search.symmetries import Symmetry
 
 # Gaussians whose means are nearer than this many standard deviations of either describe the same mode.
 SEPARATION = 4.0

@@ -15,7 +15,7 @@ from torch.distributions import Independent, constraints
 
 from pyroflows.errors import InversionError
 from pyroflows.flows.mixture import MixtureDistribution
-from pyroflows.inference.figures import Estimate, Unseen
+from pyroflows.inference.verdict.figures import Estimate, Unseen
 from pyroflows.models.log_joint import LogJoint
 
 # A base value is stretched by this factor along one of its coordinates, or by 1 + 1 / sqrt(D) along all D of them. That

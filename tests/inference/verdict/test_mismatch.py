@@ -11,7 +11,7 @@ from pyro.infer.autoguide import init_to_median
 from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import constraints
 
-from pyroflows.inference.mismatch import helpful_forms, worst_sites
+from pyroflows.inference.verdict.mismatch import helpful_forms, worst_sites
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe
