@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyroflows.flows import Flow, Law, Mixture
 from pyroflows.guides.packed import FlowFn, flow_near
-from pyroflows.inference.search.pathfinder import GaussianApproximation
+from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.models.log_joint import LogJoint

@@ -7,16 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.inference.search.pathfinder import (
-    POOR_VARIANCE,
-    Approximation,
-    Density,
-    Search,
-    approximations,
-    look,
-    reach,
-    refine,
-)
+from pyroflows.inference.search.bfgs import Search
+from pyroflows.inference.search.density import Density
+from pyroflows.inference.search.gaussians import POOR_VARIANCE, Approximation, look, reach, refine
+from pyroflows.inference.search.pathfinder import approximations
 from pyroflows.inference.search.symmetries import Symmetry
 
 # Gaussians whose means are nearer than this many standard deviations of either describe the same mode.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import ModelError
+from pyroflows.inference.search.density import Density
+from pyroflows.inference.search.gaussians import GaussianApproximation, as_gaussian
 from pyroflows.inference.search.modes import Mode, ModeSearch
-from pyroflows.inference.search.pathfinder import Density, GaussianApproximation, as_gaussian
 from pyroflows.inference.search.symmetries import Symmetry, exchangeable_axes, find_symmetries, permutation
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint

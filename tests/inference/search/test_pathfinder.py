@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from pyroflows.inference.search.pathfinder import Density, Search, pathfinder
+from pyroflows.inference.search.bfgs import Search
+from pyroflows.inference.search.density import Density
+from pyroflows.inference.search.pathfinder import pathfinder
 
 NUM_ROWS = 64
 

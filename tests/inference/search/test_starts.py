@@ -11,10 +11,11 @@ from torch.distributions import constraints
 
 from pyroflows import ModelError
 from pyroflows.compiling.check import Compiler
-from pyroflows.inference import starts as starts_module
 from pyroflows.inference.candidates import is_enough
+from pyroflows.inference.search import starts as starts_module
+from pyroflows.inference.search.density import Density
+from pyroflows.inference.search.gaussians import Approximation
 from pyroflows.inference.search.modes import Mode, ModeSearch, is_separate
-from pyroflows.inference.search.pathfinder import Approximation, Density
 from pyroflows.inference.search.starts import WIDE, Starts, find_start, further_points, starting_points
 from pyroflows.inference.verdict.diagnosis import diagnose
 from pyroflows.inference.verdict.figures import Estimate, Figures, Unseen
