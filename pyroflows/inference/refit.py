@@ -12,6 +12,7 @@ from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.weights import Weights
 from pyroflows.models.tracing import Model
+from pyroflows.randomness import seeded
 
 NUM_CORRELATION_DRAWS = 4000
 PATIENCE = 5
@@ -31,10 +32,13 @@ def distilled_guide(
         options: options of :func:`pyroflows.distill`.
     """
     flow: Any = teacher.flow
-    with torch.no_grad():
-        draws = flow().sample((NUM_CORRELATION_DRAWS,))
-    guide = _guide_like(teacher, model, flow_fn)
-    return guide, distill(_start_near(guide, draws, torch.ones_like(draws[:, 0]), args, kwargs), flow, **options)
+    # The student starts at random too.
+    with seeded(options.get("seed")):
+        with torch.no_grad():
+            draws = flow().sample((NUM_CORRELATION_DRAWS,))
+        guide = _guide_like(teacher, model, flow_fn)
+        student = _start_near(guide, draws, torch.ones_like(draws[:, 0]), args, kwargs)
+    return guide, distill(student, flow, **options)
 
 
 def weighted_guide(

@@ -31,7 +31,7 @@ from pyroflows.models.arguments import bound_arguments, in_dtype, usable_argumen
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.requirements import check_static, require_dtype, require_finite_gradient, require_proper
+from pyroflows.models.requirements import check_static, require_dtype, require_proper
 from pyroflows.models.structure import describe, model_parameters
 from pyroflows.models.tracing import InitFn, Model
 from pyroflows.randomness import seeded
@@ -258,7 +258,6 @@ class FlowVI:
         if log_joint.batched.mode == "loop" and not layout.structure.reads_values:
             # Code that reads values through numpy goes unnoticed, but neither a plate nor vmap can run it.
             _check_static_around(layout, center, model, args, kwargs)
-        require_finite_gradient(log_joint, center, model, args, kwargs)
         require_proper(log_joint, center)
         return log_joint
 

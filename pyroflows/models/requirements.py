@@ -144,32 +144,6 @@ def check_static(structure: ModelStructure, other: ModelStructure) -> None:
         require_same_mask(name, site.kept, second[name].kept)
 
 
-def require_finite_gradient(log_joint: LogJoint, vector: Tensor, model: Model, args: Any, kwargs: Any) -> None:
-    """Raise if the log joint is finite but its gradient is not, and an argument holds NaN or infinite values.
-
-    Masked rows are the usual cause: the log-density there is left out, but its gradient is NaN times zero.
-
-    Args:
-        log_joint: the log joint of the model.
-        vector: an unconstrained vector ``(dim,)``.
-        model: the Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-
-    Raises:
-        DataError: if so; names argument and position.
-    """
-    found = non_finite(model, args, kwargs)
-    if found:
-        leaf = vector.detach()[None].requires_grad_()
-        (gradient,) = torch.autograd.grad(log_joint(leaf).sum(), leaf)
-        if not gradient.isfinite().all():
-            raise DataError(
-                f"{'; '.join(found)}, so that the gradient of the log joint is not finite, even where a mask hides "
-                "these rows: fill them with any finite number, for instance by x.nan_to_num()"
-            )
-
-
 def require_proper(log_joint: LogJoint, vector: Tensor) -> None:
     """Raise if a flat prior over an unbounded support leaves a posterior that cannot be normalised.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.singular import is_singular
-from pyroflows.errors import FlowError, ModelError
+from pyroflows.errors import DataError, FlowError, ModelError
+from pyroflows.models.arguments import non_finite
 from pyroflows.models.layout import Layout
 from pyroflows.models.run import run_once
 from pyroflows.models.tracing import Model, trace_model
@@ -41,6 +42,7 @@ def finite_center(model: Model, args: Any, kwargs: Any, layout: Layout, center: 
 
     Raises:
         ModelError: if there is no such point among all that are tried; names the site.
+        DataError: if there is none, and an argument holds NaN or infinite values; names argument and position.
     """
     log_joint = partial(_log_joint_at, model, args, kwargs, layout)
     try:
@@ -52,6 +54,11 @@ def finite_center(model: Model, args: Any, kwargs: Any, layout: Layout, center: 
             return _with_gradient(log_joint, point)
         except _NotFiniteError:
             continue
+    if found := non_finite(model, args, kwargs):
+        raise DataError(
+            f"{'; '.join(found)}, and the log joint is not finite at the initial values: {first_error}, even where a "
+            "mask hides these rows: fill them with any finite number, for instance by x.nan_to_num()"
+        )
     raise ModelError(
         f"the log joint is not finite at the initial values: {first_error}; nor is it at any of {NUM_TRIES} other "
         f"points. {ADVICE}; a narrower prior or dtype=torch.float64 may also help"

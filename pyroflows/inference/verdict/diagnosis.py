@@ -330,20 +330,19 @@ class DiagnosticDraws:
     def _facts(self, flow: Flow, history: History, starts: Starts | None) -> Facts:
         facts = Facts(
             elbo_growth=elbo_growth(history),
-            has_data=getattr(self.log_joint.structure, "has_data", True),
+            has_data=self.log_joint.structure.has_data,
             non_finite=self._non_finite_sites(),
+            shares_at_edges=self.log_joint.shares_at_edges(self.latents),
         )
-        if hasattr(self.log_joint, "shares_at_edges"):
-            facts = replace(facts, shares_at_edges=self.log_joint.shares_at_edges(self.latents))
         if starts is None:
             return facts
         # Modes that symmetries of the model map to each other may be too many to fit.
-        num_modes = max(len(starts.modes), getattr(starts, "num_equal", 1))
+        num_modes = max(len(starts.modes), starts.num_equal)
         return replace(
             facts,
             modes=str(starts),
             num_other_modes=num_modes - len(flow.components),
-            new_mode_probability=getattr(starts, "new_mode_probability", 0.0),
+            new_mode_probability=starts.new_mode_probability,
         )
 
     def _non_finite_sites(self) -> str:
