@@ -1,19 +1,15 @@
 """Variational inference by reverse KL, from a model to a posterior: a Gaussian where it is enough, else a flow."""
 
 import copy
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
-from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
-from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import DivergedError, OptionError
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
@@ -24,16 +20,13 @@ from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
 from pyroflows.inference.elbo import ModelELBO, Tempering
 from pyroflows.inference.files import load
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.search.circles import find_centers, require_no_flat_angles
-from pyroflows.inference.search.initial import finite_center, require_finite
+from pyroflows.inference.preparation import init_at, prepared
 from pyroflows.inference.search.starts import find_start, further_points, starting_points
-from pyroflows.models.arguments import bound_arguments, in_dtype, usable_arguments
-from pyroflows.models.batching import NUM_EXAMPLES
-from pyroflows.models.layout import Layout
+from pyroflows.models.arguments import in_dtype, usable_arguments
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.requirements import check_static, require_dtype, require_proper
+from pyroflows.models.requirements import require_dtype
 from pyroflows.models.structure import describe, model_parameters
-from pyroflows.models.tracing import InitFn, Model
+from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 from pyroflows.training.loop import OptimizerLike, Trainer
@@ -48,9 +41,6 @@ NUM_STARTS = 8
 MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
 # The inverse temperature rises to 1 over this many steps, where the fit itself decides on their number.
 NUM_TEMPERED_STEPS = 500
-# A model whose code reads values runs at this many others, within this time, to see whether its sites stay the same.
-NUM_LOOKS = 16
-MAX_SECONDS_OF_LOOKS = 0.5
 # A fit in float32 is repeated in float64 if more than this share of its draws lies on an edge of their support.
 MAX_SHARE_AT_EDGES, NUM_EDGE_DRAWS = 0.01, 1000
 
@@ -209,24 +199,13 @@ class FlowVI:
         args, kwargs = usable_arguments(in_dtype(self.model, guide.dtype), args, kwargs, guide.dtype)
         # A call of the guide would also put the flow's parameters into Pyro's store.
         guide._setup_prototype(*args, **kwargs)
-        assert guide.layout is not None
-        layout, model = guide.layout, in_dtype(self.model, guide.dtype)
-        if not layout.structure.has_data:
-            _warn_of_missing(model, args, kwargs)
-        center = guide._init_loc().to(guide.dtype or layout.dtype)
-        if isinstance(self.guide, AutoFlow):
-            require_finite(model, args, kwargs, layout, center)
-        else:
-            center = finite_center(model, args, kwargs, layout, center)
-        log_joint = self._log_joint(model, args, kwargs, layout, center)
-        require_no_flat_angles(log_joint, center)
-        if layout.centers and not isinstance(self.guide, AutoFlow):
-            log_joint, center = _cut_circles(guide, log_joint, center)
-            layout = log_joint.layout
-        own = list(model_parameters(layout.structure, model, args, kwargs, _init_at(layout, center)).values())
+        model, has_own_guide = in_dtype(self.model, guide.dtype), isinstance(self.guide, AutoFlow)
+        log_joint, center = prepared(model, guide, args, kwargs, self.compile, may_move=not has_own_guide)
+        layout = log_joint.layout
+        own = list(model_parameters(layout.structure, model, args, kwargs, init_at(layout, center)).values())
         train = partial(self._train, log_joint=log_joint, own=own)
         posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compile, log_joint=log_joint)
-        if isinstance(self.guide, AutoFlow):
+        if has_own_guide:
             return posterior(history=self._train_guide(guide, train))
         num_first = NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS
         num_first = min(num_first, self.num_starts or num_first)
@@ -246,20 +225,6 @@ class FlowVI:
             fitted, draws = fit(guide.flow_fn), None
         guide.hold(fitted.flow, fitted.candidate.flow_fn)
         return posterior(history=fitted.history, starts=found, draws=draws)
-
-    def _log_joint(self, model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor) -> LogJoint:
-        """Make the log joint, after checks that the latents are the same in all runs."""
-        if layout.structure.reads_values:
-            _check_static_around(layout, center, model, args, kwargs)
-        with seeded(0):
-            examples = center + 0.1 * torch.randn((NUM_EXAMPLES, layout.dim)).to(center)
-            examples[0] = center
-        log_joint = LogJoint(model, args, kwargs, layout, examples, Compiler(self.compile))
-        if log_joint.batched.mode == "loop" and not layout.structure.reads_values:
-            # Code that reads values through numpy goes unnoticed, but neither a plate nor vmap can run it.
-            _check_static_around(layout, center, model, args, kwargs)
-        require_proper(log_joint, center)
-        return log_joint
 
     def _train_guide(self, guide: AutoFlow, train: Callable[[Flow], History]) -> History:
         """Train a guide of the user's from its present state."""
@@ -372,33 +337,6 @@ def _explained(error: DivergedError, flow: Flow, log_joint: LogJoint) -> Diverge
     )
 
 
-def _init_at(layout: Layout, vector: Tensor) -> InitFn:
-    return init_to_value(values=layout.constrain(vector)[0])
-
-
-def _check_static_around(layout: Layout, center: Tensor, model: Model, args: Any, kwargs: Any) -> None:
-    """Raise if a model whose code reads values shows other latents at values around the center."""
-    end = time.perf_counter() + MAX_SECONDS_OF_LOOKS
-    with pyro.validation_enabled(False):
-        for _ in range(NUM_LOOKS):
-            init_fn = _init_at(layout, center + torch.randn_like(center))
-            try:
-                check_static(layout.structure, describe(model, args, kwargs, init_fn))
-            except RuntimeError as error:
-                if not is_singular(error):
-                    raise
-            if time.perf_counter() > end:
-                break
-
-
-def _cut_circles(guide: AutoFlow, log_joint: LogJoint, center: Tensor) -> tuple[LogJoint, Tensor]:
-    """Cut the circles of a guide where the log joint is low; give the log joint and the center in the new layout."""
-    values, _ = log_joint.layout.constrain(center)
-    guide.center_at(find_centers(log_joint, center))
-    assert guide.layout is not None
-    return log_joint.in_layout(guide.layout), guide.layout.unconstrain(values).to(center)
-
-
 def _describe_edges(posterior: Posterior) -> str | None:
     """Say how many draws lie on edges of their supports where that is too many; see ``LogJoint.shares_at_edges``."""
     with seeded(0):
@@ -411,14 +349,3 @@ def _describe_edges(posterior: Posterior) -> str | None:
     return (
         f"the fit in float32 has many draws on an edge of their support ({sites}), which it cannot tell from the edge"
     )
-
-
-def _warn_of_missing(model: Model, args: Any, kwargs: Any) -> None:
-    """Warn if nothing is observed, and an argument without a value may be the reason."""
-    missing = [name for name, value in bound_arguments(model, args, kwargs).items() if value is None]
-    if missing:
-        warnings.warn(
-            f"nothing is observed, so that the posterior is the prior: was argument '{missing[0]}' to be given? It is "
-            "None",
-            stacklevel=5,
-        )
