@@ -22,7 +22,7 @@ from pyroflows.inference.export import arviz_data
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.inference.search.starts import Starts
-from pyroflows.inference.summary import summary_table
+from pyroflows.inference.summary import default_names, summary_table
 from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.log_joint import LogJoint
@@ -333,7 +333,9 @@ class Posterior(Approximation):
         """
         with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
-        return summary_table(draws, self._summary_names() if var_names is None else var_names, self.structure.kept)
+        return summary_table(
+            draws, default_names(self.structure) if var_names is None else var_names, self.structure.kept
+        )
 
     def __repr__(self) -> str:
         table = self.summary().round(3).to_string(max_rows=60)
@@ -443,14 +445,3 @@ class Posterior(Approximation):
         """
         parameters = model_parameters(self.structure, self._model, self._args, self._kwargs, self._init_fn)
         files.save(self.guide, parameters, self.history, self.starts, path)
-
-    def _summary_names(self) -> list[str]:
-        structure = self.structure
-        local = {plate for site in structure.latents for plate in site.plate_names} | {None}
-        observed = {site.name for site in structure.observed}
-        deterministic = [
-            s.name
-            for s in structure.deterministic
-            if local.issuperset(s.plate_names) and f"{s.name}_observed" not in observed
-        ]
-        return [*(site.name for site in structure.latents), *deterministic]

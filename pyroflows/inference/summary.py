@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.models.structure import ModelStructure
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -40,3 +42,22 @@ def summary_table(
             label = f"{name}[{', '.join(map(str, index))}]" if index else name
             rows[label] = [component.mean(), component.std(ddof=1), *np.quantile(component, QUANTILES)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "sd", *(f"{q:.0%}" for q in QUANTILES)])
+
+
+def default_names(structure: ModelStructure) -> list[str]:
+    """The sites that a table shows by default.
+
+    Deterministic sites in plates without latents are left out, since they have a value for each observation, and so are
+    sites with ``obs_mask``, whose missing values are a latent's.
+
+    Args:
+        structure: the structure of the model.
+    """
+    local = {plate for site in structure.latents for plate in site.plate_names} | {None}
+    observed = {site.name for site in structure.observed}
+    deterministic = [
+        s.name
+        for s in structure.deterministic
+        if local.issuperset(s.plate_names) and f"{s.name}_observed" not in observed
+    ]
+    return [*(site.name for site in structure.latents), *deterministic]
