@@ -1,7 +1,7 @@
 """The flow guide, a Pyro ``AutoContinuous`` whose distribution over all latents is one flow."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,22 +12,20 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from pyro.params.param_store import param_with_module_name
 from pyro.poutine import Trace
-from pyro.util import ignore_jit_warnings
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.flow import as_flow
 from pyroflows.grad_mode import with_gradients
+from pyroflows.guides.left_out import with_left_out
 from pyroflows.guides.neutra import ToDeclaredSpace
+from pyroflows.guides.param_store import claim_parameters
 from pyroflows.guides.state import FlowState
 from pyroflows.models.arguments import in_dtype
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout, constrain_site, unpack
-from pyroflows.models.masks import LeftOut
 from pyroflows.models.requirements import describe_for_flow, require_dtype
 from pyroflows.models.structure import ModelStructure, Site
 from pyroflows.models.tracing import InitFn, Model, latent_init
@@ -38,10 +36,6 @@ FlowFn = Callable[[int], Any]
 
 NUM_QUANTILE_SAMPLES = 10_000
 NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model's arguments"
-
-# The parameters that guides have put into Pyro's store. Any other tensor there under a guide's name was loaded from a
-# file. Nothing else tells the two apart, since loaded tensors are parameters too, under the same names.
-_PARAMETERS: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
 
 
 def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
@@ -158,56 +152,22 @@ class AutoFlow(AutoContinuous):
         values, ladjs = {}, {}
         for site, unconstrained in self._unpacked(latent):
             values[site.name], ladjs[site.name] = constrain_site(site, unconstrained)
-        values = self._with_left_out(values, args, kwargs)
-        for site in self._built_layout().structure.latents:
+        structure = self._built_layout().structure
+        # A guide that was unpickled has no model, and leaves entries without a posterior at a constant.
+        if self.__dict__["_model"] is not None:
+            values = with_left_out(values, structure, self.model, args, kwargs)
+        for site in structure.latents:
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[site.name]:
                     stack.enter_context(plates[frame.name])
                 pyro.sample(site.name, _point_mass(site, values[site.name], ladjs[site.name]))
         return values
 
-    def _with_left_out(self, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
-        """Draw the entries of masked latents that have no posterior, given the rest, by a run of the model.
-
-        The run also shows whether the masks are those for which the guide was made. A guide that was unpickled has no
-        model, and leaves these entries at a constant.
-        """
-        structure = self._built_layout().structure
-        if self.__dict__["_model"] is None or all(site.mask is None for site in structure.latents):
-            return values
-        masks = {site.name: site.mask for site in structure.latents}
-        shapes = {site.name: site.shape for site in structure.latents}
-        left_out = LeftOut(values, masks, structure.kept, shapes)
-        # The guide's handlers must not see this run, whose draws carry no gradients.
-        with poutine.block(), left_out, pyro.validation_enabled(False), ignore_jit_warnings(), torch.no_grad():
-            self.model(*args, **kwargs)
-        return {
-            name: torch.where(structure.kept[name].to(value.device), value, left_out.values[name])
-            if name in structure.kept
-            else value
-            for name, value in values.items()
-        }
-
     def _claim_parameters(self) -> None:
-        """Put this guide's own parameters into Pyro's store under this guide's names.
-
-        ``pyro.module`` keeps a tensor that is already there under the same name, and a step of SVI would then train
-        that tensor instead. Either it belongs to another guide of this name, which puts it back when it is called, or
-        it was loaded from a file, and its value goes into this guide's parameter.
-        """
         flow = self._modules.get("flow")
-        if flow is None or pyro.settings.get("module_local_params"):
-            return
-        store = pyro.get_param_store()
-        for name, parameter in flow.named_parameters():
-            full_name = param_with_module_name(self._pyro_get_fullname("flow"), name)
-            if full_name in store and (stored := store[full_name].unconstrained()) is not parameter:
-                is_loaded = stored not in _PARAMETERS
-                if is_loaded and not self._holds_new_values and stored.shape == parameter.shape:
-                    parameter.data.copy_(stored.detach())
-                del store[full_name]
-            _PARAMETERS[parameter] = None
-        self._holds_new_values = False
+        if flow is not None and not pyro.settings.get("module_local_params"):
+            claim_parameters(self._pyro_get_fullname("flow"), flow, takes_loaded=not self._holds_new_values)
+            self._holds_new_values = False
 
     @with_gradients
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

@@ -112,45 +112,6 @@ class Drawn(Messenger):
             msg["value"] = transform(torch.randn(transform.inverse_shape(fn.shape())))
 
 
-class LeftOut(Messenger):
-    """An effect handler that gives latents their values, except for entries that are left out of the posterior.
-
-    Those entries are drawn from the distribution of their site. The handler raises if masks are not what they were.
-
-    Args:
-        values: values by site.
-        masks: masks by site, as :func:`entry_mask` gives them; None for a site without a mask.
-        kept: which entries of a given value are taken, by site with others too, broadcast from the right.
-        shapes: the shape of a site's value in one run, by site.
-
-    Attributes:
-        values: the values with the drawn entries, by site.
-
-    Raises:
-        ModelError: if a latent has another mask; names the site.
-    """
-
-    def __init__(
-        self,
-        values: SiteValues,
-        masks: Mapping[str, Tensor | None],
-        kept: SiteValues,
-        shapes: Mapping[str, torch.Size],
-    ) -> None:
-        super().__init__()
-        self.values = dict(values)
-        self._masks, self._kept, self._shapes = masks, kept, shapes
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if name not in self.values:
-            return
-        require_same_mask(name, self._masks[name], entry_mask(fn, msg["mask"], self._shapes[name]))
-        if name in self._kept:
-            self.values[name] = drawn_where_left_out(fn, self.values[name], self._kept[name])
-        msg["value"] = self.values[name]
-
-
 class CountLeftOut(Messenger):
     """An effect handler under which entries that are left out of the posterior have the density of their prior.
 
