@@ -18,7 +18,8 @@ from pyroflows.models.arguments import bound_arguments
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.requirements import check_static, require_proper
+from pyroflows.models.proper import require_proper
+from pyroflows.models.requirements import check_static
 from pyroflows.models.structure import describe
 from pyroflows.models.tracing import InitFn, Model
 from pyroflows.randomness import seeded
