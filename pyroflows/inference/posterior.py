@@ -325,7 +325,7 @@ class Posterior(Approximation):
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
         """Tabulate mean, standard deviation and quantiles of every component of uncorrected draws, with pandas.
 
-        Entries of masked latents that have no posterior are left out.
+        Entries of masked latents that have no posterior are left out. The mean of an angle is its mean direction.
 
         Args:
             var_names: sites to show; None for all, except deterministic sites in plates without latents, which have a
@@ -333,9 +333,8 @@ class Posterior(Approximation):
         """
         with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
-        return summary_table(
-            draws, default_names(self.structure) if var_names is None else var_names, self.structure.kept
-        )
+        names = default_names(self.structure) if var_names is None else var_names
+        return summary_table(draws, names, self.structure.kept, self.layout.centers)
 
     def __repr__(self) -> str:
         table = self.summary().round(3).to_string(max_rows=60)

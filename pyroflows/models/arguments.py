@@ -75,6 +75,13 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
                 f"argument '{name}' ({named_type(leaf)}) holds something else than numbers, with which the model fails "
                 f"({_first_line(failure)}): give it numbers, for instance codes for categories"
             ) from failure
+    for name, leaf in leaves:
+        if hasattr(leaf, "columns"):
+            raise DataError(
+                f"the model does not run with argument '{name}' ({named_type(leaf)}), nor with a tensor or a "
+                f"dictionary of columns in its place ({_first_line(failure)}): give it tensors, such as "
+                f"torch.tensor({name}['column'].to_numpy())"
+            ) from failure
     if any(is_array(leaf) for _, leaf in leaves):
         raise failure
     return args, kwargs

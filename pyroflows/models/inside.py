@@ -7,7 +7,7 @@ from pyro import distributions as dist
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
-from pyroflows.models.supports import is_real, support_of
+from pyroflows.models.supports import circle, is_real, support_of, without_events
 
 _TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
 
@@ -50,6 +50,24 @@ def inside_support(fn: Any, value: Tensor) -> Tensor | None:
             value = transform.inv(value)
         return inside_support(fn.base_dist, value)
     support = support_of(fn)
-    if support is None or support.is_discrete or support.event_dim or is_real(support):
+    # An angle may be given in any turn.
+    if support is None or support is circle or support.is_discrete or support.event_dim or is_real(support):
         return None
     return support.check(value)
+
+
+def inside_turn(fn: Any, value: Tensor) -> Tensor | None:
+    r"""Tell whether angles lie between :math:`-\pi` and :math:`\pi`, where each of them has its one value.
+
+    Args:
+        fn: a distribution.
+        value: a value of its shape, or of a batch of it.
+
+    Returns:
+        Booleans in the batch shape; None if the values are no angles.
+    """
+    support = support_of(fn)
+    if support is None or without_events(support) is not circle:
+        return None
+    inside = circle.check(value)
+    return inside.flatten(-fn.event_dim).all(-1) if fn.event_dim else inside

@@ -88,6 +88,32 @@ class LogJoint:
         return torch.cat([_row_by_row(function, part)[0] for part in vectors.split(self.batched.chunk_size)])
 
     @torch.no_grad()
+    def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor] | None:
+        """Draw vectors ``(S, dim)`` from the prior, and give their log-densities ``(S,)``.
+
+        Args:
+            num_draws: the number of draws; fewer are returned where a draw lies on an edge of its support.
+
+        Returns:
+            None where a prior is flat or has no sampler, or the model draws one by one.
+        """
+        latents = self.structure.latents
+        if self.batched.mode == "loop" or any(site.is_flat or site.kept is not None for site in latents):
+            return None
+        try:
+            prior = self.batched.drawing({}).unscaled()
+            if prior.mode == "loop":
+                return None
+            record = prior.in_chunks({}, num_draws)
+        except (NotImplementedError, ValueError):
+            return None
+        vectors = self.layout.unconstrain({site.name: record.values[site.name] for site in latents})
+        _, ladj = self.layout.constrain(vectors)
+        log_prior = ladj + sum(record.log_probs[site.name].reshape(num_draws, -1).sum(-1) for site in latents)
+        is_inside = vectors.isfinite().all(-1) & log_prior.isfinite()
+        return vectors[is_inside], log_prior[is_inside]
+
+    @torch.no_grad()
     def non_finite_sites(self, vectors: Tensor) -> dict[str, int]:
         """Count, by site, the vectors ``(S, dim)`` at which its log-density is not finite; other sites are left out."""
         values, _ = self.layout.constrain(vectors)

@@ -234,9 +234,10 @@ def _require_bijection(site: Site) -> None:
     if site.unconstrained_shape is None:
         way_out = "reparametrise it"
         if _is_sphere(site.support):
+            draw_it = "" if site.family == "ProjectedNormal" else "draw it as dist.ProjectedNormal, and "
             way_out = (
-                "draw it as dist.ProjectedNormal, and use poutine.reparam(model, config="
-                f"{{'{site.name}': ProjectedNormalReparam()}})"
+                f"{draw_it}use poutine.reparam(model, config={{'{site.name}': ProjectedNormalReparam()}}) of "
+                "pyro.infer.reparam"
             )
         raise ModelError(
             f"latent site '{site.name}' has support {site.support}, which has no bijection to the reals: {way_out}"

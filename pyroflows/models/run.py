@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroflows.errors import FlowError, ModelError
 from pyroflows.models.edges import Logs, log_density
-from pyroflows.models.inside import inside_support
+from pyroflows.models.inside import inside_support, inside_turn
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import observe_tensor
 from pyroflows.models.tracing import Model, follows_from_others
@@ -160,10 +160,13 @@ class RunHandler(Messenger):
             else:
                 log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
             self.scored = None
-            is_given = msg["is_observed"] or (self._options.zero_outside_support and name in self._values)
-            is_inside = inside_support(fn, torch.as_tensor(msg["value"])) if is_given else None
-            if is_inside is not None:
-                log_prob = torch.where(is_inside, log_prob, -torch.inf)
+            is_proposed = self._options.zero_outside_support and name in self._values
+            for is_inside in (
+                inside_support(fn, torch.as_tensor(msg["value"])) if msg["is_observed"] or is_proposed else None,
+                inside_turn(fn, msg["value"]) if is_proposed else None,
+            ):
+                if is_inside is not None:
+                    log_prob = torch.where(is_inside, log_prob, -torch.inf)
             scale = msg["scale"] if self._options.is_scaled else 1.0
             self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
 

@@ -12,6 +12,7 @@ from torch.distributions import AffineTransform
 import pyroflows as pf
 from pyroflows.errors import DivergedError, ModelError
 from pyroflows.inference.search.circles import find_centers
+from pyroflows.models.bijections import wrapped
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe
@@ -379,3 +380,25 @@ def test_dtype_and_guide_of_the_user_are_kept(monkeypatch):
     _diverging(monkeypatch, also_in_float64=True)
     with pytest.raises(DivergedError, match="in torch.float32"):
         _fit(simple, torch.tensor(1.0), dtype=torch.float32)
+
+
+def test_observed_angles_may_be_given_in_any_turn():
+    def wind(y):
+        mean = pyro.sample("mean", dist.VonMises(0.0, 0.1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.VonMises(mean, 2.0), obs=y)
+
+    y = torch.tensor([6.1, 0.2, 0.1, 6.2])
+    found = [pf.FlowVI(wind, seed=0, progress_bar=False).run(part).log_evidence for part in (y, wrapped(y))]
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_the_table_of_an_angle_is_around_its_mean_direction():
+    def wind():
+        pyro.sample("mean", dist.VonMises(3.0, 20.0))
+
+    row = pf.FlowVI(wind, seed=0, progress_bar=False).run().summary().loc["mean"]
+    # The sd of a von Mises law is about the root of the inverse concentration.
+    assert row["mean"] == pytest.approx(3.0, abs=0.01)
+    assert row["sd"] == pytest.approx(20**-0.5, rel=0.05)
+    assert row["5%"] < 3.0 < row["95%"]

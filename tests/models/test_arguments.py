@@ -426,3 +426,14 @@ def test_in_dtype_gradients_reach_the_arguments():
     x = torch.ones(2, requires_grad=True)
     in_dtype(lambda x: x.square().sum(), torch.float64)(x).backward()
     torch.testing.assert_close(x.grad, torch.full((2,), 2.0))
+
+
+def test_the_advice_for_a_table_that_the_model_measures():
+    def model(table):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(table)):
+            pyro.sample("y", dist.Normal(slope * table["x"], 1.0), obs=table["y"])
+
+    table = pd.DataFrame({"x": X.double().numpy(), "y": Y.double().numpy()})
+    with pytest.raises(DataError, match=r"argument 'table' \(DataFrame\).*give it tensors, such as torch.tensor"):
+        usable_arguments(model, (table,), {})

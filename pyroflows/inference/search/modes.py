@@ -107,7 +107,7 @@ class ModeSearch:
         Some of them will not count; their share is taken to be that of the starts so far, and a tenth.
         """
         once, total = self._hits
-        return ((once + 1) / probability - total) * (1.1 * self.num_starts / total)
+        return ((once + 1) / probability - total) * (1.1 * self.num_starts / max(total, 1))
 
     @property
     def _hits(self) -> tuple[int, int]:

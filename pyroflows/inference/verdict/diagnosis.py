@@ -10,8 +10,19 @@ from torch import Tensor
 
 from pyroflows.flows import Flow, Law
 from pyroflows.inference.search.starts import Starts
-from pyroflows.inference.verdict.figures import CLEARLY_ABOVE, MAX_LOG_WEIGHT_VARIANCE, Figures, Unseen, Verdict, worst
+from pyroflows.inference.verdict.figures import (
+    CLEARLY_ABOVE,
+    MAX_CORRECTABLE_SHARE,
+    MAX_LOG_WEIGHT_VARIANCE,
+    MAX_UNSEEN_SHARE,
+    Estimate,
+    Figures,
+    Unseen,
+    Verdict,
+    worst,
+)
 from pyroflows.inference.verdict.mismatch import helpful_forms, worst_sites
+from pyroflows.inference.verdict.prior import PriorDraws
 from pyroflows.inference.verdict.reach import ReachingDraws
 from pyroflows.inference.weights import Weights
 from pyroflows.models.log_joint import LogJoint
@@ -22,7 +33,9 @@ NUM_DIAGNOSTIC_SAMPLES = 10_000
 # Where figures that decide lie within so many standard errors of their limits, there are so many batches of draws.
 MIN_DISTANCE, NUM_BATCHES = 1.0, 4
 # Seeds of further draws, far from those of the first.
-SEED_OF_BATCHES, SEED_OF_REACH = 2**20, 2**21
+SEED_OF_BATCHES, SEED_OF_REACH, SEED_OF_PRIOR = 2**20, 2**21, 2**22
+# A share that few draws of the prior show counts if it is larger than its limit by so many standard errors.
+SURELY_MISSED = 3.0
 NUM_LOOKS = 200  # at draws where the log joint is not finite
 MAX_EDGE_SHARE = 0.01
 MAX_NEW_MODE_PROBABILITY = 0.06
@@ -42,6 +55,8 @@ class Facts:
         has_data: whether anything is observed.
         shares_at_edges: by site, the share of draws at which it lies at the edge of its support in floating-point
             numbers.
+        unseen_by_prior: the share of the posterior that draws of the prior see and those of the flow do not; None where
+            it is unknown.
         non_finite: the sites at which the log joint is not finite, in words such as ", at site 'y'".
         mismatch: sentences on the sites with the worst mismatch, and on what would help.
     """
@@ -52,6 +67,7 @@ class Facts:
     new_mode_probability: float = 0.0
     has_data: bool = True
     shares_at_edges: Mapping[str, float] = field(default_factory=dict)
+    unseen_by_prior: Estimate | None = None
     non_finite: str = ""
     mismatch: tuple[str, ...] = ()
 
@@ -60,12 +76,20 @@ class Facts:
         """The shares at edges that are too large."""
         return {name: share for name, share in self.shares_at_edges.items() if share > MAX_EDGE_SHARE}
 
+    def misses_prior(self, share: float) -> bool:
+        """Whether draws of the prior surely show that the flow misses more than a share of the posterior."""
+        return self.unseen_by_prior is not None and self.unseen_by_prior.at(-SURELY_MISSED) > share
+
     @property
     def verdict(self) -> Verdict:
         """The best verdict that these facts allow."""
-        if self.num_other_modes or self.clamped:
+        if self.num_other_modes or self.clamped or self.misses_prior(MAX_CORRECTABLE_SHARE):
             return "do not use"
-        is_open = self.elbo_growth > MAX_GROWTH or self.new_mode_probability > MAX_NEW_MODE_PROBABILITY
+        is_open = (
+            self.misses_prior(MAX_UNSEEN_SHARE)
+            or self.elbo_growth > MAX_GROWTH
+            or self.new_mode_probability > MAX_NEW_MODE_PROBABILITY
+        )
         return "correct it" if is_open else "good"
 
 
@@ -179,6 +203,11 @@ def _on_density(figures: Figures, facts: Facts) -> Iterator[str]:
             f"the density is zero at {_percent(figures.num_zero / figures.num_samples)} of {figures.num_samples} draws"
             f"{facts.non_finite}: the weights leave them out"
         )
+    if facts.unseen_by_prior is not None and facts.misses_prior(MAX_UNSEEN_SHARE):
+        yield (
+            f"draws of the prior show that about {_percent(facts.unseen_by_prior.value)} of the posterior lies where "
+            "the flow has next to no draws"
+        )
     for name, share in facts.clamped.items():
         yield (
             f"at {_percent(share)} of the draws site '{name}' lies at the edge of its support, where its dtype has no "
@@ -249,7 +278,7 @@ def _advice(verdict: Verdict, on_tail: Verdict) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.{2 if share < 0.995 else 3}g} %"
 
 
 @dataclass(frozen=True)
@@ -333,6 +362,7 @@ class DiagnosticDraws:
             has_data=self.log_joint.structure.has_data,
             non_finite=self._non_finite_sites(),
             shares_at_edges=self.log_joint.shares_at_edges(self.latents),
+            unseen_by_prior=self._unseen_by_prior(),
         )
         if starts is None:
             return facts
@@ -344,6 +374,15 @@ class DiagnosticDraws:
             num_other_modes=num_modes - len(flow.components),
             new_mode_probability=starts.new_mode_probability,
         )
+
+    def _unseen_by_prior(self) -> Estimate | None:
+        """The share of the posterior that draws of the prior see and those of the flow do not; None if unknown."""
+        finite = self.raw_log_weights[self.raw_log_weights.isfinite()]
+        if not len(finite):
+            return None
+        with seeded(SEED_OF_PRIOR + self.seed):
+            draws = PriorDraws.drawn(self.law, self.log_joint)
+        return None if draws is None else draws.unseen(finite.max().item(), self.weights.log_evidence)
 
     def _non_finite_sites(self) -> str:
         """Name the sites at which the log joint is not finite, in words."""

@@ -61,6 +61,8 @@ class ReachingDraws:
         counts = torch.multinomial(shares, num_samples, replacement=True).bincount(minlength=len(components))
         log_weights, log_ratios = [], []
         for component, count in zip(components, counts.tolist(), strict=True):
+            if not count:
+                continue
             z, log_ratio = _stretched(component.base, component.base.sample((count,)))
             x, log_q = component.transport(z)
             try:

@@ -1,0 +1,70 @@
+"""What draws of the prior show of a posterior that the flow's draws do not."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+import pyroflows as pf
+from pyroflows.inference.verdict.prior import PriorDraws
+
+ONE = torch.tensor(1.0)
+
+
+def spike_on_slab(sd):
+    """A prior of two normal laws around zero in equal parts, one narrow and one of sd 10; the data hardly tell."""
+
+    def model(y):
+        parts = dist.Normal(torch.zeros(2), torch.tensor([sd, 10.0]))
+        x = pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+        pyro.sample("y", dist.Normal(x, 20.0), obs=y)
+
+    return model
+
+
+def share_of_slab(sd):
+    densities = [dist.Normal(0.0, math.hypot(20.0, s)).log_prob(ONE).exp() for s in (sd, 10.0)]
+    return float(densities[1] / sum(densities))
+
+
+@pytest.mark.parametrize("sd", [1e-3, 1e-2])
+def test_a_flow_that_misses_the_slab_is_not_good(sd):
+    posterior = pf.FlowVI(spike_on_slab(sd), seed=0, progress_bar=False).run(ONE)
+    diagnosis = posterior.diagnose()
+    assert diagnosis.verdict == "do not use"
+    assert "draws of the prior show that about" in diagnosis.reasons[0]
+    share = posterior._diagnostics._unseen_by_prior()
+    # A part of the slab lies under the spike.
+    assert share.value == pytest.approx(share_of_slab(sd), abs=4 * share.se + 0.02)
+    assert share.se < 0.02
+
+
+def test_a_narrow_posterior_within_a_wide_prior():
+    """Next to no draw of the prior lies in the posterior, and the estimate is not trusted."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(4), 10.0).to_event(1))
+        pyro.sample("y", dist.Normal(mean, 0.1).to_event(1), obs=y)
+
+    posterior = pf.FlowVI(model, seed=0, progress_bar=False).run(torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    assert posterior.diagnose().verdict == "good"
+
+
+def test_the_share_is_that_of_the_weights():
+    """Of four draws the last two lie where the flow has larger weights than its draws show."""
+    log_weights = torch.tensor([0.1, 0.2, 0.4, 0.6]).log()
+    draws = PriorDraws(log_weights, torch.tensor([0.0, 1.0, 3.0, math.inf]))
+    share = draws.unseen(level=2.0, log_evidence=math.log(0.5))
+    mass = (0.4 + 0.6) / 4 / 0.5
+    assert share.value == pytest.approx(mass / (1 + mass))
+    assert draws.unseen(level=math.inf, log_evidence=0.0).value == 0.0
+
+
+def test_without_data_or_draws_there_is_no_share():
+    def prior():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    posterior = pf.FlowVI(prior, seed=0, progress_bar=False).run()
+    assert posterior._diagnostics._unseen_by_prior() is None
