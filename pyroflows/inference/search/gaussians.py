@@ -55,7 +55,7 @@ class Approximation:
 
     @property
     def log_mass(self) -> float:
-        """The better of two lower bounds of the log mass of its mode, in nats."""
+        """The larger of two estimates of the log mass of its mode, in nats: its ELBO, and its log mean weight."""
         return max(self.elbo, self.log_evidence)
 
 

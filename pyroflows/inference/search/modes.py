@@ -241,13 +241,17 @@ class ModeSearch:
         return self.modes[int(m)] if distance < 1 else None
 
     def _has_mass(self, log_mass: float) -> bool:
-        return log_mass > max(mode.gaussian.log_mass for mode in self.modes) - MAX_DEFICIT
+        return log_mass > self._best_bound - MAX_DEFICIT
 
     @property
     def _least_mass(self) -> float:
         """The mass by the curvature at an optimum below which its Gaussian is certainly negligible."""
-        best = max(self.modes, key=lambda mode: mode.gaussian.log_mass).gaussian
-        return best.log_mass - MAX_DEFICIT - LAPLACE_ERROR - 0.5 * len(best.loc)
+        return self._best_bound - MAX_DEFICIT - LAPLACE_ERROR - 0.5 * len(self.modes[0].gaussian.loc)
+
+    @property
+    def _best_bound(self) -> float:
+        """The best ELBO, a bound of the mass of a mode, while a few large weights can make any mode look heavy."""
+        return max(mode.gaussian.elbo for mode in self.modes)
 
     def _distances(self, vectors: Tensor) -> Tensor:
         """Squared Mahalanobis distances ``(S, M)`` of vectors from the means."""

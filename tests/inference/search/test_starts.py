@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -466,3 +467,17 @@ def test_too_many_equal_modes_in_words():
     assert "24 of them are equal by exchangeable components" in text
     assert "order the components" in text
     assert "equal" not in str(Starts((-1.0,), (-1.0,) * 12, 60, 0.01, num_equal=12))  # all are fitted
+
+
+def test_a_few_large_weights_do_not_make_the_other_modes_negligible():
+    """The log mean weight of a Gaussian that fits badly may be far too large."""
+
+    def value_and_grad(u):
+        return -0.5 * (u.abs() - 9).square().sum(-1), -(u.abs() - 9) * u.sign()
+
+    torch.manual_seed(0)
+    starts = 10 * torch.rand(16, 1) - 5
+    search = ModeSearch(Density(value_and_grad, 64, starts), starts)
+    assert len(search.kept) == 2
+    search.modes[0].gaussian = replace(search.modes[0].gaussian, log_evidence=20.0)
+    assert len(search.kept) == 2
