@@ -53,8 +53,8 @@ class Recipe:
     Args:
         name: a flow of :mod:`pyroflows.flows`, such as "MAF"; or "default", which is :class:`IAF` from 2 to 64
             dimensions, :class:`RealNVP` above, and :class:`Planar` in one dimension.
-        options: arguments of the flow besides ``dim``, of types that JSON has; "default" takes ``base`` and ``scaled``, see
-            :func:`default_flow`.
+        options: arguments of the flow besides ``dim``, of types that JSON has; "default" takes ``base`` and
+            ``scaled``, see :func:`default_flow`.
 
     Raises:
         OptionError: if the name or an option is unknown, or JSON cannot hold an option, such as a distribution as
