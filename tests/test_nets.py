@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MADE, MLP, CausalConv, Parameters, ScaledMLP
+from pyroflows.nets import MADE, MLP, CausalConv, Parameters, ScaledMADE, ScaledMLP
 from pyroflows.transforms import Autoregressive, Elementwise
 from pyroflows.transforms.univariate import Affine
 from tests.transforms.registry import perturb
@@ -326,6 +326,33 @@ def test_a_step_of_adam_moves_a_scaled_mlp_alike_at_any_width(seed):
 
     assert 0.5 < moved(ScaledMLP, 512) / moved(ScaledMLP, 32) < 2
     assert moved(MLP, 512) / moved(MLP, 32) > 6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_of_adam_moves_a_scaled_made_alike_at_any_width(seed):
+    def moved(kind, width):
+        torch.manual_seed(seed)
+        net, z = kind(range(4), 2, (width, width)), torch.randn(20, 4)
+        optimiser = torch.optim.Adam(net.parameters(), lr=0.05)
+        net(z).sum().backward()
+        optimiser.step()
+        return (net(z) - net.output.bias.reshape(2, 4).T).abs().mean()
+
+    assert 0.3 < moved(ScaledMADE, 512) / moved(ScaledMADE, 32) < 2
+    assert moved(MADE, 512) / moved(MADE, 32) > 5
+
+
+def test_a_scaled_made_starts_where_a_made_does():
+    """The same seed gives hidden layers with the same values; the output layers are zero, here they are set."""
+    z, found = torch.randn(5, 3), []
+    for kind in (MADE, ScaledMADE):
+        torch.manual_seed(0)
+        net = kind([1, 0, 2], 2, (16, 16))
+        assert (net(z) == 0).all()
+        torch.nn.init.ones_(net.output.weight)
+        found.append(net(z))
+    # The outputs of place 2 see all 16 units, those of place 1 see 8, those of place 0 see none.
+    torch.testing.assert_close(found[1], found[0] * torch.tensor([2 / 8, 1.0, 2 / 16])[:, None])
 
 
 def test_a_scaled_mlp_starts_where_an_mlp_does():

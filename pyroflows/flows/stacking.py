@@ -41,9 +41,9 @@ class StackedFlow(Flow):
         dim: the event size D.
         num_layers: number of layers, at least 1, not counting those that mix.
         hidden_dims: widths of the hidden layers of each layer's network.
-        conditioner: the network of each layer, "mlp" or "residual" in couplings, "made" or "residual" in autoregressive
-            layers; or a factory, see :class:`pyroflows.transforms.Coupling` and
-            :class:`pyroflows.transforms.Autoregressive`.
+        conditioner: the network of each layer, "mlp", "scaled_mlp" or "residual" in couplings, "made",
+            "scaled_made" or "residual" in autoregressive layers; or a factory, see
+            :class:`pyroflows.transforms.Coupling` and :class:`pyroflows.transforms.Autoregressive`.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`pyroflows.Flow`.
         support: the constraint that the data meet, see :class:`pyroflows.Flow`.

@@ -89,7 +89,8 @@ class AutoFlow(AutoContinuous):
         model: a Pyro model whose latents are continuous and the same in every run.
         flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
             of these, or a Zuko flow; or a :class:`pyroflows.flows.Recipe`, which a saved posterior can rebuild; None
-            for ``Recipe("default")``: affine IAF layers for 2 to 64 latents, couplings for more, planar layers for one.
+            for ``Recipe("default", scaled=True)``: affine IAF layers for 2 to 64 latents, couplings for more, planar
+            layers for one.
         init_loc_fn: function that gives the initial values by site, one of Pyro's ``init_to_...`` functions.
         init_scale: initial standard deviation in the unconstrained space, positive.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
@@ -126,7 +127,7 @@ class AutoFlow(AutoContinuous):
             raise OptionError(f"init_scale must be positive, got {init_scale}")
         require_dtype(dtype)
         super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))
-        self.flow_fn = flow_fn or Recipe("default")
+        self.flow_fn = flow_fn or Recipe("default", scaled=True)
         self._init_scale = init_scale
         self.dtype = dtype
         self.layout: Layout | None = None

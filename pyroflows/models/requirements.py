@@ -220,7 +220,8 @@ def _require_continuous(site: Site) -> None:
         raise ModelError(
             f"latent site '{site.name}' is discrete ({site.family}): a flow needs continuous latents. Sum it out with "
             "dist.MixtureSameFamily or dist.DiscreteHMM; or use enumeration, by AutoFlow(poutine.block(model, hide="
-            f"['{site.name}'])) with SVI and TraceEnum_ELBO, the site marked infer={{'enumerate': 'parallel'}}"
+            f"['{site.name}'])) with SVI and TraceEnum_ELBO, the site marked infer={{'enumerate': 'parallel'}}, see "
+            "https://pyro.ai/examples/enumeration.html"
         )
 
 

@@ -5,7 +5,7 @@ The output layer of every conditioner starts at zero, so that a layer starts at 
 
 from pyroflows.nets.causal_conv import CausalConv
 from pyroflows.nets.incremental import GradientSteps, Incremental, IncrementalGradient, ParameterSteps
-from pyroflows.nets.made import MADE, MaskedLinear, ResMADE
+from pyroflows.nets.made import MADE, MaskedLinear, ResMADE, ScaledMADE
 from pyroflows.nets.mlp import MLP, Parameters, Pointwise, ResidualMLP, ScaledMLP
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "Pointwise",
     "ResMADE",
     "ResidualMLP",
+    "ScaledMADE",
     "ScaledMLP",
 ]

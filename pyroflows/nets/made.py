@@ -21,7 +21,7 @@ class MaskedLinear(nn.Linear):
     """A linear layer whose weight is multiplied by a fixed mask.
 
     Args:
-        mask: ``(out_features, in_features)``, true where the output may depend on the input.
+        mask: ``(out_features, in_features)``, true or a factor where the output may depend on the input.
 
     Shapes: it maps ``(..., in_features)`` to ``(..., out_features)``.
 
@@ -40,7 +40,7 @@ class MaskedLinear(nn.Linear):
 
     @property
     def masked_weight(self) -> Tensor:
-        """The weight, with zeros where the mask is false."""
+        """The weight, with zeros where the mask is zero."""
         return self.weight * self.mask
 
     def forward(self, input: Tensor) -> Tensor:
@@ -186,6 +186,34 @@ class ResMADE(MADE):
         return k - 2 if k > 0 and k % 2 == 0 else None
 
 
+class ScaledMADE(MADE):
+    r"""A :class:`MADE` whose speed of learning does not grow with its width, as that of
+    :class:`pyroflows.nets.ScaledMLP`.
+
+    The weights into each unit are multiplied by :math:`4/n`, and those into each output by :math:`2/n`, where n is the
+    number of units that its mask lets through, and the factors are at most 1. The network starts where a :class:`MADE`
+    does. The weights of the context are not scaled.
+
+    The arguments, shapes and errors are those of :class:`MADE`.
+
+    Example:
+        >>> net = ScaledMADE([2, 0, 1], num_params=2, hidden_dims=(16,))
+        >>> net(torch.randn(5, 3)).shape
+        torch.Size([5, 3, 2])
+    """
+
+    def __init__(
+        self, order: Sequence[int], num_params: int, hidden_dims: Sequence[int] = (64, 64), context_dim: int = 0
+    ) -> None:
+        super().__init__(order, num_params, hidden_dims, context_dim)
+        # The factors are part of the masks, so that they cost nothing.
+        for layer in (self.input, *self.hidden):
+            factors = _factors(4, layer.mask)
+            layer.mask.mul_(factors)
+            layer.weight.data.div_(factors)
+        self.output.mask.mul_(_factors(2, self.output.mask))
+
+
 class _ParameterSteps:
     """The steps of a :class:`MADE`, which compute each hidden unit once, as soon as its inputs are known."""
 
@@ -271,3 +299,8 @@ class _GradientSteps:
 def _spread(lowest: int, highest: int, width: int) -> Tensor:
     """Return ``width`` integers from lowest to highest, evenly spread and ascending."""
     return torch.linspace(lowest, highest + 1 - 1e-6, width, dtype=torch.float64).floor().long()
+
+
+def _factors(numerator: float, mask: Tensor) -> Tensor:
+    """Return the factor of each row of a mask: numerator / number of true entries, at most 1."""
+    return (numerator / mask.sum(1, keepdim=True).clamp(min=numerator)).clamp(max=1.0)

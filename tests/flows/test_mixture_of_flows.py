@@ -205,7 +205,7 @@ def test_a_posterior_of_a_mixture_survives_a_file(flow_fn, tmp_path):
     assert isinstance(loaded.guide.flow, Mixture)
     assert torch.equal(loaded.log_prob({"x": X}), posterior.log_prob({"x": X}))
     assert loaded.elbo == posterior.elbo
-    assert loaded.guide.flow_fn == (flow_fn or Recipe("default"))
+    assert loaded.guide.flow_fn == (flow_fn or Recipe("default", scaled=True))
 
 
 @pytest.mark.parametrize("parallel", [False, True])

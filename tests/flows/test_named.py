@@ -41,6 +41,12 @@ def test_the_default_fits_the_dimension(dim, kind):
     assert sizes(heavy) == sizes(kind(dim, base="student_t"))
 
 
+@pytest.mark.parametrize(("dim", "kind", "conditioner"), [(2, "IAF", "scaled_made"), (65, "RealNVP", "scaled_mlp")])
+def test_the_default_has_scaled_networks_where_asked(dim, kind, conditioner):
+    assert str(Recipe("default", scaled=True)(dim)) == str(Recipe(kind, conditioner=conditioner)(dim))
+    assert str(Recipe("default", scaled=True)(dim)) != str(Recipe(kind)(dim))
+
+
 def test_equality_is_that_of_names_and_options():
     recipe = Recipe("IAF", num_layers=2, hidden_dims=(8, 8))
     assert recipe == Recipe("IAF", hidden_dims=[8, 8], num_layers=2)

@@ -3,6 +3,7 @@
 import pyro
 import torch
 from pyro import distributions as dist
+from pyro import poutine
 from pyro.distributions import transforms
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
@@ -62,6 +63,37 @@ def correlated(y=None):
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=scale_tril[..., None, :, :]), obs=y)
 
 
+def masked():
+    """Latents of which a mask leaves some entries without a posterior, in each of the ways in which Pyro masks."""
+    mask = torch.tensor([True, False, True])
+    pyro.sample("a", dist.Normal(0.0, 1.0).expand((3,)).mask(mask).to_event(1))
+    with pyro.plate("rows", 3):
+        with poutine.mask(mask=mask):
+            pyro.sample("b", dist.LogNormal(0.0, 1.0))
+            pyro.sample("c", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("d", dist.Beta(2.0, 2.0).mask(mask))
+
+
+def missing(y=None, is_seen=None):
+    """A response of which some values are missing, which ``obs_mask`` makes latents."""
+    y = torch.tensor([1.5, 0.0, -0.5]) if y is None else y
+    is_seen = torch.tensor([True, False, True]) if is_seen is None else is_seen
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=is_seen)
+
+
+def padded():
+    """A random walk for each of three sequences, padded to the longest."""
+    lengths = torch.tensor([1, 2, 3])
+    with pyro.plate("sequences", 3):
+        x = 0.0
+        for t in range(3):
+            with poutine.mask(mask=t < lengths):
+                x = pyro.sample(f"x_{t}", dist.Normal(x, 1.0))
+                pyro.sample(f"y_{t}", dist.Normal(x, 0.5), obs=torch.tensor([0.3, 1.0, -0.4]))
+
+
 KINDS = {
     "scalar": scalar,
     "plated": plated,
@@ -69,6 +101,9 @@ KINDS = {
     "events": events,
     "supports": supports,
     "correlated": correlated,
+    "masked": masked,
+    "missing": missing,
+    "padded": padded,
 }
 
 

@@ -70,9 +70,9 @@ def test_unknown_options_raise(make):
 @pytest.mark.parametrize("guide", [AutoPlanar, AutoRadial, AutoSylvester, AutoIAF, AutoRealNVP, AutoSpline])
 def test_defaults_of_a_guide_are_those_of_its_flow(guide):
     recipe = guide(regression).flow_fn
-    # A flow whose networks plain SVI trains at any ordinary learning rate.
-    options = {"conditioner": "scaled_mlp"} if guide in (AutoRealNVP, AutoSpline) else {}
-    assert recipe == Recipe(recipe.name, **options)
+    # Networks that plain SVI trains at any ordinary learning rate.
+    scaled = {AutoIAF: "scaled_made", AutoRealNVP: "scaled_mlp", AutoSpline: "scaled_mlp"}
+    assert recipe == Recipe(recipe.name, **({"conditioner": scaled[guide]} if guide in scaled else {}))
 
 
 def test_the_default_guide_is_an_iaf():

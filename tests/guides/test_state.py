@@ -208,7 +208,11 @@ def test_state_of_another_model_does_not_load_into_a_guide_that_was_called(make)
 
 
 OTHER_RECIPES = {
-    "another family": (AutoIAF, AutoRadial, r"Recipe\('IAF'\) made, but this guide has Recipe\('Radial'\)"),
+    "another family": (
+        AutoIAF,
+        AutoRadial,
+        r"Recipe\('IAF', conditioner='scaled_made'\) made, but this guide has Recipe\('Radial'\)",
+    ),
     "number of layers": (
         partial(AutoPlanar, num_layers=2),
         partial(AutoPlanar, num_layers=3),
@@ -222,7 +226,7 @@ OTHER_RECIPES = {
     "not the user's": (
         AutoFlow,
         partial(AutoFlow, flow_fn=IAF),
-        r"Recipe\('default'\) made, but this guide has a function of the user's",
+        r"Recipe\('default', scaled=True\) made, but this guide has a function of the user's",
     ),
 }
 
@@ -404,7 +408,7 @@ def test_pickle_after_training(make, model):
 
 def test_pickle_keeps_a_recipe():
     guide = pickle.loads(pickle.dumps(AutoIAF(regression, num_layers=2)))
-    assert guide.flow_fn == Recipe("IAF", num_layers=2)
+    assert guide.flow_fn == Recipe("IAF", num_layers=2, conditioner="scaled_made")
     guide.load_state_dict(trained(partial(AutoIAF, num_layers=2)).state_dict())
 
 

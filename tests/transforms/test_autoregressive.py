@@ -6,7 +6,7 @@ from torch import nn
 
 import pyroflows as pf
 from pyroflows.errors import FlowError, OptionError, ShapeError
-from pyroflows.nets import MADE, ResMADE
+from pyroflows.nets import MADE, ResMADE, ScaledMADE
 from pyroflows.transforms import Autoregressive
 from tests.transforms.registry import perturb, points
 
@@ -205,7 +205,7 @@ def test_network_whose_parameters_have_a_wrong_shape_raises():
 @all_orders
 @all_widths
 @with_and_without_context
-@pytest.mark.parametrize("kind", [MADE, ResMADE])
+@pytest.mark.parametrize("kind", [MADE, ResMADE, ScaledMADE])
 def test_incremental_network_equals_one_pass(kind, order, hidden_dims, context_dim):
     net = perturb(kind(order, 4, hidden_dims, context_dim).double())
     z, context = inputs(context_dim)
@@ -220,7 +220,7 @@ def test_incremental_network_equals_one_pass(kind, order, hidden_dims, context_d
 
 @all_orders
 @all_widths
-@pytest.mark.parametrize("kind", [MADE, ResMADE])
+@pytest.mark.parametrize("kind", [MADE, ResMADE, ScaledMADE])
 def test_incremental_gradient_equals_autograd(kind, order, hidden_dims):
     net = perturb(kind(order, 4, hidden_dims).double())
     z = points((7,), 6).requires_grad_()

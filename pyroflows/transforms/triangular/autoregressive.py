@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE
+from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE, ScaledMADE
 from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import as_given, axis_from_the_end, described
 from pyroflows.transforms.base import Pair, Triple
@@ -16,7 +16,12 @@ from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
 from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
 
-_CONDITIONERS: dict[str, ConditionerFactory] = {"made": MADE, "residual": ResMADE, "causal_conv": CausalConv}
+_CONDITIONERS: dict[str, ConditionerFactory] = {
+    "made": MADE,
+    "scaled_made": ScaledMADE,
+    "residual": ResMADE,
+    "causal_conv": CausalConv,
+}
 
 
 class Autoregressive(TriangularTransform):
@@ -38,12 +43,12 @@ class Autoregressive(TriangularTransform):
         univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
         order: a permutation of ``range(D)``, or of the indices of the ordered axis; ``order[i]`` is the index at
             place i, and its parameters depend on those at the places before. None for ascending order.
-        conditioner: "made" or "residual" for vectors, "causal_conv" for vectors and events with two axes, such as
-            ``(channels, length)``; or a factory that is called as ``factory(order, num_params, hidden_dims,
-            context_dim)``. Its module maps ``(z, context)`` to ``(*z.shape, num_params)``, autoregressively in that
-            order along the last axis of z. If the event has more axes, the layer moves the ordered one to the end: the
-            network sees ``(..., *channels, length)``, and the factory also gets ``channels=``, a number if there is one
-            such axis and a tuple if there are several.
+        conditioner: "made", "scaled_made" or "residual" for vectors, "causal_conv" for vectors and events with two
+            axes, such as ``(channels, length)``; or a factory that is called as
+            ``factory(order, num_params, hidden_dims, context_dim)``. Its module maps ``(z, context)`` to
+            ``(*z.shape, num_params)``, autoregressively in that order along the last axis of z. If the event has more
+            axes, the layer moves the ordered one to the end: the network sees ``(..., *channels, length)``, and the
+            factory also gets ``channels=``, a number if there is one such axis and a tuple if there are several.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context c, 0 for none; with "causal_conv" also ``(context_channels, length)``, a
             sequence that is known in full.
