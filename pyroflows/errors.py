@@ -33,8 +33,11 @@ class InexactError(FlowError, RuntimeError):
     """An exact log-determinant was asked for, but a layer has only an estimate of it."""
 
 
-class ModelError(FlowError, ValueError):
-    """A Pyro model cannot be fitted as it is; the message names the site."""
+class ModelError(FlowError, ValueError, RuntimeError):
+    """A Pyro model cannot be fitted as it is; the message names the site.
+
+    It is both a ``ValueError`` and a ``RuntimeError``, since Pyro's own guides raise either.
+    """
 
 
 class DataError(FlowError, ValueError):
