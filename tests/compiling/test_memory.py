@@ -26,7 +26,7 @@ MEMORY = """
             return int(file.read().split()[1]) * 4096 / 2**20
 
     def growth(make, first, more):
-        # What a fit leaves in cycles is collected after each, since the collector's own rhythm is no matter of the fits.
+        # What a fit leaves in cycles is collected after each: the rhythm of the collector is no matter of the fits.
         for _ in range(first):
             make()
             gc.collect()
