@@ -41,7 +41,7 @@ def _is_bounded(site: Site, like: Tensor) -> bool:
     """Whether no value of a site is large, however far the unconstrained value goes."""
     assert site.bijection is not None
     shape, far = site.bijection.unconstrained_shape, torch.finfo(like.dtype).max ** 0.5
-    ends = [site.bijection.constrain(torch.full(shape, end).to(like))[0] for end in (far, -far)]
+    ends = [site.bijection.constrain(like.new_full(shape, end))[0] for end in (far, -far)]
     # Values of a half line stop at the largest number instead of becoming infinite.
     return all(bool((end.abs() < far).all()) for end in ends)
 

@@ -13,9 +13,9 @@ from pyroflows.models.proper import require_proper
 from pyroflows.models.structure import describe
 
 
-def log_joint_of(model):
+def log_joint_of(model, dtype=torch.float32):
     layout = Layout(describe(model, (), {}))
-    vector = torch.full((layout.dim,), 0.3)
+    vector = torch.full((layout.dim,), 0.3, dtype=dtype)
     return LogJoint(model, (), {}, layout, vector[None]), vector
 
 
@@ -79,3 +79,8 @@ def walled():
 )
 def test_a_flat_prior_with_data_or_bounds_passes(model):
     require_proper(*log_joint_of(model))
+
+
+def test_float64():
+    """Its largest numbers do not fit into the default dtype."""
+    require_proper(*log_joint_of(seen, torch.float64))

@@ -12,6 +12,7 @@ from pyroflows.flows import Flow, Law
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.verdict.figures import (
     CLEARLY_ABOVE,
+    CLEARLY_UNSEEN,
     MAX_CORRECTABLE_SHARE,
     MAX_LOG_WEIGHT_VARIANCE,
     MAX_UNSEEN_SHARE,
@@ -343,7 +344,7 @@ class DiagnosticDraws:
             if draws is None:
                 return None
             unseen = draws.unseen(self.batch_size)
-            if unseen.is_certain(MIN_DISTANCE) or self.log_joint.batched.mode == "loop":
+            if unseen.is_certain(CLEARLY_UNSEEN) or self.log_joint.batched.mode == "loop":
                 return unseen
             more = ReachingDraws.drawn(self.law, self.log_joint, (NUM_BATCHES - 1) * self.batch_size)
         return unseen if more is None else draws.joined(more).unseen(self.batch_size)

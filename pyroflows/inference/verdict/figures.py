@@ -26,6 +26,8 @@ CLEARLY_ABOVE, CLEARLY_BELOW = 2.0, 4.0
 # Draws do not see what lies some five standard deviations away. A share of this size there changes an sd by about a
 # twentieth, so that a smaller one does not matter, whatever k-hat is.
 MAX_UNSEEN_SHARE = 0.005
+# A few large weights can make a share large. It counts if it is above the limit by so many standard errors.
+CLEARLY_UNSEEN = 2.0
 # The Gaussian proposal of Pareto shape 0.7 leaves 3 % unseen by 10,000 draws.
 MAX_CORRECTABLE_SHARE = 0.03
 MAX_NAN_SHARE = 0.01
@@ -143,7 +145,7 @@ class Figures:
 
     def verdict_on_tail(self, unseen: Unseen | None, errors: float = 0.0) -> Verdict:
         """The verdict that the tail of the weights allows at best, by k-hat and by what the draws do not see."""
-        if self.khat_is_low or (unseen is not None and unseen.share.value <= MAX_UNSEEN_SHARE):
+        if self.khat_is_low or (unseen is not None and unseen.share.at(-CLEARLY_UNSEEN) <= MAX_UNSEEN_SHARE):
             return "good"
         is_far = unseen is not None and unseen.share.value > MAX_CORRECTABLE_SHARE
         is_high = self.khat.at(errors - CLEARLY_ABOVE) > self.khat_threshold
