@@ -30,7 +30,8 @@ import pyroflows as pf
 from benchmarks.posteriordb import reference
 from benchmarks.posteriordb.models import TARGETS
 from benchmarks.small_models import MODELS, simulated
-from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
+from pyroflows.inference.verdict.diagnosis import Diagnosis
+from pyroflows.inference.verdict.draws import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws
 from pyroflows.training.history import History
 
 NUM_DRAWS = 100_000

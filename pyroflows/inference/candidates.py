@@ -11,7 +11,8 @@ from pyroflows.flows import Flow, Law, Mixture
 from pyroflows.guides.packed import FlowFn, flow_near
 from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.starts import Starts
-from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
+from pyroflows.inference.verdict.diagnosis import Diagnosis
+from pyroflows.inference.verdict.draws import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.training.history import History
 

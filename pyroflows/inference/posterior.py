@@ -23,7 +23,8 @@ from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.summary import default_names, summary_table
-from pyroflows.inference.verdict.diagnosis import NUM_DIAGNOSTIC_SAMPLES, Diagnosis, DiagnosticDraws
+from pyroflows.inference.verdict.diagnosis import Diagnosis
+from pyroflows.inference.verdict.draws import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import model_parameters

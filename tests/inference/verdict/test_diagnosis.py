@@ -15,7 +15,8 @@ from torch.distributions import constraints
 from pyroflows import FlowVI, Posterior
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.search.starts import Starts
-from pyroflows.inference.verdict.diagnosis import DiagnosticDraws, Facts, diagnose, elbo_growth
+from pyroflows.inference.verdict.diagnosis import Facts, diagnose
+from pyroflows.inference.verdict.draws import DiagnosticDraws, elbo_growth
 from pyroflows.inference.verdict.figures import Estimate, Figures, Unseen
 from pyroflows.inference.weights import Weights
 from pyroflows.training.loop import History
