@@ -104,8 +104,8 @@ def _check(
             difference = (a.double() - b.double()).abs().max().item()
             raise UntraceableError(
                 f"the traced model differs from the model by {difference:.1e} at other values than those it was traced "
-                "at: its Python code depends on the latents, or its rounding errors are as large, which dtype=torch.float64 "
-                "reduces"
+                "at: its Python code depends on the latents, or its rounding errors are as large, which "
+                "dtype=torch.float64 reduces"
             )
 
 
