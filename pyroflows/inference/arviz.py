@@ -27,7 +27,7 @@ MAX_PAIRS = 6  # components, since ArviZ 1.x refuses more than 40 panels
 
 # Of fewer weights less than six belong to the tail, to which ArviZ 1.x fits nothing.
 MIN_WEIGHTS = 30
-# Log weights that differ by less count as equal: float32 rounds a log density of 1e4 as coarsely, and changes of a
+# Log weights that differ by less count as equal: float32 rounds a log-density of 1e4 as coarsely, and changes of a
 # weight by a thousandth do not matter to an estimate, whatever their tail is.
 EQUAL = 1e-3
 
@@ -123,7 +123,7 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         raise ValueError(f"log weights must have shape (S,), one a draw, not {log_weights.shape}")
     if bad := np.count_nonzero(np.isnan(log_weights) | np.isposinf(log_weights)):
         raise ValueError(
-            f"{bad} of {log_weights.size} log weights are NaN or +inf: the log joint or the proposal's log density is "
+            f"{bad} of {log_weights.size} log weights are NaN or +inf: the log joint or the proposal's log-density is "
             "not finite at these draws; correct it there (a draw outside the support has log weight -inf)"
         )
     positive = np.isfinite(log_weights)
