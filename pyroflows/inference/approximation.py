@@ -116,7 +116,7 @@ class Approximation:
         Raises:
             OptionError: if ``num_samples`` is not a positive integer.
             ModelError: if a latent site has another shape at these arguments.
-            DataError: if the model fails because an argument holds NaN, infinite values, or something else than
+            DataError: if the model fails because an argument holds NaN, infinite values, or something other than
                 numbers; names the argument.
 
         Example:

@@ -156,7 +156,7 @@ class FlowVI:
         Raises:
             UntraceableError: if ``compile`` is "trace" or "inductor", and the model cannot be compiled.
             ModelError: if the model cannot be fitted; names the site.
-            DataError: if observed values are NaN, or an argument holds something else than finite numbers where it
+            DataError: if observed values are NaN, or an argument holds something other than finite numbers where it
                 matters; names the site or the argument.
             DivergedError: if the fit diverges, also in float64 where neither ``dtype`` nor a guide of the model is
                 given; the guide keeps its last good state.

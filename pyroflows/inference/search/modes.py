@@ -313,6 +313,6 @@ def dips(density: Density, a: Tensor, b: Tensor, num_points: int) -> Tensor:
 
 
 def _masses(search: Search) -> Tensor:
-    """The log mass at the present place of each climb, if it were an optimum, by the curvature learnt so far."""
+    """The log mass at the present place of each climb, if it were an optimum, by the curvature learned so far."""
     dim = search.loc.shape[1]
     return search.value + torch.linalg.slogdet(search.root)[1] + 0.5 * dim * math.log(2 * math.pi)
