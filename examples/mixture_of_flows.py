@@ -62,7 +62,7 @@ def draw_data(num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def true_log_joint(x: Tensor) -> Tensor:
-    """Log density of every row with every class, ``(n, 3)``, by quadrature along the curves."""
+    """Log-density of every row with every class, ``(n, 3)``, by quadrature along the curves."""
     points = curves(math.pi * (torch.arange(500) + 0.5) / 500)
     along = dist.Normal(points, NOISE).to_event(1).log_prob(x[:, None, None])
     return along.logsumexp(-1) - math.log(500) + WEIGHTS.log()
@@ -105,7 +105,7 @@ class MixtureOfFlows(PyroModule):
         return self.flow(one_hot(z, self.num_classes).float())
 
     def log_joint(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Log density of every row with every class, ``(n, num_classes)``."""
+        """Log-density of every row with every class, ``(n, num_classes)``."""
         return self.component(torch.arange(self.num_classes)).log_prob(x[:, None]) + weights.log()
 
 

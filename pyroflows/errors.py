@@ -1,8 +1,14 @@
-"""The exceptions that pyroflows raises.
+"""The exceptions that pyroflows raises, and how it warns.
 
 Each message says what was wrong, where, and what to do. Every exception is a :class:`FlowError` and also the built-in
-error that fits, so that ``except ValueError`` works as usual.
+error that fits, so that ``except ValueError`` works as usual. Every warning points at the user's line.
 """
+
+import sys
+import warnings
+
+# Frames of these packages stand between a warning and the line of the user's that led to it.
+_OURS = ("pyroflows", "pyro", "torch")
 
 
 class FlowError(Exception):
@@ -58,3 +64,17 @@ class CheckpointError(FlowError, ValueError):
 
 class PlotError(FlowError, ImportError):
     """A plot was asked for, but matplotlib is not installed or there is nothing to draw."""
+
+
+def warn(message: str) -> None:
+    """Issue a ``UserWarning`` that points at the innermost line outside of pyroflows, Pyro and torch.
+
+    A fixed ``stacklevel`` would not do: decorators add frames, and one warning can be reached in several ways.
+
+    Args:
+        message: what was noticed, and what to do.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -1,6 +1,5 @@
 """Compile functions where that is asked for, and check that the compiled ones compute the same."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.program import State, compiled
-from pyroflows.errors import FlowError, OptionError, UntraceableError
+from pyroflows.errors import FlowError, OptionError, UntraceableError, warn
 
 # "auto" traces, and goes on without compilation where tracing fails.
 MODES = ("auto", "trace", "inductor", "none")
@@ -75,10 +74,9 @@ class Compiler:
             if self.mode != "auto":
                 raise UntraceableError(f"compilation failed: {error}") from error
             self.failure = str(error) or type(error).__name__
-            warnings.warn(
+            warn(
                 f"this fit runs without compilation, several times slower: {self.failure}. Give compile='none' to "
                 "silence this warning",
-                stacklevel=2,
             )
             return function
         return fast

@@ -1,13 +1,12 @@
 """Check that a student and its teacher fit each other, and give their laws at the same contexts."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyroflows.errors import DataError, InversionError, OptionError, ShapeError
+from pyroflows.errors import DataError, InversionError, OptionError, ShapeError, warn
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
@@ -139,10 +138,9 @@ def _check_student(student: Flow) -> None:
 
 def _warn_if_slow(student: Flow) -> None:
     if any(isinstance(layer, Inverse) and isinstance(layer.inv, Autoregressive) for layer in student.transform.layers):
-        warnings.warn(
+        warn(
             "this student draws dimension by dimension, so that nothing is gained: are student and teacher swapped? An "
             "IAF or couplings draw in one pass",
-            stacklevel=5,
         )
 
 

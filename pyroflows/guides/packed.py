@@ -97,7 +97,7 @@ class AutoFlow(AutoContinuous):
 
     Raises:
         ModelError: at the first call, if a flow cannot fit the model; names the site.
-        OptionError: if ``flow_fn`` is no function, ``init_scale`` is not positive, or ``dtype`` is no float32 or
+        OptionError: if ``flow_fn`` is no function, ``init_scale`` is not positive, or ``dtype`` is neither float32 nor
             float64.
 
     Example:
@@ -247,7 +247,7 @@ class AutoFlow(AutoContinuous):
         self._holds_new_values = True
 
     def center_at(self, centers: Mapping[str, Tensor]) -> None:
-        """Put other angles at the origin of the unconstrained space, where the values of the flow then mean others.
+        """Put other angles at the origin of the unconstrained space, so that draws of the flow stand for other angles.
 
         Args:
             centers: angles by site on circles, such as ``layout.centers`` of another guide; other names are ignored.
@@ -257,7 +257,7 @@ class AutoFlow(AutoContinuous):
             self.layout = self.layout.at_centers(self._centers)
 
     def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
-        r"""Build the flow anew so that it starts close to :math:`\mu + S z`, whatever it has learnt before.
+        r"""Build the flow anew so that it starts close to :math:`\mu + S z`, whatever it has learned before.
 
         Args:
             loc: :math:`\mu`, a packed unconstrained vector ``(latent_dim,)``.

@@ -87,7 +87,7 @@ class Approximation:
         return self._sites(self._draw(num_samples))
 
     def log_prob(self, draws: Mapping[str, Tensor]) -> Tensor:
-        """The log density of the flow at values of all latent sites, as a density on the constrained space, ``(S,)``.
+        """The log-density of the flow at values of all latent sites, as a density on the constrained space, ``(S,)``.
 
         Args:
             draws: tensors ``(S, *site shape)`` by site.
@@ -116,7 +116,7 @@ class Approximation:
         Raises:
             OptionError: if ``num_samples`` is not a positive integer.
             ModelError: if a latent site has another shape at these arguments.
-            DataError: if the model fails because an argument holds NaN, infinite values, or something else than
+            DataError: if the model fails because an argument holds NaN, infinite values, or something other than
                 numbers; names the argument.
 
         Example:
@@ -148,7 +148,7 @@ class Approximation:
 
     @torch.no_grad()
     def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Draw unconstrained vectors ``(S, dim)`` from the flow, and give their log densities ``(S,)``."""
+        """Draw unconstrained vectors ``(S, dim)`` from the flow, and give their log-densities ``(S,)``."""
         _check_number(num_samples)
         return self._flow().rsample_and_log_prob((num_samples,))
 

@@ -27,7 +27,7 @@ MAX_PAIRS = 6  # components, since ArviZ 1.x refuses more than 40 panels
 
 # Of fewer weights less than six belong to the tail, to which ArviZ 1.x fits nothing.
 MIN_WEIGHTS = 30
-# Log weights that differ by less count as equal: float32 rounds a log density of 1e4 as coarsely, and changes of a
+# Log weights that differ by less count as equal: float32 rounds a log-density of 1e4 as coarsely, and changes of a
 # weight by a thousandth do not matter to an estimate, whatever their tail is.
 EQUAL = 1e-3
 
@@ -45,11 +45,11 @@ def to_arviz_data(
         groups: arrays ``(chain, draw, ...)`` by variable for each of :data:`SAMPLED_GROUPS`, and arrays of any shape
             for each of :data:`DATA_GROUPS`; empty groups are left out.
         coords: labels by dimension.
-        dims: names of dimensions by variable, without chain and draw, in every group. A log likelihood, which lacks the
+        dims: names of dimensions by variable, without chain and draw, in every group. A log-likelihood, which lacks the
             event dimensions of its data, takes as many of the names as it needs.
         attrs: attributes of the posterior, such as ``inference_library``.
-        seen_rows: booleans by variable of the log likelihood, of its shape without chain and draw; where they are
-            False, an observation is missing, and is left out. A log likelihood of several dimensions is flattened then.
+        seen_rows: booleans by variable of the log-likelihood, of its shape without chain and draw; where they are
+            False, an observation is missing, and is left out. A log-likelihood of several dimensions is flattened then.
 
     Raises:
         ValueError: for a group not among these, or shapes that do not fit the group, the names or each other.
@@ -123,7 +123,7 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         raise ValueError(f"log weights must have shape (S,), one a draw, not {log_weights.shape}")
     if bad := np.count_nonzero(np.isnan(log_weights) | np.isposinf(log_weights)):
         raise ValueError(
-            f"{bad} of {log_weights.size} log weights are NaN or +inf: the log joint or the proposal's log density is "
+            f"{bad} of {log_weights.size} log weights are NaN or +inf: the log joint or the proposal's log-density is "
             "not finite at these draws; correct it there (a draw outside the support has log weight -inf)"
         )
     positive = np.isfinite(log_weights)
@@ -280,7 +280,7 @@ def _check_ranks(group: str, arrays: dict[str, np.ndarray], sample_dims: list[st
 def _seen(
     arrays: dict[str, np.ndarray], seen_rows: Mapping[str, np.ndarray], coords: dict, names: dict[str, list]
 ) -> tuple[dict[str, np.ndarray], dict, dict[str, list]]:
-    """Leave the rows out of log likelihoods that are not seen, and label the others; with coordinates and names."""
+    """Leave the rows out of log-likelihoods that are not seen, and label the others; with coordinates and names."""
     dims = {variable: _row_dims(values.ndim - 2, variable, names) for variable, values in arrays.items()}
     seen, coords, names = {}, dict(coords), dict(names)
     for variable, values in arrays.items():
@@ -385,7 +385,7 @@ def _arviz_1() -> _Backend:
         return arviz_base.dict_to_dataset(arrays, sample_dims=sample_dims, check_conventions=False, **options)
 
     def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, Any]:
-        # Unlike 0.x, this function takes log likelihoods, as in leave-one-out, which are negated log weights.
+        # Unlike 0.x, this function takes log-likelihoods, as in leave-one-out, which are negated log weights.
         return array_stats.psislw(-log_weights)
 
     def rhat(draws: np.ndarray) -> Any:

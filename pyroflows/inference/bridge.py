@@ -1,13 +1,12 @@
 """Bridge sampling, which estimates the evidence from draws of both the flow and the exact posterior."""
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pyroflows.errors import OptionError
+from pyroflows.errors import OptionError, warn
 from pyroflows.flows import Flow
 from pyroflows.inference import arviz
 from pyroflows.inference.mcmc.sampling import sample_latents
@@ -106,10 +105,9 @@ def bridge(of_posterior: np.ndarray, of_flow: np.ndarray) -> BridgeEstimate:
     variance = _relative_variance(f_1) / _ess(f_1) + _relative_variance(f_2) / num_flow
     rhat = float(np.nan_to_num(arviz.rhat(of_posterior), nan=1.0, posinf=np.inf))
     if rhat > MAX_RHAT:
-        warnings.warn(
+        warn(
             f"the chains of the bridge have not mixed (R-hat {rhat:.2f}): the standard error is too small; draw more, "
             "give them a longer warm-up, or train the flow for longer",
-            stacklevel=3,
         )
     return BridgeEstimate(log_r, math.sqrt(variance), of_posterior.size, ess, rhat)
 

@@ -1,9 +1,8 @@
 """Draws from a whole model: posterior predictive, prior and prior predictive."""
 
-import warnings
-
 from torch import Tensor
 
+from pyroflows.errors import warn
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.run import SiteValues
 from pyroflows.models.structure import ModelStructure
@@ -35,9 +34,8 @@ def prior_draws(
     """
     flat = [site.name for site in structure.latents if site.is_flat]
     if flat:
-        warnings.warn(
+        warn(
             f"the priors of {flat} are flat and cannot be drawn from: prior and prior predictive draws are left out",
-            stacklevel=2,
         )
         return {}, {}
     try:
@@ -45,7 +43,7 @@ def prior_draws(
     # A prior may have no sampler, and the rest of the model may refuse what is drawn.
     except (NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"prior and prior predictive draws are left out, since drawing fails: {reason}", stacklevel=2)
+        warn(f"prior and prior predictive draws are left out, since drawing fails: {reason}")
         return {}, {}
     observed = {site.name for site in structure.observed}
     return (

@@ -1,7 +1,6 @@
 """What a fit needs of a model before it starts: the log joint, and initial values where it is finite."""
 
 import time
-import warnings
 from typing import Any
 
 import pyro
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
 from pyroflows.compiling.singular import is_singular
+from pyroflows.errors import warn
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.search.circles import find_centers, require_no_flat_angles
 from pyroflows.inference.search.initial import finite_center, require_finite
@@ -112,8 +112,7 @@ def _warn_of_missing(model: Model, args: Any, kwargs: Any) -> None:
     """Warn if nothing is observed, and an argument without a value may be the reason."""
     missing = [name for name, value in bound_arguments(model, args, kwargs).items() if value is None]
     if missing:
-        warnings.warn(
+        warn(
             f"nothing is observed, so that the posterior is the prior: was argument '{missing[0]}' to be given? It is "
             "None",
-            stacklevel=6,
         )

@@ -1,7 +1,6 @@
 """Variational inference by reverse KL, from a model to a posterior: a Gaussian where it is enough, else a flow."""
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
-from pyroflows.errors import DivergedError, OptionError
+from pyroflows.errors import DivergedError, OptionError, warn
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
 from pyroflows.grad_mode import with_gradients
@@ -157,7 +156,7 @@ class FlowVI:
         Raises:
             UntraceableError: if ``compile`` is "trace" or "inductor", and the model cannot be compiled.
             ModelError: if the model cannot be fitted; names the site.
-            DataError: if observed values are NaN, or an argument holds something else than finite numbers where it
+            DataError: if observed values are NaN, or an argument holds something other than finite numbers where it
                 matters; names the site or the argument.
             DivergedError: if the fit diverges, also in float64 where neither ``dtype`` nor a guide of the model is
                 given; the guide keeps its last good state.
@@ -191,7 +190,7 @@ class FlowVI:
             posterior = precise._seeded_run(args, kwargs)
         except Exception:  # a model may not run in float64, for instance with modules in float32
             return None
-        warnings.warn(f"{reason}, and was repeated in float64; dtype=torch.float64 does so at once", stacklevel=3)
+        warn(f"{reason}, and was repeated in float64; dtype=torch.float64 does so at once")
         return posterior
 
     def _run(self, args: Any, kwargs: Any) -> Posterior:
@@ -252,7 +251,7 @@ class FlowVI:
         try:
             heavy = fit(Recipe("default", base="student_t"))
         except DivergedError as error:
-            warnings.warn(f"a flow with heavier tails was tried, and left out: {error}", stacklevel=5)
+            warn(f"a flow with heavier tails was tried, and left out: {error}")
             return light
         return min(light, heavy, key=lambda fitted: fitted.diagnosis.log_weight_variance)
 

@@ -45,7 +45,7 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
         The positional and keyword arguments with which the model runs.
 
     Raises:
-        DataError: if the model does not run, and an array or a table holds something else than finite numbers; names
+        DataError: if the model does not run, and an array or a table holds something other than finite numbers; names
             the argument.
 
     Example:
@@ -72,8 +72,8 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
         is_fault = is_array(leaf) or (is_list(leaf) and isinstance(failure, TypeError))
         if is_fault and as_tensor(leaf) is leaf:
             raise DataError(
-                f"argument '{name}' ({named_type(leaf)}) holds something else than numbers, with which the model fails "
-                f"({_first_line(failure)}): give it numbers, for instance codes for categories"
+                f"argument '{name}' ({named_type(leaf)}) holds something other than numbers, with which the model "
+                f"fails ({_first_line(failure)}): give it numbers, for instance codes for categories"
             ) from failure
     for name, leaf in leaves:
         if hasattr(leaf, "columns"):

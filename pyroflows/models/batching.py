@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyroflows.compiling.singular import nan_where_singular
-from pyroflows.errors import FlowError, ModelError
+from pyroflows.errors import FlowError, ModelError, warn
 from pyroflows.models.run import LogsBySite, RunHandler, RunOptions, RunRecord, SiteValues
 from pyroflows.models.tracing import Model
 from pyroflows.randomness import random_state, seeded
@@ -219,11 +219,10 @@ class BatchedModel:
         return "loop"
 
     def _warn(self, how: str) -> None:
-        warnings.warn(
+        warn(
             f"the model runs {how}: under an outer plate it fails with [{self._failures['plate']}], under vmap with "
             f"[{self._failures['vmap']}]. A model runs under a plate if it indexes from the right, x[..., 0] for x[0], "
             "and x[..., None] where a scalar site meets a vector",
-            stacklevel=3,
         )
 
     def _agrees(self, record: RunRecord, subsample: SiteValues) -> bool:

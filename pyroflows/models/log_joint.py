@@ -14,7 +14,7 @@ from pyroflows.models.layout import Layout
 from pyroflows.models.run import SiteValues
 from pyroflows.models.tracing import Model
 
-# Vectors (S, D) -> log densities (S,) and gradients (S, D), both without autograd history.
+# Vectors (S, D) -> log-densities (S,) and gradients (S, D), both without autograd history.
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -145,7 +145,7 @@ class LogJoint:
 
         The rows of subsampled plates are drawn once, here. With a transform T the function is that of the vectors z
         before it, :math:`\log p(T(z), y) + \log|\det \partial T / \partial z|`; if T is the map of a perfect flow, this
-        is the base's log density plus the log evidence (NeuTra, Hoffman et al. 2019, arXiv:1903.03704). The function
+        is the base's log-density plus the log evidence (NeuTra, Hoffman et al. 2019, arXiv:1903.03704). The function
         keeps the transform as it is now, since a chain needs a fixed target: what follows from its parameters alone,
         such as masked weights, is computed once, which makes a step of a chain a tenth faster.
 

@@ -79,7 +79,7 @@ def observe_tensor(msg: Any) -> None:
         msg: the message of a site that is being sampled.
 
     Raises:
-        DataError: if the value is a list or an array, but holds something else than numbers; names the site.
+        DataError: if the value is a list or an array, but holds something other than numbers; names the site.
     """
     value = msg["value"]
     if not msg["is_observed"] or value is None or msg["infer"].get("_deterministic"):
@@ -92,7 +92,7 @@ def observe_tensor(msg: Any) -> None:
         value = value.to(parameter.device) if isinstance(value, Tensor) else value
         if isinstance(value, list | tuple | str) or (is_array(value) and not isinstance(value, Tensor)):
             raise DataError(
-                f"the value of observed site '{msg['name']}' ({named_type(value)}) holds something else than numbers: "
+                f"the value of observed site '{msg['name']}' ({named_type(value)}) holds something other than numbers: "
                 "give it numbers, for instance codes for categories"
             )
     if isinstance(value, Tensor) and (value.dtype == torch.bool or _is_boolean(msg["fn"])):

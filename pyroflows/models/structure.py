@@ -136,7 +136,7 @@ class ModelStructure:
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """The entries that belong to the posterior, by latents with others too, in dimensions that fit their values."""
+        """The entries that belong to the posterior, by latent that has others too, broadcast with its value."""
         return {s.name: to_rank(s.kept, len(s.shape)) for s in self.latents if s.kept is not None}
 
     @property

@@ -43,8 +43,8 @@ class ScaledMLP(MLP):
     arXiv:2011.14522).
 
     A step of Adam moves each weight by about the learning rate, and so an output of n inputs by n times as much. In
-    stacks of wide networks, noisy gradients and learning rates near 0.05 that leads astray for good within a few steps.
-    Here the layers are
+    stacks of wide networks, with noisy gradients and learning rates near 0.05, that leads astray for good within a few
+    steps. Here the layers are
 
     .. math:: h_k = \sigma\left(\tfrac{4}{n} W_k h_{k-1} + b_k\right), \qquad
         \theta = \tfrac{2}{n} (W h + b),

@@ -220,7 +220,7 @@ def test_gradients_reach_the_context(recipe):
 
 
 def test_score_of_a_sample_drawn_without_gradients_has_gradients():
-    """What a fit on the flow's own draws does: the remembered log density of a draw under no_grad has no gradient."""
+    """What a fit on the flow's own draws does: the remembered log-density of a draw under no_grad has no gradient."""
     flow = make()
     law = flow()
     with torch.no_grad():

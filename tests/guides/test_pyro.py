@@ -485,7 +485,7 @@ def test_init_to_value_falls_back_for_other_sites():
 
 
 def neutra_density(guide, model, z, *args):
-    """Log density of the reparametrised model at a value of the shared latent, and the values of its sites."""
+    """Log-density of the reparametrised model at a value of the shared latent, and the values of its sites."""
     reparametrised = NeuTraReparam(guide).reparam(model)
     first = guide.structure.latents[0].name
     conditioned = poutine.condition(reparametrised, {f"{first}_shared_latent": z})

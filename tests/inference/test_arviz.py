@@ -127,7 +127,7 @@ def test_unnamed_dimensions_get_arviz_names(module, groups):
 
 
 def test_log_likelihood_lacks_event_dimensions(module):
-    """Of a multivariate likelihood, whose log density has one dimension less than its data."""
+    """Of a multivariate likelihood, whose log-density has one dimension less than its data."""
     groups = {
         "posterior": {"m": np.zeros((1, 20))},
         "log_likelihood": {"y": np.zeros((1, 20, 5))},

@@ -313,8 +313,9 @@ def test_data_of_another_shape():
 
 
 def test_forgotten_data():
-    with pytest.warns(UserWarning, match="nothing is observed.*the posterior is the prior.*'y' to be given"):
+    with pytest.warns(UserWarning, match="nothing is observed.*the posterior is the prior.*'y' to be given") as record:
         posterior = fit(line, X)
+    assert record[0].filename == __file__
     assert not posterior.structure.has_data
     assert fit(line, X, ON_LINE).structure.has_data
 

@@ -131,7 +131,7 @@ def test_counts_stay_integers():
 
 
 def test_observed_words_raise():
-    with pytest.raises(DataError, match=r"observed site 'y' \(list\) holds something else than numbers") as caught:
+    with pytest.raises(DataError, match=r"observed site 'y' \(list\) holds something other than numbers") as caught:
         describe_for_flow(line, (X, ["a", "b", "c"]), {})
     assert "\n" not in str(caught.value)
 
@@ -227,7 +227,7 @@ def test_a_model_without_arrays_does_not_run():
     ids=str,
 )
 def test_arrays_of_words_raise(words):
-    with pytest.raises(DataError, match=r"argument 'x' \(.*\) holds something else than numbers.*give it numbers"):
+    with pytest.raises(DataError, match=r"argument 'x' \(.*\) holds something other than numbers.*give it numbers"):
         usable_arguments(line, (words, Y), {})
 
 

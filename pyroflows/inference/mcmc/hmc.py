@@ -24,7 +24,7 @@ MAX_STARTS = 100
 
 
 class State(NamedTuple):
-    """The positions z of the chains ``(C, D)``, with log densities ``(C,)`` and gradients ``(C, D)``."""
+    """The positions z of the chains ``(C, D)``, with log-densities ``(C,)`` and gradients ``(C, D)``."""
 
     z: Tensor
     log_density: Tensor
@@ -71,7 +71,7 @@ def run_hmc(
     """Run chains that start at draws from the base.
 
     Args:
-        value_and_grad: function from ``(C, D)`` to the target's log densities ``(C,)`` and gradients ``(C, D)``.
+        value_and_grad: function from ``(C, D)`` to the target's log-densities ``(C,)`` and gradients ``(C, D)``.
         base: the base distribution of the flow.
         num_samples: number of draws that are kept of each chain.
         num_chains: number of chains C.
@@ -139,12 +139,12 @@ def trajectory(
     r"""Take leapfrog steps from a momentum :math:`r \sim N(0, I)`, in the coordinates :math:`z / s`.
 
     A step is :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, :math:`z \mathrel{+}= \epsilon s \odot r`,
-    :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, where g is the gradient of the log density. The end is accepted
+    :math:`r \mathrel{+}= \frac\epsilon2 s \odot g(z)`, where g is the gradient of the log-density. The end is accepted
     with probability :math:`\min(1, e^{H_0 - H_1})`, where :math:`H = \frac12 |r|^2 - \log p(z)`. The scales s have the
     effect of a diagonal mass matrix :math:`s^{-2}`.
 
     Args:
-        value_and_grad: function that gives the log density and its gradient.
+        value_and_grad: function that gives the log-density and its gradient.
         state: the state at the start.
         step_size: :math:`\epsilon`, positive, in units of the scales.
         num_steps: number of leapfrog steps, at least 1.

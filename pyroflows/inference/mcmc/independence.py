@@ -38,7 +38,7 @@ class DefensiveMixture:
         return torch.where(is_wide, wide, self._base.sample(shape))
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """The log density of the mixture at z, ``(S, D)`` to ``(S,)``."""
+        """The log-density of the mixture at z, ``(S, D)`` to ``(S,)``."""
         base = torch.tensor(1 - DEFENSIVE_WEIGHT).log() + self._base.log_prob(z)
         return torch.logaddexp(base, torch.tensor(DEFENSIVE_WEIGHT).log() + self._wide.log_prob(z))
 

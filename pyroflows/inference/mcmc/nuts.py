@@ -13,7 +13,7 @@ from pyroflows.models.log_joint import ValueAndGrad
 
 
 class _LogDensity(torch.autograd.Function):
-    """A log density for autograd, whose gradient is computed along with its value."""
+    """A log-density for autograd, whose gradient is computed along with its value."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, value_and_grad: ValueAndGrad) -> Tensor:

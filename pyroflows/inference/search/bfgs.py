@@ -1,4 +1,4 @@
-"""The climb to the modes of a log density by BFGS, from several starts at once."""
+"""The climb to the modes of a log-density by BFGS, from several starts at once."""
 
 import math
 
@@ -19,13 +19,13 @@ class Search:
     """BFGS from all starts at once; one call of the density tries several step lengths of every start.
 
     Args:
-        density: the log density.
+        density: the log-density.
         starts: vectors ``(S, D)`` in float64.
         root: a square root of the inverse Hessian from which all starts learn theirs, ``(D, D)``; None for a multiple
             of the identity.
 
     Attributes:
-        loc: where the starts have come to, ``(S, D)``, with ``value`` and ``grad`` of the log density there.
+        loc: where the starts have come to, ``(S, D)``, with ``value`` and ``grad`` of the log-density there.
         root: square roots of their inverse Hessians, ``(S, D, D)``.
         active: which starts go on, ``(S,)``.
     """
@@ -55,7 +55,7 @@ class Search:
             setattr(self, name, getattr(self, name)[which])
 
     def gaussians(self) -> tuple[Tensor, Tensor]:
-        """Pathfinder's Gaussians, which are exact if the log density is quadratic."""
+        """Pathfinder's Gaussians, which are exact if the log-density is quadratic."""
         return self.loc + _times(self.root, _times(self.root.mT, self.grad)), self.root
 
     def advance(self) -> None:
@@ -66,7 +66,7 @@ class Search:
         trials = self.loc[:, None] + lengths[..., None] * _times(self.root, pull)[:, None]
         values, grads = torch.full_like(lengths, -torch.inf), torch.zeros_like(trials)
         values[self.active], grads[self.active] = self.density(trials[self.active])
-        # A log density is a sum of many terms with this rounding error, on which the search would otherwise stop.
+        # A log-density is a sum of many terms with this rounding error, on which the search would otherwise stop.
         rounding = 10 * self.density.eps * self.value.abs()
         enough = values >= (self.value - rounding)[:, None] + 1e-4 * lengths * slope[:, None]
         value, best = values.where(enough, -torch.inf).max(-1)

@@ -1,4 +1,4 @@
-"""A log density in float64, by one function of a fixed number of rows, so that it has to be compiled only once."""
+"""A log-density in float64, by one function of a fixed number of rows, so that it has to be compiled only once."""
 
 import math
 
@@ -12,10 +12,10 @@ LARGEST_VALUE = 1e60
 
 
 class Density:
-    """The log density of any number of vectors in float64; where it is not finite, it is -inf with gradient zero.
+    """The log-density of any number of vectors in float64; where it is not finite, it is -inf with gradient zero.
 
     Args:
-        value_and_grad: vectors ``(num_rows, D)`` to log densities ``(num_rows,)`` and gradients ``(num_rows, D)``.
+        value_and_grad: vectors ``(num_rows, D)`` to log-densities ``(num_rows,)`` and gradients ``(num_rows, D)``.
         num_rows: the number of vectors in one call of this function.
         starts: a tensor of the dtype and the device that the function takes.
 

@@ -1,4 +1,4 @@
-"""Gaussian approximations of a log density, and the variational steps that raise their ELBO."""
+"""Gaussian approximations of a log-density, and the variational steps that raise their ELBO."""
 
 import math
 from dataclasses import dataclass

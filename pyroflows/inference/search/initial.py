@@ -20,7 +20,7 @@ from pyroflows.randomness import seeded
 NUM_TRIES = 100
 # Half of them are uniform in a cube of the unconstrained space, which grows from this size to that one.
 LEAST_RADIUS, LARGEST_RADIUS = 2.0, 10.0
-ADVICE = "Give a guide with init_loc_fn=init_to_value(values={...}) where it is"
+ADVICE = "Give a guide with init_loc_fn=init_to_value(values={...}), with values where it is finite"
 
 
 class _NotFiniteError(Exception):
@@ -56,8 +56,8 @@ def finite_center(model: Model, args: Any, kwargs: Any, layout: Layout, center: 
             continue
     if found := non_finite(model, args, kwargs):
         raise DataError(
-            f"{'; '.join(found)}, and the log joint is not finite at the initial values: {first_error}, even where a "
-            "mask hides these rows: fill them with any finite number, for instance by x.nan_to_num()"
+            f"{'; '.join(found)}, and the log joint is not finite at the initial values: {first_error}. Fill these "
+            "entries with any finite number, for instance by x.nan_to_num(), even where a mask hides them"
         )
     raise ModelError(
         f"the log joint is not finite at the initial values: {first_error}; nor is it at any of {NUM_TRIES} other "

@@ -1,4 +1,4 @@
-"""The separate modes of a log density, sought from batches of starts."""
+"""The separate modes of a log-density, sought from batches of starts."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ MAX_IMAGES = 64
 
 @dataclass(eq=False)
 class Mode:
-    """A mode of a log density.
+    """A mode of a log-density.
 
     Args:
         gaussian: the Gaussian there.
@@ -51,7 +51,7 @@ class ModeSearch:
     """The modes that starts have found so far, and in how many starts.
 
     Args:
-        density: the log density.
+        density: the log-density.
         starts: the first starts, ``(S, D)``, from each of which the best Gaussian on its path is sought; further ones
             are given to :meth:`explore`.
 
@@ -266,7 +266,7 @@ class ModeSearch:
 
 
 def is_separate(a: Approximation, b: Approximation, density: Density) -> bool:
-    """Whether two Gaussians describe separate modes: they lie apart, with a valley of the log density between them.
+    """Whether two Gaussians describe separate modes: they lie apart, with a valley of the log-density between them.
 
     A bent path must be nearly free of valleys to connect them, since a flow that is trained at one of them has to find
     the other along it.
@@ -281,7 +281,7 @@ def is_separate(a: Approximation, b: Approximation, density: Density) -> bool:
 
 
 def valley(a: Approximation, b: Approximation, density: Density) -> float:
-    """How far the log density falls below its lower end on a path between the means of two Gaussians.
+    """How far the log-density falls below its lower end on a path between the means of two Gaussians.
 
     The first path is straight. As long as that helps, its nodes climb, across the line between the means and by at most
     a standard deviation of the first Gaussian at once, so that the path follows a ridge that is bent.
@@ -306,13 +306,13 @@ def valley(a: Approximation, b: Approximation, density: Density) -> float:
 
 
 def dips(density: Density, a: Tensor, b: Tensor, num_points: int) -> Tensor:
-    """How far the log density falls on lines ``(R, D)`` to ``(R, D)`` below its lower end, ``(R,)``."""
+    """How far the log-density falls on lines ``(R, D)`` to ``(R, D)`` below its lower end, ``(R,)``."""
     weight = torch.linspace(0, 1, num_points).to(a)[:, None]
     values, _ = density(a[:, None] + weight * (b - a)[:, None])
     return (torch.minimum(values[:, 0], values[:, -1]) - values.amin(1)).nan_to_num(nan=math.inf)
 
 
 def _masses(search: Search) -> Tensor:
-    """The log mass at the present place of each climb, if it were an optimum, by the curvature learnt so far."""
+    """The log mass at the present place of each climb, if it were an optimum, by the curvature learned so far."""
     dim = search.loc.shape[1]
     return search.value + torch.linalg.slogdet(search.root)[1] + 0.5 * dim * math.log(2 * math.pi)

@@ -1,4 +1,4 @@
-r"""Fit Gaussians to a log density at its modes, in one to three hundred evaluations.
+r"""Fit Gaussians to a log-density at its modes, in one to three hundred evaluations.
 
 A search for modes from several starts at once gives a first Gaussian for each, as in Pathfinder (Zhang, Carpenter,
 Gelman and Vehtari 2022, arXiv:2108.03782). Variational steps then bring it to the Gaussian of the least KL divergence.
@@ -24,7 +24,7 @@ def pathfinder(
 ) -> list[GaussianApproximation]:
     r"""Search from each start for the Gaussian :math:`q = N(m, J J^\top)` of the largest ELBO.
 
-    From all starts at once, BFGS climbs the log density p, keeping a square root J of the inverse Hessian. Of the
+    From all starts at once, BFGS climbs the log-density p, keeping a square root J of the inverse Hessian. Of the
     Gaussians :math:`N(u + J J^\top g, J J^\top)` at its iterates u with gradients g, and of the plain
     :math:`N(u_0, 0.1^2 I)`, that of the best ELBO is each start's first; the mode itself may be useless, as for a
     funnel. Then natural gradient steps raise its ELBO: in :math:`z = J^{-1}(u - m)`, the score's regression on draws
@@ -37,7 +37,7 @@ def pathfinder(
     Gaussian p one full step is exact.
 
     Args:
-        value_and_grad: vectors ``(num_rows, D)`` in the dtype of the starts to log densities ``(num_rows,)``, up to a
+        value_and_grad: vectors ``(num_rows, D)`` in the dtype of the starts to log-densities ``(num_rows,)``, up to a
             constant, and gradients ``(num_rows, D)``. Never called with another number of rows. Where one of them is
             not finite, the density is taken as zero.
         starts: ``(S, D)``, S at most ``num_rows``; they should be few, since they share the rows of a call.
@@ -73,7 +73,7 @@ def approximations(density: Density, starts: Tensor, max_iterations: int = 150) 
     """Search as :func:`pathfinder` does; the Gaussians stay in float64, with the variances of their log weights."""
     search = Search(density, starts.double())
     if not search.active.any():
-        raise ValueError("the log density or its gradient is finite at none of the starts")
+        raise ValueError("the log-density or its gradient is finite at none of the starts")
     finite = search.active.nonzero()[:, 0].tolist()
     firsts = _best_on_paths(density, search, max_iterations)
     found: list[Approximation] = []

@@ -201,7 +201,9 @@ def find_start(
     try:
         search = ModeSearch(Density(tempered, num_rows, starts), starts)
     except ValueError as error:
-        raise ModelError(f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}})") from error
+        raise ModelError(
+            f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}}), with values where they are"
+        ) from error
     symmetries = _symmetries(search, log_joint.layout)
     search.close(symmetries)
     batch = max(2, min(BATCH, num_rows, MAX_ENTRIES // starts.shape[1] ** 2))

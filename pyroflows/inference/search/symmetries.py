@@ -91,12 +91,12 @@ class Symmetry:
 
 
 def find_symmetries(layout: Layout, log_density: Callable[[Tensor], Tensor], points: Tensor) -> list[Symmetry]:
-    """Find sign changes and transpositions of components that leave a log density unchanged.
+    """Find sign changes and transpositions of components that leave a log-density unchanged.
 
     Args:
         layout: the layout of the latents.
-        log_density: vectors ``(S, D)`` to log densities ``(S,)``; S is as large as it takes.
-        points: vectors ``(S, D)``, at each of which the log density must be unchanged; the first of them sorts out most
+        log_density: vectors ``(S, D)`` to log-densities ``(S,)``; S is as large as it takes.
+        points: vectors ``(S, D)``, at each of which the log-density must be unchanged; the first of them sorts out most
             candidates, so it should be in the bulk of the density and lie on no plane of symmetry.
 
     Example:

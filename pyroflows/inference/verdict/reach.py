@@ -106,7 +106,7 @@ def _stretched(base: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         z: draws ``(S, *base_shape)``.
 
     Returns:
-        The draws, and their log density under the base less that under the mixture of the three laws, ``(S,)``.
+        The draws, and their log-density under the base less that under the mixture of the three laws, ``(S,)``.
     """
     size = base.event_shape.numel()
     along_all = 1 + 1 / math.sqrt(size)

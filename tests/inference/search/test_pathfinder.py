@@ -13,7 +13,7 @@ NUM_ROWS = 64
 
 
 class Traced:
-    """A log density as the search sees it: with one number of rows, counted."""
+    """A log-density as the search sees it: with one number of rows, counted."""
 
     def __init__(self, log_density, num_rows=NUM_ROWS):
         self.log_density, self.num_rows, self.num_calls = log_density, num_rows, 0

@@ -152,7 +152,7 @@ def density_of(log_density, dim=2):
 
 
 def between(a, b, dip, at_b=0.0):
-    """A log density that falls by ``dip`` half way, and is ``at_b`` at b."""
+    """A log-density that falls by ``dip`` half way, and is ``at_b`` at b."""
 
     def value_and_grad(x):
         weight = (x - a.loc)[:, 0] / (b.loc - a.loc)[0]
@@ -192,7 +192,7 @@ def test_the_dip_is_below_the_lower_of_the_two():
 
 
 def test_a_ridge_may_be_bent():
-    """On the way along a ring the log density does not fall, on the straight line it falls by 13 nats."""
+    """On the way along a ring the log-density does not fall, on the straight line it falls by 13 nats."""
     ring = density_of(lambda u: -0.5 * ((u.norm(dim=-1) - 4) / 0.3).square())
     north, east = gaussian(0.0, sd=0.5), gaussian(4.0, sd=0.5)
     north.loc[1] = 4.0
