@@ -68,8 +68,7 @@ def worst_sites(layout: Layout, latents: Tensor, log_weights: Tensor, normalized
     """
     finite = log_weights.isfinite()
     rows = finite.nonzero()[:MAX_ROWS, 0]
-    mean, sd = latents[finite].mean(0), latents[finite].std(0)
-    z = (latents - mean) / sd
+    z = (latents - latents.mean(0)) / latents.std(0)
     found = []
     for site, part in layout.split(z):
         explained = _explained(part[rows].clamp(-CUT, CUT), log_weights[rows])
