@@ -182,7 +182,7 @@ class FlowVI:
     def _run_in_float64(self, args: Any, kwargs: Any, reason: str) -> Posterior | None:
         """Repeat a fit in float64 with a warning; None if the model is not in float32, or float64 fails."""
         with seeded(0):
-            if describe(self.model, args, kwargs).dtype != torch.float32:
+            if describe(self.model, *usable_arguments(self.model, args, kwargs)).dtype != torch.float32:
                 return None
         precise = copy.copy(self)
         precise.dtype = torch.float64

@@ -99,12 +99,12 @@ def _like(msg: Any) -> Tensor:
 
 
 def _supports_elsewhere(model: Model, args: Any, kwargs: Any) -> dict[str, Constraint | None]:
-    """The supports of the latents in a run at other values; none if the model refuses these."""
-    try:
-        with seeded(0), pyro.validation_enabled(False):
+    """The supports of the latents in a run at other values, or at draws of the prior if the model refuses these."""
+    with seeded(0), pyro.validation_enabled(False):
+        try:
             structure = describe(_Elsewhere()(model), args, kwargs)
-    except Exception:  # a model may raise anything at values that are not its own
-        return {}
+        except Exception:  # a model may raise anything at values that are not its own
+            structure = describe(model, args, kwargs)
     return {site.name: site.support for site in structure.latents}
 
 

@@ -118,16 +118,33 @@ def _other_points(model: Model, args: Any, kwargs: Any, layout: Layout, center: 
         radius = LEAST_RADIUS + (LARGEST_RADIUS - LEAST_RADIUS) * i / NUM_TRIES
         point = radius * (2 * torch.rand(layout.dim).to(center) - 1)
         if i % 2:
-            try:
-                # Validation may fail, or a matrix be singular, at a draw of the prior.
-                with pyro.validation_enabled(False):
-                    trace = trace_model(model, args, kwargs)
-            except RuntimeError as error:
-                if not is_singular(error):
-                    raise
+            drawn = prior_draw(model, args, kwargs, layout)
+            if drawn is None:
                 continue
-            drawn = layout.unconstrain({name: trace.nodes[name]["value"] for name in layout.slices}).to(center)
+            drawn = drawn.to(center)
             for part in flat:
                 drawn[part] = point[part]
             point = drawn
         yield point
+
+
+def prior_draw(model: Model, args: Any, kwargs: Any, layout: Layout) -> Tensor | None:
+    """Draw an unconstrained vector ``(dim,)`` from the prior; None where a matrix of the model is singular.
+
+    At an extreme draw from a vague prior a scale may underflow, so that validation would fail. At flat priors the draw
+    is a feasible value, the same each time.
+
+    Args:
+        model: the Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        layout: the layout of its latents.
+    """
+    try:
+        with pyro.validation_enabled(False):
+            trace = trace_model(model, args, kwargs)
+    except RuntimeError as error:
+        if not is_singular(error):
+            raise
+        return None
+    return layout.unconstrain({name: trace.nodes[name]["value"] for name in layout.slices})

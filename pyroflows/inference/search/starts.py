@@ -5,19 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
-from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import ModelError
 from pyroflows.inference.search.density import Density
 from pyroflows.inference.search.gaussians import GaussianApproximation, as_gaussian
+from pyroflows.inference.search.initial import prior_draw
 from pyroflows.inference.search.modes import Mode, ModeSearch
 from pyroflows.inference.search.symmetries import Symmetry, exchangeable_axes, find_symmetries, permutation
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
-from pyroflows.models.tracing import Model, trace_model
+from pyroflows.models.tracing import Model
 
 NUM_ROWS = 64
 # Further starts come in batches of these sizes, of fewer where their matrices would have more entries than this.
@@ -145,15 +144,10 @@ def _random_map(layout: Layout) -> Symmetry:
 
 def _prior_draw(model: Model, args: Any, kwargs: Any, layout: Layout, instead: Tensor) -> Tensor:
     """Draw from the prior; where that fails, and where it is flat, the draw is another."""
-    # At an extreme draw from a vague prior a scale may underflow, or a matrix be singular.
-    with pyro.validation_enabled(False):
-        try:
-            trace = trace_model(model, args, kwargs)
-        except RuntimeError as error:
-            if not is_singular(error):
-                raise
-            return instead
-    drawn = layout.unconstrain({name: trace.nodes[name]["value"] for name in layout.slices}).to(instead)
+    drawn = prior_draw(model, args, kwargs, layout)
+    if drawn is None:
+        return instead
+    drawn = drawn.to(instead)
     for site in layout.structure.latents:
         if site.is_flat:
             part = layout.slices[site.name]

@@ -96,6 +96,16 @@ class DiagnosticDraws:
             more = ReachingDraws.drawn(self.law, self.log_joint, (NUM_BATCHES - 1) * self.batch_size)
         return unseen if more is None else draws.joined(more).unseen(self.batch_size)
 
+    @cached_property
+    def unseen_by_prior(self) -> Estimate | None:
+        """The share of the posterior that draws of the prior see and those of the flow do not; None if unknown."""
+        finite = self.raw_log_weights[self.raw_log_weights.isfinite()]
+        if not len(finite):
+            return None
+        with seeded(SEED_OF_PRIOR + self.seed):
+            draws = PriorDraws.drawn(self.law, self.log_joint)
+        return None if draws is None else draws.unseen(finite.max().item(), self.weights.log_evidence)
+
     def diagnosis(self, flow: Flow, history: History, starts: Starts | None) -> Diagnosis:
         """Judge the flow by these draws, its training, and its starts where it had several."""
         facts = self._facts(flow, history, starts)
@@ -110,7 +120,7 @@ class DiagnosticDraws:
             has_data=self.log_joint.structure.has_data,
             non_finite=self._non_finite_sites(),
             shares_at_edges=self.log_joint.shares_at_edges(self.latents),
-            unseen_by_prior=self._unseen_by_prior(),
+            unseen_by_prior=self.unseen_by_prior,
         )
         if starts is None:
             return facts
@@ -122,15 +132,6 @@ class DiagnosticDraws:
             num_other_modes=num_modes - len(flow.components),
             new_mode_probability=starts.new_mode_probability,
         )
-
-    def _unseen_by_prior(self) -> Estimate | None:
-        """The share of the posterior that draws of the prior see and those of the flow do not; None if unknown."""
-        finite = self.raw_log_weights[self.raw_log_weights.isfinite()]
-        if not len(finite):
-            return None
-        with seeded(SEED_OF_PRIOR + self.seed):
-            draws = PriorDraws.drawn(self.law, self.log_joint)
-        return None if draws is None else draws.unseen(finite.max().item(), self.weights.log_evidence)
 
     def _non_finite_sites(self) -> str:
         """Name the sites at which the log joint is not finite, in words."""

@@ -20,10 +20,10 @@ NUM_PRIOR_DRAWS = 4000
 
 @dataclass(frozen=True)
 class PriorDraws:
-    r"""The weights of draws of the prior :math:`\pi`.
+    r"""The weights of those of n draws of the prior :math:`\pi` at which they are finite; the others have no weight.
 
     Args:
-        log_weights: :math:`\log p(x, y) - \log \pi(x)`, the log-likelihoods, ``(S,)``; -inf where not finite.
+        log_weights: :math:`\log p(x, y) - \log \pi(x)`, the log-likelihoods, ``(S,)``, S at most n.
         log_flow_weights: :math:`\log p(x, y) - \log q(x)` for the law q of a flow, ``(S,)``.
     """
 
@@ -45,15 +45,17 @@ class PriorDraws:
         log_p = log_joint.in_chunks(vectors)
         log_weights = log_p - log_prior
         finite = log_weights.isfinite()
-        log_flow_weights = torch.full_like(log_weights, -torch.inf)
         try:
-            log_flow_weights[finite] = log_p[finite] - law.log_prob(vectors[finite])
+            log_flow_weights = log_p[finite] - law.log_prob(vectors[finite])
         except InversionError:
             return None
-        return cls(log_weights.where(finite, -torch.inf).cpu().double(), log_flow_weights.cpu().double())
+        return cls(log_weights[finite].cpu().double(), log_flow_weights.cpu().double())
 
     def unseen(self, level: float, log_evidence: float) -> Estimate:
-        """Estimate the share of the posterior that lies where the flow's weights are larger than its draws show.
+        r"""Estimate the share of the posterior that lies where the flow's weights are larger than its draws show.
+
+        With the mass there, :math:`m = \frac1n \sum_i w_i` over the draws in this region, and the evidence e that the
+        draws of the flow see, the share is :math:`m / (m + e)`, and its error is that of m by the delta method.
 
         Args:
             level: the largest log weight among the draws from the flow.
@@ -61,8 +63,11 @@ class PriorDraws:
         """
         # A flow that scores a draw as impossible has an infinite weight there.
         is_unseen = (self.log_flow_weights > level) | self.log_flow_weights.isnan()
-        masses = torch.exp(self.log_weights.where(is_unseen, -torch.inf) - log_evidence)
-        mass, error = masses.mean().item(), masses.std().item() / math.sqrt(len(masses))
-        if not math.isfinite(mass):
-            return Estimate(1.0, 0.0 if math.isfinite(error) else math.inf)
-        return Estimate(mass / (1 + mass), error / (1 + mass) ** 2)
+        log_weights = self.log_weights[is_unseen]
+        if not len(log_weights):
+            return Estimate(0.0, 0.0)
+        log_total = torch.logsumexp(log_weights, 0)
+        share = torch.sigmoid(log_total - math.log(NUM_PRIOR_DRAWS) - log_evidence).item()
+        square = torch.exp(torch.logsumexp(2 * log_weights, 0) - 2 * log_total).item()
+        relative_error = math.sqrt(max(0.0, square - 1 / NUM_PRIOR_DRAWS))
+        return Estimate(share, share * (1 - share) * relative_error)

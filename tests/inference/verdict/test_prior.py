@@ -8,6 +8,7 @@ import torch
 from pyro import distributions as dist
 
 import pyroflows as pf
+from pyroflows.inference.verdict import prior
 from pyroflows.inference.verdict.prior import PriorDraws
 
 ONE = torch.tensor(1.0)
@@ -35,7 +36,7 @@ def test_a_flow_that_misses_the_slab_is_not_good(sd):
     diagnosis = posterior.diagnose()
     assert diagnosis.verdict == "do not use"
     assert "draws of the prior show that about" in diagnosis.reasons[0]
-    share = posterior._diagnostics._unseen_by_prior()
+    share = posterior._diagnostics.unseen_by_prior
     # A part of the slab lies under the spike.
     assert share.value == pytest.approx(share_of_slab(sd), abs=4 * share.se + 0.02)
     assert share.se < 0.02
@@ -52,19 +53,27 @@ def test_a_narrow_posterior_within_a_wide_prior():
     assert posterior.diagnose().verdict == "good"
 
 
-def test_the_share_is_that_of_the_weights():
-    """Of four draws the last two lie where the flow has larger weights than its draws show."""
-    log_weights = torch.tensor([0.1, 0.2, 0.4, 0.6]).log()
-    draws = PriorDraws(log_weights, torch.tensor([0.0, 1.0, 3.0, math.inf]))
+def test_the_share_is_that_of_the_weights(monkeypatch):
+    """Of four draws one has no weight, and the last two lie where the flow has larger weights than its draws show."""
+    monkeypatch.setattr(prior, "NUM_PRIOR_DRAWS", 4)
+    draws = PriorDraws(torch.tensor([0.1, 0.4, 0.6]).double().log(), torch.tensor([0.0, 3.0, math.inf]))
     share = draws.unseen(level=2.0, log_evidence=math.log(0.5))
-    mass = (0.4 + 0.6) / 4 / 0.5
+    masses = torch.tensor([0.0, 0.0, 0.4, 0.6]).double() / 0.5
+    mass, error = masses.mean().item(), (masses.std(correction=0) / 2).item()
     assert share.value == pytest.approx(mass / (1 + mass))
+    assert share.se == pytest.approx(error / (1 + mass) ** 2)
     assert draws.unseen(level=math.inf, log_evidence=0.0).value == 0.0
 
 
+def test_a_share_that_is_next_to_all():
+    """The draws of the prior show a mode that is a thousand nats better than that of the flow."""
+    draws = PriorDraws(torch.tensor([1000.0, 1000.0]).double(), torch.tensor([5.0, 5.0]))
+    assert draws.unseen(level=0.0, log_evidence=0.0) == (1.0, 0.0)
+
+
 def test_without_data_or_draws_there_is_no_share():
-    def prior():
+    def without_data():
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    posterior = pf.FlowVI(prior, seed=0, progress_bar=False).run()
-    assert posterior._diagnostics._unseen_by_prior() is None
+    posterior = pf.FlowVI(without_data, seed=0, progress_bar=False).run()
+    assert posterior._diagnostics.unseen_by_prior is None
