@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
-from pyroflows.compiling.singular import is_singular
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.layout import Layout
 from pyroflows.models.run import SiteValues
@@ -80,12 +79,9 @@ class LogJoint:
 
     @torch.no_grad()
     def in_chunks(self, vectors: Tensor) -> Tensor:
-        """The log joint of any number of vectors, without gradients; NaN or -inf where a matrix is singular."""
+        """The log joint of any number of vectors, without gradients; NaN where a matrix of the model is singular."""
 
-        def function(part: Tensor) -> tuple[Tensor]:
-            return (self(part),)
-
-        return torch.cat([_row_by_row(function, part)[0] for part in vectors.split(self.batched.chunk_size)])
+        return torch.cat([self(part) for part in vectors.split(self.batched.chunk_size)])
 
     @torch.no_grad()
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor] | None:
@@ -173,17 +169,4 @@ class LogJoint:
             # The program was made for this one number of vectors.
             return compiled(vectors) if vectors.shape == examples.shape else function(vectors)
 
-        return lambda vectors: _row_by_row(run, vectors, torch.zeros_like(vectors[:1]))
-
-
-def _row_by_row(function: Callable[[Tensor], Any], vectors: Tensor, *rest: Tensor) -> Any:
-    """Call a function for a batch; where a matrix is singular for a vector, its results are -inf and ``rest``."""
-    try:
-        return function(vectors)
-    except RuntimeError as error:
-        if not is_singular(error):
-            raise
-    if len(vectors) == 1:
-        return vectors.new_full((1,), -torch.inf), *rest
-    halves = [_row_by_row(function, half, *rest) for half in vectors.tensor_split(2)]
-    return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+        return run

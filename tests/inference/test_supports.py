@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -322,6 +323,17 @@ def test_fit_with_draws_on_an_edge_is_repeated_in_float64():
     x = torch.linspace(0, 10, 100_001, dtype=torch.float64)
     exact = (dist.Normal(x, 0.5).log_prob(torch.tensor(0.1).double()) - x).logsumexp(0) + math.log(1e-4)
     _check_evidence(posterior, exact.item())
+
+
+def test_arrays_do_not_hinder_the_repetition_in_float64(monkeypatch):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu * y.clone(), 1.0).to_event(1), obs=y)
+
+    _diverging(monkeypatch, also_in_float64=False)
+    with pytest.warns(UserWarning, match="repeated in float64"):
+        posterior = _fit(model, np.array([1.0, 2.0]))
+    assert posterior.sample(1)["mu"].dtype == torch.float64
 
 
 def test_shares_at_edges():

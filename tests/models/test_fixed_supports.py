@@ -11,7 +11,7 @@ from torch.distributions import AffineTransform
 
 import pyroflows as pf
 from pyroflows.errors import ModelError
-from pyroflows.models.fixed_supports import require_fixed_supports
+from pyroflows.models.fixed_supports import ELSEWHERE, require_fixed_supports
 from pyroflows.models.structure import describe
 
 
@@ -211,3 +211,14 @@ def test_unknown_support_raises(fn):
         ModelError, match=r"support of latent site 'x' \(TransformedDistribution\) is not known.*pyro.d"
     ):
         pf.FlowVI(model, seed=0, progress_bar=False).run()
+
+
+def test_draws_of_the_prior_serve_a_model_that_refuses_other_values():
+    def model():
+        a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+        if torch.isclose(a, torch.tensor(ELSEWHERE).sigmoid()):
+            raise RuntimeError("not these values")
+        pyro.sample("b", dist.Uniform(0.0, a))
+
+    with pytest.raises(ModelError, match="the support of latent site 'b' .* depends on other latents"):
+        require_fixed_supports(describe(model, (), {}), model, (), {})
