@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pyroflows.inference.search import gaussians
 from pyroflows.inference.search.bfgs import Search
 from pyroflows.inference.search.density import Density
 from pyroflows.inference.search.pathfinder import pathfinder
@@ -204,3 +205,16 @@ def test_errors():
     for shape in [(3,), (65, 2), (0, 2)]:
         with pytest.raises(ValueError, match="starts must be"):
             pathfinder(Traced(log_density), torch.zeros(shape))
+
+
+def test_moments_by_values_are_those_by_gradients():
+    """For a Gaussian target both are its precision P, and P b for its mean b, up to the noise of Stein's lemma."""
+    torch.manual_seed(0)
+    noise = torch.randn(200_000, 2, dtype=torch.float64)
+    precision = torch.tensor([[1.5, 0.4], [0.4, 0.7]], dtype=torch.float64)
+    z = noise - torch.tensor([0.3, -0.2], dtype=torch.float64)
+    log_weights = -0.5 * ((z @ precision) * z).sum(-1) + 0.5 * noise.square().sum(-1)
+    expected = gaussians._by_gradients(noise, -z @ precision)
+    for found, exact in zip(gaussians._by_values(noise, log_weights), expected, strict=True):
+        # The products of log weights and noise have sds of up to 3.
+        torch.testing.assert_close(found, exact, rtol=0.0, atol=4 * 3 / len(noise) ** 0.5)
