@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from pyroflows.flows import Flow, FlowDistribution
-from pyroflows.transforms import Compose, FlowTransform, TriangularTransform
+from pyroflows.transforms import TriangularTransform
+from pyroflows.transforms.triangular.chain import flattened, forward_and_log_slopes, inverse_and_log_slopes
 
 
 def gaussian_kl(
@@ -44,8 +45,8 @@ def gaussian_kl(
         >>> kl.abs().item() < 1e-6
         True
     """
-    x, log_slope = _through("_forward_and_log_slopes", _layers(q.transform), z, q.context)
-    z_p, log_slope_p = _through("_inverse_and_log_slopes", _layers(p.transform)[::-1], x, p.context)
+    x, log_slope = forward_and_log_slopes(flattened(q.transform), z, q.context)
+    z_p, log_slope_p = inverse_and_log_slopes(flattened(p.transform), x, p.context)
     loc_q, scale_q = _loc_and_scale(q.base)
     loc_p, scale_p = _loc_and_scale(p.base)
     log_ratio = log_slope + log_slope_p + torch.log(scale_q / scale_p)  # log(scale of q / scale of p)
@@ -67,7 +68,7 @@ def has_closed_form(student: Flow, teacher: Any) -> bool:
     """
     if not isinstance(teacher, Flow):
         return False
-    layers = [*_layers(student.transform), *_layers(teacher.transform)]
+    layers = [*flattened(student.transform), *flattened(teacher.transform)]
     if not all(isinstance(layer, TriangularTransform) and layer.is_affine for layer in layers):
         return False
     orders = {layer.triangular_order for layer in layers} - {()}
@@ -76,25 +77,6 @@ def has_closed_form(student: Flow, teacher: Any) -> bool:
 
 def _is_normal(base: Any) -> bool:
     return isinstance(base, Independent) and isinstance(base.base_dist, Normal)
-
-
-def _layers(transform: FlowTransform) -> list[Any]:
-    """Return the layers of a transform, with those of nested compositions in their place."""
-    if not isinstance(transform, Compose):
-        return [transform]
-    return [layer for part in transform.layers for layer in _layers(part)]
-
-
-def _through(method: str, layers: list[Any], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Send a value through layers; return the result, and the logarithm of the diagonal of their joint Jacobian.
-
-    Matrices that are triangular in one order multiply to a matrix whose diagonal is the product of their diagonals.
-    """
-    total: Any = 0.0
-    for layer in layers:
-        value, log_slopes = getattr(layer, method)(value, context if layer.context_dim else None)
-        total = total + log_slopes
-    return value, total
 
 
 def _loc_and_scale(base: Any) -> tuple[Tensor, Tensor]:

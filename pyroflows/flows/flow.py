@@ -12,6 +12,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform, bijec
 
 from pyroflows.errors import FlowError, OptionError, ShapeError
 from pyroflows.flows.base import Base, base_module, is_validated, standard_normal
+from pyroflows.flows.block import Block, block
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
@@ -150,6 +151,50 @@ class Flow(nn.Module):
         if isinstance(self, PyroModule):
             _register_parameters(self)
         return FlowDistribution(self.base(), self.transform, context, is_validated())
+
+    def conditional(self, given: Tensor, context: Tensor | None = None, columns: Sequence[int] | None = None) -> Block:
+        r"""Return the law of the columns that are not given, exactly, for a flow whose layers have one order.
+
+        These are autoregressive flows with an ``order``, and flows of elementwise or triangular layers. For all others,
+        and for columns that do not come first in the order, there is :func:`pyroflows.sample_conditional`.
+
+        Args:
+            given: values ``(..., k)`` of k columns, 0 < k < dim.
+            context: ``(..., *context_shape)``, if the flow takes one.
+            columns: the given columns, in the order of the values; None for the first k of the flow's order.
+
+        Raises:
+            OptionError: if the law is not known in closed form, for example since the layers have different orders.
+            ShapeError: if the number of values does not fit.
+
+        Example:
+            >>> flow = pf.flows.MAF(3, order=[2, 0, 1])
+            >>> rest = flow.conditional(torch.tensor([1.5]))  # column 2 is 1.5
+            >>> rest.columns, rest.sample((5,)).shape, rest.log_prob(torch.zeros(2)).shape
+            ([0, 1], torch.Size([5, 2]), torch.Size([]))
+        """
+        return block(self(context), None, columns, given)
+
+    def marginal(self, columns: Sequence[int], context: Tensor | None = None) -> Block:
+        """Return the law of some columns alone, exactly, for a flow whose layers have one order.
+
+        With all columns it is the law of x, by :meth:`pyroflows.flows.Block.conditional_cdf` with the distribution
+        function of each column given those before it.
+
+        Args:
+            columns: columns that come first in the flow's order.
+            context: ``(..., *context_shape)``, if the flow takes one.
+
+        Raises:
+            OptionError: if the law is not known in closed form, for example since the layers have different orders.
+
+        Example:
+            >>> flow = pf.flows.NSF(3, autoregressive=True, order=[0, 1, 2])
+            >>> flow.marginal([0, 1]).sample((5,)).shape
+            torch.Size([5, 2])
+        """
+        law = self(context)
+        return block(law, columns, [], next(self.parameters()).new_zeros(0))
 
     @property
     def adapts(self) -> bool:

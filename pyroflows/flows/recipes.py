@@ -9,6 +9,7 @@ from typing import Unpack
 from torch.distributions import constraints
 
 from pyroflows import transforms
+from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
@@ -20,19 +21,27 @@ LayerFactory = Callable[[bool, int], FlowTransform]
 
 
 def _autoregressive(
-    dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
+    dim: int,
+    univariate: str | Univariate,
+    hidden_dims: Sequence[int],
+    conditioner: Conditioner,
+    order: Sequence[int] | None,
 ) -> LayerFactory:
     def layer(is_turned: bool, context_dim: int) -> FlowTransform:
-        order = range(dim)[:: -1 if is_turned else 1]
-        return Autoregressive(dim, univariate, order, conditioner, hidden_dims, context_dim)
+        turned = range(dim)[:: -1 if is_turned else 1] if order is None else order
+        return Autoregressive(dim, univariate, turned, conditioner, hidden_dims, context_dim)
 
     return layer
 
 
 def _inverse_autoregressive(
-    dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
+    dim: int,
+    univariate: str | Univariate,
+    hidden_dims: Sequence[int],
+    conditioner: Conditioner,
+    order: Sequence[int] | None,
 ) -> LayerFactory:
-    layer = _autoregressive(dim, univariate, hidden_dims, conditioner)
+    layer = _autoregressive(dim, univariate, hidden_dims, conditioner, order)
     return lambda is_turned, context_dim: layer(is_turned, context_dim).inv
 
 
@@ -68,9 +77,10 @@ class IAF(StackedFlow):
         num_layers: int = 4,
         hidden_dims: Sequence[int] = (32, 32),
         conditioner: Conditioner = "made",
+        order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_autoregressive(dim, "affine", hidden_dims, conditioner), num_layers, **options)
+        super().__init__(_autoregressive(dim, "affine", hidden_dims, conditioner, order), num_layers, **options)
 
 
 class MAF(StackedFlow):
@@ -92,9 +102,10 @@ class MAF(StackedFlow):
         num_layers: int = 5,
         hidden_dims: Sequence[int] = (64, 64),
         conditioner: Conditioner = "made",
+        order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_inverse_autoregressive(dim, "affine", hidden_dims, conditioner), num_layers, **options)
+        super().__init__(_inverse_autoregressive(dim, "affine", hidden_dims, conditioner, order), num_layers, **options)
 
 
 class NAF(StackedFlow):
@@ -116,9 +127,12 @@ class NAF(StackedFlow):
         num_layers: int = 3,
         hidden_dims: Sequence[int] = (64, 64),
         conditioner: Conditioner = "made",
+        order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_inverse_autoregressive(dim, "monotone", hidden_dims, conditioner), num_layers, **options)
+        super().__init__(
+            _inverse_autoregressive(dim, "monotone", hidden_dims, conditioner, order), num_layers, **options
+        )
 
 
 class SOS(StackedFlow):
@@ -140,9 +154,10 @@ class SOS(StackedFlow):
         num_layers: int = 3,
         hidden_dims: Sequence[int] = (64, 64),
         conditioner: Conditioner = "made",
+        order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_inverse_autoregressive(dim, "sos", hidden_dims, conditioner), num_layers, **options)
+        super().__init__(_inverse_autoregressive(dim, "sos", hidden_dims, conditioner, order), num_layers, **options)
 
 
 class NICE(StackedFlow):
@@ -227,11 +242,14 @@ class NSF(StackedFlow):
         bins: int = 8,
         bound: float = 5.0,
         autoregressive: bool = False,
+        order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
+        if order is not None and not autoregressive:
+            raise OptionError("couplings have no order: NSF takes one with autoregressive=True only")
         spline = Spline(bins=bins, bound=bound)
         if autoregressive:
-            layer, between = _inverse_autoregressive(dim, spline, hidden_dims, conditioner or "made"), 1
+            layer, between = _inverse_autoregressive(dim, spline, hidden_dims, conditioner or "made", order), 1
         else:
             layer, between = _coupling(dim, spline, hidden_dims, conditioner or "mlp"), 2
         super().__init__(layer, num_layers, between, **options)

@@ -35,7 +35,7 @@ class StackedFlow(Flow):
     """The base class of the recipes: a stack of layers of one kind. Each recipe says which layer it stacks.
 
     Every recipe takes the arguments below, except that ``hidden_dims`` and ``conditioner`` exist only for layers with
-    networks.
+    networks, and ``order`` only for autoregressive ones.
 
     Args:
         dim: the event size D.
@@ -44,12 +44,15 @@ class StackedFlow(Flow):
         conditioner: the network of each layer, "mlp", "scaled_mlp" or "residual" in couplings, "made",
             "scaled_made" or "residual" in autoregressive layers; or a factory, see
             :class:`pyroflows.transforms.Coupling` and :class:`pyroflows.transforms.Autoregressive`.
+        order: the order of all autoregressive layers, a permutation of ``range(dim)``, which makes
+            :meth:`pyroflows.Flow.conditional` exact; None for layers that are ascending and descending by turns.
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`pyroflows.Flow`.
         support: the constraint that the data meet, see :class:`pyroflows.Flow`.
         mixing: the kind of layer that mixes the dimensions between two layers, or between two pairs of couplings:
             "permutation" for a fixed random permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts
-            as one, or None. Without mixing, every second autoregressive layer has the reverse order.
+            as one, or None. Without mixing and ``order``, every second autoregressive layer has the
+            reverse order.
 
     Shapes: ``flow()`` has event shape ``(dim,)``; for a context ``(..., context_dim)``, ``flow(context)`` has batch
     shape ``(...)``.

@@ -64,10 +64,33 @@ class Foreign(FlowTransform):
             raise InversionError(f"{type(self.transform).__name__} cannot be inverted at a given value") from error
         return z, -self._ladj(z, x)
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the transform maps scalars, so that x_j depends on z_j alone."""
+        return self.transform.domain.event_dim == self.transform.codomain.event_dim == 0
+
+    @property
+    def triangular_order(self) -> tuple[int, ...]:
+        """The order in which an elementwise transform is triangular, which is any; see ``TriangularTransform``."""
+        return ()
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        x = self.transform(z)
+        return x, self._log_slopes(z, x)
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        z = self.transform.inv(x)
+        return z, -self._log_slopes(z, x)
+
     def _ladj(self, z: Tensor, x: Tensor) -> Tensor:
+        ladj = self._log_slopes(z, x)
+        return sum_rightmost(ladj, ladj.dim() - (z.dim() - len(self.base_shape)))
+
+    def _log_slopes(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return what the transform gives as log-determinants, one for each scalar if it is elementwise."""
         ladj = self.transform.log_abs_det_jacobian(z, x)
         _forget(self.transform)
-        return sum_rightmost(ladj, ladj.dim() - (z.dim() - len(self.base_shape)))
+        return ladj
 
 
 class Zuko(FlowTransform):

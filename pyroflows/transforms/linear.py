@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pyroflows.errors import OptionError
 from pyroflows.nets import MLP
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.triangular.base import TriangularTransform
 
 MIN_SCALE = 1e-3
 _SHIFT = math.log(math.expm1(1 - MIN_SCALE))
@@ -123,7 +124,7 @@ class LU(FlowTransform):
         return *self._forward(z, lower, upper, scale), score
 
 
-class Triangular(FlowTransform):
+class Triangular(TriangularTransform):
     r"""The affine map :math:`x = \mu + S (b + T z)`, where a lower triangular T and a shift b are learned.
 
     The location :math:`\mu` and the factor S are fixed. The diagonal of T is
@@ -184,6 +185,24 @@ class Triangular(FlowTransform):
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self._forward(z, *self._learned(context))
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self._forward_and_ladj(z, context)[0], self._log_slopes(context).expand_as(z)
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self._inverse_and_ladj(x, context)[0], -self._log_slopes(context).expand_as(x)
+
+    def _log_slopes(self, context: Tensor | None) -> Tensor:
+        _, factor, _ = self._learned(context)
+        return factor.diagonal(dim1=-2, dim2=-1).log() + self.scale_tril.diagonal().log()
+
+    @property
+    def triangular_order(self) -> tuple[int, ...]:
+        return tuple(range(self.dim))
+
+    @property
+    def is_affine(self) -> bool:
+        return True
 
     def _forward(self, z: Tensor, shift: Tensor, factor: Tensor, ladj: Tensor) -> Pair:
         y = shift + (z @ factor.mT if factor.dim() == 2 else (z[..., None, :] @ factor.mT).squeeze(-2))
