@@ -16,7 +16,7 @@ from pyroflows.errors import (
 )
 from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
 from pyroflows.flows import Flow
-from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, to_arviz
+from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, sample_conditional, to_arviz
 from pyroflows.training import Objective, Trainer, train
 
 __version__ = "0.1.0"
@@ -50,6 +50,7 @@ __all__ = [
     "inference",
     "load_posterior",
     "nets",
+    "sample_conditional",
     "to_arviz",
     "train",
     "training",

@@ -1,5 +1,6 @@
 """Flows: layers stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
+from pyroflows.flows.block import Block
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.law import Law
@@ -14,6 +15,7 @@ __all__ = [
     "NICE",
     "NSF",
     "SOS",
+    "Block",
     "Flow",
     "FlowDistribution",
     "Gaussian",

@@ -66,7 +66,7 @@ class Block(TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return _of_columns(self._law.support, self.columns)
+        return of_columns(self._law.support, self.columns)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Block":
         given = self._given.expand(*batch_shape, -1)
@@ -226,7 +226,7 @@ def _replaced(x: Tensor, columns: Sequence[int], values: Tensor) -> Tensor:
     return x.expand(*batch_shape, -1).index_copy(-1, index, values.expand(*batch_shape, -1))
 
 
-def _of_columns(support: constraints.Constraint, columns: Sequence[int]) -> constraints.Constraint:
+def of_columns(support: constraints.Constraint, columns: Sequence[int]) -> constraints.Constraint:
     """Return the constraint that a support puts on some columns."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint

@@ -1,6 +1,7 @@
 """Bayesian inference: fit a posterior to a Pyro model, diagnose it, and correct it."""
 
 from pyroflows.inference.bridge import BridgeEstimate
+from pyroflows.inference.conditional import sample_conditional
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import importance_sample
 from pyroflows.inference.mcmc import Chains
@@ -19,5 +20,6 @@ __all__ = [
     "Weights",
     "importance_sample",
     "load_posterior",
+    "sample_conditional",
     "to_arviz",
 ]
