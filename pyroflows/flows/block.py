@@ -201,10 +201,10 @@ def _common_order(law: FlowDistribution) -> tuple[int, ...]:
     """Return the order in which all layers are triangular, empty if any will do."""
     layers = flattened(law.transform)
     orders = orders_of(layers)
-    distinct = set(orders) - {()}
+    distinct = {order for order in orders if order}
     base = law.base
     is_independent = isinstance(base, Independent) and base.base_dist.event_shape == torch.Size()
-    if len(distinct) > 1 or None in distinct or len(law.event_shape) > 1 or not is_independent:
+    if len(distinct) > 1 or None in orders or len(law.event_shape) > 1 or not is_independent:
         names = ", ".join(
             f"layer {i} ({type(layer).__name__}): {'none' if order is None else list(order)}"
             for i, (layer, order) in enumerate(zip(layers, orders, strict=True))
