@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyroflows.errors import FlowError, OptionError, ShapeError
-from pyroflows.flows.base import Base, base_module, is_validated, standard_normal
+from pyroflows.flows.base import Base, base_module, standard_normal
 from pyroflows.flows.block import Block, block
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.compose import Compose
-from pyroflows.transforms.foreign import Foreign, Zuko, on_events
+from pyroflows.transforms.foreign import Foreign, Zuko
+from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import Standardize
 
 
@@ -328,7 +329,7 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
     if not all(_is_unbounded(layer.codomain) for layer in layers):
         raise OptionError("a flow whose transforms are bounded themselves cannot have a support as well: leave one out")
     try:
-        layer = Foreign(biject_to(support), shape)
+        layer = Foreign(biject_to(support), shape, codomain=support)
         # There are more rows than columns, so that the parts of a constraint along the wrong axis do not fit.
         layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
     except NotImplementedError:
@@ -338,8 +339,6 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
             f"there is no bijection of R^{as_given(shape)} onto the support {support}: give one constraint for all "
             "columns, or constraints.cat([...], dim=-1) with one for each"
         ) from None
-    # The bijection's own codomain is that of its last part.
-    layer.codomain = on_events(support, len(shape))
     return layer
 
 

@@ -91,9 +91,10 @@ class FlowTransform(TransformModule):
                 f"{type(self).__name__} cannot map events of {described(self.base_shape)} to events of "
                 f"{described(self.event_shape)}: a bijection keeps the number of elements"
             )
-        if len(self.base_shape) > 1:
+        # A subclass may have properties in their place.
+        if len(self.base_shape) > 1 and type(self).domain is FlowTransform.domain:
             self.domain = constraints.independent(constraints.real, len(self.base_shape))
-        if len(self.event_shape) > 1:
+        if len(self.event_shape) > 1 and type(self).codomain is FlowTransform.codomain:
             self.codomain = constraints.independent(constraints.real, len(self.event_shape))
         if type(self)._adapt is not FlowTransform._adapt:
             self.register_buffer("adapted", torch.tensor(False))
@@ -413,8 +414,15 @@ class Cached(_View):
 
     def __init__(self, layer: FlowTransform) -> None:
         super().__init__(layer, layer.event_shape, layer.context_shape, layer.base_shape)
-        self.domain, self.codomain = layer.domain, layer.codomain
         self._memory = Memory(layer)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.codomain
 
     def _call(self, z: Tensor) -> Tensor:
         if (last := self._memory.recall(z, None, None)) is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.shapes import as_given, described
@@ -52,8 +53,15 @@ class Compose(FlowTransform):
             raise ShapeError(f"the context sizes of layers of one flow must agree, but {found}")
         context_shape = next(iter(by_context), torch.Size())
         super().__init__(layers[-1].event_shape, context_shape, layers[0].base_shape)
-        self.domain, self.codomain = layers[0].domain, layers[-1].codomain
         self.layers: Any = nn.ModuleList(layers)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layers[0].domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layers[-1].codomain
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         total: Any = 0.0

@@ -11,6 +11,7 @@ from torch.distributions import Transform, constraints
 from pyroflows.errors import InversionError, OptionError, ShapeError
 from pyroflows.shapes import as_given, shape_of
 from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.held import Held
 
 
 class Foreign(FlowTransform):
@@ -23,6 +24,10 @@ class Foreign(FlowTransform):
         transform: a bijection of vectors; or of scalars, which is then applied to each dimension.
         dim: the event size D, or the event shape, at the base end; a transform such as torch's ``ReshapeTransform``
             gives events of another shape.
+        codomain: where x lies, if the transform's own codomain does not say it; None for that.
+
+    Attributes:
+        transform: the transform, with its tensors as they are now.
 
     Raises:
         OptionError: if the transform is not a bijection between vectors, or between events of fewer axes.
@@ -36,7 +41,9 @@ class Foreign(FlowTransform):
         (tensor([1.0000, 2.7183]), tensor(1.))
     """
 
-    def __init__(self, transform: Transform, dim: int | Sequence[int]) -> None:
+    def __init__(
+        self, transform: Transform, dim: int | Sequence[int], codomain: constraints.Constraint | None = None
+    ) -> None:
         base_shape = shape_of(dim)
         if not transform.bijective or transform.domain.event_dim > len(base_shape):
             raise OptionError(f"a flow needs bijections of vectors, but {transform} is not one")
@@ -47,27 +54,42 @@ class Foreign(FlowTransform):
                 f"a flow of dim={size} needs bijections of events of that size, but {transform} is not one"
             )
         super().__init__(event_shape, base_dim=base_shape)
-        self.transform = transform
-        if not isinstance(transform, nn.Module) and isinstance(transform.inv, nn.Module):
-            self.inverse_transform = transform.inv
-        self.domain = on_events(transform.domain, len(self.base_shape))
-        self.codomain = on_events(transform.codomain, len(self.event_shape))
+        self.held = transform if isinstance(transform, nn.Module) else Held(transform)
+        self.held_codomain = None if codomain is None else Held(codomain)
+
+    @property
+    def transform(self) -> Transform:
+        held: Any = self.held
+        return held() if isinstance(held, Held) else held
+
+    # They are properties, since their bounds can be tensors that move, cast and load.
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return on_events(self.transform.domain, len(self.base_shape))
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        codomain = self.transform.codomain if self.held_codomain is None else self.held_codomain()
+        return on_events(codomain, len(self.event_shape))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        x = self.transform(z)
-        return x, self._ladj(z, x)
+        transform = self.transform
+        x = transform(z)
+        return x, self._ladj(transform, z, x)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        transform = self.transform
         try:
-            z = self.transform.inv(x)
+            z = transform.inv(x)
         except (KeyError, NotImplementedError) as error:
-            raise InversionError(f"{type(self.transform).__name__} cannot be inverted at a given value") from error
-        return z, -self._ladj(z, x)
+            raise InversionError(f"{type(transform).__name__} cannot be inverted at a given value") from error
+        return z, -self._ladj(transform, z, x)
 
     @property
     def is_elementwise(self) -> bool:
         """Whether the transform maps scalars, so that x_j depends on z_j alone."""
-        return self.transform.domain.event_dim == self.transform.codomain.event_dim == 0
+        transform = self.transform
+        return transform.domain.event_dim == transform.codomain.event_dim == 0
 
     @property
     def triangular_order(self) -> tuple[int, ...]:
@@ -75,21 +97,23 @@ class Foreign(FlowTransform):
         return ()
 
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        x = self.transform(z)
-        return x, self._log_slopes(z, x)
+        transform = self.transform
+        x = transform(z)
+        return x, self._log_slopes(transform, z, x)
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        z = self.transform.inv(x)
-        return z, -self._log_slopes(z, x)
+        transform = self.transform
+        z = transform.inv(x)
+        return z, -self._log_slopes(transform, z, x)
 
-    def _ladj(self, z: Tensor, x: Tensor) -> Tensor:
-        ladj = self._log_slopes(z, x)
+    def _ladj(self, transform: Transform, z: Tensor, x: Tensor) -> Tensor:
+        ladj = self._log_slopes(transform, z, x)
         return sum_rightmost(ladj, ladj.dim() - (z.dim() - len(self.base_shape)))
 
-    def _log_slopes(self, z: Tensor, x: Tensor) -> Tensor:
+    def _log_slopes(self, transform: Transform, z: Tensor, x: Tensor) -> Tensor:
         """Return what the transform gives as log-determinants, one for each scalar if it is elementwise."""
-        ladj = self.transform.log_abs_det_jacobian(z, x)
-        _forget(self.transform)
+        ladj = transform.log_abs_det_jacobian(z, x)
+        _forget(transform, self.held)
         return ladj
 
 
@@ -126,11 +150,9 @@ def _image_of(transform: Transform, shape: torch.Size) -> torch.Size | None:
         return None
 
 
-def _forget(transform: Any) -> None:
-    """Drop what a Pyro transform, its parts, and the transform that it inverts cached at the last call."""
-    for owner in (transform, transform._inv):
-        parts = owner.modules() if isinstance(owner, nn.Module) else [owner]
-        for part in parts:
-            for name in getattr(part, "__dict__", {}):
-                if name.startswith("_cache") and name != "_cache_size":
-                    setattr(part, name, (None, None) if name == "_cached_x_y" else None)
+def _forget(transform: Any, held: nn.Module) -> None:
+    """Drop what a transform, the one that it inverts, and Pyro's modules among its parts cached at the last call."""
+    for owner in (transform, transform._inv, *held.modules()):
+        for name in getattr(owner, "__dict__", {}):
+            if name.startswith("_cache") and name != "_cache_size":
+                setattr(owner, name, (None, None) if name == "_cached_x_y" else None)
