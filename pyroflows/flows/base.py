@@ -1,6 +1,5 @@
 """Base distributions of flows, held by modules whose call returns the distribution."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
+from pyroflows.compiling.eager import is_under_func
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.shapes import as_given, shape_of
 
@@ -50,8 +50,8 @@ def standard_normal(shape: torch.Size) -> Distribution:
 
 
 def is_validated() -> bool:
-    """Return whether distributions check their values: as Pyro is set, but never while torch compiles."""
-    return not torch.compiler.is_compiling() and bool(is_validation_enabled())
+    """Return whether distributions check their values: as Pyro is set, but not in torch.compile or ``torch.func``."""
+    return bool(is_validation_enabled()) and not torch.compiler.is_compiling() and not is_under_func()
 
 
 class StudentT(nn.Module):
@@ -75,6 +75,11 @@ class StudentT(nn.Module):
         shape = shape_of(dim)
         self.raw_df = nn.Parameter(torch.full(shape, df - 1.0).expm1().log())
         self.law = DistributionModule(dist.StudentT(torch.full(shape, df)).to_event(len(shape)))
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch shape of the distribution."""
+        return self.law.batch_shape
 
     def forward(self) -> Distribution:
         # The constructor would make, and validate, a chi-square variable of its own, which torch.compile refuses.
@@ -117,13 +122,20 @@ class DistributionModule(nn.Module):
             elif isinstance(value, Distribution):
                 self.add_module(name, DistributionModule(value))
 
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch shape of the distribution."""
+        return self._template.batch_shape
+
     def forward(self) -> Distribution:
         # The distribution is a shallow copy, since its constructor would validate the tensors again at every call.
-        distribution = copy.copy(self._template)
-        distribution._validate_args = distribution._validate_args and is_validated()
-        vars(distribution).update(self._parameters)
-        vars(distribution).update(self._buffers)
-        vars(distribution).update({name: module() for name, module in self._modules.items() if module is not None})
+        distribution = object.__new__(type(self._template))
+        state = vars(distribution)
+        state.update(vars(self._template), **self._parameters, **self._buffers)
+        for name, module in self._modules.items():
+            state[name] = module.forward()  # type: ignore[union-attr]
+        # Without a choice of its own it follows Pyro, and not torch, whose setting the import of Zuko switches off.
+        state["_validate_args"] = state.get("_validate_args", True) and is_validated()
         return distribution
 
 
