@@ -3,14 +3,14 @@
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TransformedDistribution
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, TransformedDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from pyroflows.compiling.eager import is_under_func
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.binding import Binding, Places
-from pyroflows.transforms.codomain import is_met, is_unbounded, point_inside
+from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, point_inside
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
@@ -120,7 +120,6 @@ class FlowDistribution(TransformedDistribution):
         modules: Any = self._binding.modules
         base: Any = modules[1]() if len(modules) > 1 else self._base
         if self._is_estimate and hasattr(base, "estimated"):
-            # A base may be a law itself, such as that of a mixture of flows.
             base = base.estimated()
         return modules[0], base if self._expanded_to is None else base.expand(self._expanded_to)
 
@@ -158,7 +157,9 @@ class FlowDistribution(TransformedDistribution):
         It is for training. If all layers are exact, the method returns this object.
         """
         transform, base = self._bound()
-        if self._is_estimate or (transform.ladj_is_exact and getattr(base, "is_exact", True)):
+        # A base may be a law itself, such as that of a mixture of flows.
+        is_final = not hasattr(base, "estimated") or base.estimated() is base
+        if self._is_estimate or (transform.ladj_is_exact and is_final):
             return self
         return self._changed(_is_estimate=True)
 
@@ -251,23 +252,7 @@ class FlowDistribution(TransformedDistribution):
         z, ladj = transform.inverse_and_ladj(value, self.context)
         log_q = self._log_prob_of_base(base, z) + ladj
         # Where no z gives the value, that at hand is arbitrary, and so would be the gradient.
-        return log_q if transform.is_onto_reals else torch.where(ladj == -torch.inf, ladj, log_q)
-
-    def _log_prob_of_base(self, base: Distribution, z: Tensor) -> Tensor:
-        """Return the log-density of the base, which is -inf outside of its support."""
-        try:
-            support: Any = base.support
-        except NotImplementedError:
-            support = constraints.real
-        if is_unbounded(support) or isinstance(base, FlowDistribution):
-            return base.log_prob(z)
-        if self._validate_args and not is_under_func():
-            base._validate_sample(z)
-        num_axes = len(base.event_shape)
-        is_in = is_met(support, z, num_axes)
-        other = point_inside(support, z, num_axes)
-        log_p = base.log_prob(torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), z, other))
-        return torch.where(is_in, log_p, -torch.inf)
+        return log_q if transform.is_onto_reals else torch.where(ladj == -torch.inf, -torch.inf, log_q)
 
     def latent(self, value: Tensor) -> Tensor:
         """Return the base value z of x, ``(..., *base_shape)``; NaN outside of the support, where there is none.
@@ -278,6 +263,20 @@ class FlowDistribution(TransformedDistribution):
         if self._validate_args:
             self._validate_sample(value)
         return self.transform.base_value(value, self.context)
+
+    def _log_prob_of_base(self, base: Distribution, z: Tensor) -> Tensor:
+        """Return the log-density of the base, which is -inf outside of its support."""
+        support = _support_of(base)
+        if is_unbounded(support) or isinstance(base, FlowDistribution):
+            return base.log_prob(z)
+        if self._validate_args and not is_under_func():
+            base._validate_sample(z)
+        num_axes = len(base.event_shape)
+        # Most laws know their density at the closed end of an interval, but torch's transforms have no value there.
+        is_in = is_inside(support, z, num_axes) if _is_transformed(base) else is_met(support, z, num_axes)
+        other = point_inside(support, z, num_axes)
+        log_p = base.log_prob(torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), z, other))
+        return torch.where(is_in, log_p, -torch.inf)
 
     def _changed(self, **changes: Any) -> "FlowDistribution":
         """Return this law with other values of some attributes, and with a memory of its own."""
@@ -295,3 +294,18 @@ class FlowDistribution(TransformedDistribution):
 
     def _expanded(self, base: Distribution) -> Distribution:
         return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
+
+
+def _support_of(base: Distribution) -> constraints.Constraint:
+    try:
+        support: Any = base.support
+    except NotImplementedError:  # A law of the user's own need not say where its values lie.
+        support = constraints.real
+    return support
+
+
+def _is_transformed(law: Any) -> bool:
+    """Tell whether a law scores by the transforms of another one."""
+    while isinstance(law, Independent | ExpandedDistribution | MaskedDistribution):
+        law = law.base_dist
+    return type(law).log_prob is torch.distributions.TransformedDistribution.log_prob
