@@ -9,6 +9,11 @@ class Recording(TorchDispatchMode):
     """A mode of this class records operations, so that the values that Python sees belong to one run only."""
 
 
+def is_under_func() -> bool:
+    """Tell whether vmap, grad or another transformation of ``torch.func`` runs, under which tensors may be batches."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_transformed() -> bool:
     """Tell whether vmap, torch.compile, torch.jit.trace or make_fx put something else in the place of tensors.
 
@@ -19,7 +24,7 @@ def is_transformed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or get_proxy_mode() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_under_func()
     )
 
 

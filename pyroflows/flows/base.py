@@ -75,6 +75,11 @@ class StudentT(nn.Module):
         self.raw_df = nn.Parameter(torch.full(shape, df - 1.0).expm1().log())
         self.law = Held(dist.StudentT(torch.full(shape, df)).to_event(len(shape)))
 
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch shape of the distribution."""
+        return self.law.batch_shape
+
     def forward(self) -> Distribution:
         # The constructor would make, and validate, a chi-square variable of its own, which torch.compile refuses.
         law: Any = self.law()

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.flows.base import is_validated
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
 from pyroflows.transforms.foreign import Foreign
+from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.triangular.chain import (
     flattened,
     forward_and_log_slopes,
@@ -87,6 +88,13 @@ class Block(TorchDistribution):
         """Return the log-densities ``(...)`` of values ``(..., len(columns))``."""
         if self._validate_args:
             self._validate_sample(value)
+        if is_unbounded(self.support):
+            return self._log_prob(value)
+        is_in = is_inside(self.support, value, 1)
+        other = point_inside(self.support, value, 1)
+        return torch.where(is_in, self._log_prob(torch.where(is_in[..., None], value, other)), -torch.inf)
+
+    def _log_prob(self, value: Tensor) -> Tensor:
         z, log_slopes = self._inverse(value)
         terms = self._scalars().log_prob(z) + log_slopes
         return terms[..., self.columns].sum(-1)

@@ -3,11 +3,14 @@
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TransformedDistribution
-from torch import Tensor
-from torch.distributions import Distribution, constraints
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, TransformedDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, constraints
 
+from pyroflows.compiling.eager import is_under_func
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.binding import Binding, Places
+from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, point_inside
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
@@ -22,21 +25,31 @@ class FlowDistribution(TransformedDistribution):
     law that uses the estimate. Reparametrisations of Pyro's, such as ``TransformReparam``, see it as the transformed
     distribution that it is, through ``base_dist`` and ``transforms``.
 
+    Outside of the support the log-density is -inf where values are not validated, and an error where they are. At the
+    ends of an interval it is -inf.
+
+    The distribution is that of the parameters and buffers that transform and base hold when it is made: those that
+    ``torch.func.functional_call`` gives for one call, or that ``vmap`` stacks. They are the tensors themselves, so that
+    it follows the changes of an optimiser.
+
     The distribution remembers its last sample with its log-density, so that scoring a fresh sample once is free.
     Deepcopy and pickle drop the memory, and it is not used after the sample, the context, or a parameter or a buffer of
     transform or base, has changed.
 
     Args:
-        base: the distribution of z, of the transform's base shape.
+        base: the distribution of z, of the transform's base shape; or a module whose call returns it.
         transform: the map from base to data.
         context: ``(..., *context_shape)``, if the transform takes one; its leading axes belong to the batch shape.
         validate_args: whether values are checked; None for the setting of Pyro.
         is_estimate: whether log-densities use the transform's own log-determinant, exact or not.
+        places: where transform and base hold their tensors, if it is known already; see :class:`Places`.
 
     Shapes: draws are ``(*sample_shape, *batch_shape, *event_shape)``; log-densities lack the event shape.
 
     Raises:
         InexactError: when it scores, if a layer has no exact log-determinant and ``is_estimate`` is false.
+        ValueError: when it scores a value outside of the support, if values are validated. Under ``torch.func``, which
+            gives Python no values to look at, they never are.
 
     Example:
         >>> q = pf.flows.MAF(3, context_dim=2)(torch.zeros(5, 2))
@@ -48,36 +61,77 @@ class FlowDistribution(TransformedDistribution):
 
     def __init__(
         self,
-        base: Distribution,
+        base: Distribution | nn.Module,
         transform: FlowTransform,
         context: Tensor | None = None,
         validate_args: Any = None,
         is_estimate: bool = False,
+        places: Places | None = None,
     ) -> None:
-        batch_shape = base.batch_shape
+        # The bases of this library know their batch shape without a call.
+        batch_shape: Any = getattr(base, "batch_shape", None)
+        if not isinstance(batch_shape, torch.Size):
+            batch_shape = base().batch_shape
         if context is not None:
             context_batch = context.shape[: context.dim() - len(transform.context_shape)]
             batch_shape = torch.broadcast_shapes(batch_shape, context_batch)
-        self.base = base
-        self.transform = transform
         self.context = context
+        self._base = base
         self._is_estimate = is_estimate
-        self._memory = Memory(transform, base, context)
+        self._expanded_to: torch.Size | None = None
+        self._bind(transform, places)
         # Torch's own constructor would expand the base, and compose the transforms once more.
         Distribution.__init__(self, batch_shape, transform.event_shape, validate_args=validate_args)
 
     # A vector has no distribution function. Torch's would take the layers for maps of scalars.
     cdf, icdf = Distribution.cdf, Distribution.icdf
 
+    def _bind(self, transform: FlowTransform, places: Places | None) -> None:
+        roots = (transform, self._base) if isinstance(self._base, nn.Module) else (transform,)
+        self._binding = Binding(places or Places(*roots))
+        self._memory = self._new_memory()
+
+    def _new_memory(self) -> Memory:
+        return Memory(self._binding, None if isinstance(self._base, nn.Module) else self._base, self.context)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The modules go along with the tensors that are bound, whatever they hold now.
+        transform, *base = self._binding.modules
+        state = {**self.__dict__, "_transform": transform, "_base": base[0] if base else self._base}
+        return {name: value for name, value in state.items() if name not in ("_binding", "_memory")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        transform = state.pop("_transform")
+        self.__dict__.update(state)
+        self._bind(transform, None)
+
+    @property
+    def transform(self) -> FlowTransform:
+        """The map from base to data, with the tensors that are bound."""
+        return self._bound()[0]
+
+    @property
+    def base(self) -> Distribution:
+        """The law of z, made of the tensors that are bound."""
+        return self._bound()[1]
+
+    def _bound(self) -> tuple[FlowTransform, Distribution]:
+        """Return transform and base with the tensors that are bound."""
+        modules: Any = self._binding.modules
+        base: Any = modules[1]() if len(modules) > 1 else self._base
+        if self._is_estimate and hasattr(base, "estimated"):
+            base = base.estimated()
+        return modules[0], base if self._expanded_to is None else base.expand(self._expanded_to)
+
     @property
     def base_dist(self) -> Distribution:
         """The law of z, with the batch shape of this distribution."""
-        return self._expanded_base()
+        return self._expanded(self.base)
 
     @property
     def transforms(self) -> list[FlowTransform]:
         """The layers from base to data, at the context; their log-determinants are those that :meth:`log_prob` uses."""
-        transform = self._scoring_transform()
+        transform = self._scoring(self.transform)
         layers = transform.layers if isinstance(transform, Compose) else [transform]
         if self.context is None:
             return list(layers)
@@ -94,23 +148,26 @@ class FlowDistribution(TransformedDistribution):
     @property
     def is_exact(self) -> bool:
         """Whether log-densities are exact, rather than unbiased estimates."""
-        return getattr(self.base, "is_exact", True) and (not self._is_estimate or self.transform.ladj_is_exact)
+        transform, base = self._bound()
+        return getattr(base, "is_exact", True) and (not self._is_estimate or transform.ladj_is_exact)
 
     def estimated(self) -> "FlowDistribution":
         """Return the same law with the log-densities that its layers give, which may be unbiased estimates.
 
         It is for training. If all layers are exact, the method returns this object.
         """
+        transform, base = self._bound()
         # A base may be a law itself, such as that of a mixture of flows.
-        base: Any = self.base.estimated() if hasattr(self.base, "estimated") else self.base
-        if base is self.base and (self._is_estimate or self.transform.ladj_is_exact):
+        is_final = not hasattr(base, "estimated") or base.estimated() is base
+        if self._is_estimate or (transform.ladj_is_exact and is_final):
             return self
-        return FlowDistribution(base, self.transform, self.context, self._validate_args, is_estimate=True)
+        return self._changed(_is_estimate=True)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "FlowDistribution":
-        # The context stays as small as it is, so that what depends on it alone is computed once for all copies.
-        base = self._expanded_base().expand(batch_shape)
-        return FlowDistribution(base, self.transform, self.context, self._validate_args, self._is_estimate)
+        # The context stays as small as it is, so that what depends on it alone is computed once for all copies. The
+        # base raises if the batch shape does not fit.
+        batch_shape = self.base_dist.expand(batch_shape).batch_shape
+        return self._changed(_batch_shape=batch_shape, _expanded_to=batch_shape)
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> Pair:  # noqa: B008
         """Return draws ``(*sample_shape, *batch_shape, *event_shape)`` and their log-densities, from one pass.
@@ -120,9 +177,10 @@ class FlowDistribution(TransformedDistribution):
         Args:
             sample_shape: the shape of the sample.
         """
-        base = self._expanded_base()
-        draw = base.rsample if base.has_rsample else base.sample
-        return self.transport(draw(torch.Size(sample_shape)))
+        transform, base = self._bound()
+        expanded = self._expanded(base)
+        draw = expanded.rsample if base.has_rsample else expanded.sample
+        return self._transport(transform, base, draw(torch.Size(sample_shape)))
 
     def transport(self, z: Tensor) -> Pair:
         r"""Return ``x = t(z)`` and :math:`\log q(x)`.
@@ -136,8 +194,11 @@ class FlowDistribution(TransformedDistribution):
             >>> x.shape, log_q.shape
             (torch.Size([5, 3]), torch.Size([5]))
         """
-        x, ladj = self._scoring_transform().forward_and_ladj(z, self.context)
-        return x, self.base.log_prob(z) - ladj
+        return self._transport(*self._bound(), z)
+
+    def _transport(self, transform: FlowTransform, base: Distribution, z: Tensor) -> Pair:
+        x, ladj = self._scoring(transform).forward_and_ladj(z, self.context)
+        return x, base.log_prob(z) - ladj
 
     def transport_and_score(self, z: Tensor) -> Triple:
         r"""Return ``x = t(z)``, :math:`\log q(x)`, and :math:`\nabla_x \log q(x)`, through which no gradients flow.
@@ -153,28 +214,31 @@ class FlowDistribution(TransformedDistribution):
             >>> score.shape
             torch.Size([5, 3])
         """
+        transform, base = self._bound()
         with torch.enable_grad():
             at = z.detach().requires_grad_()
-            log_p = self.base.log_prob(at)
+            log_p = base.log_prob(at)
         (score,) = pull_back((log_p,), (torch.ones_like(log_p),), (at,))
-        x, ladj, score = self._scoring_transform().forward_and_score(z, score, self.context)
-        return x, self.base.log_prob(z) - ladj, score
+        x, ladj, score = self._scoring(transform).forward_and_score(z, score, self.context)
+        return x, base.log_prob(z) - ladj, score
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        if not self.has_rsample:
-            raise NotImplementedError(f"draws of the base {type(self.base).__name__} carry no gradients: use sample")
-        if torch.compiler.is_compiling() or not (self._is_estimate or self.transform.ladj_is_exact):
+        transform, base = self._bound()
+        if not base.has_rsample:
+            raise NotImplementedError(f"draws of the base {type(base).__name__} carry no gradients: use sample")
+        z = self._expanded(base).rsample(torch.Size(sample_shape))
+        if torch.compiler.is_compiling() or not (self._is_estimate or transform.ladj_is_exact):
             # While torch compiles there is no memory; and an exact density that nobody may ask for can be dear.
-            z = self._expanded_base().rsample(torch.Size(sample_shape))
-            return self.transform.forward_and_ladj(z, self.context)[0]
-        x, log_q = self.rsample_and_log_prob(sample_shape)
+            return transform.forward_and_ladj(z, self.context)[0]
+        x, log_q = self._transport(transform, base, z)
         self._memory.keep(x, log_q)
         return x
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        transform, base = self._bound()
         with torch.no_grad():
-            z = self._expanded_base().sample(torch.Size(sample_shape))
-            return self.transform.forward_and_ladj(z, self.context)[0]
+            z = self._expanded(base).sample(torch.Size(sample_shape))
+            return transform.forward_and_ladj(z, self.context)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and (last := self._memory.recall(value, None)) is not None:
@@ -183,19 +247,65 @@ class FlowDistribution(TransformedDistribution):
             return last[1]
         if self._validate_args:
             self._validate_sample(value)
-        z, ladj = self._scoring_transform().inverse_and_ladj(value, self.context)
-        return self.base.log_prob(z) + ladj
+        bound, base = self._bound()
+        transform = self._scoring(bound)
+        z, ladj = transform.inverse_and_ladj(value, self.context)
+        log_q = self._log_prob_of_base(base, z) + ladj
+        # Where no z gives the value, that at hand is arbitrary, and so would be the gradient.
+        return log_q if transform.is_onto_reals else torch.where(ladj == -torch.inf, -torch.inf, log_q)
 
     def latent(self, value: Tensor) -> Tensor:
-        """Return the base value z of x, ``(..., *base_shape)``.
+        """Return the base value z of x, ``(..., *base_shape)``; NaN outside of the support, where there is none.
 
         Args:
             value: x, ``(..., *event_shape)``.
         """
-        return self.transform.inverse_and_ladj(value, self.context)[0]
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.transform.base_value(value, self.context)
 
-    def _scoring_transform(self) -> FlowTransform:
-        return self.transform if self._is_estimate else self.transform.exact()
+    def _log_prob_of_base(self, base: Distribution, z: Tensor) -> Tensor:
+        """Return the log-density of the base, which is -inf outside of its support."""
+        support = _support_of(base)
+        if is_unbounded(support) or isinstance(base, FlowDistribution):
+            return base.log_prob(z)
+        if self._validate_args and not is_under_func():
+            base._validate_sample(z)
+        num_axes = len(base.event_shape)
+        # Most laws know their density at the closed end of an interval, but torch's transforms have no value there.
+        is_in = is_inside(support, z, num_axes) if _is_transformed(base) else is_met(support, z, num_axes)
+        other = point_inside(support, z, num_axes)
+        log_p = base.log_prob(torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), z, other))
+        return torch.where(is_in, log_p, -torch.inf)
 
-    def _expanded_base(self) -> Distribution:
-        return self.base if self.base.batch_shape == self.batch_shape else self.base.expand(self.batch_shape)
+    def _changed(self, **changes: Any) -> "FlowDistribution":
+        """Return this law with other values of some attributes, and with a memory of its own."""
+        changed = object.__new__(type(self))
+        changed.__dict__.update(self.__dict__, **changes)
+        changed._memory = changed._new_memory()
+        return changed
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if not is_under_func():
+            super()._validate_sample(value)
+
+    def _scoring(self, transform: FlowTransform) -> FlowTransform:
+        return transform if self._is_estimate else transform.exact()
+
+    def _expanded(self, base: Distribution) -> Distribution:
+        return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
+
+
+def _support_of(base: Distribution) -> constraints.Constraint:
+    try:
+        support: Any = base.support
+    except NotImplementedError:  # A law of the user's own need not say where its values lie.
+        support = constraints.real
+    return support
+
+
+def _is_transformed(law: Any) -> bool:
+    """Tell whether a law scores by the transforms of another one."""
+    while isinstance(law, Independent | ExpandedDistribution | MaskedDistribution):
+        law = law.base_dist
+    return type(law).log_prob is torch.distributions.TransformedDistribution.log_prob

@@ -16,6 +16,8 @@ from pyroflows.flows.block import Block, block
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
+from pyroflows.transforms.binding import Places
+from pyroflows.transforms.codomain import is_unbounded
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.foreign import Foreign, Zuko
 from pyroflows.transforms.held import is_validated
@@ -75,7 +77,7 @@ class Flow(nn.Module):
         parts = list(_flattened([transforms] if isinstance(transforms, Transform) else transforms))
         layers = list(_as_layers(parts, base))
         base_shape, event_shape = layers[0].base_shape, layers[-1].event_shape
-        if support is not None and not _is_unbounded(support):
+        if support is not None and not is_unbounded(support):
             layers.append(_layer_onto(support, layers, event_shape))
         self._standardize_at = _place_of_standardize(layers) if standardize else None
         if self._standardize_at is not None:
@@ -83,6 +85,7 @@ class Flow(nn.Module):
             layers.insert(self._standardize_at, Standardize(shape))
         self.transform = Compose(layers)
         self.base = base_module(base, base_shape)
+        self._places: Places | None = None
         self._stateful = [
             layer
             for layer in self.modules()
@@ -91,7 +94,7 @@ class Flow(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         drop_param_store_references(self)
-        return self.__dict__
+        return {**self.__dict__, "_places": None}
 
     @property
     def event_shape(self) -> torch.Size:
@@ -145,13 +148,16 @@ class Flow(nn.Module):
         Raises:
             ShapeError: if the context has another shape, or is missing.
         """
-        shape = self.context_shape
+        transform, base = self.transform, self.base
+        shape = transform.context_shape
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
         if isinstance(self, PyroModule):
             _register_parameters(self)
-        return FlowDistribution(self.base(), self.transform, context, is_validated())
+        if self._places is None or not self._places.are_current:
+            self._places = Places(transform, base)
+        return FlowDistribution(base, transform, context, is_validated(), places=self._places)
 
     def conditional(self, given: Tensor, context: Tensor | None = None, columns: Sequence[int] | None = None) -> Block:
         r"""Return the law of the columns that are not given, exactly, for a flow whose layers have one order.
@@ -273,7 +279,7 @@ def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
     is_discrete = any(layer.domain.is_discrete or layer.codomain.is_discrete for layer in layers)
     if is_discrete or any(isinstance(layer, Standardize) for layer in layers):
         return None
-    return next((i for i, layer in enumerate(layers) if not _is_unbounded(layer.codomain)), len(layers))
+    return next((i for i, layer in enumerate(layers) if not is_unbounded(layer.codomain)), len(layers))
 
 
 def as_flow(flow: Any, dim: int) -> Flow:
@@ -318,15 +324,9 @@ def _from_zuko(flow: Any) -> Flow:
     return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base)
 
 
-def _is_unbounded(constraint: constraints.Constraint) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return isinstance(constraint, type(constraints.real))
-
-
 def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], shape: torch.Size) -> FlowTransform:
     """Return the bijection of events of this shape onto a support."""
-    if not all(_is_unbounded(layer.codomain) for layer in layers):
+    if not all(is_unbounded(layer.codomain) for layer in layers):
         raise OptionError("a flow whose transforms are bounded themselves cannot have a support as well: leave one out")
     try:
         layer = Foreign(biject_to(support), shape, codomain=support)

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 
 from pyroflows.errors import InexactError, OptionError, ShapeError
 from pyroflows.shapes import as_given, described, expanded_to_context, shape_of
+from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
 
@@ -106,7 +107,7 @@ class FlowTransform(TransformModule):
         raise NotImplementedError
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        """Return ``z = t.inv(x)`` and ``log |det dz/dx|``, for arguments that were checked."""
+        """Return ``z = t.inv(x)`` and ``log |det dz/dx|``, for arguments that were checked and an x in the codomain."""
         raise NotImplementedError
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
@@ -138,6 +139,11 @@ class FlowTransform(TransformModule):
     def ladj_is_exact(self) -> bool:
         """Whether the log-determinants are exact, rather than unbiased estimates."""
         return True
+
+    @property
+    def is_onto_reals(self) -> bool:
+        """Whether every real x has a base value, so that no log-determinant of the inverse is -inf."""
+        return is_unbounded(self.codomain)
 
     # What follows is the same for all layers.
 
@@ -204,6 +210,9 @@ class FlowTransform(TransformModule):
     def inverse_and_ladj(self, x: Tensor, context: Tensor | None = None) -> Pair:
         """Return ``z = t.inv(x)`` and ``log |det dz/dx|``, from one pass.
 
+        Where x is outside of the codomain or on its boundary, there is no z: the log-determinant is -inf, so that
+        the density is zero, and z is the base value of some other x, so that the gradients of other rows stay finite.
+
         Args:
             x: ``(..., *event_shape)``.
             context: ``(..., *context_shape)``, if the layer takes one.
@@ -212,7 +221,34 @@ class FlowTransform(TransformModule):
             ShapeError: if x or the context has another shape, or their batch shapes do not broadcast.
             InversionError: if the layer inverts by a search that misses its target.
         """
-        return self._inverse_and_ladj(self._checked(x, context, self.event_shape), context)
+        x = self._checked(x, context, self.event_shape)
+        return self._inverse_and_ladj(x, context) if is_unbounded(self.codomain) else self._guarded(x, context)
+
+    def _guarded(self, x: Tensor, context: Tensor | None) -> Pair:
+        """Return what :meth:`_inverse_and_ladj` does, with log-determinant -inf outside of the codomain."""
+        num_axes = len(self.event_shape)
+        is_in = is_inside(self.codomain, x, num_axes)
+        other = point_inside(self.codomain, x, num_axes)
+        z, ladj = self._inverse_and_ladj(torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), x, other), context)
+        return z, torch.where(is_in, ladj, -torch.inf)
+
+    def base_value(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return ``z = t.inv(x)``; NaN where there is none, since x is outside of the codomain.
+
+        Args:
+            x: ``(..., *event_shape)``.
+            context: ``(..., *context_shape)``, if the layer takes one.
+
+        Example:
+            >>> t = pf.Flow([Planar(1)], support=constraints.positive).transform
+            >>> t.base_value(torch.tensor([[1.0], [-1.0]]))
+            tensor([[0.],
+                    [nan]])
+        """
+        z, ladj = self.inverse_and_ladj(x, context)
+        if self.is_onto_reals:
+            return z
+        return torch.where((ladj == -torch.inf).reshape(*ladj.shape, *[1] * len(self.base_shape)), torch.nan, z)
 
     def forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
         r"""Return ``x = t(z)``, ``log |det dx/dz|``, and the score of the law of x, given that of the law of z.
@@ -289,7 +325,7 @@ class FlowTransform(TransformModule):
         return self.forward_and_ladj(z)[0]
 
     def _inverse(self, x: Tensor) -> Tensor:
-        return self.inverse_and_ladj(x)[0]
+        return self.base_value(x)
 
     def _checked(self, value: Tensor, context: Tensor | None, shape: torch.Size) -> Tensor:
         return expanded_to_context(value, context, shape, self.context_shape, type(self).__name__)
@@ -313,6 +349,10 @@ class _View(FlowTransform):
     def ladj_is_exact(self) -> bool:
         return self.layer.ladj_is_exact
 
+    @property
+    def is_onto_reals(self) -> bool:
+        return self.layer.is_onto_reals
+
 
 class Inverse(_View):
     r"""The inverse of a layer, with the same parameters: it maps z to :math:`t^{-1}(z)`. ``t.inv`` makes it.
@@ -332,6 +372,11 @@ class Inverse(_View):
 
     def __init__(self, layer: FlowTransform) -> None:
         super().__init__(layer, layer.base_shape, layer.context_shape, layer.event_shape)
+        self.domain, self.codomain = layer.codomain, layer.domain
+
+    @property
+    def is_onto_reals(self) -> bool:
+        return is_unbounded(self.codomain)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_and_ladj(z, context)
@@ -377,6 +422,7 @@ class Conditioned(_View):
 
     def __init__(self, layer: FlowTransform, context: Tensor) -> None:
         super().__init__(layer, layer.event_shape, (), layer.base_shape)
+        self.domain, self.codomain = layer.domain, layer.codomain
         if isinstance(context, nn.Parameter):
             self.context = context
         else:

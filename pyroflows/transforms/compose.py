@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.codomain import is_unbounded
 
 
 class Compose(FlowTransform):
@@ -54,6 +55,16 @@ class Compose(FlowTransform):
         context_shape = next(iter(by_context), torch.Size())
         super().__init__(layers[-1].event_shape, context_shape, layers[0].base_shape)
         self.layers: Any = nn.ModuleList(layers)
+        # The inverses of layers at the data end of a bounded one may give it values that it cannot invert, unless they
+        # are bounded alike. The last layer's are the values that users give.
+        self._are_guarded = [
+            not is_unbounded(layer.codomain) and is_unbounded(after.domain) for layer, after in pairwise(layers)
+        ] + [False]
+        self._is_onto_reals = is_unbounded(self.codomain) and not any(self._are_guarded)
+
+    @property
+    def is_onto_reals(self) -> bool:
+        return self._is_onto_reals
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -73,8 +84,9 @@ class Compose(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         total: Any = 0.0
-        for layer in reversed(self.layers):
-            x, ladj = layer._inverse_and_ladj(x, context if layer.context_dim else None)
+        for layer, is_guarded in zip(reversed(self.layers), reversed(self._are_guarded), strict=True):
+            inverse = layer._guarded if is_guarded else layer._inverse_and_ladj
+            x, ladj = inverse(x, context if layer.context_dim else None)
             x, ladj = layer._checked_pair(x, ladj, layer.base_shape)
             total = total + ladj
         return x, total
@@ -118,4 +130,4 @@ class Compose(FlowTransform):
                 layer.adapt(x, given, weights)
                 count -= 1
             if count:
-                x, _ = layer.inverse_and_ladj(x, given)
+                x = layer.base_value(x, given)

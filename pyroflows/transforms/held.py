@@ -12,6 +12,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 
+from pyroflows.compiling.eager import is_under_func
 from pyroflows.errors import OptionError
 
 
@@ -65,6 +66,11 @@ class Held(nn.Module):
         """Whether the object has tensors or modules at all."""
         return bool(self._parameters or self._buffers or self._modules)
 
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch shape of a distribution."""
+        return self._template.batch_shape
+
     def forward(self) -> Any:
         """Return the object with the tensors as they are now."""
         if not self.holds_tensors and not isinstance(self._template, Distribution):
@@ -76,10 +82,12 @@ class Held(nn.Module):
         if isinstance(self._template, _InverseTransform):
             return values["_inv"].inv
         # The object is a shallow copy, since the constructor of a distribution would validate its tensors again.
-        made = copy.copy(self._template)
-        vars(made).update(values)
+        made = object.__new__(type(self._template))
+        state = vars(made)
+        state.update(vars(self._template), **values)
         if isinstance(made, Distribution):
-            made._validate_args = made._validate_args and is_validated()
+            # Without a choice of its own it follows Pyro, and not torch, whose setting the import of Zuko switches off.
+            state["_validate_args"] = state.get("_validate_args", True) and is_validated()
         return made
 
     def extra_repr(self) -> str:
@@ -87,8 +95,8 @@ class Held(nn.Module):
 
 
 def is_validated() -> bool:
-    """Return whether distributions check their values: as Pyro is set, but never while torch compiles."""
-    return not torch.compiler.is_compiling() and bool(is_validation_enabled())
+    """Return whether distributions check their values: as Pyro is set, but not in torch.compile or ``torch.func``."""
+    return bool(is_validation_enabled()) and not torch.compiler.is_compiling() and not is_under_func()
 
 
 def _can_hold_tensors(value: Any) -> bool:
