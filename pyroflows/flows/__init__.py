@@ -1,6 +1,7 @@
 """Flows: layers stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.files import load_flow
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.law import Law
 from pyroflows.flows.mixture import Mixture
@@ -24,4 +25,5 @@ __all__ = [
     "RealNVP",
     "Recipe",
     "Sylvester",
+    "load_flow",
 ]

@@ -109,5 +109,10 @@ def _forget(transform: Any) -> None:
         parts = owner.modules() if isinstance(owner, nn.Module) else [owner]
         for part in parts:
             for name in getattr(part, "__dict__", {}):
-                if name.startswith("_cache") and name != "_cache_size":
+                if is_cache(name):
                     setattr(part, name, (None, None) if name == "_cached_x_y" else None)
+
+
+def is_cache(name: str) -> bool:
+    """Return whether an attribute of this name holds what a torch or Pyro transform computed at its last call."""
+    return name.startswith("_cache") and name != "_cache_size"
