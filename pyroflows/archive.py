@@ -60,13 +60,15 @@ def read_archive(path: str | Path, kind: str, number: int) -> tuple[dict[str, An
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies have the alignment of other tensors, on which the last bits of products depend.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
     text = metadata.get("pyroflows", "{}")
     header = _header(text)
     if header.get("kind") != kind or not isinstance(header.get("format"), int):
-        raise CheckpointError(f"{path} holds no {kind} of pyroflows: it holds {header.get('kind', 'something else')!r}")
+        found = f": it holds a {header['kind']}" if "kind" in header else ""
+        raise CheckpointError(f"{path} holds no {kind} of pyroflows{found}")
     if header["format"] != number:
         raise CheckpointError(
             f"{path} has format {header['format']} of version {header.get('pyroflows')} of pyroflows, but version "

@@ -6,6 +6,7 @@ distribution, transform or constraint of torch or Pyro. So a file can put such p
 
 import sys
 import weakref
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,13 @@ def attributes_of(part: Any) -> dict[str, Any]:
     return {
         name: None if isinstance(value, weakref.ref) or name in caches else value
         for name, value in attributes.items()
-        if name not in _HOOKS
+        if name not in _HOOKS and not _is_own_method(value, name, part)
     }
+
+
+def _is_own_method(value: Any, name: str, part: Any) -> bool:
+    """Return whether an attribute repeats a method of its object, as in ``self._params = self._params``."""
+    return isinstance(value, MethodType) and value.__self__ is part and value.__name__ == name
 
 
 def encode(part: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -145,6 +151,8 @@ class _Encoder:
             return {"dict": {key: self.encode(item, _joined(path, key)) for key, item in value.items()}}
         if isinstance(value, torch.dtype):
             return {"dtype": str(value)}
+        if isinstance(value, slice):
+            return {"slice": [value.start, value.stop, value.step]}
         if id(value) in self._numbers:
             return {"same": self._numbers[id(value)]}
         self._numbers[id(value)] = len(self._seen)
@@ -192,6 +200,8 @@ class _Decoder:
             return {key: self.decode(item) for key, item in code["dict"].items()}
         if "dtype" in code:
             return _DTYPES[code["dtype"]]
+        if "slice" in code:
+            return slice(*code["slice"])
         if "same" in code:
             return self._made[code["same"]]
         return self._tensor(code) if "tensor" in code else self._part(code)
