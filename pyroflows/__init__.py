@@ -12,10 +12,11 @@ from pyroflows.errors import (
     OptionError,
     PlotError,
     ShapeError,
+    StateError,
     UntraceableError,
 )
 from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
-from pyroflows.flows import Flow
+from pyroflows.flows import Flow, load_flow
 from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, sample_conditional, to_arviz
 from pyroflows.training import Objective, Trainer, train
 
@@ -38,6 +39,7 @@ __all__ = [
     "PlotError",
     "Posterior",
     "ShapeError",
+    "StateError",
     "Trainer",
     "UntraceableError",
     "distill",
@@ -48,6 +50,7 @@ __all__ = [
     "guides",
     "importance_sample",
     "inference",
+    "load_flow",
     "load_posterior",
     "nets",
     "sample_conditional",

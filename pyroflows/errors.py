@@ -62,6 +62,13 @@ class CheckpointError(FlowError, ValueError):
     """A file cannot be read, or does not belong to this model or guide."""
 
 
+class StateError(CheckpointError, RuntimeError):
+    """A state dict is that of another flow; the message names the first difference.
+
+    It is also a ``RuntimeError``, as torch raises for states that do not fit.
+    """
+
+
 class PlotError(FlowError, ImportError):
     """A plot was asked for, but matplotlib is not installed or there is nothing to draw."""
 

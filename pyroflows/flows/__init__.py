@@ -2,6 +2,7 @@
 
 from pyroflows.flows.block import Block
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.files import load_flow
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.law import Law
 from pyroflows.flows.mixture import Mixture
@@ -26,4 +27,5 @@ __all__ = [
     "RealNVP",
     "Recipe",
     "Sylvester",
+    "load_flow",
 ]

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
-from pyroflows.errors import FlowError, OptionError, ShapeError
+from pyroflows.archive import write_archive
+from pyroflows.errors import FlowError, OptionError, ShapeError, StateError
 from pyroflows.flows.base import Base, base_module, standard_normal
 from pyroflows.flows.block import Block, block
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.encoding import FORMAT, encode
+from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
@@ -96,6 +100,50 @@ class Flow(nn.Module):
         drop_param_store_references(self)
         return {**self.__dict__, "_places": None}
 
+    def save(self, path: str | Path) -> None:
+        """Write the flow to a safetensors file, from which :func:`pyroflows.load_flow` reads it without any argument.
+
+        The file holds the layers, base and support with their options, and the values of all parameters and buffers. It
+        takes the place of an older file only once it is complete.
+
+        Args:
+            path: the path of the file.
+
+        Raises:
+            OptionError: if the flow holds what no file can rebuild, such as a layer or a network of a class of the
+                user's; names the place.
+            CheckpointError: if the file cannot be written.
+        """
+        code, tensors = encode(self)
+        write_archive(path, "flow", FORMAT, {"flow": code}, tensors)
+
+    def get_extra_state(self) -> Tensor:
+        """Note in the state dict what no tensor of the flow shows, such as masks, bounds and the kinds of layers."""
+        return json_to_tensor(facts_of(self))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check that a state is one of a flow like this; ``load_state_dict`` does so before it changes a value.
+
+        Args:
+            state: what :meth:`get_extra_state` gave.
+
+        Raises:
+            StateError: if it is the state of another flow; names the first difference.
+        """
+        try:
+            saved: Facts = json_from_tensor(state)
+        except (ValueError, OverflowError) as error:
+            raise StateError(
+                "this state does not say of which flow it is, since its entry _extra_state cannot be read: leave the "
+                "entry out to load the tensors alone"
+            ) from error
+        require_same(saved, facts_of(self))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A state without the entry, such as one of parameters and buffers only, is taken as it is.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @property
     def event_shape(self) -> torch.Size:
         """The shape of an event x, ``(dim,)`` for vectors."""
@@ -130,7 +178,7 @@ class Flow(nn.Module):
     def layers(self) -> list[FlowTransform]:
         """All layers from base to data, without the one of location and scale as long as that is the identity."""
         unused = self.standardization
-        if unused is None or unused.is_adapted:
+        if unused is None or not unused.is_identity:
             return list(self.transform.layers)
         return [layer for layer in self.transform.layers if layer is not unused]
 
@@ -303,7 +351,7 @@ def as_flow(flow: Any, dim: int) -> Flow:
     elif not isinstance(flow, Flow):
         parts = list(_flattened([flow] if isinstance(flow, Transform) else flow))
         is_sized = any(isinstance(part, FlowTransform) for part in parts)
-        flow = Flow(parts, base=None if is_sized else standard_normal(torch.Size([dim])))
+        flow = Flow(parts, base=None if is_sized else standard_normal(torch.Size([dim])), standardize=False)
     if flow.event_shape != (dim,) or flow.context_dim:
         raise ShapeError(
             f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
@@ -321,7 +369,7 @@ def as_flow(flow: Any, dim: int) -> Flow:
 def _from_zuko(flow: Any) -> Flow:
     # The import of Zuko switches off argument validation in the whole process; this restores the setting of Pyro.
     Distribution.set_default_validate_args(bool(dist.is_validation_enabled()))
-    return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base)
+    return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base, standardize=False)
 
 
 def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], shape: torch.Size) -> FlowTransform:

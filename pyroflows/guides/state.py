@@ -1,6 +1,5 @@
 """How a guide's flow was built, noted in its state dict, so that a guide that was never called can build it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from pyroflows.errors import CheckpointError, OptionError
 from pyroflows.flows import Flow, Recipe
+from pyroflows.flows.facts import json_from_tensor, json_to_tensor
 from pyroflows.transforms import Triangular
 
 
@@ -48,10 +48,9 @@ class FlowState:
         return cls(recipe, flow.dim, last_layer, len(flow.components), dtype, centers)
 
     def to_tensor(self) -> Tensor:
-        """Write JSON as bytes into a tensor of dtype ``uint8``, since a state dict should hold tensors alone."""
+        """Write the fields into a tensor, since a state dict should hold tensors alone."""
         centers = {name: center.tolist() for name, center in self.centers.items()}
-        text = json.dumps({**vars(self), "recipe": self.recipe and self.recipe.to_json(), "centers": centers})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return json_to_tensor({**vars(self), "recipe": self.recipe and self.recipe.to_json(), "centers": centers})
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "FlowState":
@@ -61,7 +60,7 @@ class FlowState:
             CheckpointError: if the tensor cannot be read.
         """
         try:
-            fields: dict[str, Any] = json.loads(bytes(tensor.to(torch.uint8).tolist()))
+            fields: dict[str, Any] = json_from_tensor(tensor)
             recipe = fields["recipe"] and Recipe.from_json(fields["recipe"])
             centers = {name: torch.tensor(values, dtype=torch.float64) for name, values in fields["centers"].items()}
             return replace(cls(**fields), recipe=recipe, centers=centers)

@@ -1,17 +1,14 @@
 """Write posteriors to safetensors files, and read them; no pickle is involved."""
 
-import json
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyro.infer.autoguide import init_to_value
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pyroflows.archive import read_archive, write_archive
 from pyroflows.errors import CheckpointError, OptionError
 from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
@@ -22,7 +19,7 @@ from pyroflows.models.structure import model_parameters
 from pyroflows.models.tracing import Model
 from pyroflows.training.history import History
 
-FORMAT = "pyroflows posterior 2"
+FORMAT = 3
 
 
 def save(
@@ -45,18 +42,12 @@ def save(
     tensors |= {f"history.{name}": torch.from_numpy(values) for name, values in history.items()}
     assert guide.structure is not None
     header = {
-        "format": FORMAT,
-        "pyroflows": version("pyroflows"),
         "recipe": guide.flow_fn.to_json() if isinstance(guide.flow_fn, Recipe) else None,
         "dtype": None if guide.dtype is None else str(guide.dtype).removeprefix("torch."),
         "sites": {site.name: list(site.shape) for site in guide.structure.latents},
         "starts": None if starts is None else asdict(starts),
     }
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={"pyroflows": json.dumps(header)})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    write_archive(path, "posterior", FORMAT, header, tensors)
 
 
 def load(
@@ -77,7 +68,7 @@ def load(
     Raises:
         CheckpointError: if the file cannot be read, belongs to another model, or needs ``flow_fn``.
     """
-    header, tensors = _read(path)
+    header, tensors = read_archive(path, "posterior", FORMAT)
     dtype = None if header["dtype"] is None else getattr(torch, header["dtype"])
     guide = AutoFlow(model, flow_fn or _recipe(header["recipe"], path), dtype=dtype)
     try:
@@ -106,28 +97,6 @@ def load(
     found = header["starts"]
     starts = found and Starts(**{**found, "elbos": tuple(found["elbos"]), "modes": tuple(found["modes"])})
     return guide, history, starts
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = _header((file.metadata() or {}).get("pyroflows", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-    if header.get("format") != FORMAT or not header.keys() >= {"recipe", "dtype", "sites", "starts"}:
-        raise CheckpointError(f"{path} holds no posterior of this version: its format is {header.get('format')!r}")
-    return header, tensors
-
-
-def _header(text: str) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
-    return header if isinstance(header, dict) else {}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -154,5 +154,10 @@ def _forget(transform: Any, held: nn.Module) -> None:
     """Drop what a transform, the one that it inverts, and Pyro's modules among its parts cached at the last call."""
     for owner in (transform, transform._inv, *held.modules()):
         for name in getattr(owner, "__dict__", {}):
-            if name.startswith("_cache") and name != "_cache_size":
+            if is_cache(name):
                 setattr(owner, name, (None, None) if name == "_cached_x_y" else None)
+
+
+def is_cache(name: str) -> bool:
+    """Return whether an attribute of this name holds what a torch or Pyro transform computed at its last call."""
+    return name.startswith("_cache") and name != "_cache_size"

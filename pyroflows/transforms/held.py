@@ -28,6 +28,9 @@ class Held(nn.Module):
     Args:
         owner: a distribution, a transform or a constraint of torch or Pyro, or a list or tuple of these and of tensors.
 
+    Attributes:
+        template: the object without its tensors, modules, and the parts that hold any.
+
     Raises:
         OptionError: if a tensor is computed from parameters.
 
@@ -59,7 +62,7 @@ class Held(nn.Module):
                 # A distribution without tensors is held too, since its values are validated as those of others are.
                 if part.holds_tensors or isinstance(value, Distribution):
                     self.add_module(name, part)
-        self._template = _without(owner, [*self._parameters, *self._buffers, *self._modules])
+        self.template = _without(owner, [*self._parameters, *self._buffers, *self._modules])
 
     @property
     def holds_tensors(self) -> bool:
@@ -69,29 +72,29 @@ class Held(nn.Module):
     @property
     def batch_shape(self) -> torch.Size:
         """The batch shape of a distribution."""
-        return self._template.batch_shape
+        return self.template.batch_shape
 
     def forward(self) -> Any:
         """Return the object with the tensors as they are now."""
-        if not self.holds_tensors and not isinstance(self._template, Distribution):
-            return self._template
+        if not self.holds_tensors and not isinstance(self.template, Distribution):
+            return self.template
         parts = {name: part() if isinstance(part, Held) else part for name, part in self._modules.items()}
         values: dict[str, Any] = {**self._parameters, **self._buffers, **parts}
-        if isinstance(self._template, list | tuple):
-            return type(self._template)(values.get(str(i), part) for i, part in enumerate(self._template))
-        if isinstance(self._template, _InverseTransform):
+        if isinstance(self.template, list | tuple):
+            return type(self.template)(values.get(str(i), part) for i, part in enumerate(self.template))
+        if isinstance(self.template, _InverseTransform):
             return values["_inv"].inv
         # The object is a shallow copy, since the constructor of a distribution would validate its tensors again.
-        made = object.__new__(type(self._template))
+        made = object.__new__(type(self.template))
         state = vars(made)
-        state.update(vars(self._template), **values)
+        state.update(vars(self.template), **values)
         if isinstance(made, Distribution):
             # Without a choice of its own it follows Pyro, and not torch, whose setting the import of Zuko switches off.
             state["_validate_args"] = state.get("_validate_args", True) and is_validated()
         return made
 
     def extra_repr(self) -> str:
-        return type(self._template).__name__
+        return type(self.template).__name__
 
 
 def is_validated() -> bool:

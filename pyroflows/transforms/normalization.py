@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyroflows.errors import DataError, OptionError
 from pyroflows.shapes import described, places, shape_of
@@ -12,18 +12,20 @@ from pyroflows.transforms.triangular.base import TriangularTransform
 
 
 class Standardize(TriangularTransform):
-    r"""The layer :math:`x = \mu + \sigma \odot z` with fixed :math:`\mu` and :math:`\sigma > 0`; its inverse
-    standardises data.
+    r"""The layer :math:`x = \mu + \sigma \odot z` with :math:`\sigma > 0`; its inverse standardises data.
 
     It starts as the identity; :meth:`adapt` sets :math:`\mu` and :math:`\sigma` to the mean and the standard deviation
-    of data. Its log-determinant is :math:`\sum_j \log \sigma_j`, and both directions are parallel. Location and scale
-    are buffers: they move, cast and are saved with the layer, but are not trained.
+    of data. Its log-determinant is :math:`\sum_j \log \sigma_j`, and both directions are parallel.
+
+    The layer's parameters are :math:`\mu / \sigma` and :math:`\log \sigma`, so that copies, averages and stores of
+    a flow's parameters hold all that determines its density. Training starts from the values of the data and goes on
+    in their units, whatever these are. ``t.requires_grad_(False)`` keeps the values as they are.
 
     Args:
         dim: the event size D, or the event shape.
-        loc: :math:`\mu`, of the event's shape; None for zero.
-        scale: :math:`\sigma`, positive, of the event's shape; None for one. A layer that is given loc or scale counts
-            as adapted, so that a fit leaves it as it is.
+        loc: initial :math:`\mu`, of the event's shape; None for zero.
+        scale: initial :math:`\sigma`, positive, of the event's shape; None for one. A layer that is given loc or scale
+            counts as adapted, so that a fit does not set it to those of the data.
 
     Shapes: z and x are ``(..., *event_shape)``.
 
@@ -40,9 +42,6 @@ class Standardize(TriangularTransform):
         (tensor([1., 3.]), tensor([1., 2.]))
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, dim: int | Sequence[int], loc: Tensor | None = None, scale: Tensor | None = None) -> None:
         super().__init__(dim)
         is_given = loc is not None or scale is not None
@@ -57,9 +56,24 @@ class Standardize(TriangularTransform):
             raise OptionError(
                 f"loc must be finite, and scale positive and finite, got {loc.tolist()} and {scale.tolist()}"
             )
-        self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer("scale", scale.detach().clone())
+        self.relative_loc = nn.Parameter(loc.detach() / scale.detach())
+        self.log_scale = nn.Parameter(scale.detach().log())
         self.adapted.fill_(is_given)
+
+    @property
+    def loc(self) -> Tensor:
+        r"""The location :math:`\mu`, computed from the parameters, without gradients."""
+        return self.relative_loc.detach() * self.scale
+
+    @property
+    def scale(self) -> Tensor:
+        r"""The scale :math:`\sigma`, computed from the parameters, without gradients."""
+        return self.log_scale.detach().exp()
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the layer changes nothing, as it does at first."""
+        return not (self.relative_loc.any() or self.log_scale.any())
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         # In float64, since sums of squares of large numbers overflow or cancel in float32.
@@ -68,25 +82,27 @@ class Standardize(TriangularTransform):
         weights = (weights / weights.sum()).reshape(-1, *[1] * len(self.event_shape))
         mean = (weights * rows).sum(0)
         deviation = (weights * (rows - mean) ** 2).sum(0).sqrt()
-        loc, scale = mean.to(self.loc), deviation.to(self.scale)
+        loc, scale = mean.to(self.log_scale), deviation.to(self.log_scale)
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():
             raise DataError(
                 f"columns {places(is_bad)} of x have no positive finite standard deviation: leave out constant "
                 "columns, and use units in which the numbers are of ordinary size"
             )
-        self.loc.copy_(loc)
-        self.scale.copy_(scale)
+        self.relative_loc.copy_(mean / deviation)
+        self.log_scale.copy_(deviation.log())
 
     @property
     def is_affine(self) -> bool:
         return True
 
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        return torch.addcmul(self.loc, self.scale, z), self.scale.log().expand_as(z)
+        scale = self.log_scale.exp()
+        return torch.addcmul(self.relative_loc * scale, scale, z), self.log_scale.expand_as(z)
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        return (x - self.loc) / self.scale, -self.scale.log().expand_as(x)
+        scale = self.log_scale.exp()
+        return (x - self.relative_loc * scale) / scale, -self.log_scale.expand_as(x)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return *self._forward_and_ladj(z, context), score / self.scale

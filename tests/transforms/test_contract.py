@@ -173,9 +173,9 @@ def test_memory_keeps_one_result_while_nothing_changes():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t, z: t.loc.add_(1),
-        lambda t, z: t.loc.copy_(t.loc),
-        lambda t, z: setattr(t, "loc", torch.zeros(2)),
+        lambda t, z: t.extra.shift.add_(1),
+        lambda t, z: t.extra.shift.copy_(t.extra.shift),
+        lambda t, z: setattr(t.extra, "shift", torch.zeros(2)),
         lambda t, z: t.adapt(torch.randn(5, 2)),
         lambda t, z: t.load_state_dict(t.state_dict()),
         lambda t, z: torch.nn.init.ones_(t.extra.parameters_of.value),
@@ -187,6 +187,7 @@ def test_memory_keeps_one_result_while_nothing_changes():
 def test_memory_does_not_outlive(change):
     t = Standardize(2)
     t.extra = Planar(2)
+    t.extra.register_buffer("shift", torch.zeros(2))
     memory = Memory(t)
     z = torch.randn(2)
     memory.keep(z)
