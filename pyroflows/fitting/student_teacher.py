@@ -108,13 +108,13 @@ class StudentAndTeacher:
         if num_outside:
             raise DataError(
                 f"{num_outside} of {len(x)} draws of the teacher are outside the support of the student, "
-                f"{self.student.transform.codomain}: give the student the teacher's support"
+                f"{self.student.support}: give the student the teacher's support"
             )
 
 
 def _support(law: Any) -> constraints.Constraint:
     try:
-        return law.transform.codomain if isinstance(law, Flow) else law.support
+        return law.support
     except NotImplementedError:  # the law does not declare its support
         return constraints.real_vector
 

@@ -13,6 +13,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform, bijec
 from pyroflows.errors import FlowError, OptionError, ShapeError
 from pyroflows.flows.base import Base, base_module, is_validated, standard_normal
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.union import is_unbounded
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.compose import Compose
@@ -73,7 +74,7 @@ class Flow(nn.Module):
         parts = list(_flattened([transforms] if isinstance(transforms, Transform) else transforms))
         layers = list(_as_layers(parts, base))
         base_shape, event_shape = layers[0].base_shape, layers[-1].event_shape
-        if support is not None and not _is_unbounded(support):
+        if support is not None and not is_unbounded(support):
             layers.append(_layer_onto(support, layers, event_shape))
         self._standardize_at = _place_of_standardize(layers) if standardize else None
         if self._standardize_at is not None:
@@ -130,6 +131,11 @@ class Flow(nn.Module):
         return [layer for layer in self.transform.layers if layer is not unused]
 
     @property
+    def support(self) -> constraints.Constraint:
+        """The constraint that holds where the density is positive."""
+        return self.transform.codomain
+
+    @property
     def components(self) -> Sequence["Flow"]:
         """The flows of which this one is a mixture; a plain flow is its only component."""
         return (self,)
@@ -149,6 +155,9 @@ class Flow(nn.Module):
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
         if isinstance(self, PyroModule):
             _register_parameters(self)
+        return self._law(context)
+
+    def _law(self, context: Tensor | None) -> Any:
         return FlowDistribution(self.base(), self.transform, context, is_validated())
 
     @property
@@ -227,7 +236,7 @@ def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
     is_discrete = any(layer.domain.is_discrete or layer.codomain.is_discrete for layer in layers)
     if is_discrete or any(isinstance(layer, Standardize) for layer in layers):
         return None
-    return next((i for i, layer in enumerate(layers) if not _is_unbounded(layer.codomain)), len(layers))
+    return next((i for i, layer in enumerate(layers) if not is_unbounded(layer.codomain)), len(layers))
 
 
 def as_flow(flow: Any, dim: int) -> Flow:
@@ -272,15 +281,9 @@ def _from_zuko(flow: Any) -> Flow:
     return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base)
 
 
-def _is_unbounded(constraint: constraints.Constraint) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return isinstance(constraint, type(constraints.real))
-
-
 def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], shape: torch.Size) -> FlowTransform:
     """Return the bijection of events of this shape onto a support."""
-    if not all(_is_unbounded(layer.codomain) for layer in layers):
+    if not all(is_unbounded(layer.codomain) for layer in layers):
         raise OptionError("a flow whose transforms are bounded themselves cannot have a support as well: leave one out")
     try:
         layer = Foreign(biject_to(support), shape)
