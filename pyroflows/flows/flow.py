@@ -192,6 +192,9 @@ class Flow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
+        self._adapt(x, context, weights)
+
+    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         self.transform.adapt(x, context, weights)
 
     def before_step(self) -> None:

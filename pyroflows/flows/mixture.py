@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, constraints
 from torch.func import functional_call
 
-from pyroflows.compiling.eager import runs_in_python
+from pyroflows.compiling.eager import is_transformed, runs_in_python
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows.base import is_validated
 from pyroflows.flows.clusters import clusters_of
@@ -21,7 +21,7 @@ from pyroflows.flows.flow import Flow
 from pyroflows.flows.union import is_unbounded, point_in, union_of
 from pyroflows.nets.mlp import MLP
 from pyroflows.shapes import as_given, described, shape_of
-from pyroflows.transforms.foreign import Foreign
+from pyroflows.transforms.foreign import Foreign, on_events
 
 # A component that starts at too few rows, or at rows with a constant column, also sees the others, with this share of
 # the weight.
@@ -32,9 +32,11 @@ class Mixture(Flow):
     r"""The mixture :math:`q(x \mid c) = \sum_k w_k(c)\, q_k(x \mid c)` of K flows :math:`q_k`, which may depend on a
     context c. The weights :math:`w(c) = \mathrm{softmax}(a + g(c))` are learned, with a network g that starts at zero.
 
-    :func:`pyroflows.fit_density` maximises the likelihood of the mixture over all components and weights. Before it,
-    :meth:`adapt` divides the rows into K clusters and starts a component at each. To keep the weights as they were
-    given, call ``mixture.gate.requires_grad_(False)``.
+    :func:`pyroflows.fit_density` maximises the likelihood of the mixture over all components and weights. Before that,
+    :meth:`adapt` divides the rows into K clusters, drawn from torch's global generator, and each component learns from
+    those of one cluster, such as its location and scale. The weights become the shares of the clusters. Components that
+    have adapted before, such as flows that were fitted to other data, stay as they are while others have not, and then
+    the weights stay too. To keep the weights as they were given, call ``mixture.gate.requires_grad_(False)``.
 
     The density is positive where that of a component is: components may have different supports. Draws carry no
     gradients, as the choice of a component has none, so that a mixture is no flow for a guide that is to be trained.
@@ -56,6 +58,8 @@ class Mixture(Flow):
     Raises:
         ShapeError: if the flows differ in event shape or context, or the number of weights is not that of the flows.
         OptionError: if the components are no flows, or differ in dtype or device, or a weight is no number.
+        DataError: from :meth:`adapt`, if a component has fewer than two rows inside its support, or cannot learn from
+            its rows.
 
     Example:
         >>> q = Mixture([pf.flows.Gaussian(2), pf.flows.NSF(2)], torch.tensor([0.3, 0.7]).log())
@@ -81,7 +85,9 @@ class Mixture(Flow):
         log_weights = _checked_weights(log_weights, len(flows)).to(tensor)
         identity = Foreign(ComposeTransform([]), flows[0].event_shape)
         of_weights = shape if context_dim != 0 else torch.Size()
-        super().__init__([identity], base=_Components(flows, log_weights, of_weights), standardize=False)
+        super().__init__([identity], standardize=False)
+        # The base of another flow takes no context, and is checked by a call without one.
+        self.base = _Components(flows, log_weights, of_weights)
         self._context_shape = shape
 
     @property
@@ -121,22 +127,7 @@ class Mixture(Flow):
         return all(flow.is_adapted for flow in self.components)
 
     @torch.no_grad()
-    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Divide the rows into clusters, and let each component learn from those of one cluster, such as its location
-        and scale. If all components learn, the weights become the shares of their clusters, unless they are fixed.
-
-        Components that have adapted before stay as they are while others have not; if all have, they start anew. The
-        clusters are drawn from torch's global generator.
-
-        Args:
-            x: rows of data ``(n, *event_shape)``.
-            context: their contexts ``(n, *context_shape)``, if the mixture takes one.
-            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
-
-        Raises:
-            ShapeError: if the rows or their contexts have another shape.
-            DataError: if a component has fewer than two rows inside its support, or cannot learn from its rows.
-        """
+    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         weights = x.new_ones(len(x)) if weights is None else weights
         places: dict[Flow, list[int]] = {}
         for place, flow in enumerate(self.components):
@@ -145,7 +136,7 @@ class Mixture(Flow):
         priority = torch.stack([self.gate.value[places[flow]].logsumexp(0) for flow in learners])
         clusters = _assigned(learners, priority, x, weights)
         for flow, is_member in zip(learners, clusters, strict=True):
-            rows = flow.support.check(x)
+            rows = _is_inside(flow, x)
             if rows.sum() < 2:
                 raise DataError(
                     f"component {places[flow][0]} of this mixture has fewer than 2 of the {len(x)} rows of x inside its "
@@ -332,7 +323,7 @@ class MixtureDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-densities ``(...)`` of values ``(..., *event_shape)``."""
-        if self._validate_args:
+        if self._validate_args and not is_transformed():
             self._validate_sample(value)
         return self._log_prob(value)
 
@@ -345,7 +336,7 @@ class MixtureDistribution(TorchDistribution):
 
 def _log_prob_anywhere(law: Any, value: Tensor) -> Tensor:
     """Return log-densities that are -inf outside the support of a law, with gradients that are zero there."""
-    support = law.support
+    support = on_events(law.support, len(law.event_shape))
     if is_unbounded(support):
         return law.log_prob(value)
     is_inside = support.check(value)
@@ -377,7 +368,7 @@ def _assigned(flows: Sequence[Flow], priority: Tensor, x: Tensor, weights: Tenso
     Returns:
         Booleans ``(K, n)``: whether a row is in the cluster of a flow.
     """
-    inside = torch.stack([flow.support.check(x) for flow in flows])
+    inside = torch.stack([_is_inside(flow, x) for flow in flows])
     cluster = clusters_of(_unbounded(flows, x), weights, len(flows))
     of_cluster = cluster == torch.arange(len(flows), device=x.device)[:, None]
     overlap = (inside * weights) @ of_cluster.to(weights).T
@@ -388,6 +379,10 @@ def _assigned(flows: Sequence[Flow], priority: Tensor, x: Tensor, weights: Tenso
         chosen[k] = int(torch.where(taken, -1.0, overlap[k]).argmax())
         taken[chosen[k]] = True
     return of_cluster[chosen]
+
+
+def _is_inside(flow: Flow, x: Tensor) -> Tensor:
+    return on_events(flow.support, len(flow.event_shape)).check(x)
 
 
 def _unbounded(flows: Sequence[Flow], x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyroflows.transforms.foreign import on_events
+
 Ends = tuple[Tensor, Tensor]
 
 
@@ -44,7 +46,7 @@ def union_of(supports: Sequence[constraints.Constraint], event_shape: torch.Size
     """Return the union of supports, without those that others contain.
 
     Args:
-        supports: constraints on events of one shape.
+        supports: constraints on events of one shape, or on their elements.
         event_shape: this shape.
 
     Example:
@@ -54,6 +56,7 @@ def union_of(supports: Sequence[constraints.Constraint], event_shape: torch.Size
     """
     kept: list[constraints.Constraint] = []
     for support in supports:
+        support = on_events(support, len(event_shape))
         parts = support.parts if isinstance(support, Union) else [support]
         for part in parts:
             if not any(_contains(other, part, event_shape) for other in kept):
