@@ -5,6 +5,8 @@ from torch import Tensor
 
 # Centers are sought with this many rows at most, from this many random starts, each for so many iterations.
 MAX_ROWS, NUM_STARTS, NUM_ITERATIONS = 10_000, 4, 20
+# A cluster of few rows, or with a constant column, has no scale: then all rows have this share of the weight.
+SHARE_OF_OTHERS = 0.1
 
 
 def clusters_of(rows: Tensor, weights: Tensor, num_clusters: int) -> Tensor:
@@ -32,10 +34,41 @@ def clusters_of(rows: Tensor, weights: Tensor, num_clusters: int) -> Tensor:
     mean = torch.mv(rows.T, weights) / weights.sum()
     variance = torch.mv((rows - mean).T ** 2, weights) / weights.sum()
     white = (rows - mean) / variance.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
-    chosen = torch.randperm(len(white), device=white.device)[:MAX_ROWS]
+    used = weights.nonzero().flatten()
+    chosen = used[torch.randperm(len(used)).to(used.device)[:MAX_ROWS]]
     starts = [_centers(white[chosen], weights[chosen], num_clusters) for _ in range(NUM_STARTS)]
     best = min(starts, key=lambda centers: _cost(white[chosen], weights[chosen], centers))
     return _nearest(white, best)
+
+
+def starting_weights(x: Tensor, is_member: Tensor, weights: Tensor) -> Tensor:
+    """Return the weights of rows from which the component of a cluster learns its location and scale.
+
+    They are those of the cluster's rows. If these are few, or a column of them is constant, so that they have no scale,
+    all rows take part a little.
+
+    Args:
+        x: rows ``(n, ...)``.
+        is_member: whether a row is in the cluster, ``(n,)``.
+        weights: weights of the rows ``(n,)``, not negative.
+
+    Returns:
+        Weights ``(n,)``, not negative.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
+        >>> starting_weights(x, x[:, 0] < 5, torch.ones(4))
+        tensor([1., 1., 1., 0.])
+        >>> starting_weights(x, x[:, 0] > 5, torch.ones(4))
+        tensor([0.0250, 0.0250, 0.0250, 0.9250])
+    """
+    own = weights * is_member
+    members = x[own > 0].flatten(1)
+    if len(members) > 2 * members.shape[1] and (members != members[0]).any(0).all():
+        return own
+    if not own.sum():
+        return weights
+    return (1 - SHARE_OF_OTHERS) * own / own.sum() + SHARE_OF_OTHERS * weights / weights.sum()
 
 
 def _centers(rows: Tensor, weights: Tensor, num_clusters: int) -> Tensor:

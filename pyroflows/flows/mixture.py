@@ -3,29 +3,24 @@
 A single flow either misses some of these modes or connects them by bridges of mass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, constraints
+from torch.distributions import ComposeTransform, biject_to, constraints
 from torch.func import functional_call
 
-from pyroflows.compiling.eager import is_transformed, runs_in_python
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows.base import is_validated
-from pyroflows.flows.clusters import clusters_of
+from pyroflows.flows.clusters import clusters_of, starting_weights
 from pyroflows.flows.flow import Flow
-from pyroflows.flows.union import is_unbounded, point_in, union_of
+from pyroflows.flows.mixture_distribution import MixtureDistribution
+from pyroflows.flows.union import union_of
 from pyroflows.nets.mlp import MLP
 from pyroflows.shapes import as_given, described, shape_of
 from pyroflows.transforms.foreign import Foreign, on_events
-
-# A component that starts at too few rows, or at rows with a constant column, also sees the others, with this share of
-# the weight.
-SHARE_OF_OTHERS = 0.1
 
 
 class Mixture(Flow):
@@ -47,13 +42,13 @@ class Mixture(Flow):
     Args:
         flows: one or more flows of one event shape, dtype and device. Those that take a context take one of the same
             shape. The same flow may stand in several places, and then has the sum of their weights.
-        log_weights: logarithms of positive weights ``(K,)``, which need not sum to one: the weights, up to g, before
-            they are trained; None for equal weights.
+        log_weights: logarithms of positive weights ``(K,)``, which need not sum to one; training starts from them, and
+            they are a up to a constant. None for equal weights.
         context_dim: size or shape of the context that the weights depend on, 0 if they depend on none; None for that of
             the components.
 
-    Shapes: ``flow()`` has the event shape of the components and no batch shape; ``flow(context)`` has the batch shape of
-    the context.
+    Shapes: ``flow()`` has the event shape of the components and no batch shape; ``flow(context)`` has the batch shape
+    of the context.
 
     Raises:
         ShapeError: if the flows differ in event shape or context, or the number of weights is not that of the flows.
@@ -82,7 +77,7 @@ class Mixture(Flow):
         flows = _checked(flows)
         shape = _context_shape(flows, context_dim)
         tensor = next((t for flow in flows for t in _numbers(flow)), torch.zeros(()))
-        log_weights = _checked_weights(log_weights, len(flows)).to(tensor)
+        log_weights = _checked_weights(log_weights, len(flows), tensor)
         identity = Foreign(ComposeTransform([]), flows[0].event_shape)
         of_weights = shape if context_dim != 0 else torch.Size()
         super().__init__([identity], standardize=False)
@@ -99,7 +94,8 @@ class Mixture(Flow):
     @property
     def gate(self) -> "Gate":
         """The module of the weights: ``mixture.gate(context)`` returns their logarithms ``(..., K)``."""
-        return self.base.gate
+        gate: Any = self.base.gate
+        return gate
 
     @property
     def context_shape(self) -> torch.Size:
@@ -119,39 +115,43 @@ class Mixture(Flow):
     @property
     def adapts(self) -> bool:
         """Whether a component or the network of the weights learns from data before training."""
-        return any(flow.adapts for flow in self.components)
+        return self.gate.adapts or any(flow.adapts for flow in self.components)
 
     @property
     def is_adapted(self) -> bool:
-        """Whether all components that learn from data before training have done so; a state that is loaded counts."""
-        return all(flow.is_adapted for flow in self.components)
+        """Whether all that learns from data before training has done so; a state that is loaded counts."""
+        return self.gate.is_adapted and all(flow.is_adapted for flow in self.components)
 
     @torch.no_grad()
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         weights = x.new_ones(len(x)) if weights is None else weights
+        if context is not None and self.gate.adapts and (self.is_adapted or not self.gate.is_adapted):
+            self.gate.adapt(context, weights)
         places: dict[Flow, list[int]] = {}
         for place, flow in enumerate(self.components):
             places.setdefault(flow, []).append(place)
-        learners = [flow for flow in places if self.is_adapted or not flow.is_adapted]
+        flows = [flow for flow in places if flow.adapts]
+        learners = [flow for flow in flows if not flow.is_adapted] or flows
+        if not learners:
+            return
         priority = torch.stack([self.gate.value[places[flow]].logsumexp(0) for flow in learners])
         clusters = _assigned(learners, priority, x, weights)
         for flow, is_member in zip(learners, clusters, strict=True):
             rows = _is_inside(flow, x)
             if rows.sum() < 2:
                 raise DataError(
-                    f"component {places[flow][0]} of this mixture has fewer than 2 of the {len(x)} rows of x inside its "
-                    f"support {flow.support}: leave it out"
+                    f"component {places[flow][0]} of this mixture has fewer than 2 of the {len(x)} rows of x inside "
+                    f"its support {flow.support}: leave it out"
                 )
             given = context[rows] if context is not None and flow.context_dim else None
-            flow.adapt(x[rows], given, _starting_weights(x[rows], is_member[rows], weights[rows]))
-        self.gate.adapt(context, weights)
+            flow.adapt(x[rows], given, starting_weights(x[rows], is_member[rows], weights[rows]))
         if len(learners) == len(places) and self.gate.value.requires_grad:
             # No weight starts so small that its component hardly learns.
             shares = 0.01 + (clusters * weights).sum(-1) / weights.sum()
             for flow, share in zip(learners, shares, strict=True):
                 self.gate.value[places[flow]] = torch.log(share / len(places[flow])).to(self.gate.value)
 
-    def _law(self, context: Tensor | None) -> "MixtureDistribution":
+    def _law(self, context: Tensor | None) -> MixtureDistribution:
         return self.base(context)
 
 
@@ -172,6 +172,7 @@ class Gate(nn.Module):
 
     loc: Tensor
     scale: Tensor
+    adapted: Tensor
 
     def __init__(self, value: Tensor, context_shape: torch.Size) -> None:
         super().__init__()
@@ -181,6 +182,7 @@ class Gate(nn.Module):
         if context_shape:
             self.register_buffer("loc", value.new_zeros(context_shape))
             self.register_buffer("scale", value.new_ones(context_shape))
+            self.register_buffer("adapted", torch.tensor(False))
 
     def forward(self, context: Tensor | None = None) -> Tensor:
         if self.net is None:
@@ -190,15 +192,25 @@ class Gate(nn.Module):
         given = (context - self.loc) / self.scale
         return (self.value + self.net(given.flatten(-len(self.context_shape)))).log_softmax(-1)
 
-    def adapt(self, context: Tensor | None, weights: Tensor) -> None:
+    @property
+    def adapts(self) -> bool:
+        """Whether it learns location and scale of contexts before training."""
+        return self.net is not None
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it has learned them; true if it never does."""
+        return not self.adapts or bool(self.adapted)
+
+    @torch.no_grad()
+    def adapt(self, context: Tensor, weights: Tensor) -> None:
         """Store location and scale of contexts ``(n, *context_shape)`` whose rows have weights ``(n,)``."""
-        if self.net is None or context is None:
-            return
         shares = (weights / weights.sum()).double().reshape(-1, *[1] * len(self.context_shape))
         loc = (shares * context.double()).sum(0)
         scale = (shares * (context.double() - loc) ** 2).sum(0).sqrt()
         self.loc.copy_(loc)
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+        self.adapted.fill_(True)
 
 
 class _Components(nn.Module):
@@ -209,7 +221,7 @@ class _Components(nn.Module):
         self.flows: Any = nn.ModuleList(flows)
         self.gate = Gate(log_weights, context_shape)
 
-    def forward(self, context: Tensor | None = None) -> "MixtureDistribution":
+    def forward(self, context: Tensor | None = None) -> MixtureDistribution:
         laws = [flow(context if flow.context_dim else None) for flow in self.flows]
         for law in laws:
             law._validate_args = False  # A value outside the support of one component may be inside that of another.
@@ -220,137 +232,6 @@ class _Components(nn.Module):
         tensors = {**dict(self.gate.named_parameters()), **dict(self.gate.named_buffers())}
         log_weights = partial(functional_call, self.gate, tensors, (context if shape else None,))
         return MixtureDistribution(laws, log_weights, batch_shape, is_validated())
-
-
-class MixtureDistribution(TorchDistribution):
-    """The law of a mixture of laws, whose draws carry no gradients. A :class:`Mixture` returns it.
-
-    Log-densities are exact, and so are their gradients; :meth:`estimated` returns this law itself, since the logarithm
-    of a sum of unbiased estimates would be biased.
-
-    Args:
-        components: laws of one event shape.
-        log_weights: a function that returns the logarithms of their weights ``(*batch_shape, K)``, which sum to one.
-        batch_shape: the batch shape of the weights; that of the law is broadcast from it and those of the components.
-        validate_args: whether values are checked; None for the setting of Pyro.
-
-    Shapes: draws are ``(*sample_shape, *batch_shape, *event_shape)``; log-densities lack the event shape.
-
-    Example:
-        >>> parts = [pf.flows.Gaussian(2)(), pf.flows.Gaussian(2)()]
-        >>> MixtureDistribution(parts, lambda: torch.tensor([0.5, 0.5]).log()).sample((5,)).shape
-        torch.Size([5, 2])
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = False
-    is_exact = True
-
-    def __init__(
-        self,
-        components: Sequence[Any],
-        log_weights: Callable[[], Tensor],
-        batch_shape: torch.Size = torch.Size(),  # noqa: B008
-        validate_args: bool | None = None,
-    ) -> None:
-        self.components = list(components)
-        self.log_weights = log_weights
-        # The batch shape before any expansion.
-        self._own_shape = torch.broadcast_shapes(batch_shape, *(law.batch_shape for law in self.components))
-        super().__init__(self._own_shape, self.components[0].event_shape, validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """The union of the supports of the components."""
-        return union_of([law.support for law in self.components], self.event_shape)
-
-    def estimated(self) -> "MixtureDistribution":
-        """Return this law: its log-densities are exact in training too."""
-        return self
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "MixtureDistribution":
-        law = self._get_checked_instance(MixtureDistribution, _instance)
-        law.components, law.log_weights, law._own_shape = self.components, self.log_weights, self._own_shape
-        batch_shape = torch.broadcast_shapes(torch.Size(batch_shape), self.batch_shape)
-        TorchDistribution.__init__(law, batch_shape, self.event_shape, validate_args=False)
-        law._validate_args = self._validate_args
-        return law
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws ``(*sample_shape, *batch_shape, *event_shape)`` without gradients."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        # Axes that an expansion added are further draws from the same laws.
-        is_own = self.batch_shape[len(self.batch_shape) - len(self._own_shape) :] == self._own_shape
-        own = self._own_shape if is_own else self.batch_shape
-        count = shape[: len(shape) - len(own)].numel()
-        log_weights = self.log_weights().expand(count, *own, len(self.components))
-        # The largest of the log weights with Gumbel noise is each with the probability of its weight.
-        which = (log_weights - torch.log(-torch.log(torch.rand_like(log_weights)))).argmax(-1)
-        x = log_weights.new_zeros(count, *own, *self.event_shape)
-        for k, law in enumerate(self.components):
-            x = self._filled(x, which == k, law.expand(own))
-        return x.reshape(shape + self.event_shape)
-
-    def _filled(self, x: Tensor, is_here: Tensor, law: Any) -> Tensor:
-        """Return x ``(n, *batch, *event_shape)`` with draws from a law ``(*batch)`` at the places of a mask.
-
-        Each cell of the batch takes as many draws in turn as it needs, and all cells draw as many as the neediest.
-        """
-        order = is_here.cumsum(0)
-        num_draws = int(order.amax()) if runs_in_python() and order.numel() else len(x)
-        if not num_draws:
-            return x
-        draws = law.sample((num_draws,))
-        is_here, index = (t[(..., *[None] * len(self.event_shape))] for t in (is_here, (order - 1).clamp_min(0)))
-        return torch.where(is_here, draws.gather(0, index.expand_as(x)), x)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Raise, since draws of a mixture carry no gradients."""
-        raise NotImplementedError("draws of a mixture carry no gradients: use sample")
-
-    def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:  # noqa: B008
-        """Return draws without gradients, and their log-densities."""
-        return self.transport(self.sample(sample_shape))
-
-    def transport(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return draws themselves, as the mixture is its own base, and their log-densities."""
-        return z, self._log_prob(z)
-
-    def latent(self, value: Tensor) -> Tensor:
-        """Return the value itself, as the mixture is its own base."""
-        return value
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-densities ``(...)`` of values ``(..., *event_shape)``."""
-        if self._validate_args and not is_transformed():
-            self._validate_sample(value)
-        return self._log_prob(value)
-
-    def _log_prob(self, value: Tensor) -> Tensor:
-        parts = torch.broadcast_tensors(*(_log_prob_anywhere(law, value) for law in self.components))
-        log_prob = _log_sum_exp(torch.stack(parts, -1) + self.log_weights())
-        num_axes = value.dim() - len(self.event_shape)
-        return log_prob.expand(torch.broadcast_shapes(value.shape[:num_axes], self.batch_shape))
-
-
-def _log_prob_anywhere(law: Any, value: Tensor) -> Tensor:
-    """Return log-densities that are -inf outside the support of a law, with gradients that are zero there."""
-    support = on_events(law.support, len(law.event_shape))
-    if is_unbounded(support):
-        return law.log_prob(value)
-    is_inside = support.check(value)
-    inside = point_in(support, law.event_shape, value)
-    if inside is not None:
-        # The law computes nothing at values outside, whose infinite slopes would make gradients NaN.
-        value = torch.where(is_inside[(..., *[None] * len(law.event_shape))], value, inside)
-    return torch.where(is_inside, law.log_prob(value), -torch.inf)
-
-
-def _log_sum_exp(terms: Tensor) -> Tensor:
-    """Return the log of the sum of exponentials over the last axis, whose gradient is zero where all terms are -inf."""
-    is_empty = (terms == -torch.inf).all(-1)
-    return torch.where(is_empty, -torch.inf, terms.masked_fill(is_empty[..., None], 0.0).logsumexp(-1))
 
 
 def _assigned(flows: Sequence[Flow], priority: Tensor, x: Tensor, weights: Tensor) -> Tensor:
@@ -389,21 +270,10 @@ def _unbounded(flows: Sequence[Flow], x: Tensor) -> Tensor:
     """Return rows in the coordinates in which flows of one support are unbounded; as they are if there are several."""
     support = union_of([flow.support for flow in flows], flows[0].event_shape)
     try:
-        rows = torch.distributions.biject_to(support).inv(x)
+        rows = biject_to(support).inv(x)
     except NotImplementedError:
         return x
     return rows if rows.shape == x.shape and rows.isfinite().all() else x
-
-
-def _starting_weights(x: Tensor, is_member: Tensor, weights: Tensor) -> Tensor:
-    """Return the weights of rows from which a component learns location and scale: those of its cluster, if they do."""
-    own = weights * is_member
-    members = x[own > 0].flatten(1)
-    if len(members) > 2 * members.shape[1] and (members != members[0]).any(0).all():
-        return own
-    if not own.sum():
-        return weights
-    return (1 - SHARE_OF_OTHERS) * own / own.sum() + SHARE_OF_OTHERS * weights / weights.sum()
 
 
 def _checked(flows: Sequence[Flow]) -> list[Flow]:
@@ -436,14 +306,12 @@ def _context_shape(flows: Sequence[Flow], context_dim: int | Sequence[int] | Non
     return next(iter(shapes), torch.Size())
 
 
-def _checked_weights(log_weights: Tensor | None, num_flows: int) -> Tensor:
-    if log_weights is None:
-        return torch.zeros(num_flows)
-    if log_weights.shape != (num_flows,):
-        raise ShapeError(
-            f"a mixture of {num_flows} flows needs a log weight for each, got shape {tuple(log_weights.shape)}"
-        )
-    log_weights = log_weights.detach().log_softmax(0)
-    if log_weights.isnan().any():
-        raise OptionError(f"log_weights must be numbers, of which one is finite, got {log_weights.tolist()}")
-    return log_weights
+def _checked_weights(log_weights: Tensor | None, num_flows: int, like: Tensor) -> Tensor:
+    """Return normalised log weights of the dtype and device of a tensor."""
+    given = torch.zeros(num_flows) if log_weights is None else torch.as_tensor(log_weights)
+    if given.shape != (num_flows,):
+        raise ShapeError(f"a mixture of {num_flows} flows needs a log weight for each, got shape {tuple(given.shape)}")
+    normalized = given.detach().to(like).log_softmax(0)
+    if normalized.isnan().any():
+        raise OptionError(f"log_weights must be numbers, of which one is finite, got {given.tolist()}")
+    return normalized

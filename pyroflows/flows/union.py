@@ -123,7 +123,7 @@ def _ends(support: constraints.Constraint, event_shape: torch.Size) -> Ends | No
         if not event_shape or support.dim != -1:
             return None
         lengths = support.lengths
-        parts = [_ends(part, event_shape[:-1] + (n,)) for part, n in zip(support.cseq, lengths, strict=True)]
+        parts = [_ends(part, torch.Size([*event_shape[:-1], n])) for part, n in zip(support.cseq, lengths, strict=True)]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 
 from pyroflows.errors import InversionError
-from pyroflows.flows.mixture import MixtureDistribution
+from pyroflows.flows.mixture_distribution import MixtureDistribution
 from pyroflows.inference.verdict.figures import Estimate, Unseen
 from pyroflows.models.log_joint import LogJoint
 
