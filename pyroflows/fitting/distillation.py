@@ -17,7 +17,7 @@ from pyroflows.fitting.closed_form import gaussian_kl, has_closed_form
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.fitting.regression import Regression, draw_stages, same_law
 from pyroflows.fitting.student_teacher import StudentAndTeacher
-from pyroflows.flows import Flow, FlowDistribution
+from pyroflows.flows import Flow, FlowDistribution, Mixture
 from pyroflows.grad_mode import require_trainable, with_gradients
 from pyroflows.plots import plot_distillation
 from pyroflows.randomness import seeded
@@ -287,12 +287,13 @@ def _followed(pair: StudentAndTeacher, batch_size: int, standardizes: bool) -> R
     student, teacher = pair.student, pair.teacher
     count = NUM_TEACHER_BATCHES * batch_size
     contexts = None if pair.contexts is None else pair.contexts[pair.draw_rows(count)[0]]
-    stages = draw_stages(teacher, count, contexts) if isinstance(teacher, Flow) else [_draws(teacher, count)]
+    stack = None if isinstance(teacher, Mixture) or not isinstance(teacher, Flow) else teacher
+    stages = [_draws(teacher, count, contexts)] if stack is None else draw_stages(stack, count, contexts)
     pair.check_draws(stages[-1])
     if standardizes and not student.is_adapted:
         _adapt_like(student, teacher, stages[-1], contexts)
-    if isinstance(teacher, Flow) and same_law(student.base(), teacher.base()):
-        return Regression(student, teacher, stages, contexts, batch_size)
+    if stack is not None and same_law(student.base(), stack.base()):
+        return Regression(student, stack, stages, contexts, batch_size)
     return None
 
 
@@ -305,7 +306,9 @@ def _adapt_like(student: Flow, teacher: Flow | Distribution, draws: Tensor, cont
         own.load_state_dict(others.state_dict())
 
 
-def _draws(teacher: Distribution, count: int) -> Tensor:
+def _draws(teacher: Flow | Distribution, count: int, contexts: Tensor | None) -> Tensor:
+    if isinstance(teacher, Flow):
+        return teacher(contexts).sample(() if teacher.context_dim else (count,))
     try:
         return teacher.sample((count,))
     except NotImplementedError:

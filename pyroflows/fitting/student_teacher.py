@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError, warn
-from pyroflows.flows import Flow, FlowDistribution
+from pyroflows.flows import Flow, FlowDistribution, Mixture
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
 from pyroflows.transforms import Autoregressive, Inverse
@@ -108,13 +108,13 @@ class StudentAndTeacher:
         if num_outside:
             raise DataError(
                 f"{num_outside} of {len(x)} draws of the teacher are outside the support of the student, "
-                f"{self.student.transform.codomain}: give the student the teacher's support"
+                f"{self.student.support}: give the student the teacher's support"
             )
 
 
 def _support(law: Any) -> constraints.Constraint:
     try:
-        return law.transform.codomain if isinstance(law, Flow) else law.support
+        return law.support
     except NotImplementedError:  # the law does not declare its support
         return constraints.real_vector
 
@@ -129,7 +129,7 @@ def _check_student(student: Flow) -> None:
         raise OptionError(f"the student must be a pyroflows.Flow, got {type(student).__name__}")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise OptionError("this student has no parameters to train")
-    if not student.base().has_rsample:
+    if isinstance(student, Mixture) or not student.base().has_rsample:
         raise OptionError(
             "draws of this student carry no gradients, so that it cannot be trained by them: give it a base that has "
             "rsample, such as a normal; a mixture of flows has none"

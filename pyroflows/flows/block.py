@@ -207,6 +207,8 @@ def block(
 
 def _common_order(law: FlowDistribution) -> tuple[int, ...]:
     """Return the order in which all layers are triangular, empty if any will do."""
+    if not isinstance(law, FlowDistribution):
+        raise OptionError("a mixture has no conditional and marginal laws in closed form: use pf.sample_conditional")
     layers = flattened(law.transform)
     orders = orders_of(layers)
     distinct = {order for order in orders if order}

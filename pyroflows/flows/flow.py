@@ -183,6 +183,11 @@ class Flow(nn.Module):
         return [layer for layer in self.transform.layers if layer is not unused]
 
     @property
+    def support(self) -> constraints.Constraint:
+        """The constraint that holds where the density is positive."""
+        return self.transform.codomain
+
+    @property
     def components(self) -> Sequence["Flow"]:
         """The flows of which this one is a mixture; a plain flow is its only component."""
         return (self,)
@@ -196,13 +201,16 @@ class Flow(nn.Module):
         Raises:
             ShapeError: if the context has another shape, or is missing.
         """
-        transform, base = self.transform, self.base
-        shape = transform.context_shape
+        shape = self.context_shape
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
         if isinstance(self, PyroModule):
             _register_parameters(self)
+        return self._law(context)
+
+    def _law(self, context: Tensor | None) -> Any:
+        transform, base = self.transform, self.base
         if self._places is None or not self._places.are_current:
             self._places = Places(transform, base)
         return FlowDistribution(base, transform, context, is_validated(), places=self._places)
@@ -283,6 +291,9 @@ class Flow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
+        self._adapt(x, context, weights)
+
+    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         self.transform.adapt(x, context, weights)
 
     def before_step(self) -> None:

@@ -309,7 +309,7 @@ class AutoFlow(AutoContinuous):
             zeros = torch.zeros(saved.dim, dtype=getattr(torch, saved.dtype), device=state.device)
             scale = torch.eye(saved.dim).to(zeros) if saved.last_layer == "triangular" else None
             parts = [self._flow_at(zeros, scale) for _ in range(saved.num_components)]
-            self.flow = parts[0] if len(parts) == 1 else Mixture(parts, zeros.new_zeros(len(parts)))
+            self.flow = parts[0] if len(parts) == 1 else Mixture(parts)
         self._holds_new_values = True
 
     def _built(self) -> Flow:

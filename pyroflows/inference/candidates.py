@@ -62,6 +62,7 @@ class Candidate:
         if len(flows) == 1:
             return FittedCandidate(self, flows[0], histories[0], log_joint, found)
         mixture = Mixture(flows, torch.stack([_log_evidence(flow(), log_joint) for flow in flows]))
+        mixture.gate.requires_grad_(False)  # The evidences are the weights.
         return FittedCandidate(self, mixture, histories[0], log_joint, found)
 
 

@@ -88,7 +88,7 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
     values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
         raise DataError(f"x has {len(values)} row: a density needs more, at least 2 rows")
-    _refuse_outside(flow.transform.codomain, values)
+    _refuse_outside(flow.support, values)
     rows = Rows(values, _contexts(context, len(values), flow), _weights(weights, len(values), flow))
     return Data(rows, dataset)
 

@@ -219,6 +219,15 @@ def test_both_take_the_context():
         assert -log_weights(student(contexts[row]), teacher(contexts[row])).mean() < 0.06 < -apart.mean()
 
 
+def test_a_mixture_as_teacher_at_a_context():
+    """It has no base in common with the student, which takes location and scale from its draws."""
+    teacher = disturbed(pf.flows.Mixture([MAF(2, context_dim=1, **small), MAF(2, **small)]), 0.2)
+    contexts = torch.linspace(-2, 2, 41)[:, None]
+    student = IAF(2, context_dim=1, **small)
+    fit = pf.distill(student, teacher, contexts, num_steps=200, seed=0, progress_bar=False)
+    assert student.is_adapted and fit.kl < 0.1
+
+
 def test_any_distribution_can_be_the_teacher():
     covariance = torch.tensor([[4.0, 1.5], [1.5, 1.0]])
     teacher = MultivariateNormal(torch.tensor([100.0, -3.0]), covariance)
@@ -379,6 +388,11 @@ REFUSED = {
         OptionError,
         "carry no gradients.*mixture",
         lambda: (pf.flows.Mixture([Gaussian(2), Gaussian(2)], torch.zeros(2)), MAF(2)),
+    ),
+    "no gradients at a context": (
+        OptionError,
+        "carry no gradients.*mixture",
+        lambda: (pf.flows.Mixture([conditional()]), conditional(), torch.zeros(3, 1)),
     ),
     "no teacher": (OptionError, "must be a flow or a distribution, got Linear", lambda: (IAF(2), nn.Linear(2, 2))),
     "cannot score": (OptionError, "cannot score.*NotImplementedError", lambda: (student_of_two(), Unscored())),

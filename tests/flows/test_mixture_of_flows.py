@@ -10,8 +10,8 @@ import torch
 from pyro import distributions as dist
 from pyro.infer import Predictive
 
-from pyroflows import Posterior, ShapeError, load_posterior
-from pyroflows.flows import IAF, Flow, Gaussian, Mixture, Planar, Recipe
+from pyroflows import OptionError, Posterior, ShapeError, load_posterior
+from pyroflows.flows import IAF, NSF, Flow, Gaussian, Mixture, Planar, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.training.loop import History
 from pyroflows.transforms import Triangular
@@ -108,18 +108,24 @@ def test_it_is_its_own_base():
 
 
 @pytest.mark.parametrize(
-    ("flows", "log_weights"),
+    ("flows", "options", "error", "message"),
     [
-        ([Gaussian(2), Gaussian(3)], torch.zeros(2)),
-        ([Gaussian(2), Gaussian(2)], torch.zeros(3)),
-        ([Gaussian(2), Gaussian(2)], torch.zeros(2, 1)),
-        ([Gaussian(2), Gaussian(2, context_dim=1)], torch.zeros(2)),
-        ([], torch.zeros(0)),
+        ([Gaussian(2), Gaussian(3)], {}, ShapeError, r"one size, but got flows of sizes \[2, 3\]"),
+        ([], {}, ShapeError, "one or more flows"),
+        ([Gaussian(2)] * 2, {"log_weights": torch.zeros(3)}, ShapeError, r"a log weight for each, got shape \(3,\)"),
+        ([Gaussian(2)] * 2, {"log_weights": torch.zeros(2, 1)}, ShapeError, "a log weight for each"),
+        ([Gaussian(2)] * 2, {"log_weights": torch.tensor([0.0, math.nan])}, OptionError, "must be numbers"),
+        ([Gaussian(2)] * 2, {"log_weights": torch.full((2,), -math.inf)}, OptionError, "one is finite"),
+        ([NSF(2, context_dim=3), NSF(2, context_dim=1)], {}, ShapeError, r"one context, but have sizes \[3, 1\]"),
+        ([NSF(2, context_dim=3)], {"context_dim": 2}, ShapeError, r"one context, but have sizes \[3, 2\]"),
+        ([Gaussian(2), Gaussian(2).double()], {}, OptionError, "float32 on cpu and torch.float64 on cpu"),
+        ([Gaussian(2), Gaussian(2)()], {}, OptionError, "made of flows, but got FlowDistribution"),
+        ([Gaussian(2), Gaussian], {}, OptionError, "made of flows, but got type"),
     ],
 )
-def test_what_does_not_fit_raises(flows, log_weights):
-    with pytest.raises(ShapeError, match="a mixture needs flows of one size without a context"):
-        Mixture(flows, log_weights)
+def test_what_does_not_fit_raises(flows, options, error, message):
+    with pytest.raises(error, match=message):
+        Mixture(flows, **options)
 
 
 def test_a_context_raises():
@@ -143,13 +149,12 @@ def test_copies_have_the_same_law_and_share_nothing(copied):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1.0)
-        other.base.log_weights.sub_(1.0)
     assert torch.equal(mixture().log_prob(x), before)
 
 
 def test_dtype_and_weights_move_along():
     mixture = bent(torch.float32)
-    assert mixture.double().base.log_weights.dtype == torch.float64
+    assert mixture.double().gate().dtype == torch.float64
     assert mixture().sample((3,)).dtype == torch.float64
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 
 from pyroflows.errors import InversionError
-from pyroflows.flows.mixture import MixtureDistribution
+from pyroflows.flows.mixture_distribution import MixtureDistribution
 from pyroflows.inference.verdict.figures import Estimate, Unseen
 from pyroflows.models.log_joint import LogJoint
 
@@ -53,11 +53,11 @@ class ReachingDraws:
             The draws; None if the base of the flow is not over the reals, or the components cannot be scored that far
             out.
         """
-        is_mixture = isinstance(law.base, MixtureDistribution)
-        components = law.base.components if is_mixture else [law]
+        is_mixture = isinstance(law, MixtureDistribution)
+        components = law.components if is_mixture else [law]
         if not all(_is_real(component.base) for component in components):
             return None
-        shares = law.base.log_weights.exp() if is_mixture else torch.ones(1)
+        shares = law.log_weights().exp() if is_mixture else torch.ones(1)
         counts = torch.multinomial(shares, num_samples, replacement=True).bincount(minlength=len(components))
         log_weights, log_ratios = [], []
         for component, count in zip(components, counts.tolist(), strict=True):
