@@ -19,6 +19,7 @@ from pyroflows.training.data import ArrayLike, DataLike, Rows, load, split
 from pyroflows.training.history import History
 from pyroflows.training.loop import OptimizerLike, Trainer
 from pyroflows.training.schedules import EarlyStopping
+from pyroflows.transforms.normalization import trained_parameters
 
 LEARNING_RATE = 2e-3
 # Number of rows that are scored at once where no gradient is needed.
@@ -175,7 +176,7 @@ def _mean_log_prob(flow: Flow, rows: Rows) -> float:
 def _check_options(flow: Flow, validation: float, batch_size: int, max_epochs: int, patience: int) -> None:
     if not isinstance(flow, Flow):
         raise OptionError(f"fit_density fits a pyroflows.Flow, got {type(flow).__name__}")
-    if not any(parameter.requires_grad for parameter in flow.parameters()):
+    if not trained_parameters(flow):
         raise OptionError("this flow has no parameters to train")
     require_trainable(flow)
     if not 0 < validation < 1:

@@ -8,6 +8,7 @@ from pyroflows.flows import Flow
 from pyroflows.randomness import seeded
 from pyroflows.training.objective import Figures, Objective
 from pyroflows.transforms import FlowTransform, TriangularTransform
+from pyroflows.transforms.normalization import trained_parameters
 
 # Draws are made in this many parts, since layers that go dimension by dimension keep intermediate values in memory.
 NUM_PARTS = 4
@@ -141,7 +142,7 @@ def _matched(student: Flow, teacher: Flow) -> list[tuple[int, FlowTransform]]:
     layers, orders = student.transform.layers, _orders(student)
     if None in orders or orders != _orders(teacher):
         return []
-    return [(i, layer) for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    return [(i, layer) for i, layer in enumerate(layers) if trained_parameters(layer)]
 
 
 def _orders(flow: Flow) -> list[tuple[int, ...] | None]:

@@ -11,6 +11,7 @@ from pyroflows.flows import Flow, FlowDistribution, Mixture
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
 from pyroflows.transforms import Autoregressive, Inverse
+from pyroflows.transforms.normalization import trained_parameters
 
 
 class StudentAndTeacher:
@@ -127,7 +128,7 @@ def _is_inside(law: Any, x: Tensor) -> Tensor:
 def _check_student(student: Flow) -> None:
     if not isinstance(student, Flow):
         raise OptionError(f"the student must be a pyroflows.Flow, got {type(student).__name__}")
-    if not any(parameter.requires_grad for parameter in student.parameters()):
+    if not trained_parameters(student):
         raise OptionError("this student has no parameters to train")
     if isinstance(student, Mixture) or not student.base().has_rsample:
         raise OptionError(

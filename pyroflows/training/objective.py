@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyroflows.flows import Flow
+from pyroflows.transforms.normalization import trained_parameters
 
 Figures = Mapping[str, Tensor]
 
@@ -56,8 +57,11 @@ class Objective:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Return the trained tensors, each once: the parameters of the flow that are not frozen, and own ones."""
-        trained = [*(p for p in self.flow.parameters() if p.requires_grad), *self.own_parameters]
+        """Return the trained tensors, each once: the parameters of the flow that are not frozen, and own ones.
+
+        Location and scale of data, which :class:`pyroflows.transforms.Standardize` holds, are not among them.
+        """
+        trained = [*trained_parameters(self.flow), *self.own_parameters]
         return list({id(parameter): parameter for parameter in trained}.values())
 
     @property

@@ -98,7 +98,7 @@ class FlowTransform(TransformModule):
         if len(self.event_shape) > 1 and type(self).codomain is FlowTransform.codomain:
             self.codomain = constraints.independent(constraints.real, len(self.event_shape))
         if type(self)._adapt is not FlowTransform._adapt:
-            self.register_buffer("adapted", torch.tensor(False))
+            self.register_buffer("adapted", torch.tensor(0.0))  # a float, so that states can be averaged
 
     # These are the hooks of a subclass: it must write the first two.
 

@@ -18,8 +18,9 @@ class Standardize(TriangularTransform):
     of data. Its log-determinant is :math:`\sum_j \log \sigma_j`, and both directions are parallel.
 
     The layer's parameters are :math:`\mu / \sigma` and :math:`\log \sigma`, so that copies, averages and stores of
-    a flow's parameters hold all that determines its density. Training starts from the values of the data and goes on
-    in their units, whatever these are. ``t.requires_grad_(False)`` keeps the values as they are.
+    a flow's parameters hold all that determines its density. The fits of this library keep them as they are. Training
+    loops of your own and Pyro's ``SVI`` move them with the other parameters, by steps in units of the data;
+    ``t.requires_grad_(False)`` prevents that.
 
     Args:
         dim: the event size D, or the event shape.
@@ -106,3 +107,16 @@ class Standardize(TriangularTransform):
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return *self._forward_and_ladj(z, context), score / self.scale
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a fit trains: all that are not frozen, except location and scale of data.
+
+    Example:
+        >>> flow = pf.Flow([Planar(2)])
+        >>> len(trained_parameters(flow)), len(list(flow.parameters()))
+        (1, 3)
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, Standardize)]
+    fixed = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in fixed]

@@ -44,7 +44,8 @@ def perturbed(flow, scale=0.4):
 
 
 def affine_flow(mean, log_sd):
-    return Flow([Elementwise(len(mean), Affine(None, None), init=torch.stack([mean, log_sd], -1))]).double()
+    layer = Elementwise(len(mean), Affine(None, None), init=torch.stack([mean, log_sd], -1))
+    return Flow([layer], standardize=False).double()
 
 
 def target(x):
