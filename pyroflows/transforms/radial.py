@@ -1,5 +1,7 @@
 """The radial layer."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,7 +50,7 @@ class Radial(FlowTransform):
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         center, alpha, beta = self._constrained(context)
         offset = z - center
-        h = 1 / (alpha + torch.linalg.vector_norm(offset, dim=-1, keepdim=True))
+        h = 1 / (alpha + _length(offset))
         return z + beta * h * offset, self._ladj(alpha, beta, h)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
@@ -56,7 +58,7 @@ class Radial(FlowTransform):
         # p = alpha + beta - s. Its positive root is written so that nothing cancels, whatever the sign of p.
         center, alpha, beta = self._constrained(context)
         offset = x - center
-        s = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
+        s = _length(offset)
         p = alpha + beta - s
         root = torch.sqrt(p * p + 4 * alpha * s)
         r = torch.where(p > 0, 2 * alpha * s / (p.abs() + root), (p.abs() + root) / 2)
@@ -64,5 +66,14 @@ class Radial(FlowTransform):
         return center + offset / (1 + beta * h), -self._ladj(alpha, beta, h)
 
     def _ladj(self, alpha: Tensor, beta: Tensor, h: Tensor) -> Tensor:
-        ladj = (self.dim - 1) * torch.log1p(beta * h) + torch.log1p(beta * alpha * h * h)
+        ladj = (self.dim - 1) * torch.log1p(beta * h) + torch.log1p((beta * h) * (alpha * h))
         return ladj.squeeze(-1)
+
+
+def _length(offset: Tensor) -> Tensor:
+    """Return the lengths ``(..., 1)`` of vectors, clamped so that their squares do not overflow.
+
+    At such lengths the layer moves a point by less than rounding does.
+    """
+    largest = math.sqrt(torch.finfo(offset.dtype).max / offset.shape[-1]) / 4
+    return torch.linalg.vector_norm(offset.clamp(-largest, largest), dim=-1, keepdim=True)

@@ -231,6 +231,8 @@ class Autoregressive(TriangularTransform):
             inputs = z.detach(), theta.detach()
             derivatives = torch.func.vjp(lambda *args: self.univariate.forward_and_ladj(*args)[0], *inputs)[1]
             slope, x_by_theta = derivatives(torch.ones_like(z))
+            # Where the map does not change with z, as far from the data, z has no gradient.
+            slope = torch.where(slope == 0, torch.inf, slope)
             return solve(gradient, slope, x_by_theta, gradient.new_zeros(theta.shape))
 
         return attached(z, residual, solve_transposed)

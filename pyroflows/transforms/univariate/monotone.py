@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from pyroflows.errors import OptionError
 from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.univariate.base import Pair
+from pyroflows.transforms.univariate.overflow import below_overflow, bounded_coefficients
 
 EPS = 1e-3
 # The map's tails have the least of the slopes a. If sampling goes through the inverse, each dimension is an input of
@@ -34,7 +35,9 @@ class Monotone:
     :math:`\epsilon z` it would have no lower bound between two clusters of sigmoids, and floats could not tell one z
     from the next there. The tails are linear, with the least of the slopes :math:`a_i`. The inverse is a root search.
 
-    The logit is computed in log space, so that neither direction saturates:
+    A network that computes the parameters has no bound far from the data, so :math:`\alpha` is clamped to
+    :math:`\pm 10^3` and values as :mod:`pyroflows.transforms.univariate.overflow` says, so that log-densities and their
+    gradients are finite. The logit is computed in log space, so that neither direction saturates:
 
     .. math::
         \operatorname{logit} s = \log s - \log(1 - s), \quad
@@ -69,8 +72,8 @@ class Monotone:
         self._centers = [SPREAD * (2 * i + 1 - num_units) / num_units for i in range(num_units)]
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
-        x, slope = _mixture(z, *self._units(theta, z.dim()))
-        return x, slope.log()
+        x, slope = _mixture(below_overflow(z), *self._units(theta, z.dim()))
+        return below_overflow(x), slope.log()
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
         a, b, log_w = self._units(theta, x.dim())
@@ -79,15 +82,16 @@ class Monotone:
             # would give, and z between the roots that single units would have.
             roots = (x - (1 - EPS) * b) / (EPS + (1 - EPS) * a)
         z = increasing_root(lambda z: _mixture(z, a, b, log_w), x, roots.amin(0), roots.amax(0))
-        return z, -_mixture(z, a, b, log_w)[1].log()
+        return below_overflow(z), -_mixture(z, a, b, log_w)[1].log()
 
     def _units(self, theta: Tensor, num_dims: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a and b of ``u = a z + b`` and the log weights, ``(U, ...)`` with the dimensions of z."""
         padding = (1,) * (num_dims + 1 - theta.dim())
         alpha, beta, omega = theta.reshape(*padding, *theta.shape).movedim(-1, 0).unflatten(0, (3, self.num_units))
-        a = MIN_A + (1 - MIN_A) * F.softplus(GAIN * alpha + _SHIFT)
+        slopes = F.softplus(bounded_coefficients(alpha) + _SHIFT / GAIN, beta=GAIN)
+        a = MIN_A + (1 - MIN_A) * GAIN * slopes
         m = torch.tensor(self._centers, dtype=a.dtype, device=a.device).reshape(-1, *[1] * num_dims)
-        return a, m - a * m + GAIN * beta, F.log_softmax(omega, 0)
+        return a, torch.add(m, beta, alpha=GAIN) - a * m, F.log_softmax(omega, 0)
 
     def __repr__(self) -> str:
         return f"Monotone(num_units={self.num_units})"

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyroflows.errors import OptionError
 from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.univariate.base import Pair
+from pyroflows.transforms.univariate.overflow import below_overflow, bounded_coefficients
 
 EPS = 1e-3
 
@@ -27,7 +28,9 @@ class SOS:
     :math:`\log s(z)`, and the inverse is a root search.
 
     The paper has no tails. A stack of L of its layers grows like :math:`z^{(2d + 1)^L}`, which overflows on the first
-    outlier. With linear tails x grows like z, by a factor that is quadratic in the coefficients and has no bound.
+    outlier. With linear tails x grows like z, by a factor that is quadratic in the coefficients. A network that computes
+    them has no bound far from the data, so they are clamped to :math:`\pm 10^3`, and values as
+    :mod:`pyroflows.transforms.univariate.overflow` says, so that log-densities and their gradients are finite.
 
     Args:
         num_polynomials: K, at least 1; two squares suffice for every polynomial that is nowhere negative.
@@ -71,8 +74,8 @@ class SOS:
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
         shift, coefficients = self._shift_and_coefficients(theta, z.dim())
-        value, slope = self._integral(z, coefficients)
-        return shift + value, slope.log()
+        value, slope = self._integral(below_overflow(z), coefficients)
+        return below_overflow(shift + value), slope.log()
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
         shift, coefficients = self._shift_and_coefficients(theta, x.dim())
@@ -85,13 +88,14 @@ class SOS:
             lower = -end + (target - bottom).clamp_max(0) / bottom_slope
             upper = end + (target - top).clamp_min(0) / top_slope
         z = increasing_root(lambda z: self._integral(z, coefficients), target, lower, upper)
-        return z, -self._integral(z, coefficients)[1].log()
+        return below_overflow(z), -self._integral(z, coefficients)[1].log()
 
     def _shift_and_coefficients(self, theta: Tensor, num_dims: int) -> Pair:
         """Return t ``(...)`` and a ``(K, d + 1, ...)``, with the dimensions of z."""
         padding = (1,) * (num_dims + 1 - theta.dim())
         theta = theta.reshape(*padding, *theta.shape).movedim(-1, 0)
-        return theta[0], theta[1:].unflatten(0, (self.num_polynomials, self.degree + 1))
+        coefficients = bounded_coefficients(theta[1:])
+        return theta[0], coefficients.unflatten(0, (self.num_polynomials, self.degree + 1))
 
     def _integral(self, z: Tensor, coefficients: Tensor) -> Pair:
         """Return the integral of s from 0 to z, and s(z).
@@ -106,9 +110,9 @@ class SOS:
         )
         powers_of = (nodes * (inside / self.bound))[:, None] - centers
         p = coefficients[:, -1]
-        for j in reversed(range(self.degree)):
-            p = p * powers_of + coefficients[:, j]
-        slopes = EPS + (1 - EPS) * (1 + p).square().mean(1)
+        for a in (*coefficients[:, 1:-1].unbind(1)[::-1], 1 + coefficients[:, 0]):
+            p = torch.addcmul(a, p, powers_of)
+        slopes = EPS + (1 - EPS) * p.square().mean(1)
         return (weights * slopes).sum(0) * inside + slopes[-1] * (z - inside), slopes[-1]
 
     def __repr__(self) -> str:
