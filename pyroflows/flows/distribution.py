@@ -70,7 +70,7 @@ class FlowDistribution(TransformedDistribution):
     ) -> None:
         # The bases of this library know their batch shape without a call.
         batch_shape: Any = getattr(base, "batch_shape", None)
-        if not isinstance(batch_shape, torch.Size):
+        if isinstance(base, nn.Module) and not isinstance(batch_shape, torch.Size):
             batch_shape = base().batch_shape
         if context is not None:
             context_batch = context.shape[: context.dim() - len(transform.context_shape)]
@@ -79,6 +79,7 @@ class FlowDistribution(TransformedDistribution):
         self._base = base
         self._is_estimate = is_estimate
         self._expanded_to: torch.Size | None = None
+        self._support = transform.codomain
         self._bind(transform, places)
         # Torch's own constructor would expand the base, and compose the transforms once more.
         Distribution.__init__(self, batch_shape, transform.event_shape, validate_args=validate_args)
@@ -108,7 +109,8 @@ class FlowDistribution(TransformedDistribution):
     @property
     def transform(self) -> FlowTransform:
         """The map from base to data, with the tensors that are bound."""
-        return self._bound()[0]
+        transform: Any = self._binding.modules[0]
+        return transform
 
     @property
     def base(self) -> Distribution:
@@ -143,7 +145,7 @@ class FlowDistribution(TransformedDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return self.transform.codomain
+        return self._support
 
     @property
     def is_exact(self) -> bool:

@@ -45,7 +45,7 @@ class Places:
         self._branches = [module._modules for module in self.modules if module._modules]
         self._parts = self._parts_now()
         held = chain.from_iterable((module._parameters, module._buffers) for module in self.modules)
-        self.slots: list[dict[str, Any]] = [slots for slots in held if slots]
+        self.slots: list[Any] = [slots for slots in held if slots]
         self.names = list(chain.from_iterable(self.slots))
         self.sizes = list(map(len, self.slots))
 
@@ -108,7 +108,9 @@ class Binding:
 
     def _copied(self) -> tuple[nn.Module, ...]:
         named = zip(self._places.names, self._held, strict=True)
-        pairs = [(s, dict(islice(named, n))) for s, n in zip(self._places.slots, self._places.sizes, strict=True)]
+        pairs: list[Any] = [
+            (s, dict(islice(named, n))) for s, n in zip(self._places.slots, self._places.sizes, strict=True)
+        ]
         # Like the memo of deepcopy, this one tells by identity what takes the place of an object. The tensors that were
         # bound stay themselves, and take the place of those that the modules hold now.
         memo: dict[int, Any] = {id(module): object.__new__(type(module)) for module in self._places.modules}

@@ -181,8 +181,23 @@ def test_memory_keeps_one_result_while_nothing_changes():
         lambda t, z: torch.nn.init.ones_(t.extra.parameters_of.value),
         lambda t, z: z.add_(1),
         lambda t, z: t.double(),
+        lambda t, z: t.loc.data.add_(1),
+        lambda t, z: t.extra.parameters_of.value.data.add_(1),
+        lambda t, z: z.data.add_(1),
     ],
-    ids=["buffer", "buffer-copy", "buffer-replaced", "adapted", "loaded", "parameter", "value", "dtype"],
+    ids=[
+        "buffer",
+        "buffer-copy",
+        "buffer-replaced",
+        "adapted",
+        "loaded",
+        "parameter",
+        "value",
+        "dtype",
+        "data-of-buffer",
+        "data-of-parameter",
+        "data-of-value",
+    ],
 )
 def test_memory_does_not_outlive(change):
     t = Standardize(2)
