@@ -44,8 +44,8 @@ def gaussian_kl(
         >>> kl.abs().item() < 1e-6
         True
     """
-    x, log_slope = _through("_forward_and_log_slopes", _layers(q.transform), z, q.context)
-    z_p, log_slope_p = _through("_inverse_and_log_slopes", _layers(p.transform)[::-1], x, p.context)
+    x, log_slope = _through("_forward_and_log_slopes", _layers(q.transform), z, _layer_context(q))
+    z_p, log_slope_p = _through("_inverse_and_log_slopes", _layers(p.transform)[::-1], x, _layer_context(p))
     loc_q, scale_q = _loc_and_scale(q.base)
     loc_p, scale_p = _loc_and_scale(p.base)
     log_ratio = log_slope + log_slope_p + torch.log(scale_q / scale_p)  # log(scale of q / scale of p)
@@ -83,6 +83,10 @@ def _layers(transform: FlowTransform) -> list[Any]:
     if not isinstance(transform, Compose):
         return [transform]
     return [layer for part in transform.layers for layer in _layers(part)]
+
+
+def _layer_context(law: FlowDistribution) -> Tensor | None:
+    return law.transform.layer_context(law.context) if isinstance(law.transform, Compose) else law.context
 
 
 def _through(method: str, layers: list[Any], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,12 @@ from pyroflows.errors import DivergedError, OptionError
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
 from pyroflows.grad_mode import require_trainable, with_gradients
+from pyroflows.options import kind
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
 from pyroflows.training.data import ArrayLike, DataLike, Rows, load, split
 from pyroflows.training.history import History
+from pyroflows.training.ill_posed import check_density
 from pyroflows.training.loop import OptimizerLike, Trainer
 from pyroflows.training.schedules import EarlyStopping
 
@@ -135,6 +137,7 @@ def fit_density(
     with seeded(seed), pyro.validation_enabled(False):
         data = load(flow, x, context, weights)
         training, held_out = split(data.rows, validation)
+        check_density(flow, data.rows, training)
         if not flow.is_adapted:
             rows = data.rows[training]
             flow.adapt(rows.x, rows.context, rows.weights)
@@ -174,7 +177,7 @@ def _mean_log_prob(flow: Flow, rows: Rows) -> float:
 
 def _check_options(flow: Flow, validation: float, batch_size: int, max_epochs: int, patience: int) -> None:
     if not isinstance(flow, Flow):
-        raise OptionError(f"fit_density fits a pyroflows.Flow, got {type(flow).__name__}")
+        raise OptionError(f"fit_density fits a pyroflows.Flow, got {kind(flow)}")
     if not any(parameter.requires_grad for parameter in flow.parameters()):
         raise OptionError("this flow has no parameters to train")
     require_trainable(flow)

@@ -7,6 +7,7 @@ from pyro.distributions import TransformedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyroflows.arrays import as_tensor, floating_tensor
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.gradients import pull_back
@@ -81,7 +82,8 @@ class FlowDistribution(TransformedDistribution):
         layers = transform.layers if isinstance(transform, Compose) else [transform]
         if self.context is None:
             return list(layers)
-        return [layer.condition(self.context) if layer.context_dim else layer for layer in layers]
+        context = transform.layer_context(self.context) if isinstance(transform, Compose) else self.context
+        return [layer.condition(context) if layer.context_dim else layer for layer in layers]
 
     @property
     def has_rsample(self) -> bool:
@@ -177,6 +179,7 @@ class FlowDistribution(TransformedDistribution):
             return self.transform.forward_and_ladj(z, self.context)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
+        value = self._as_tensor(value)
         if not torch.compiler.is_compiling() and (last := self._memory.recall(value, None)) is not None:
             # It is used once, since a second backward pass needs a graph of its own.
             self._memory.forget()
@@ -192,7 +195,11 @@ class FlowDistribution(TransformedDistribution):
         Args:
             value: x, ``(..., *event_shape)``.
         """
-        return self.transform.inverse_and_ladj(value, self.context)[0]
+        return self.transform.inverse_and_ladj(self._as_tensor(value), self.context)[0]
+
+    def _as_tensor(self, value: Any) -> Tensor:
+        """Return a value in the dtype and on the device of the transform; :class:`Flow` casts contexts likewise."""
+        return as_tensor("the value", value, floating_tensor(self.transform))
 
     def _scoring_transform(self) -> FlowTransform:
         return self.transform if self._is_estimate else self.transform.exact()

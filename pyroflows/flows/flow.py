@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from pyro import distributions as dist
 from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
-from pyroflows.errors import FlowError, OptionError, ShapeError
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
+from pyroflows.errors import FlowError, NotCalledError, OptionError, ShapeError
 from pyroflows.flows.base import Base, base_module, is_validated, standard_normal
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.options import kind
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.foreign import Foreign, Zuko, on_events
-from pyroflows.transforms.normalization import Standardize
+from pyroflows.transforms.normalization import ContextScale, Standardize
+
+# What a flow is asked for by users who take it for its distribution.
+_OF_DISTRIBUTIONS = frozenset(name for name in dir(FlowDistribution) if not name.startswith("_")) - set(dir(nn.Module))
 
 
 class Flow(nn.Module):
@@ -29,7 +34,7 @@ class Flow(nn.Module):
     The location :math:`\mu` and scale :math:`\sigma` of the data belong to a layer
     :class:`pyroflows.transforms.Standardize` at the data end, before the map onto a bounded support. It is the identity
     until :meth:`adapt` sets it, which :func:`pyroflows.fit_density` does, so that the other layers see data of mean 0
-    and variance 1.
+    and variance 1. Contexts lose their location and scale in the same way.
 
     Args:
         transforms: layers from base to data, the first next to the base: layers of this library, or any torch or Pyro
@@ -40,8 +45,8 @@ class Flow(nn.Module):
         support: where the data lie, a torch constraint such as ``constraints.positive``; the bijection that
             ``biject_to`` has for it follows the transforms. With one constraint for each column it is
             ``constraints.cat([...], dim=-1)``. None if the transforms map onto the support themselves.
-        standardize: whether the flow has the layer of location and scale. It never has if a transform is a
-            ``Standardize`` itself or if events are discrete.
+        standardize: whether the flow has the layer of location and scale, and one for contexts. It never has the
+            first if a transform is a ``Standardize`` itself or if events are discrete.
 
     Shapes: ``flow()`` has the event shape of the last layer, ``(dim,)`` for vectors; ``flow(context)`` also has the
     batch shape of the context, which is its shape without the axes of ``context_shape``.
@@ -79,13 +84,26 @@ class Flow(nn.Module):
         if self._standardize_at is not None:
             shape = layers[self._standardize_at - 1].event_shape if self._standardize_at else base_shape
             layers.insert(self._standardize_at, Standardize(shape))
-        self.transform = Compose(layers)
+        takes_context = any(layer.context_dim for layer in layers)
+        context_shape = next((layer.context_shape for layer in layers if layer.context_dim), torch.Size())
+        self.transform = Compose(layers, ContextScale(context_shape) if standardize and takes_context else None)
         self.base = base_module(base, base_shape)
         self._stateful = [
             layer
             for layer in self.modules()
             if isinstance(layer, FlowTransform) and type(layer).before_step is not FlowTransform.before_step
         ]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _OF_DISTRIBUTIONS:
+                raise
+            context = "context" if self.context_dim else ""
+            raise NotCalledError(
+                f"a flow has no {name!r}, but its distribution has, which a call returns: flow({context}).{name}"
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         drop_param_store_references(self)
@@ -134,16 +152,18 @@ class Flow(nn.Module):
         """The flows of which this one is a mixture; a plain flow is its only component."""
         return (self,)
 
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+    def forward(self, context: ArrayLike | None = None) -> FlowDistribution:
         """Return the distribution.
 
         Args:
-            context: ``(..., *context_shape)``, if the flow takes one.
+            context: ``(..., *context_shape)``, if the flow takes one; it is brought to the flow's dtype and device.
 
         Raises:
             ShapeError: if the context has another shape, or is missing.
         """
         shape = self.context_shape
+        if context is not None:
+            context = as_tensor("context", context, floating_tensor(self))
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
@@ -161,7 +181,7 @@ class Flow(nn.Module):
         """Whether all layers that learn from data before training have done so; a state that is loaded counts."""
         return self.transform.is_adapted
 
-    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+    def adapt(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
         """Let the layers learn from data before training, such as their location and scale, going from data to base.
 
         Only values of buffers and parameters change. ``log_prob`` scores the data as they are, before standardisation.
@@ -183,7 +203,12 @@ class Flow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
-        self.transform.adapt(x, context, weights)
+        like = floating_tensor(self)
+        given = [
+            None if values is None else as_tensor(name, values, like)
+            for name, values in (("x", x), ("context", context), ("weights", weights))
+        ]
+        self.transform.adapt(*given)
 
     def before_step(self) -> None:
         """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""
@@ -287,7 +312,8 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
         # There are more rows than columns, so that the parts of a constraint along the wrong axis do not fit.
         layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
     except NotImplementedError:
-        raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {support}") from None
+        given = kind(support) if isinstance(support, type) else str(support)
+        raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {given}") from None
     except (FlowError, AssertionError, RuntimeError):
         raise ShapeError(
             f"there is no bijection of R^{as_given(shape)} onto the support {support}: give one constraint for all "
@@ -300,11 +326,11 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
 
 def _flattened(transforms: Any) -> Iterable[Transform]:
     if not isinstance(transforms, Iterable):
-        raise OptionError(f"a flow is made of transforms, but got {type(transforms).__name__}")
+        raise OptionError(f"a flow is made of transforms, but got {kind(transforms)}")
     for transform in transforms:
         if isinstance(transform, ComposeTransform):
             yield from _flattened(transform.parts)
         elif isinstance(transform, Transform):
             yield transform
         else:
-            raise OptionError(f"a flow is made of transforms, but got {type(transform).__name__}")
+            raise OptionError(f"a flow is made of transforms, but got {kind(transform)}")

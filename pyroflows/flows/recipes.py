@@ -12,6 +12,7 @@ from pyroflows import transforms
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
+from pyroflows.options import checked_int
 from pyroflows.transforms import Autoregressive, Coupling, Elementwise, FlowTransform, Triangular, masks
 from pyroflows.transforms.univariate import Affine, Spline, Univariate
 
@@ -22,6 +23,8 @@ LayerFactory = Callable[[bool, int], FlowTransform]
 def _autoregressive(
     dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
 ) -> LayerFactory:
+    dim = checked_int("dim", dim)
+
     def layer(is_turned: bool, context_dim: int) -> FlowTransform:
         order = range(dim)[:: -1 if is_turned else 1]
         return Autoregressive(dim, univariate, order, conditioner, hidden_dims, context_dim)
@@ -39,6 +42,7 @@ def _inverse_autoregressive(
 def _coupling(
     dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
 ) -> LayerFactory:
+    dim = checked_int("dim", dim)
     half = masks.half(dim)
 
     def layer(is_turned: bool, context_dim: int) -> FlowTransform:

@@ -21,6 +21,8 @@ class Compose(FlowTransform):
     Args:
         layers: one or more layers, from base to data. Each takes events of the shape that the one before gives; all
             that take a context take one of the same shape, and get the same.
+        context_scale: the location and scale of contexts, which layers get without them; None to give contexts to the
+            layers as they are.
 
     Shapes: z is ``(..., *base_shape)`` of the first layer, x is ``(..., *event_shape)`` of the last, a context is
     ``(..., *context_shape)``.
@@ -36,7 +38,7 @@ class Compose(FlowTransform):
         True
     """
 
-    def __init__(self, layers: Sequence[FlowTransform]) -> None:
+    def __init__(self, layers: Sequence[FlowTransform], context_scale: FlowTransform | None = None) -> None:
         if not layers:
             raise OptionError("a composition needs at least one layer")
         for place, (before, after) in enumerate(pairwise(layers)):
@@ -54,8 +56,16 @@ class Compose(FlowTransform):
         super().__init__(layers[-1].event_shape, context_shape, layers[0].base_shape)
         self.domain, self.codomain = layers[0].domain, layers[-1].codomain
         self.layers: Any = nn.ModuleList(layers)
+        self.context_scale = context_scale
+
+    def layer_context(self, context: Tensor | None) -> Tensor | None:
+        """Return a context ``(..., *context_shape)`` as the layers take it, without location and scale."""
+        if context is None or self.context_scale is None:
+            return context
+        return self.context_scale.inverse_and_ladj(context)[0]
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        context = self.layer_context(context)
         total: Any = 0.0
         for layer in self.layers:
             z, ladj = layer._forward_and_ladj(z, context if layer.context_dim else None)
@@ -64,6 +74,7 @@ class Compose(FlowTransform):
         return z, total
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        context = self.layer_context(context)
         total: Any = 0.0
         for layer in reversed(self.layers):
             x, ladj = layer._inverse_and_ladj(x, context if layer.context_dim else None)
@@ -72,6 +83,7 @@ class Compose(FlowTransform):
         return x, total
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        context = self.layer_context(context)
         total: Any = 0.0
         for layer in self.layers:
             z, ladj, score = layer._forward_and_score(z, score, context if layer.context_dim else None)
@@ -83,15 +95,18 @@ class Compose(FlowTransform):
         return all(layer.ladj_is_exact for layer in self.layers)
 
     def _exact(self) -> FlowTransform:
-        return Compose([layer.exact() for layer in self.layers])
+        return Compose([layer.exact() for layer in self.layers], self.context_scale)
 
     @property
     def adapts(self) -> bool:
-        return any(layer.adapts for layer in self.layers)
+        return any(layer.adapts for layer in self._parts())
 
     @property
     def is_adapted(self) -> bool:
-        return all(layer.is_adapted for layer in self.layers)
+        return all(layer.is_adapted for layer in self._parts())
+
+    def _parts(self) -> list[FlowTransform]:
+        return [*self.layers, *([] if self.context_scale is None else [self.context_scale])]
 
     @torch.no_grad()
     def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -100,7 +115,12 @@ class Compose(FlowTransform):
         Layers that have adapted before stay as they are while others have not; if all have, they start anew.
         """
         x = self._checked(x, context, self.event_shape)
-        learners = [layer for layer in self.layers if layer.adapts and (self.is_adapted or not layer.is_adapted)]
+        starts_anew = self.is_adapted
+        learners = [layer for layer in self.layers if layer.adapts and (starts_anew or not layer.is_adapted)]
+        scale = self.context_scale
+        if scale is not None and context is not None and (starts_anew or not scale.is_adapted):
+            scale.adapt(context, None, weights)
+        context = self.layer_context(context)
         count = len(learners)
         for layer in reversed(self.layers):
             if not count:

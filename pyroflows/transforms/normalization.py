@@ -1,4 +1,4 @@
-"""Layers that learn the location and scale of data before training."""
+"""Layers that learn the location and scale of data before training, without the rows that would set the scale alone."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,92 @@ from pyroflows.shapes import described, places, shape_of
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.triangular.base import TriangularTransform
 
+# A wild element is farther from the median than this many times sqrt(n) robust standard deviations.
+WILD = 3.0
+# Elements beyond that are wild only if they are as few as this share of a column; more of them belong to the law.
+MAX_WILD_SHARE = 0.05
+# The quartiles of fewer rows say too little about the others.
+MIN_ROWS = 20
+# Quantiles are taken of rows with this many elements at most, spread evenly over all rows.
+MAX_SORTED = 4_000_000
+# The largest distance of a context from its mean, in units of its scale.
+MAX_CONTEXT = 10.0
+
+
+def center_and_spread(rows: Tensor) -> Pair:
+    """Return the median of each column, and a standard deviation that a few rows far out do not change.
+
+    It is that of a normal law with the same central half; or the same central 90 or 99 %, if more than half of the rows
+    agree; or zero.
+
+    Args:
+        rows: ``(n, *shape)``.
+
+    Example:
+        >>> center, spread = center_and_spread(torch.tensor([[-1.0], [0.0], [0.5], [1.0], [1e9]]))
+        >>> center, spread
+        (tensor([0.5000]), tensor([0.7413]))
+    """
+    count = min(len(rows), max(1000, MAX_SORTED // max(1, rows[0].numel())))
+    sample = rows[torch.linspace(0, len(rows) - 1, count).long()].sort(0).values
+    spread = torch.zeros_like(sample[0])
+    for tail, width in ((0.25, 1.349), (0.05, 3.290), (0.005, 5.152)):
+        low = int(tail * (count - 1))
+        spread = torch.where(spread > 0, spread, (sample[count - 1 - low] - sample[low]) / width)
+    return sample[(count - 1) // 2], spread
+
+
+def wild_elements(rows: Tensor) -> Tensor:
+    r"""Return which elements ``(n, *shape)`` of rows are so far out that each alone would set the scale of its column.
+
+    They are farther from the median than :math:`3 \sqrt n` robust standard deviations, so that each adds nine times as
+    much to the variance as all ordinary rows together, or more. Draws of a law that has a variance are so far out with
+    a probability that vanishes as n grows. If more than 5 % of a column are so far out, none of them is wild.
+
+    Args:
+        rows: ``(n, *shape)``.
+
+    Example:
+        >>> wild_elements(torch.tensor([*range(30), -9999.0])[:, None]).nonzero().tolist()
+        [[30, 0]]
+    """
+    if len(rows) < MIN_ROWS:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    center, spread = center_and_spread(rows)
+    is_far = ((rows - center).abs() > WILD * len(rows) ** 0.5 * spread) & (spread > 0)
+    return is_far & (is_far.sum(0) <= MAX_WILD_SHARE * len(rows))
+
+
+def location_and_scale(rows: Tensor, weights: Tensor | None) -> Pair:
+    """Return mean and standard deviation of each column in float64, without wild elements.
+
+    Args:
+        rows: ``(n, *shape)``.
+        weights: weights of the rows ``(n,)``, not negative; None for equal weights.
+
+    Example:
+        >>> location_and_scale(torch.tensor([[0.0, 1.0], [2.0, 5.0]]), None)
+        (tensor([1., 3.], dtype=torch.float64), tensor([1., 2.], dtype=torch.float64))
+    """
+    # In float64, since sums of squares of large numbers overflow or cancel in float32.
+    rows = rows.cpu().double()
+    weights = rows.new_ones(len(rows)) if weights is None else weights.cpu().double()
+    share = weights.reshape(-1, *[1] * (rows.dim() - 1))
+    if (is_wild := wild_elements(rows[weights > 0])).any():
+        is_counted = torch.zeros_like(rows, dtype=torch.bool)
+        is_counted[weights > 0] = ~is_wild
+        rows, share = rows.where(is_counted, 0.0), share * is_counted
+    share = share / share.sum(0)
+    mean = (share * rows).sum(0)
+    return mean, (share * (rows - mean) ** 2).sum(0).sqrt()
+
 
 class Standardize(TriangularTransform):
     r"""The layer :math:`x = \mu + \sigma \odot z` with fixed :math:`\mu` and :math:`\sigma > 0`; its inverse
     standardises data.
 
     It starts as the identity; :meth:`adapt` sets :math:`\mu` and :math:`\sigma` to the mean and the standard deviation
-    of data. Its log-determinant is :math:`\sum_j \log \sigma_j`, and both directions are parallel. Location and scale
+    of data, without elements that alone would set the scale (:func:`wild_elements`). Its log-determinant is :math:`\sum_j \log \sigma_j`, and both directions are parallel. Location and scale
     are buffers: they move, cast and are saved with the layer, but are not trained.
 
     Args:
@@ -62,12 +141,7 @@ class Standardize(TriangularTransform):
         self.adapted.fill_(is_given)
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
-        # In float64, since sums of squares of large numbers overflow or cancel in float32.
-        rows = x.cpu().double()
-        weights = rows.new_ones(len(rows)) if weights is None else weights.cpu().double()
-        weights = (weights / weights.sum()).reshape(-1, *[1] * len(self.event_shape))
-        mean = (weights * rows).sum(0)
-        deviation = (weights * (rows - mean) ** 2).sum(0).sqrt()
+        mean, deviation = location_and_scale(x, weights)
         loc, scale = mean.to(self.loc), deviation.to(self.scale)
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():
@@ -90,3 +164,33 @@ class Standardize(TriangularTransform):
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return *self._forward_and_ladj(z, context), score / self.scale
+
+
+class ContextScale(Standardize):
+    r"""The location and scale of contexts, which a flow takes off before its layers see a context.
+
+    It differs from :class:`Standardize` in what contexts may be: a constant column keeps the scale one, and a column
+    that is rarely other than constant, such as that of a rare category, gets a scale at which it stays within 10.
+
+    Args:
+        dim: the size or shape of a context.
+
+    Example:
+        >>> t = ContextScale(2)
+        >>> t.adapt(torch.tensor([[1990.0, 7.0], [2020.0, 7.0]]))
+        >>> t.inv(torch.tensor([2005.0, 8.0])).tolist()
+        [0.0, 1.0]
+    """
+
+    def __init__(self, dim: int | Sequence[int]) -> None:
+        super().__init__(dim)
+
+    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+        mean, deviation = location_and_scale(x, weights)
+        rows = x.cpu().double()
+        distance = (rows - mean).abs().masked_fill(wild_elements(rows), 0.0).amax(0)
+        scale = torch.maximum(deviation, distance / MAX_CONTEXT)
+        # Rounding gives the mean of equal numbers a distance from them.
+        is_constant = scale <= torch.finfo(self.scale.dtype).eps * mean.abs()
+        self.loc.copy_(mean)
+        self.scale.copy_(scale.masked_fill(is_constant | (scale == 0), 1.0))

@@ -1,0 +1,244 @@
+"""Find rows on which a density does not exist, or that a flow learns badly, before a fit.
+
+Where no density exists, :func:`check_density` raises; where a fit gives less than one may expect, it warns. The limits
+were measured with splines and affine autoregressive flows, and say so where they stand.
+"""
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import DataError, warn
+from pyroflows.flows import Flow
+from pyroflows.flows.base import StudentT
+from pyroflows.shapes import as_given, listed
+from pyroflows.training.data import Rows, wild_rows
+from pyroflows.transforms import LU, Coupling, Triangular
+from pyroflows.transforms.base import FlowTransform
+from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.normalization import MAX_SORTED, center_and_spread, wild_elements
+from pyroflows.transforms.triangular.base import TriangularTransform
+from pyroflows.transforms.univariate import Additive, Affine
+
+# The rank of wider events is not checked, since its cost grows with the cube of their size.
+MAX_RANK_COLUMNS = 1024
+# Of two columns with normal values, one of which differs from a linear function of the other by this many of its
+# standard deviations, MAF and NSF learned all but 0.3 nats; at a third of it they were short of one nat.
+NEARLY_DEPENDENT = 3e-3
+# Normal values that were rounded so that two agree with a probability of 0.06 were fitted as well as others; from 0.08
+# on splines began to put spikes on them.
+MAX_AGREEING = 0.08
+# A value that makes up this share of the rows, and this many times that of the others on average, is a point mass.
+MIN_POINT_MASS, MIN_POINT_RATIO = 0.05, 10
+# Fewer values than these can hold no point mass among others.
+MIN_NUM_VALUES = 20
+# An image whose elements take no more values than these was not dequantised.
+MAX_LEVELS = 256
+# With more parameters a row, default flows lost to a Gaussian on held-out rows of six data sets, by 0.1 nats to several.
+MAX_PARAMETERS_PER_ROW = 500
+
+
+def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
+    """Raise if rows have no density, and warn of what makes a fit to them worse than one may expect.
+
+    Args:
+        flow: the flow to be fitted.
+        rows: all rows.
+        training: indices ``(n,)`` of the rows to train on.
+
+    Raises:
+        DataError: if a column of x is a linear function of others, or of the context.
+
+    Example:
+        >>> u = torch.randn(100, 1)
+        >>> rows = Rows(torch.cat([u, 2 * u + 1], 1), None, torch.ones(100))
+        >>> try:
+        ...     check_density(pf.flows.MAF(2, hidden_dims=(8,)), rows, torch.arange(100))
+        ... except pf.FlowError as error:
+        ...     print(error)
+        column 1 of x is a linear function of columns [0] of x in all 100 training rows, so that the density is unbounded: leave it out
+    """
+    if not flow.transform.codomain.is_discrete:
+        _check_rank(rows[training])
+        _warn_of_wild_rows(flow, rows)
+        _warn_of_repeated_values(rows.x[training])
+    _warn_of_affine_maps(flow)
+    _warn_of_size(flow, len(training))
+
+
+def _check_rank(rows: Rows) -> None:
+    """Raise if a column of x is a linear function of those before it and of the context; warn if it nearly is."""
+    x, context = rows.x.flatten(1), rows.x[:, :0].flatten(1) if rows.context is None else rows.context.flatten(1)
+    num_given, num_columns = context.shape[1], context.shape[1] + x.shape[1]
+    # More rows say no more about a rank, and of few rows nothing can be said.
+    count = min(len(x), max(2000, 4 * num_columns))
+    if num_columns > MAX_RANK_COLUMNS or count < num_columns + 3:
+        return
+    sample = torch.linspace(0, len(x) - 1, count).long().to(x.device)
+    columns = torch.cat([context[sample], x[sample]], 1).cpu().double()
+    center, residuals, matrix = _residuals(columns, rows.weights[sample].cpu().double())
+    spread = matrix[:, 1:].std(0)
+    # Rounding leaves a distance between columns that depend on each other.
+    eps = torch.finfo(x.dtype).eps
+    rounding = max(eps**0.5, min(1e-2, 4 * eps * (center.abs() / spread.clamp(min=1e-300)).amax().item()))
+    residuals = residuals[num_given:]
+    dependent = (residuals <= rounding).nonzero().flatten().tolist()
+    if dependent:
+        j = dependent[0]
+        raise DataError(
+            f"column {j} of x is a linear function of {_others(matrix, num_given, j)} in all {len(x)} training rows"
+            f"{_distance(residuals[j])}, so that the density is unbounded: leave it out"
+        )
+    j = int(residuals.argmin())
+    if residuals[j] < NEARLY_DEPENDENT:
+        warn(
+            f"column {j} of x is nearly a linear function of {_others(matrix, num_given, j)}{_distance(residuals[j])}, "
+            "and flows learn so thin a density badly: give its distance from that function as a column instead"
+        )
+
+
+def _residuals(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how far each column is from a linear function of those before it, in parts of its standard deviation.
+
+    A row (1, c, x) may be divided by any number without a change in what depends on what. So rows far out are brought
+    to the size of others, and a single one does not make columns alike.
+
+    Args:
+        columns: ``(n, D)``.
+        weights: ``(n,)``.
+
+    Returns:
+        The medians ``(D,)``, the distances ``(D,)``, and the matrix ``(n, 1 + D)`` whose first column is the constant.
+    """
+    center, spread = center_and_spread(columns)
+    deviation = (columns - center).abs().mean(0)
+    spread = torch.where(spread > 0, spread, torch.where(deviation > 0, deviation, 1.0))
+    scaled = (columns - center) / spread
+    matrix = torch.cat([torch.ones_like(scaled[:, :1]), scaled], 1)
+    size = (scaled.abs().amax(1) / 10).clamp(min=1.0)
+    matrix = matrix * (weights.sqrt() / size)[:, None]
+    triangle = torch.linalg.qr(matrix, mode="r").R
+    norms = triangle[1:, 1:].norm(dim=0)
+    residuals = triangle.diagonal()[1:].abs() / torch.where(norms > 0, norms, 1.0)
+    return center / spread, residuals, matrix
+
+
+def _others(matrix: Tensor, num_given: int, j: int) -> str:
+    """Name the columns of x and of the context of which column j of x is a linear function."""
+    place = 1 + num_given + j
+    target = matrix[:, place : place + 1]
+    weights = torch.linalg.lstsq(matrix[:, :place], target, driver="gelsd").solution[1:, 0]
+    share = weights.abs() * matrix[:, 1:place].norm(dim=0)
+    involved = (share > 1e-2 * share.amax()).nonzero().flatten().tolist() if len(share) else []
+    of_context = [i for i in involved if i < num_given]
+    of_x = [i - num_given for i in involved if i >= num_given]
+    named = [f"columns {listed(of_x)} of x"] if of_x else []
+    return " and ".join([*named, *([f"columns {listed(of_context)} of the context"] if of_context else [])])
+
+
+def _distance(residual: Tensor) -> str:
+    return f", up to {residual.item():.1g} of its standard deviation" if residual > 1e-6 else ""
+
+
+def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
+    """Warn of rows far out, which are left out of location, scale and validation; a heavy-tailed base expects them."""
+    if isinstance(flow.base, StudentT):
+        return
+    found = wild_rows(rows).nonzero().flatten().tolist()
+    if not found:
+        return
+    used = (rows.weights > 0).nonzero().flatten()
+    first = int((used == found[0]).nonzero())
+    for name, values in (("x", rows.x), ("context", rows.context)):
+        if values is None:
+            continue
+        values = values[used].flatten(1)
+        elements = wild_elements(values)[first].nonzero().flatten().tolist()
+        if elements:
+            center, spread = center_and_spread(values)
+            column = elements[0]
+            value = values[first, column]
+            distance = ((value.double() - center[column]) / spread[column]).abs().item()
+            others = f", and {len(found) - 1} more rows are as far out" if len(found) > 1 else ""
+            warn(
+                f"row {found[0]} of {name} has {value.item():.6g} in column {column}, {distance:.2g} standard "
+                f"deviations of the others from their median{others}: location and scale leave such rows out, and so "
+                "does the validation; leave them out of the data if they are errors or codes of missing values, and "
+                'give base="student_t" if the law has such tails'
+            )
+            return
+
+
+def _warn_of_repeated_values(x: Tensor) -> None:
+    """Warn of columns that take few values, or one value often, on which a flow puts spikes."""
+    columns = x.flatten(1)
+    count = min(len(columns), max(1000, MAX_SORTED // columns.shape[1]))
+    sample = columns[torch.linspace(0, len(columns) - 1, count).long().to(x.device)].cpu()
+    if x.dim() > 2 and len(levels := sample.unique()) <= MAX_LEVELS < sample.numel() / 10:
+        _warn_of_few_values(f"x takes {len(levels)} values in all", levels)
+        return
+    massive, coarse = [], []
+    for j, column in enumerate(sample.T):
+        values, counts = column.unique(return_counts=True)
+        most = int(counts.argmax())
+        share, others = counts[most].item() / count, (count - counts[most].item()) / max(1, len(values) - 1)
+        agreeing = (counts * (counts - 1)).sum().item() / (count * (count - 1))
+        if share >= MIN_POINT_MASS and counts[most] >= MIN_POINT_RATIO * others and len(values) > MIN_NUM_VALUES:
+            massive.append((j, values[most].item(), share))
+        elif agreeing > MAX_AGREEING:
+            coarse.append((j, values))
+    if massive:
+        j, value, share = massive[0]
+        warn(
+            f"columns {listed([j for j, *_ in massive])} of x repeat one value, column {j} is {value:.6g} in {share:.0%} "
+            "of the rows, and a density can only follow that by a spike: leave the column out, or fit the other rows "
+            "alone"
+        )
+    if coarse:
+        j, values = coarse[0]
+        _warn_of_few_values(
+            f"columns {listed([j for j, _ in coarse])} of x take few values, column {j} takes {len(values)}", values
+        )
+
+
+def _warn_of_few_values(what: str, values: Tensor) -> None:
+    step = values.diff().min().item()
+    warn(
+        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them, that is add "
+        f"noise of the width of the rounding, such as {step:.3g} * (torch.rand_like(x) - 0.5), or leave out categories"
+    )
+
+
+def _warn_of_affine_maps(flow: Flow) -> None:
+    """Warn of a stack that is one affine map of a single variable, unless it was made as one."""
+    layers = _flat(flow.transform)
+    if flow.dim > 1 or flow.context_dim or any(isinstance(layer, Triangular) for layer in layers):
+        return
+    trained = [layer for layer in layers if any(True for _ in layer.parameters())]
+    if trained and all(_is_affine(layer) for layer in trained):
+        warn(
+            f"all layers of this {type(flow).__name__} are affine maps of one variable, so that its density is that of "
+            "its base, shifted and scaled: take pf.flows.NSF(1), SOS or NAF, whose layers bend it"
+        )
+
+
+def _is_affine(layer: FlowTransform) -> bool:
+    """Tell whether a layer of a single variable is an affine map; one with a context or more variables need not be."""
+    if isinstance(layer, Coupling):
+        return isinstance(layer.univariate, Additive | Affine)
+    return isinstance(layer, LU) or (isinstance(layer, TriangularTransform) and layer.is_affine)
+
+
+def _flat(transform: FlowTransform) -> list[FlowTransform]:
+    if not isinstance(transform, Compose):
+        return [transform]
+    return [layer for part in transform.layers for layer in _flat(part)]
+
+
+def _warn_of_size(flow: Flow, num_rows: int) -> None:
+    count = sum(parameter.numel() for parameter in flow.parameters() if parameter.requires_grad)
+    if count > MAX_PARAMETERS_PER_ROW * num_rows:
+        warn(
+            f"this flow has {count} parameters for {num_rows} training rows of size {as_given(flow.event_shape)}, and "
+            "fits of so few rows rarely beat a Gaussian on others: compare with pf.flows.Gaussian, give fewer and "
+            "narrower layers, or more rows"
+        )
