@@ -62,8 +62,10 @@ def floating_tensor(module: nn.Module) -> Tensor | None:
         for tensor in tensors.values():
             if tensor is not None and tensor.is_floating_point():
                 return tensor
-    parts = (floating_tensor(part) for part in module._modules.values() if part is not None)
-    return next((tensor for tensor in parts if tensor is not None), None)
+    for part in module._modules.values():
+        if part is not None and (found := floating_tensor(part)) is not None:
+            return found
+    return None
 
 
 def _array(name: str, values: Any) -> np.ndarray:

@@ -82,7 +82,7 @@ class FlowDistribution(TransformedDistribution):
         layers = transform.layers if isinstance(transform, Compose) else [transform]
         if self.context is None:
             return list(layers)
-        context = transform.layer_context(self.context) if isinstance(transform, Compose) else self.context
+        context: Any = transform.layer_context(self.context) if isinstance(transform, Compose) else self.context
         return [layer.condition(context) if layer.context_dim else layer for layer in layers]
 
     @property

@@ -204,11 +204,10 @@ class Flow(nn.Module):
             tensor([1., 3.])
         """
         like = floating_tensor(self)
-        given = [
-            None if values is None else as_tensor(name, values, like)
-            for name, values in (("x", x), ("context", context), ("weights", weights))
-        ]
-        self.transform.adapt(*given)
+        x = as_tensor("x", x, like)
+        context = None if context is None else as_tensor("context", context, like)
+        weights = None if weights is None else as_tensor("weights", weights, like)
+        self.transform.adapt(x, context, weights)
 
     def before_step(self) -> None:
         """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""

@@ -13,7 +13,7 @@ from pyroflows.arrays import ArrayLike, as_numbers
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.shapes import as_given, described, listed, places
-from pyroflows.transforms.normalization import center_and_spread, wild_elements
+from pyroflows.transforms.normalization import center_and_spread, wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset
 # A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
@@ -127,20 +127,19 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     constant = places((x == x[0]).all(0))
     if constant:
         raise DataError(
-            f"columns {listed(constant)} of x are constant in all {num_training} training rows, in {x.dtype}, so that the "
-            "density is unbounded: leave them out"
+            f"columns {listed(constant)} of x are constant in all {num_training} training rows, in {x.dtype}, so that "
+            "the density is unbounded: leave them out"
         )
     return training, held_out
 
 
 def wild_rows(rows: Rows) -> Tensor:
     """Return which rows ``(n,)`` with a weight have a wild element in x or in their context."""
-    used = (rows.weights > 0).cpu()
-    found = torch.zeros_like(used)
+    found = torch.zeros_like(rows.weights, dtype=torch.bool)
     for values in (rows.x, rows.context):
         if values is not None:
-            found[used] |= wild_elements(values.cpu()[used]).flatten(1).any(1)
-    return found.to(rows.x.device)
+            found |= wild_elements_among(values, rows.weights > 0).flatten(1).any(1)
+    return found
 
 
 class ShuffledBatches(Iterator[Tensor]):
@@ -280,8 +279,8 @@ def _refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
     lost = places((MIN_RESOLUTION * 4 * spacing > spread) & (spread > 0))
     if lost:
         raise DataError(
-            f"columns {listed(lost)} of {name} lose the digits in which their rows differ, since the flow rounds them to "
-            f"{dtype}: fit flow.double(), or subtract an origin from them first"
+            f"columns {listed(lost)} of {name} lose the digits in which their rows differ, since the flow rounds them "
+            f"to {dtype}: fit flow.double(), or subtract an origin from them first"
         )
 
 
