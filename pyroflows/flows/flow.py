@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pyro import distributions as dist
 from pyro.nn import PyroModule
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
@@ -208,6 +208,18 @@ class Flow(nn.Module):
         context = None if context is None else as_tensor("context", context, like)
         weights = None if weights is None else as_tensor("weights", weights, like)
         self.transform.adapt(x, context, weights)
+
+    @torch.no_grad()
+    def before_support(self, x: Tensor) -> Tensor:
+        """Return rows ``(n, *shape)`` where location and scale act on them, before the map onto a bounded support.
+
+        Args:
+            x: rows of data ``(n, *event_shape)``.
+        """
+        layers = self.transform.layers
+        for layer in reversed(layers[len(layers) if self._standardize_at is None else self._standardize_at + 1 :]):
+            x = layer.inverse_and_ladj(x)[0]
+        return x
 
     def before_step(self) -> None:
         """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""

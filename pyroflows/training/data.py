@@ -29,17 +29,21 @@ class Rows:
         x: events ``(n, *event_shape)``.
         context: contexts ``(n, *context_shape)``, or None.
         weights: ``(n,)``, not negative.
+        is_wild: which rows ``(n,)`` have a wild element in x or in their context, see
+            :func:`pyroflows.transforms.normalization.wild_elements`.
     """
 
     x: Tensor
     context: Tensor | None
     weights: Tensor
+    is_wild: Tensor
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, index: Any) -> "Rows":
-        return Rows(self.x[index], None if self.context is None else self.context[index], self.weights[index])
+        context = None if self.context is None else self.context[index]
+        return Rows(self.x[index], context, self.weights[index], self.is_wild[index])
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,12 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
     if len(values) < 2:
         raise DataError(f"x has {len(values)} row: a density needs more, at least 2 rows")
     _refuse_outside(flow.transform.codomain, values)
-    rows = Rows(values, _contexts(context, len(values), flow), _weights(weights, len(values), flow))
-    return Data(rows, dataset)
+    contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
+    # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
+    is_wild = _wild_rows(flow.before_support(values), masses)
+    if contexts is not None:
+        is_wild = is_wild | _wild_rows(contexts, masses)
+    return Data(Rows(values, contexts, masses, is_wild), dataset)
 
 
 def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
@@ -102,7 +110,7 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     Args:
         rows: all rows.
         validation: the fraction of the rows to validate with, between 0 and 1. Rows with a wild element (see
-            :func:`pyroflows.transforms.normalization.wild_elements`) are trained on, but not validated with: the
+            :class:`Rows`) are trained on, but not validated with: the
             log-density of a single one would outweigh that of all others.
 
     Returns:
@@ -112,7 +120,7 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
         DataError: if one side has too few rows, or a column is constant in the training rows.
     """
     used = rows.weights.nonzero().flatten()
-    is_wild = wild_rows(rows)[used]
+    is_wild = rows.is_wild[used]
     ordinary, wild = used[~is_wild], used[is_wild]
     num_validation = min(round(validation * len(used)), len(ordinary))
     num_training = len(used) - num_validation
@@ -131,15 +139,6 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
             "the density is unbounded: leave them out"
         )
     return training, held_out
-
-
-def wild_rows(rows: Rows) -> Tensor:
-    """Return which rows ``(n,)`` with a weight have a wild element in x or in their context."""
-    found = torch.zeros_like(rows.weights, dtype=torch.bool)
-    for values in (rows.x, rows.context):
-        if values is not None:
-            found |= wild_elements_among(values, rows.weights > 0).flatten(1).any(1)
-    return found
 
 
 class ShuffledBatches(Iterator[Tensor]):
@@ -257,6 +256,10 @@ def _weights(weights: Any, num_rows: int, flow: Flow) -> Tensor:
         raise ShapeError(f"weights must have shape ({num_rows},), one a row of x, got {tuple(values.shape)}")
     _refuse(~(values.isfinite() & (values >= 0)), values, "weights", "negative, NaN or infinite values")
     return values
+
+
+def _wild_rows(values: Tensor, weights: Tensor) -> Tensor:
+    return wild_elements_among(values, weights > 0).flatten(1).any(1)
 
 
 def _cast(values: Tensor, flow: Flow) -> Tensor:

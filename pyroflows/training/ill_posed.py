@@ -11,8 +11,8 @@ from pyroflows.errors import DataError, warn
 from pyroflows.flows import Flow
 from pyroflows.flows.base import StudentT
 from pyroflows.shapes import as_given, listed
-from pyroflows.training.data import Rows, wild_rows
-from pyroflows.transforms import LU, Coupling, Triangular
+from pyroflows.training.data import Rows
+from pyroflows.transforms import LU, Autoregressive, Coupling, Inverse
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.normalization import MAX_SORTED, center_and_spread, wild_elements_among
@@ -50,7 +50,7 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
 
     Example:
         >>> u = torch.randn(100, 1)
-        >>> rows = Rows(torch.cat([u, 2 * u + 1], 1), None, torch.ones(100))
+        >>> rows = load(pf.flows.MAF(2), torch.cat([u, 2 * u + 1], 1)).rows
         >>> try:
         ...     check_density(pf.flows.MAF(2, hidden_dims=(8,)), rows, torch.arange(100))
         ... except pf.FlowError as error:
@@ -141,19 +141,23 @@ def _distance(residual: Tensor) -> str:
 
 def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
     """Warn of rows far out, which are left out of location, scale and validation; a heavy-tailed base expects them."""
-    found = [] if isinstance(flow.base, StudentT) else wild_rows(rows).nonzero().flatten().tolist()
-    if not found:
+    found = rows.is_wild.nonzero().flatten().tolist()
+    if not found or isinstance(flow.base, StudentT):
         return
     row, used = found[0], rows.weights > 0
-    for name, values in (("x", rows.x), ("context", rows.context)):
-        if values is None or not (is_wild := wild_elements_among(values, used).flatten(1)[row]).any():
+    for name, given, values in (
+        ("x", rows.x, flow.before_support(rows.x)),
+        ("context", rows.context, rows.context),
+    ):
+        if given is None or values is None or not (is_wild := wild_elements_among(values, used).flatten(1)[row]).any():
             continue
         column = int(is_wild.nonzero()[0])
         center, spread = center_and_spread(values[used].flatten(1)[:, column : column + 1].double())
-        value = values[row].flatten()[column].item()
+        distance = (values[row].flatten()[column].double() - center).abs() / spread
+        value = given[row].flatten()[column].item()
         others = f" (and {len(found) - 1} more rows are as far out)" if len(found) > 1 else ""
         warn(
-            f"row {row} of {name} has {value:.6g} in column {column}, {abs(value - center.item()) / spread.item():.2g} "
+            f"row {row} of {name} has {value:.6g} in column {column}, {distance.item():.2g} "
             f"standard deviations of the others from their median{others}: location, scale and validation leave such "
             "rows out; leave them out of the data if they are errors or codes of missing values, and give "
             'base="student_t" if the law has such tails'
@@ -202,12 +206,13 @@ def _warn_of_few_values(what: str, values: Tensor) -> None:
 
 
 def _warn_of_affine_maps(flow: Flow) -> None:
-    """Warn of a stack that is one affine map of a single variable, unless it was made as one."""
-    layers = _flat(flow.transform)
-    if flow.dim > 1 or flow.context_dim or any(isinstance(layer, Triangular) for layer in layers):
+    """Warn of a stack of couplings or autoregressive layers that is one affine map of a single variable."""
+    if flow.dim > 1 or flow.context_dim:
         return
-    trained = [layer for layer in layers if any(True for _ in layer.parameters())]
-    if trained and all(_is_affine(layer) for layer in trained):
+    layers = [layer for layer in _flat(flow.transform) if any(True for _ in layer.parameters())]
+    inner = [layer.inv if isinstance(layer, Inverse) else layer for layer in layers]
+    # A flow of other layers alone, such as elementwise ones, was made as what it is.
+    if any(isinstance(layer, Autoregressive | Coupling) for layer in inner) and all(map(_is_affine, layers)):
         warn(
             f"all layers of this {type(flow).__name__} are affine maps of one variable, so that its density is that of "
             "its base, shifted and scaled: take pf.flows.NSF(1), SOS or NAF, whose layers bend it"

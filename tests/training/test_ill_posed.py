@@ -203,6 +203,17 @@ def test_rows_without_weight_do_not_warn():
     check(x, weights=weights)
 
 
+def test_values_of_a_bounded_support_are_judged_before_the_map_onto_it():
+    """On their own scale these are log-normal rows of a standard deviation of 12, half of which are tiny."""
+    x = (12 * normal(N, 2)).exp()
+    flow = flows.MAF(2, 1, (8,), support=constraints.positive)
+    check(x, flow=flow)
+    x = x**0.001
+    x[7, 1] = 1e-38
+    with pytest.warns(UserWarning, match="row 7 of x has 1e-38 in column 1"):
+        check(x, flow=flow)
+
+
 def test_a_heavy_tailed_base_expects_rows_far_out():
     x = normal(N, 2)
     x[7, 1] = 1e9
