@@ -30,8 +30,10 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
         number = None if isinstance(value, bool) else operator.index(value)
     except (TypeError, RuntimeError):  # torch raises RuntimeError for tensors of several elements
         number = None
-    if number is None or number < least:
+    if number is None:
         raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if number < least:
+        raise OptionError(f"{name} must be at least {least}, got {number}")
     return number
 
 

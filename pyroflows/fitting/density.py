@@ -14,7 +14,7 @@ from pyroflows.errors import DivergedError, OptionError
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
 from pyroflows.grad_mode import require_trainable, with_gradients
-from pyroflows.options import kind
+from pyroflows.options import checked_int, kind
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
 from pyroflows.training.data import DataLike, Rows, load, split
@@ -188,5 +188,4 @@ def _check_options(flow: Flow, validation: float, batch_size: int, max_epochs: i
     if not 0 < validation < 1:
         raise OptionError(f"validation must be a fraction of the rows, between 0 and 1, got {validation}")
     for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, got {value}")
+        checked_int(name, value)

@@ -46,8 +46,7 @@ class Regression(Objective):
         self._batch_size = batch_size
         self._stages = stages
         self._scales = [_scale(stage) for stage in stages]
-        # A step takes them as the layers do; the student's location and scale stay as they are.
-        self._contexts = student.transform.layer_context(contexts)
+        self._contexts = contexts
         self._matched = _matched(student, teacher)
 
     def draw(self) -> list[Tensor]:
@@ -75,7 +74,7 @@ class Regression(Objective):
         return torch.stack([self._errors([layer], i, i + 1, index) for i, layer in self._matched]).sum(0)
 
     def _errors(self, layers: Sequence[FlowTransform], before: int, after: int, index: Tensor) -> Tensor:
-        context = None if self._contexts is None else self._contexts[index]
+        context = None if self._contexts is None else self.flow.transform.layer_context(self._contexts[index])
         found = self._stages[before][index]
         for layer in layers:
             found, _ = layer.forward_and_ladj(found, context if layer.context_dim else None)

@@ -208,12 +208,14 @@ def _x_and_context(batch: Any) -> tuple[Any, Any]:
 
 def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
     """Return values as a tensor ``(n, *shape)`` that is checked; messages call the elements of a row columns."""
+    is_series = hasattr(values, "to_frame")
     given = as_numbers(name, values).detach()
     values = _cast(given, flow)
     if values.dim() == 2 and len(shape) == 1 and values.shape[1:] != shape:
         raise ShapeError(f"{name} has {values.shape[1]} columns, but the flow has {shape[0]} of {name}")
     if values.dim() == 0 or values.shape[1:] != shape:
-        hint = f": give {name}[:, None]" if values.dim() == 1 and shape == (1,) else ""
+        column = f"{name}.to_frame()" if is_series else f"{name}[:, None]"
+        hint = f": give {column}" if values.dim() == 1 and shape == (1,) else ""
         expected = ", ".join(map(str, shape))
         raise ShapeError(f"{name} must have shape (rows, {expected}), got {tuple(values.shape)}{hint}")
     _refuse(~given.isfinite(), given, name, "NaN or infinite values")

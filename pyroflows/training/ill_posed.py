@@ -4,6 +4,8 @@ Where no density exists, :func:`check_density` raises; where a fit gives less th
 were measured with splines and affine autoregressive flows, and say so where they stand.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -46,9 +48,10 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
         training: indices ``(n,)`` of the rows to train on.
 
     Raises:
-        DataError: if a column of x is a linear function of others, or of the context.
+        DataError: if a column of x is a linear function of others.
 
     Example:
+        >>> from pyroflows.training.data import load
         >>> u = torch.randn(100, 1)
         >>> rows = load(pf.flows.MAF(2), torch.cat([u, 2 * u + 1], 1)).rows
         >>> try:
@@ -66,34 +69,70 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
 
 
 def _check_rank(rows: Rows) -> None:
-    """Raise if a column of x is a linear function of those before it and of the context; warn if it nearly is."""
-    x, context = rows.x.flatten(1), rows.x[:, :0].flatten(1) if rows.context is None else rows.context.flatten(1)
-    num_given, num_columns = context.shape[1], context.shape[1] + x.shape[1]
+    """Raise if a column of x is a linear function of those before it; warn if it nearly is, or with the context is."""
+    x = rows.x.flatten(1)
+    given = x[:, :0] if rows.context is None else rows.context.flatten(1)
+    num_columns = given.shape[1] + x.shape[1]
     # More rows say no more about a rank, and of few rows nothing can be said.
     count = min(len(x), max(2000, 4 * num_columns))
     if num_columns > MAX_RANK_COLUMNS or count < num_columns + 3:
         return
     sample = torch.linspace(0, len(x) - 1, count).long().to(x.device)
-    columns = torch.cat([context[sample], x[sample]], 1).cpu().double()
-    center, residuals, matrix = _residuals(columns, rows.weights[sample].cpu().double())
-    spread = matrix[:, 1:].std(0)
-    # Rounding leaves a distance between columns that depend on each other.
-    eps = torch.finfo(x.dtype).eps
-    rounding = max(eps**0.5, min(1e-2, 4 * eps * (center.abs() / spread.clamp(min=1e-300)).amax().item()))
-    residuals = residuals[num_given:]
-    dependent = (residuals <= rounding).nonzero().flatten().tolist()
-    if dependent:
-        j = dependent[0]
-        raise DataError(
-            f"column {j} of x is a linear function of {_others(matrix, num_given, j)} in all {len(x)} training rows"
-            f"{_distance(residuals[j])}, so that the density is unbounded: leave it out"
-        )
-    j = int(residuals.argmin())
-    if residuals[j] < NEARLY_DEPENDENT:
+    found = _most_dependent(x[sample], given[sample, :0], rows.weights[sample])
+    if found.is_exact and count < len(x):
+        found = _most_dependent(x, given[:, :0], rows.weights)
+    if found.is_exact:
+        raise DataError(f"{found} in all {len(x)} training rows, so that the density is unbounded: leave it out")
+    if found.residual < NEARLY_DEPENDENT:
         warn(
-            f"column {j} of x is nearly a linear function of {_others(matrix, num_given, j)}{_distance(residuals[j])}, "
-            "and flows learn so thin a density badly: give its distance from that function as a column instead"
+            f"{found}, nearly, and flows learn so thin a density badly: give its distance from that function as a "
+            "column instead"
         )
+    elif given.shape[1]:
+        found = _most_dependent(x[sample], given[sample], rows.weights[sample])
+        if found.residual < NEARLY_DEPENDENT:
+            warn(f"{found}, so that its density at a context is unbounded, or nearly so: leave it out of x")
+
+
+@dataclass(frozen=True)
+class _Dependence:
+    """A column of x, and the columns of x and of the context of which it is a linear function up to a residual."""
+
+    column: int
+    of_x: list[int]
+    of_context: list[int]
+    residual: float
+    is_exact: bool
+
+    def __str__(self) -> str:
+        others = {"x": self.of_x, "the context": self.of_context}
+        named = " and ".join(f"columns {listed(columns)} of {name}" for name, columns in others.items() if columns)
+        distance = f", up to {self.residual:.1g} of its standard deviation," if self.residual > 1e-6 else ""
+        return f"column {self.column} of x is a linear function of {named}{distance}"
+
+
+def _most_dependent(x: Tensor, given: Tensor, weights: Tensor) -> _Dependence:
+    """Return the first column of x that is exactly a linear function of those before it and those given.
+
+    If there is none, it is the column that is nearest to it.
+
+    Args:
+        x: ``(n, D)``.
+        given: ``(n, C)``.
+        weights: ``(n,)``.
+    """
+    num_given = given.shape[1]
+    offset, residuals, matrix = _residuals(torch.cat([given, x], 1).cpu().double(), weights.cpu().double())
+    # In the dtype of the flow the square of a residual is lost beside one, and rounding adds to it.
+    eps = torch.finfo(x.dtype).eps
+    rounding = max(eps**0.5, min(1e-2, 4 * eps * offset.abs().amax().item()))
+    residuals = residuals[num_given:]
+    exact = (residuals <= rounding).nonzero().flatten().tolist()
+    column = exact[0] if exact else int(residuals.argmin())
+    involved = _involved(matrix, 1 + num_given + column)
+    of_x = [i - num_given for i in involved if i >= num_given]
+    of_context = [i for i in involved if i < num_given]
+    return _Dependence(column, of_x, of_context, residuals[column].item(), bool(exact))
 
 
 def _residuals(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +146,8 @@ def _residuals(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor
         weights: ``(n,)``.
 
     Returns:
-        The medians ``(D,)``, the distances ``(D,)``, and the matrix ``(n, 1 + D)`` whose first column is the constant.
+        The medians ``(D,)`` in units of the spread, the distances ``(D,)``, and the matrix ``(n, 1 + D)`` whose first
+        column is the constant.
     """
     center, spread = center_and_spread(columns)
     deviation = (columns - center).abs().mean(0)
@@ -122,21 +162,12 @@ def _residuals(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor
     return center / spread, residuals, matrix
 
 
-def _others(matrix: Tensor, num_given: int, j: int) -> str:
-    """Name the columns of x and of the context of which column j of x is a linear function."""
-    place = 1 + num_given + j
-    target = matrix[:, place : place + 1]
-    weights = torch.linalg.lstsq(matrix[:, :place], target, driver="gelsd").solution[1:, 0]
-    share = weights.abs() * matrix[:, 1:place].norm(dim=0)
-    involved = (share > 1e-2 * share.amax()).nonzero().flatten().tolist() if len(share) else []
-    of_context = [i for i in involved if i < num_given]
-    of_x = [i - num_given for i in involved if i >= num_given]
-    named = [f"columns {listed(of_x)} of x"] if of_x else []
-    return " and ".join([*named, *([f"columns {listed(of_context)} of the context"] if of_context else [])])
-
-
-def _distance(residual: Tensor) -> str:
-    return f", up to {residual.item():.1g} of its standard deviation" if residual > 1e-6 else ""
+def _involved(matrix: Tensor, place: int) -> list[int]:
+    """Return the columns, counted without the constant, that take part in the linear function for one behind them."""
+    before, target = matrix[:, :place], matrix[:, place : place + 1]
+    factors = torch.linalg.lstsq(before, target, driver="gelsd").solution[1:, 0]
+    share = factors.abs() * before[:, 1:].norm(dim=0)
+    return (share > 1e-2 * share.amax()).nonzero().flatten().tolist() if len(share) else []
 
 
 def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:

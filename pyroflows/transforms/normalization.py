@@ -171,8 +171,12 @@ class Standardize(TriangularTransform):
         self.register_buffer("scale", scale.detach().clone())
         self.adapted.fill_(is_given)
 
+    def _location_and_scale(self, x: Tensor, weights: Tensor | None) -> Pair:
+        """Return location and scale of rows ``(n, *event_shape)`` in float64, of the event's shape."""
+        return location_and_scale(x, weights)
+
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
-        mean, deviation = location_and_scale(x, weights)
+        mean, deviation = self._location_and_scale(x, weights)
         loc, scale = mean.to(self.loc), deviation.to(self.scale)
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():
@@ -216,12 +220,11 @@ class ContextScale(Standardize):
     def __init__(self, dim: int | Sequence[int]) -> None:
         super().__init__(dim)
 
-    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+    def _location_and_scale(self, x: Tensor, weights: Tensor | None) -> Pair:
         mean, deviation = location_and_scale(x, weights)
         rows = x.cpu().double()
         distance = (rows - mean).abs().masked_fill(wild_elements(rows), 0.0).amax(0)
         scale = torch.maximum(deviation, distance / MAX_CONTEXT)
         # Rounding gives the mean of equal numbers a distance from them.
-        is_constant = scale <= torch.finfo(self.scale.dtype).eps * mean.abs()
-        self.loc.copy_(mean)
-        self.scale.copy_(scale.masked_fill(is_constant | (scale == 0), 1.0))
+        is_constant = scale <= torch.finfo(x.dtype).eps * mean.abs()
+        return mean, scale.masked_fill(is_constant | (scale == 0), 1.0)

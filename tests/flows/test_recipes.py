@@ -345,5 +345,5 @@ def test_mixing_between_layers_that_see_all_dimensions(recipe, mixing, kind):
     torch.testing.assert_close(flow().log_prob(x.clone()), log_q)
     with pytest.raises(OptionError, match="mixing must be None or one of"):
         DENSE[recipe](4, mixing="none")
-    with pytest.raises(OptionError, match="num_layers must be an integer of at least 1, got 0"):
+    with pytest.raises(OptionError, match="num_layers must be at least 1, got 0"):
         DENSE[recipe](4, num_layers=0)

@@ -58,7 +58,7 @@ DEPENDENT = {
     "large": (torch.cat([1e30 * U, 3e30 * U], 1), r"column 1 .* columns \[0\]"),
     "nearly equal": (
         torch.cat([U, U + math.sqrt(2e-10) * normal(seed=7)], 1),  # the correlation is 1 - 1e-10
-        r"column 1 .* columns \[0\] of x in all 900 training rows, up to 1e-05 of its standard deviation, so that",
+        r"column 1 .* columns \[0\] of x, up to 1e-05 of its standard deviation,",
     ),
     "with a wild row": (torch.cat([torch.cat([U, U], 1), torch.tensor([[1e20, 0.0]])])[:N], "column 1"),
 }
@@ -83,13 +83,14 @@ def test_images_with_equal_pixels():
         check(x, flow=Flow([Elementwise((1, 2, 2))]))
 
 
-def test_columns_that_depend_on_the_context():
+def test_columns_that_depend_on_the_context_warn():
     context = normal(N, 2)
     x = torch.cat([normal(seed=3), 3 * context[:, 1:] + 1], 1)
-    with pytest.raises(DataError, match=r"column 1 of x is a linear function of columns \[1\] of the context in all"):
+    message = r"column 1 of x is a linear function of columns \[1\] of the context, so that its density at a context is"
+    with pytest.warns(UserWarning, match=message):
         check(x, context)
     x = torch.cat([normal(seed=3), 3 * context[:, 1:] + normal(seed=3)], 1)
-    with pytest.raises(DataError, match=r"columns \[0\] of x and columns \[1\] of the context"):
+    with pytest.warns(UserWarning, match=r"columns \[0\] of x and columns \[1\] of the context, so that"):
         check(x, context)
 
 
@@ -99,6 +100,14 @@ def test_only_rows_with_a_weight_count():
     check(x)
     with pytest.raises(DataError, match=r"columns \[0\] of x in all 90 training rows"):
         check(x, weights=weights)
+
+
+def test_a_few_rows_can_break_a_dependence():
+    """They may not be among those that are looked at first."""
+    x = torch.cat([normal(20000, 1), torch.zeros(20000, 1)], 1)
+    x[:, 1] = x[:, 0]
+    x[torch.arange(50, 20000, 2000), 1] += 5
+    check(x)
 
 
 def cauchy():
@@ -130,11 +139,11 @@ def test_one_row_far_out_in_two_columns_does_not_make_them_dependent():
 def test_nearly_dependent_columns_warn():
     x = torch.cat([U, U + 1e-3 * normal(seed=1)], 1)
     with pytest.warns(
-        UserWarning, match=r"column 1 of x is nearly a linear function of columns \[0\] of x, up to 0.001"
+        UserWarning, match=r"column 1 of x is a linear function of columns \[0\] of x, up to 0.001 .* nearly,"
     ):
         check(x)
     x = torch.cat([U.double(), U + 1e-5 * normal(seed=1)], 1)
-    with pytest.warns(UserWarning, match="column 1 of x is nearly"):
+    with pytest.warns(UserWarning, match="column 1 of x is .*, nearly,"):
         check(x, flow=flows.MAF(2, 1, (8,)).double())
 
 
