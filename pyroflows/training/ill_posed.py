@@ -26,6 +26,8 @@ MAX_RANK_COLUMNS = 1024
 # Of two columns with normal values, one of which differs from a linear function of the other by this many of its
 # standard deviations, MAF and NSF learned all but 0.3 nats; at a third of it they were short of one nat.
 NEARLY_DEPENDENT = 3e-3
+# A distance from a linear function that is larger is not taken for one of rounding.
+MAX_ROUNDING = 1e-2
 # Normal values that were rounded so that two agree with a probability of 0.06 were fitted as well as others; from 0.08
 # on splines began to put spikes on them.
 MAX_AGREEING = 0.08
@@ -123,16 +125,20 @@ def _most_dependent(x: Tensor, given: Tensor, weights: Tensor) -> _Dependence:
     """
     num_given = given.shape[1]
     offset, residuals, matrix = _residuals(torch.cat([given, x], 1).cpu().double(), weights.cpu().double())
-    # In the dtype of the flow the square of a residual is lost beside one, and rounding adds to it.
     eps = torch.finfo(x.dtype).eps
-    rounding = max(eps**0.5, min(1e-2, 4 * eps * offset.abs().amax().item()))
-    residuals = residuals[num_given:]
-    exact = (residuals <= rounding).nonzero().flatten().tolist()
-    column = exact[0] if exact else int(residuals.argmin())
-    involved = _involved(matrix, 1 + num_given + column)
-    of_x = [i - num_given for i in involved if i >= num_given]
-    of_context = [i for i in involved if i < num_given]
-    return _Dependence(column, of_x, of_context, residuals[column].item(), bool(exact))
+
+    def dependence(column: int) -> _Dependence:
+        place = num_given + column
+        involved = _involved(matrix, 1 + place)
+        # In the dtype of the flow the square of a residual is lost beside one; values far from zero are rounded more.
+        rounding = max(eps**0.5, min(MAX_ROUNDING, 4 * eps * offset[[*involved, place]].abs().amax().item()))
+        of_x, of_context = [i - num_given for i in involved if i >= num_given], [i for i in involved if i < num_given]
+        residual = residuals[place].item()
+        return _Dependence(column, of_x, of_context, residual, residual <= rounding)
+
+    near = (residuals[num_given:] <= MAX_ROUNDING).nonzero().flatten().tolist()
+    exact = (found for found in map(dependence, near) if found.is_exact)
+    return next(exact, None) or dependence(int(residuals[num_given:].argmin()))
 
 
 def _residuals(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

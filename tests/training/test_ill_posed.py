@@ -120,10 +120,11 @@ def cauchy():
         (torch.cat([U, U + 0.01 * normal(seed=1)], 1), None),
         (normal(N, 2), torch.cat([U, U, 0 * U + 5], 1)),
         (normal(N, 2), one_hot()),
+        (torch.cat([1e4 + normal(seed=4), U, U + 6e-3 * normal(seed=1)], 1), None),
         (torch.cat([cauchy(), cauchy() + normal(seed=1)], 1), None),
         (normal(7, 5), None),  # of too few rows nothing can be said
     ],
-    ids=["close", "context that depends on itself", "one-hot context", "heavy tails", "few rows"],
+    ids=["close", "context that depends on itself", "one-hot context", "beside a far one", "heavy tails", "few rows"],
 )
 def test_columns_that_have_a_density(x, context):
     check(x, context)
