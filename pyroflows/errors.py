@@ -31,6 +31,10 @@ class OptionError(FlowError, ValueError):
     """An option has a value outside its range, or a name that does not exist."""
 
 
+class NotCalledError(FlowError, AttributeError):
+    """A flow was used as a distribution: a call of the flow returns its distribution."""
+
+
 class InversionError(FlowError, RuntimeError):
     """A layer could not be inverted at a value to the precision of its dtype."""
 

@@ -1,6 +1,8 @@
 """Shapes of events and contexts, which users give as a number for vectors and as a sequence for arrays of more axes."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +13,22 @@ from pyroflows.errors import OptionError, ShapeError
 def shape_of(dim: int | Sequence[int]) -> torch.Size:
     """Return the shape that ``dim`` stands for: ``(dim,)`` for a number, the sequence itself otherwise.
 
+    Raises:
+        OptionError: if it is neither a whole number nor a sequence of these.
+
     Example:
         >>> shape_of(3), shape_of((2, 8))
         (torch.Size([3]), torch.Size([2, 8]))
     """
-    return torch.Size([dim] if isinstance(dim, int) else dim)
+    sizes = tuple(dim) if isinstance(dim, Iterable) and not isinstance(dim, str | Tensor) else (dim,)
+    try:
+        if any(isinstance(size, bool) for size in sizes):
+            raise TypeError
+        return torch.Size([operator.index(size) for size in sizes])
+    except (TypeError, RuntimeError):
+        raise OptionError(
+            f"a size of events or contexts must be an integer or a sequence of these, got {dim!r}"
+        ) from None
 
 
 def as_given(shape: torch.Size) -> int | tuple[int, ...]:
@@ -47,6 +60,17 @@ def places(is_there: Tensor) -> list[int] | list[tuple[int, ...]]:
     """
     indices = is_there.nonzero().tolist()
     return [i for (i,) in indices] if is_there.dim() == 1 else [tuple(index) for index in indices]
+
+
+def listed(found: Sequence[Any], most: int = 8) -> str:
+    """Return a list as text for a message, of which the first few items stand for a long one.
+
+    Example:
+        >>> listed([1, 4]), listed(range(100), most=3)
+        ('[1, 4]', '[0, 1, 2, and 97 more]')
+    """
+    rest = len(found) - most
+    return f"[{', '.join(map(str, found[:most]))}{f', and {rest} more' if rest > 0 else ''}]"
 
 
 def axis_from_the_end(axis: int, event_shape: torch.Size, layer: str) -> int:

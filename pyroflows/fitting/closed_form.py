@@ -45,8 +45,9 @@ def gaussian_kl(
         >>> kl.abs().item() < 1e-6
         True
     """
-    x, log_slope = forward_and_log_slopes(flattened(q.transform), z, q.context)
-    z_p, log_slope_p = inverse_and_log_slopes(flattened(p.transform), x, p.context)
+    layers_of_q, layers_of_p = flattened(q.transform), flattened(p.transform)
+    x, log_slope = forward_and_log_slopes(layers_of_q, z, q.transform.layer_context(q.context))
+    z_p, log_slope_p = inverse_and_log_slopes(layers_of_p, x, p.transform.layer_context(p.context))
     loc_q, scale_q = _loc_and_scale(q.base)
     loc_p, scale_p = _loc_and_scale(p.base)
     log_ratio = log_slope + log_slope_p + torch.log(scale_q / scale_p)  # log(scale of q / scale of p)

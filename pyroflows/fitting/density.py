@@ -8,15 +8,18 @@ from typing import Any
 import pyro
 import torch
 
+from pyroflows.arrays import ArrayLike
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, OptionError
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
 from pyroflows.grad_mode import require_trainable, with_gradients
+from pyroflows.options import checked_int, kind
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
-from pyroflows.training.data import ArrayLike, DataLike, Rows, load, split
+from pyroflows.training.data import DataLike, Rows, load, split
 from pyroflows.training.history import History
+from pyroflows.training.ill_posed import check_density
 from pyroflows.training.loop import OptimizerLike, Trainer
 from pyroflows.training.schedules import EarlyStopping
 from pyroflows.transforms.normalization import trained_parameters
@@ -94,14 +97,17 @@ def fit_density(
 
     The first fit stores location and scale of the training rows in the flow (:meth:`pyroflows.Flow.adapt`), so that
     data can have any units and ``log_prob`` is the density in these units; a further fit goes on from there. Bounded
-    data need a flow with a ``support``. Contexts are not rescaled: bring them to unit scale yourself.
+    data need a flow with a ``support``. Location and scale of contexts are stored in the same way.
     ``flow(context).latent(x)`` gives the latent codes of data.
+
+    Rows are looked at before the fit. Columns that depend linearly on others have no density, which is an error; there
+    is a warning of few or repeated values, of rows far out, and of flows that do not suit the data.
 
     Args:
         flow: the flow to train.
-        x: rows ``(n, *event_shape)``: a tensor, a NumPy array, or a Dataset whose items are ``x`` or ``(x, context)``.
-            Items of a Dataset are read anew for each training batch, so that an augmentation such as dequantisation is
-            drawn afresh; all of them are held in memory once.
+        x: rows ``(n, *event_shape)``: a tensor, a NumPy array, lists, a pandas frame, or a Dataset whose items are
+            ``x`` or ``(x, context)``. Items of a Dataset are read anew for each training batch, so that an augmentation
+            such as dequantisation is drawn afresh; all of them are held in memory once.
         context: rows ``(n, *context_shape)``, if the flow takes a context.
         weights: weights of the rows ``(n,)``, not negative, of which only the ratios count; None for equal weights.
         validation: fraction of the rows that is set aside for validation, between 0 and 1.
@@ -136,6 +142,7 @@ def fit_density(
     with seeded(seed), pyro.validation_enabled(False):
         data = load(flow, x, context, weights)
         training, held_out = split(data.rows, validation)
+        check_density(flow, data.rows, training)
         if not flow.is_adapted:
             rows = data.rows[training]
             flow.adapt(rows.x, rows.context, rows.weights)
@@ -175,12 +182,11 @@ def _mean_log_prob(flow: Flow, rows: Rows) -> float:
 
 def _check_options(flow: Flow, validation: float, batch_size: int, max_epochs: int, patience: int) -> None:
     if not isinstance(flow, Flow):
-        raise OptionError(f"fit_density fits a pyroflows.Flow, got {type(flow).__name__}")
+        raise OptionError(f"fit_density fits a pyroflows.Flow, got {kind(flow)}")
     if not trained_parameters(flow):
         raise OptionError("this flow has no parameters to train")
     require_trainable(flow)
     if not 0 < validation < 1:
         raise OptionError(f"validation must be a fraction of the rows, between 0 and 1, got {validation}")
     for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, got {value}")
+        checked_int(name, value)

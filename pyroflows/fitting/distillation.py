@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroflows.arrays import ArrayLike
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import OptionError
 from pyroflows.fitting.closed_form import gaussian_kl, has_closed_form
@@ -81,7 +82,7 @@ class Distillation:
 def distill(
     student: Flow,
     teacher: Flow | Distribution,
-    context: Tensor | None = None,
+    context: ArrayLike | None = None,
     num_steps: int | None = None,
     batch_size: int = 256,
     estimator: str = "auto",
@@ -153,10 +154,10 @@ def distill(
         torch.Size([5, 2])
     """
     _check_options(num_steps, batch_size, warm_start, regression)
-    require_trainable(student)
     # The guard handles values that are not finite; torch's validation would raise at them.
     with seeded(seed), pyro.validation_enabled(False):
         pair = StudentAndTeacher(student, teacher, context)
+        require_trainable(student)
         name = _chosen(pair, estimator, regularization)
         pair.check_scores(batch_size)
         if penalty is not None:
@@ -300,10 +301,15 @@ def _followed(pair: StudentAndTeacher, batch_size: int, standardizes: bool) -> R
 def _adapt_like(student: Flow, teacher: Flow | Distribution, draws: Tensor, contexts: Tensor | None) -> None:
     """Let the student learn location and scale from draws, or copy the teacher's where both have such a layer."""
     student.adapt(draws, contexts if student.context_dim else None)
-    own, others = student.standardization, teacher.standardization if isinstance(teacher, Flow) else None
-    if own is not None and others is not None and others.is_adapted:
+    if not isinstance(teacher, Flow):
+        return
+    for own, others in (
         # Some draws of a teacher that was fitted to few rows lie far out, and would widen the scale.
-        own.load_state_dict(others.state_dict())
+        (student.standardization, teacher.standardization),
+        (student.transform.context_scale, teacher.transform.context_scale),
+    ):
+        if own is not None and others is not None and others.is_adapted:
+            own.load_state_dict(others.state_dict())
 
 
 def _draws(teacher: Flow | Distribution, count: int, contexts: Tensor | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Define the regression of a student on a teacher: both should map a base draw z to the same x."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -58,7 +60,7 @@ class Regression(Objective):
 
     def end_to_end(self, index: Tensor) -> Tensor:
         """Compute the errors ``(B,)`` of the student's x at an index ``(B,)`` of the teacher's draws."""
-        return self._errors(self.flow.transform, 0, len(self._stages) - 1, index)
+        return self._errors(list(self.flow.transform.layers), 0, len(self._stages) - 1, index)
 
     def layer_by_layer(self, index: Tensor) -> Tensor:
         """Compute errors ``(B,)`` layer by layer: each layer takes the input of the teacher's, and their errors add up.
@@ -70,11 +72,13 @@ class Regression(Objective):
         """
         if not self._matched:
             return self.end_to_end(index)
-        return torch.stack([self._errors(layer, i, i + 1, index) for i, layer in self._matched]).sum(0)
+        return torch.stack([self._errors([layer], i, i + 1, index) for i, layer in self._matched]).sum(0)
 
-    def _errors(self, layer: FlowTransform, before: int, after: int, index: Tensor) -> Tensor:
-        context = self._contexts[index] if layer.context_dim and self._contexts is not None else None
-        found, _ = layer.forward_and_ladj(self._stages[before][index], context)
+    def _errors(self, layers: Sequence[FlowTransform], before: int, after: int, index: Tensor) -> Tensor:
+        context = None if self._contexts is None else self.flow.transform.layer_context(self._contexts[index])
+        found = self._stages[before][index]
+        for layer in layers:
+            found, _ = layer.forward_and_ladj(found, context if layer.context_dim else None)
         errors = (found - self._stages[after][index]) / self._scales[after]
         return 2 * (torch.sqrt(1 + errors**2) - 1).flatten(1).sum(-1)
 
@@ -127,7 +131,7 @@ def _scale(draws: Tensor) -> Tensor:
 
 
 def _stages(teacher: Flow, z: Tensor, context: Tensor | None) -> list[Tensor]:
-    stages = [z]
+    stages, context = [z], teacher.transform.layer_context(context)
     for layer in teacher.transform.layers:
         stages.append(layer.forward_and_ladj(stages[-1], context if layer.context_dim else None)[0])
     return stages

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyroflows.arrays import ArrayLike
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError, warn
 from pyroflows.flows import Flow, FlowDistribution, Mixture
+from pyroflows.options import kind
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
 from pyroflows.transforms import Autoregressive, Inverse
@@ -33,7 +35,7 @@ class StudentAndTeacher:
         DataError: if the context holds values that cannot be used.
     """
 
-    def __init__(self, student: Flow, teacher: Flow | Distribution, context: Tensor | None) -> None:
+    def __init__(self, student: Flow, teacher: Flow | Distribution, context: ArrayLike | None) -> None:
         _check_student(student)
         _warn_if_slow(student)
         self.student = student
@@ -127,7 +129,7 @@ def _is_inside(law: Any, x: Tensor) -> Tensor:
 
 def _check_student(student: Flow) -> None:
     if not isinstance(student, Flow):
-        raise OptionError(f"the student must be a pyroflows.Flow, got {type(student).__name__}")
+        raise OptionError(f"the student must be a pyroflows.Flow, got {kind(student)}")
     if not trained_parameters(student):
         raise OptionError("this student has no parameters to train")
     if isinstance(student, Mixture) or not student.base().has_rsample:
@@ -145,10 +147,10 @@ def _warn_if_slow(student: Flow) -> None:
         )
 
 
-def _contexts(student: Flow, teacher: Flow | Distribution, context: Tensor | None) -> Tensor | None:
+def _contexts(student: Flow, teacher: Flow | Distribution, context: ArrayLike | None) -> Tensor | None:
     """Return the contexts as a tensor, or None; raise if student, teacher and contexts do not fit each other."""
     if not isinstance(teacher, Flow | Distribution):
-        raise OptionError(f"the teacher must be a flow or a distribution, got {type(teacher).__name__}")
+        raise OptionError(f"the teacher must be a flow or a distribution, got {kind(teacher)}")
     if isinstance(teacher, Distribution) and teacher.batch_shape:
         raise ShapeError(
             f"the teacher must be a single distribution, but has batch shape {tuple(teacher.batch_shape)}: give a flow "

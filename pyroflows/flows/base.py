@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError, ShapeError
+from pyroflows.options import kind
 from pyroflows.shapes import as_given, shape_of
 from pyroflows.transforms.held import Held
 
@@ -45,7 +46,8 @@ def base_module(base: Base, shape: torch.Size) -> nn.Module:
         return base
     if base == "student_t":
         return StudentT(shape)
-    raise OptionError(f'base must be a distribution, a module that returns one, "student_t" or None, got {base!r}')
+    given = repr(base) if isinstance(base, str) else kind(base)
+    raise OptionError(f'base must be a distribution, a module that returns one, "student_t" or None, got {given}')
 
 
 def standard_normal(shape: torch.Size) -> Distribution:

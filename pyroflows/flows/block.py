@@ -57,6 +57,7 @@ class Block(TorchDistribution):
         self.columns = list(columns)
         self._law = law
         self._layers = flattened(law.transform)
+        self._context = law.transform.layer_context(law.context)
         self._given_columns, self._given = list(given_columns), given
         batch_shape = torch.broadcast_shapes(law.batch_shape, given.shape[:-1])
         super().__init__(batch_shape, torch.Size([len(self.columns)]), validate_args=is_validated())
@@ -138,7 +139,7 @@ class Block(TorchDistribution):
         if self._given_columns:
             z_given, _ = self._latent(self._filled([]))
             z = _replaced(z, self._given_columns, z_given[..., self._given_columns])
-        x, _ = forward_and_log_slopes(self._layers, z, self._law.context)
+        x, _ = forward_and_log_slopes(self._layers, z, self._context)
         return x[..., self.columns]
 
     def _inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,13 +148,13 @@ class Block(TorchDistribution):
         return self._latent(_replaced(filled, self.columns, value))
 
     def _latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return inverse_and_log_slopes(self._layers, x, self._law.context)
+        return inverse_and_log_slopes(self._layers, x, self._context)
 
     def _filled(self, batch_shape: Any) -> Tensor:
         """Return rows with the given columns in place; what stands in those after the block does not matter."""
         origin = self._given.new_zeros(self.batch_shape + self._law.event_shape)
         with torch.no_grad():
-            x, _ = forward_and_log_slopes(self._layers, origin, self._law.context)
+            x, _ = forward_and_log_slopes(self._layers, origin, self._context)
         x = x.expand(*torch.broadcast_shapes(x.shape[:-1], batch_shape), -1)
         return _replaced(x, self._given_columns, self._given) if self._given_columns else x
 

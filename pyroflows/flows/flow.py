@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.errors import FlowError, OptionError, ShapeError, StateError
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
+from pyroflows.errors import FlowError, NotCalledError, OptionError, ShapeError, StateError
 from pyroflows.flows.base import Base, base_module, standard_normal
 from pyroflows.flows.block import Block, block
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
+from pyroflows.options import kind
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
@@ -25,7 +27,10 @@ from pyroflows.transforms.codomain import is_unbounded
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.foreign import Foreign, Zuko
 from pyroflows.transforms.held import is_validated
-from pyroflows.transforms.normalization import Standardize
+from pyroflows.transforms.normalization import ContextScale, Standardize
+
+# What a flow is asked for by users who take it for its distribution.
+_OF_DISTRIBUTIONS = frozenset(name for name in dir(FlowDistribution) if not name.startswith("_")) - set(dir(nn.Module))
 
 
 class Flow(nn.Module):
@@ -37,7 +42,7 @@ class Flow(nn.Module):
     The location :math:`\mu` and scale :math:`\sigma` of the data belong to a layer
     :class:`pyroflows.transforms.Standardize` at the data end, before the map onto a bounded support. It is the identity
     until :meth:`adapt` sets it, which :func:`pyroflows.fit_density` does, so that the other layers see data of mean 0
-    and variance 1.
+    and variance 1. Contexts lose their location and scale in the same way.
 
     Args:
         transforms: layers from base to data, the first next to the base: layers of this library, or any torch or Pyro
@@ -48,8 +53,8 @@ class Flow(nn.Module):
         support: where the data lie, a torch constraint such as ``constraints.positive``; the bijection that
             ``biject_to`` has for it follows the transforms. With one constraint for each column it is
             ``constraints.cat([...], dim=-1)``. None if the transforms map onto the support themselves.
-        standardize: whether the flow has the layer of location and scale. It never has if a transform is a
-            ``Standardize`` itself or if events are discrete.
+        standardize: whether the flow has the layer of location and scale, and one for contexts. It never has the
+            first if a transform is a ``Standardize`` itself or if events are discrete.
 
     Shapes: ``flow()`` has the event shape of the last layer, ``(dim,)`` for vectors; ``flow(context)`` also has the
     batch shape of the context, which is its shape without the axes of ``context_shape``.
@@ -87,7 +92,9 @@ class Flow(nn.Module):
         if self._standardize_at is not None:
             shape = layers[self._standardize_at - 1].event_shape if self._standardize_at else base_shape
             layers.insert(self._standardize_at, Standardize(shape))
-        self.transform = Compose(layers)
+        takes_context = any(layer.context_dim for layer in layers)
+        context_shape = next((layer.context_shape for layer in layers if layer.context_dim), torch.Size())
+        self.transform = Compose(layers, ContextScale(context_shape) if standardize and takes_context else None)
         self.base = base_module(base, base_shape)
         self._places: Places | None = None
         self._stateful = [
@@ -95,6 +102,17 @@ class Flow(nn.Module):
             for layer in self.modules()
             if isinstance(layer, FlowTransform) and type(layer).before_step is not FlowTransform.before_step
         ]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _OF_DISTRIBUTIONS:
+                raise
+            context = "context" if self.context_dim else ""
+            raise NotCalledError(
+                f"a flow has no {name!r}, but its distribution has, which a call returns: flow({context}).{name}"
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         drop_param_store_references(self)
@@ -192,16 +210,18 @@ class Flow(nn.Module):
         """The flows of which this one is a mixture; a plain flow is its only component."""
         return (self,)
 
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+    def forward(self, context: ArrayLike | None = None) -> FlowDistribution:
         """Return the distribution.
 
         Args:
-            context: ``(..., *context_shape)``, if the flow takes one.
+            context: ``(..., *context_shape)``, if the flow takes one; it is brought to the flow's dtype and device.
 
         Raises:
             ShapeError: if the context has another shape, or is missing.
         """
         shape = self.context_shape
+        if context is not None:
+            context = as_tensor("context", context, floating_tensor(self))
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
@@ -236,7 +256,7 @@ class Flow(nn.Module):
             >>> rest.columns, rest.sample((5,)).shape, rest.log_prob(torch.zeros(2)).shape
             ([0, 1], torch.Size([5, 2]), torch.Size([]))
         """
-        return block(self(context), None, columns, given)
+        return block(self(context), None, columns, as_tensor("given", given, floating_tensor(self)))
 
     def marginal(self, columns: Sequence[int], context: Tensor | None = None) -> Block:
         """Return the law of some columns alone, exactly, for a flow whose layers have one order.
@@ -256,8 +276,7 @@ class Flow(nn.Module):
             >>> flow.marginal([0, 1]).sample((5,)).shape
             torch.Size([5, 2])
         """
-        law = self(context)
-        return block(law, columns, [], next(self.parameters()).new_zeros(0))
+        return block(self(context), columns, [], floating_tensor(self).new_zeros(0))
 
     @property
     def adapts(self) -> bool:
@@ -269,7 +288,7 @@ class Flow(nn.Module):
         """Whether all layers that learn from data before training have done so; a state that is loaded counts."""
         return self.transform.is_adapted
 
-    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+    def adapt(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
         """Let the layers learn from data before training, such as their location and scale, going from data to base.
 
         Only values of buffers and parameters change. ``log_prob`` scores the data as they are, before standardisation.
@@ -291,10 +310,26 @@ class Flow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
+        like = floating_tensor(self)
+        x = as_tensor("x", x, like)
+        context = None if context is None else as_tensor("context", context, like)
+        weights = None if weights is None else as_tensor("weights", weights, like)
         self._adapt(x, context, weights)
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         self.transform.adapt(x, context, weights)
+
+    @torch.no_grad()
+    def before_support(self, x: Tensor) -> Tensor:
+        """Return rows ``(n, *shape)`` where location and scale act on them, before the map onto a bounded support.
+
+        Args:
+            x: rows of data ``(n, *event_shape)``.
+        """
+        layers = self.transform.layers
+        for layer in reversed(layers[len(layers) if self._standardize_at is None else self._standardize_at + 1 :]):
+            x = layer.inverse_and_ladj(x)[0]
+        return x
 
     def before_step(self) -> None:
         """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""
@@ -392,7 +427,8 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
         # There are more rows than columns, so that the parts of a constraint along the wrong axis do not fit.
         layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
     except NotImplementedError:
-        raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {support}") from None
+        given = kind(support) if isinstance(support, type) else str(support)
+        raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {given}") from None
     except (FlowError, AssertionError, RuntimeError):
         raise ShapeError(
             f"there is no bijection of R^{as_given(shape)} onto the support {support}: give one constraint for all "
@@ -403,11 +439,11 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
 
 def _flattened(transforms: Any) -> Iterable[Transform]:
     if not isinstance(transforms, Iterable):
-        raise OptionError(f"a flow is made of transforms, but got {type(transforms).__name__}")
+        raise OptionError(f"a flow is made of transforms, but got {kind(transforms)}")
     for transform in transforms:
         if isinstance(transform, ComposeTransform):
             yield from _flattened(transform.parts)
         elif isinstance(transform, Transform):
             yield transform
         else:
-            raise OptionError(f"a flow is made of transforms, but got {type(transform).__name__}")
+            raise OptionError(f"a flow is made of transforms, but got {kind(transform)}")

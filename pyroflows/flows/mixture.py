@@ -123,6 +123,10 @@ class Mixture(Flow):
         """Whether all that learns from data before training has done so; a state that is loaded counts."""
         return self.gate.is_adapted and all(flow.is_adapted for flow in self.components)
 
+    def before_support(self, x: Tensor) -> Tensor:
+        """Return rows in the coordinates in which the components are unbounded, as they are if those differ."""
+        return _unbounded(self.components, x)
+
     @torch.no_grad()
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         weights = x.new_ones(len(x)) if weights is None else weights

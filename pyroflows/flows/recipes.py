@@ -13,6 +13,7 @@ from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
+from pyroflows.options import checked_int
 from pyroflows.transforms import Autoregressive, Coupling, Elementwise, FlowTransform, Triangular, masks
 from pyroflows.transforms.univariate import Affine, Spline, Univariate
 
@@ -27,6 +28,8 @@ def _autoregressive(
     conditioner: Conditioner,
     order: Sequence[int] | None,
 ) -> LayerFactory:
+    dim = checked_int("dim", dim)
+
     def layer(is_turned: bool, context_dim: int) -> FlowTransform:
         turned = range(dim)[:: -1 if is_turned else 1] if order is None else order
         return Autoregressive(dim, univariate, turned, conditioner, hidden_dims, context_dim)
@@ -48,6 +51,7 @@ def _inverse_autoregressive(
 def _coupling(
     dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
 ) -> LayerFactory:
+    dim = checked_int("dim", dim)
     half = masks.half(dim)
 
     def layer(is_turned: bool, context_dim: int) -> FlowTransform:

@@ -11,6 +11,7 @@ from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.nets.checks import ConditionerFactory
+from pyroflows.options import checked_int
 from pyroflows.transforms import LU, FlowTransform, Permutation
 
 Conditioner = str | ConditionerFactory
@@ -83,8 +84,7 @@ class StackedFlow(Flow):
         # A recipe gives ``layer``, a factory that is called as layer(is_turned, context_dim), the number of layers
         # between two that mix, and the layers at the data end. Every second layer is turned: it transforms the other
         # half, or has the reverse order. If dimensions are mixed after each layer, no layer is turned.
-        if num_layers < 1:
-            raise OptionError(f"a flow needs num_layers >= 1, got {num_layers}")
+        num_layers = checked_int("num_layers", num_layers)
         if mixing is not None and mixing not in _MIXING:
             raise OptionError(f"mixing must be None or one of {sorted(_MIXING)}, got {mixing!r}")
         stack: list[FlowTransform] = []

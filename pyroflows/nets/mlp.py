@@ -1,7 +1,8 @@
 """Dense conditioners: plain and residual networks, and parameters that may depend on a context."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
-        widths = [in_dim, *(checked_widths(hidden_dims) if hidden_dims else ())]
+        widths = [in_dim, *checked_widths(hidden_dims, least=0)]
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
@@ -179,12 +180,17 @@ def zero_initialized(layer: L) -> L:
     return layer
 
 
-def checked_widths(hidden_dims: Sequence[int]) -> Sequence[int]:
-    """Return the widths if there are any and all are positive.
+def checked_widths(hidden_dims: Sequence[int], least: int = 1) -> Sequence[int]:
+    """Return the widths as integers if there are at least that many and all are positive.
 
     Raises:
         OptionError: otherwise.
     """
-    if not hidden_dims or min(hidden_dims) < 1:
-        raise OptionError(f"hidden_dims must be one or more positive widths, got {tuple(hidden_dims)}")
-    return hidden_dims
+    if not isinstance(hidden_dims, Iterable) or isinstance(hidden_dims, str):
+        raise OptionError(f"hidden_dims must be a sequence of widths, such as (64, 64), got {hidden_dims!r}")
+    widths = tuple(hidden_dims)
+    if len(widths) < least or any(
+        isinstance(width, bool) or not isinstance(width, Integral) or width < 1 for width in widths
+    ):
+        raise OptionError(f"hidden_dims must be one or more positive widths, which are integers, got {widths}")
+    return [int(width) for width in widths]

@@ -1,21 +1,24 @@
-"""Read the data of a fit as rows of numbers, check them, and bring them to the dtype and device of a flow."""
+"""Read the data of a fit as rows of numbers in the dtype and on the device of a flow, and split and shuffle them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
+from pyroflows.arrays import ArrayLike, as_numbers
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
-from pyroflows.shapes import as_given, described, places
+from pyroflows.shapes import as_given, described, listed, places
+from pyroflows.transforms.normalization import center_and_spread, wild_elements_among
 
-ArrayLike: TypeAlias = Tensor | np.ndarray
-DataLike: TypeAlias = Tensor | np.ndarray | Dataset
+DataLike: TypeAlias = ArrayLike | Dataset
+# A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
+# were rounded to a tenth of it were fitted as well as others, see :mod:`pyroflows.training.ill_posed`.
+MIN_RESOLUTION = 10
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,21 @@ class Rows:
         x: events ``(n, *event_shape)``.
         context: contexts ``(n, *context_shape)``, or None.
         weights: ``(n,)``, not negative.
+        is_wild: which rows ``(n,)`` have a wild element in x or in their context, see
+            :func:`pyroflows.transforms.normalization.wild_elements`.
     """
 
     x: Tensor
     context: Tensor | None
     weights: Tensor
+    is_wild: Tensor
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, index: Any) -> "Rows":
-        return Rows(self.x[index], None if self.context is None else self.context[index], self.weights[index])
+        context = None if self.context is None else self.context[index]
+        return Rows(self.x[index], context, self.weights[index], self.is_wild[index])
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,12 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
     if len(values) < 2:
         raise DataError(f"x has {len(values)} row: a density needs more, at least 2 rows")
     _refuse_outside(flow.support, values)
-    rows = Rows(values, _contexts(context, len(values), flow), _weights(weights, len(values), flow))
-    return Data(rows, dataset)
+    contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
+    # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
+    is_wild = _wild_rows(flow.before_support(values), masses)
+    if contexts is not None:
+        is_wild = is_wild | _wild_rows(contexts, masses)
+    return Data(Rows(values, contexts, masses, is_wild), dataset)
 
 
 def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +109,9 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: all rows.
-        validation: the fraction of the rows to validate with, between 0 and 1.
+        validation: the fraction of the rows to validate with, between 0 and 1. Rows with a wild element (see
+            :class:`Rows`) are trained on, but not validated with: the
+            log-density of a single one would outweigh that of all others.
 
     Returns:
         The indices ``(n,)`` of the training rows, and those ``(m,)`` of the validation rows.
@@ -107,20 +120,23 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
         DataError: if one side has too few rows, or a column is constant in the training rows.
     """
     used = rows.weights.nonzero().flatten()
-    num_validation = round(validation * len(used))
+    is_wild = rows.is_wild[used]
+    ordinary, wild = used[~is_wild], used[is_wild]
+    num_validation = min(round(validation * len(used)), len(ordinary))
     num_training = len(used) - num_validation
     if num_validation < 1 or num_training < 2:
         raise DataError(
             f"validation={validation} of {len(used)} rows with a weight leaves {num_training} to train on and "
             f"{num_validation} to validate with: give more rows, or another fraction"
         )
-    training, held_out = _shuffled(used).split([num_training, num_validation])
+    training, held_out = _shuffled(ordinary).split([len(ordinary) - num_validation, num_validation])
+    training = torch.cat([training, wild])
     x = rows.x[training]
     constant = places((x == x[0]).all(0))
     if constant:
         raise DataError(
-            f"columns {constant} of x are constant in all {num_training} training rows, in {x.dtype}, so that the "
-            "density is unbounded: leave them out"
+            f"columns {listed(constant)} of x are constant in all {num_training} training rows, in {x.dtype}, so that "
+            "the density is unbounded: leave them out"
         )
     return training, held_out
 
@@ -192,14 +208,19 @@ def _x_and_context(batch: Any) -> tuple[Any, Any]:
 
 def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
     """Return values as a tensor ``(n, *shape)`` that is checked; messages call the elements of a row columns."""
-    values = _tensor(name, values, flow)
+    is_series = hasattr(values, "to_frame")
+    given = as_numbers(name, values).detach()
+    values = _cast(given, flow)
     if values.dim() == 2 and len(shape) == 1 and values.shape[1:] != shape:
         raise ShapeError(f"{name} has {values.shape[1]} columns, but the flow has {shape[0]} of {name}")
     if values.dim() == 0 or values.shape[1:] != shape:
-        hint = f": give {name}[:, None]" if values.dim() == 1 and shape == (1,) else ""
+        column = f"{name}.to_frame()" if is_series else f"{name}[:, None]"
+        hint = f": give {column}" if values.dim() == 1 and shape == (1,) else ""
         expected = ", ".join(map(str, shape))
         raise ShapeError(f"{name} must have shape (rows, {expected}), got {tuple(values.shape)}{hint}")
-    _refuse(~values.isfinite(), values, name, "NaN or infinite values")
+    _refuse(~given.isfinite(), given, name, "NaN or infinite values")
+    _refuse(~values.isfinite(), given, name, f"values beyond the range of {values.dtype}")
+    _refuse_lost_digits(name, given, values)
     return values
 
 
@@ -231,24 +252,41 @@ def _contexts(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
 
 
 def _weights(weights: Any, num_rows: int, flow: Flow) -> Tensor:
-    values = _tensor("weights", np.ones(num_rows) if weights is None else weights, flow)
+    given = torch.ones(num_rows) if weights is None else as_numbers("weights", weights)
+    values = _cast(given.detach(), flow)
     if values.shape != (num_rows,):
         raise ShapeError(f"weights must have shape ({num_rows},), one a row of x, got {tuple(values.shape)}")
     _refuse(~(values.isfinite() & (values >= 0)), values, "weights", "negative, NaN or infinite values")
     return values
 
 
-def _tensor(name: str, values: Any, flow: Flow) -> Tensor:
-    if not isinstance(values, Tensor):
-        try:
-            array = np.asarray(values)
-            # NumPy makes a copy, since torch refuses other byte orders and negative strides.
-            values = torch.from_numpy(array.astype(complex if np.iscomplexobj(array) else float))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{name} is no array of numbers: {error}") from error
-    if values.is_complex():
-        raise DataError(f"{name} holds complex numbers: give real and imaginary parts as columns")
-    return values.detach().to(next(flow.parameters()))
+def _wild_rows(values: Tensor, weights: Tensor) -> Tensor:
+    return wild_elements_among(values, weights > 0).flatten(1).any(1)
+
+
+def _cast(values: Tensor, flow: Flow) -> Tensor:
+    return values.to(next(flow.parameters()))
+
+
+def _refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
+    """Raise if numbers lose so many digits in the dtype of the flow that rows differ in little else.
+
+    Half of the rows are rounded by more than a quarter of the spacing of numbers there, which is compared with the
+    spread of the rows. To subtract the location in the dtype of the data would give the right density, but draws of
+    the flow would be rounded all the same.
+    """
+    dtype = cast.dtype
+    if given.dtype == dtype or not len(given):
+        return
+    given, cast = given.cpu().double(), cast.cpu().double()
+    _, spread = center_and_spread(given)
+    spacing, _ = center_and_spread((given - cast).abs())
+    lost = places((MIN_RESOLUTION * 4 * spacing > spread) & (spread > 0))
+    if lost:
+        raise DataError(
+            f"columns {listed(lost)} of {name} lose the digits in which their rows differ, since the flow rounds them "
+            f"to {dtype}: fit flow.double(), or subtract an origin from them first"
+        )
 
 
 def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:

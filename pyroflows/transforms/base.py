@@ -289,6 +289,10 @@ class FlowTransform(TransformModule):
         # A new object each time: it refers to its layer, and a layer that owned it in turn would recurse for ever.
         return Inverse(self)
 
+    def layer_context(self, context: Tensor | None) -> Tensor | None:
+        """Return a context as the layer's own computation takes it; a composition may take off location and scale."""
+        return context
+
     def condition(self, context: Tensor) -> "FlowTransform":
         """Return the layer at one context ``(..., *context_shape)``, which takes no context itself."""
         return Conditioned(self, context)

@@ -23,6 +23,8 @@ class Compose(FlowTransform):
     Args:
         layers: one or more layers, from base to data. Each takes events of the shape that the one before gives; all
             that take a context take one of the same shape, and get the same.
+        context_scale: the location and scale of contexts, which layers get without them; None to give contexts to the
+            layers as they are.
 
     Shapes: z is ``(..., *base_shape)`` of the first layer, x is ``(..., *event_shape)`` of the last, a context is
     ``(..., *context_shape)``.
@@ -38,7 +40,7 @@ class Compose(FlowTransform):
         True
     """
 
-    def __init__(self, layers: Sequence[FlowTransform]) -> None:
+    def __init__(self, layers: Sequence[FlowTransform], context_scale: FlowTransform | None = None) -> None:
         if not layers:
             raise OptionError("a composition needs at least one layer")
         for place, (before, after) in enumerate(pairwise(layers)):
@@ -55,6 +57,7 @@ class Compose(FlowTransform):
         context_shape = next(iter(by_context), torch.Size())
         super().__init__(layers[-1].event_shape, context_shape, layers[0].base_shape)
         self.layers: Any = nn.ModuleList(layers)
+        self.context_scale = context_scale
         # The inverses of layers at the data end of a bounded one may give it values that it cannot invert, unless they
         # are bounded alike. The last layer's are the values that users give.
         self._are_guarded = [
@@ -74,7 +77,14 @@ class Compose(FlowTransform):
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
         return self.layers[-1].codomain
 
+    def layer_context(self, context: Tensor | None) -> Tensor | None:
+        """Return a context ``(..., *context_shape)`` as the layers take it, without location and scale."""
+        if context is None or self.context_scale is None:
+            return context
+        return self.context_scale.inverse_and_ladj(context)[0]
+
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        context = self.layer_context(context)
         total: Any = 0.0
         for layer in self.layers:
             z, ladj = layer._forward_and_ladj(z, context if layer.context_dim else None)
@@ -83,6 +93,7 @@ class Compose(FlowTransform):
         return z, total
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        context = self.layer_context(context)
         total: Any = 0.0
         for layer, is_guarded in zip(reversed(self.layers), reversed(self._are_guarded), strict=True):
             inverse = layer._guarded if is_guarded else layer._inverse_and_ladj
@@ -92,6 +103,7 @@ class Compose(FlowTransform):
         return x, total
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        context = self.layer_context(context)
         total: Any = 0.0
         for layer in self.layers:
             z, ladj, score = layer._forward_and_score(z, score, context if layer.context_dim else None)
@@ -103,15 +115,18 @@ class Compose(FlowTransform):
         return all(layer.ladj_is_exact for layer in self.layers)
 
     def _exact(self) -> FlowTransform:
-        return Compose([layer.exact() for layer in self.layers])
+        return Compose([layer.exact() for layer in self.layers], self.context_scale)
 
     @property
     def adapts(self) -> bool:
-        return any(layer.adapts for layer in self.layers)
+        return any(layer.adapts for layer in self._parts())
 
     @property
     def is_adapted(self) -> bool:
-        return all(layer.is_adapted for layer in self.layers)
+        return all(layer.is_adapted for layer in self._parts())
+
+    def _parts(self) -> list[FlowTransform]:
+        return [*self.layers, *([] if self.context_scale is None else [self.context_scale])]
 
     @torch.no_grad()
     def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -120,7 +135,12 @@ class Compose(FlowTransform):
         Layers that have adapted before stay as they are while others have not; if all have, they start anew.
         """
         x = self._checked(x, context, self.event_shape)
-        learners = [layer for layer in self.layers if layer.adapts and (self.is_adapted or not layer.is_adapted)]
+        starts_anew = self.is_adapted
+        learners = [layer for layer in self.layers if layer.adapts and (starts_anew or not layer.is_adapted)]
+        scale = self.context_scale
+        if scale is not None and context is not None and (starts_anew or not scale.is_adapted):
+            scale.adapt(context, None, weights)
+        context = self.layer_context(context)
         count = len(learners)
         for layer in reversed(self.layers):
             if not count:

@@ -39,6 +39,8 @@ class Permutation(FlowTransform):
 
     def __init__(self, order: Sequence[int]) -> None:
         indices = torch.as_tensor(order)
+        if indices.dim() != 1:
+            raise OptionError(f"order must be a sequence of the indices 0 to D - 1, got {order!r}")
         if sorted(indices.tolist()) != list(range(len(indices))):
             raise OptionError(f"order must be a permutation of 0 to {len(indices) - 1}, got {indices.tolist()}")
         super().__init__(len(indices))

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import Parameters
+from pyroflows.options import checked_int
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.planar import above_minus_one, tanh_root
 
@@ -43,7 +44,8 @@ class Sylvester(FlowTransform):
 
     def __init__(self, dim: int, rank: int, context_dim: int = 0) -> None:
         super().__init__(dim, context_dim)
-        if not 1 <= rank <= dim:
+        rank = checked_int("rank", rank)
+        if rank > dim:
             raise OptionError(f"Sylvester needs a rank from 1 to dim={dim}, got {rank}")
         self.rank = rank
         self._sizes = [rank * dim, rank * rank, rank * rank, rank]

@@ -302,7 +302,7 @@ def test_no_layers_raise(recipe, num_layers):
 
 @all_recipes
 def test_no_dimension_raises(recipe):
-    with pytest.raises(OptionError, match="dim >= 1"):
+    with pytest.raises(OptionError, match="dim"):
         make(recipe, 0)
 
 
@@ -345,5 +345,5 @@ def test_mixing_between_layers_that_see_all_dimensions(recipe, mixing, kind):
     torch.testing.assert_close(flow().log_prob(x.clone()), log_q)
     with pytest.raises(OptionError, match="mixing must be None or one of"):
         DENSE[recipe](4, mixing="none")
-    with pytest.raises(OptionError, match="num_layers >= 1, got 0"):
+    with pytest.raises(OptionError, match="num_layers must be at least 1, got 0"):
         DENSE[recipe](4, num_layers=0)

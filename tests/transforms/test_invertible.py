@@ -177,5 +177,5 @@ def test_radial_at_its_centre():
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_wrong_rank_raises(rank):
-    with pytest.raises(ValueError, match="rank from 1 to dim=3"):
+    with pytest.raises(ValueError, match="rank from 1 to dim=3|rank must be at least 1"):
         Sylvester(3, rank)

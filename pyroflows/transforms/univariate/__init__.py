@@ -7,6 +7,7 @@ element. At ``theta = 0`` a map is the identity.
 from collections.abc import Callable
 
 from pyroflows.errors import OptionError
+from pyroflows.options import kind
 from pyroflows.transforms.univariate.affine import Additive, Affine
 from pyroflows.transforms.univariate.base import Univariate
 from pyroflows.transforms.univariate.monotone import Monotone
@@ -28,12 +29,14 @@ def univariate_named(univariate: str | Univariate) -> Univariate:
     """Return the map of this name with its default options, or the map itself if it is not a name.
 
     Raises:
-        OptionError: if the name is unknown.
+        OptionError: if the name is unknown, or the map is a class.
 
     Example:
         >>> univariate_named("spline"), univariate_named(Spline(bins=4))
         (Spline(bins=8, bound=5.0), Spline(bins=4, bound=5.0))
     """
+    if isinstance(univariate, type):
+        raise OptionError(f"univariate must be one of {sorted(_NAMES)} or an instance, got {kind(univariate)}")
     if not isinstance(univariate, str):
         return univariate
     if univariate not in _NAMES:

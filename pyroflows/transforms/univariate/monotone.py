@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows.errors import OptionError
+from pyroflows.options import checked_int
 from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.univariate.base import Pair
 from pyroflows.transforms.univariate.overflow import below_overflow, bounded_coefficients
@@ -63,8 +63,7 @@ class Monotone:
     """
 
     def __init__(self, num_units: int = 8) -> None:
-        if num_units < 1:
-            raise OptionError(f"Monotone needs num_units >= 1, got {num_units}")
+        num_units = checked_int("num_units", num_units)
         self.num_units = num_units
         self.num_params = 3 * num_units
         # Equal units get equal gradients and stay equal for ever. Each turns about its own centre m: at a = 1 it still

@@ -8,6 +8,7 @@ from numpy.polynomial import legendre
 from torch import Tensor
 
 from pyroflows.errors import OptionError
+from pyroflows.options import checked_int
 from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.univariate.base import Pair
 from pyroflows.transforms.univariate.overflow import below_overflow, bounded_coefficients
@@ -56,11 +57,10 @@ class SOS:
     """
 
     def __init__(self, num_polynomials: int = 2, degree: int = 3, bound: float = 3.0) -> None:
-        if num_polynomials < 1 or degree < 1 or not 0 < bound < math.inf:
-            raise OptionError(
-                "SOS needs num_polynomials >= 1, degree >= 1 and a positive, finite bound, "
-                f"got {num_polynomials}, {degree}, {bound}"
-            )
+        num_polynomials = checked_int("num_polynomials", num_polynomials)
+        degree = checked_int("degree", degree)
+        if not 0 < bound < math.inf:
+            raise OptionError(f"SOS needs a positive, finite bound, got {bound}")
         self.num_polynomials = num_polynomials
         self.degree = degree
         self.bound = bound

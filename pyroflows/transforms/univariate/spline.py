@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
+from pyroflows.options import checked_int
 from pyroflows.transforms.univariate.base import Pair
 
 MIN_WIDTH = 1e-3  # the least width and height of a bin, in units of the whole interval
@@ -58,7 +59,8 @@ class Spline:
     """
 
     def __init__(self, bins: int = 8, bound: float = 5.0) -> None:
-        if not 2 <= bins < 1 / MIN_WIDTH or not 0 < bound < math.inf:
+        bins = checked_int("bins", bins, 2)
+        if not bins < 1 / MIN_WIDTH or not 0 < bound < math.inf:
             raise OptionError(f"a spline needs 2 to 999 bins and a positive finite bound, got {bins} and {bound}")
         self.bins = bins
         self.bound = bound

@@ -1,0 +1,98 @@
+"""Read numbers in the forms in which users hold them: tensors, NumPy arrays, lists, pandas frames and series."""
+
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pyroflows.errors import DataError
+
+# Whatever as_numbers takes; NumPy's type has nested sequences, and frames by the protocol that they share with arrays.
+ArrayLike: TypeAlias = Tensor | npt.ArrayLike
+
+
+def as_numbers(name: str, values: Any) -> Tensor:
+    """Return values as a tensor of real numbers: a tensor as it is, anything else in float64.
+
+    Args:
+        name: what the values are, for the message.
+        values: a tensor, a NumPy array, numbers in lists, or a pandas frame or series.
+
+    Raises:
+        DataError: if they are no real numbers; the message names the column of a frame.
+
+    Example:
+        >>> as_numbers("x", [[1, 2], [3, 4]]).dtype
+        torch.float64
+    """
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(_array(name, values))
+    if tensor.is_complex():
+        raise DataError(f"{name} holds complex numbers: give real and imaginary parts as columns")
+    return tensor
+
+
+def as_tensor(name: str, values: Any, like: Tensor | None) -> Tensor:
+    """Return values as a tensor of the dtype and device of another one; one that has them is returned itself.
+
+    Args:
+        name: what the values are, for the message.
+        values: whatever :func:`as_numbers` takes.
+        like: the other tensor; None to keep the dtype and device of a tensor.
+
+    Raises:
+        DataError: if the values are no real numbers.
+
+    Example:
+        >>> as_tensor("context", np.arange(3), torch.zeros(()))
+        tensor([0., 1., 2.])
+    """
+    if isinstance(values, Tensor) and (like is None or (values.dtype == like.dtype and values.device == like.device)):
+        return values
+    tensor = as_numbers(name, values)
+    return tensor if like is None else tensor.to(device=like.device, dtype=like.dtype)
+
+
+def floating_tensor(module: nn.Module) -> Tensor | None:
+    """Return a floating-point parameter or buffer of a module, which has its dtype and device; None if it has none."""
+    # It looks at as few modules as possible, since every log_prob asks for it: parameters() takes ten times as long.
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+    for part in module._modules.values():
+        if part is not None and (found := floating_tensor(part)) is not None:
+            return found
+    return None
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    """Return values as a float64 or complex128 array, which torch takes: it refuses other byte orders and strides."""
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(values, pandas.DataFrame | pandas.Series):
+        values = _from_pandas(name, values, pandas)
+    try:
+        if np.ma.isMaskedArray(values):
+            values = np.ma.filled(values.astype(float), np.nan)
+        array = np.asarray(values)
+        if array.dtype.kind not in "biufcO":
+            raise TypeError(f"its values are of type {array.dtype}")
+        return array.astype(complex if np.iscomplexobj(array) else float)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} is no array of numbers: {error}") from error
+
+
+def _from_pandas(name: str, values: Any, pandas: Any) -> np.ndarray:
+    """Return the numbers of a frame or series, with NaN where a value is missing."""
+    columns = values.items() if isinstance(values, pandas.DataFrame) else [(values.name, values)]
+    for label, column in columns:
+        kind = pandas.api.types.infer_dtype(column, skipna=True)
+        if kind not in ("integer", "floating", "mixed-integer-float", "boolean", "decimal", "empty"):
+            raise DataError(
+                f"column {label!r} of {name} holds values of kind {kind!r}, which are no numbers: leave it out; "
+                "categories can be one-hot columns of the context, dates differences from an origin"
+            )
+    # A nullable column would otherwise become one of objects.
+    return values.to_numpy(dtype=float, na_value=np.nan)

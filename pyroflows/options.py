@@ -1,0 +1,49 @@
+"""Checks of options that many layers and flows share: whole numbers, and instances where a class was given."""
+
+import operator
+from typing import Any
+
+from pyroflows.errors import OptionError
+
+
+def checked_int(name: str, value: Any, least: int = 1) -> int:
+    """Return an option as an int, if it is a whole number of at least ``least``.
+
+    Args:
+        name: the name of the option, for the message.
+        value: what the user gave; integers of NumPy and torch count, bools and floats do not.
+        least: the smallest number that is allowed.
+
+    Raises:
+        OptionError: if it is not.
+
+    Example:
+        >>> checked_int("num_layers", np.int64(3))
+        3
+        >>> try:
+        ...     checked_int("num_layers", 2.5)
+        ... except pf.FlowError as error:
+        ...     print(error)
+        num_layers must be an integer of at least 1, got 2.5
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # torch raises RuntimeError for tensors of several elements
+        number = None
+    if number is None:
+        raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if number < least:
+        raise OptionError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def kind(value: Any) -> str:
+    """Return in words what a value is, for messages that expected another thing.
+
+    Example:
+        >>> kind(2.0), kind(pf.flows.MAF)
+        ('float', 'the class MAF: make an instance first, MAF(...)')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}: make an instance first, {value.__name__}(...)"
+    return type(value).__name__

@@ -1,0 +1,279 @@
+"""Find rows on which a density does not exist, or that a flow learns badly, before a fit.
+
+Where no density exists, :func:`check_density` raises; where a fit gives less than one may expect, it warns. The limits
+were measured with splines and affine autoregressive flows, and say so where they stand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import DataError, warn
+from pyroflows.flows import Flow
+from pyroflows.flows.base import StudentT
+from pyroflows.shapes import as_given, listed
+from pyroflows.training.data import Rows
+from pyroflows.transforms import LU, Autoregressive, Coupling, Inverse
+from pyroflows.transforms.base import FlowTransform
+from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.normalization import MAX_SORTED, center_and_spread, wild_elements_among
+from pyroflows.transforms.triangular.base import TriangularTransform
+from pyroflows.transforms.univariate import Additive, Affine
+
+# The rank of wider events is not checked, since its cost grows with the cube of their size.
+MAX_RANK_COLUMNS = 1024
+# Of two columns with normal values, one of which differs from a linear function of the other by this many of its
+# standard deviations, MAF and NSF learned all but 0.3 nats; at a third of it they were short of one nat.
+NEARLY_DEPENDENT = 3e-3
+# A distance from a linear function that is larger is not taken for one of rounding.
+MAX_ROUNDING = 1e-2
+# Normal values that were rounded so that two agree with a probability of 0.06 were fitted as well as others; from 0.08
+# on splines began to put spikes on them.
+MAX_AGREEING = 0.08
+# A value that makes up this share of the rows, and this many times that of the others on average, is a point mass.
+MIN_POINT_MASS, MIN_POINT_RATIO = 0.05, 10
+# Fewer values than these can hold no point mass among others.
+MIN_NUM_VALUES = 20
+# An image whose elements take no more values than these was not dequantised.
+MAX_LEVELS = 256
+# With more parameters a row, default flows lost to a Gaussian on held-out rows of most of six data sets.
+MAX_PARAMETERS_PER_ROW = 500
+
+
+def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
+    """Raise if rows have no density, and warn of what makes a fit to them worse than one may expect.
+
+    Args:
+        flow: the flow to be fitted.
+        rows: all rows.
+        training: indices ``(n,)`` of the rows to train on.
+
+    Raises:
+        DataError: if a column of x is a linear function of others.
+
+    Example:
+        >>> from pyroflows.training.data import load
+        >>> u = torch.randn(100, 1)
+        >>> rows = load(pf.flows.MAF(2), torch.cat([u, 2 * u + 1], 1)).rows
+        >>> try:
+        ...     check_density(pf.flows.MAF(2, hidden_dims=(8,)), rows, torch.arange(100))
+        ... except pf.FlowError as error:
+        ...     print(error)
+        column 1 of x is a linear function of columns [0] of x in all 100 training rows, so that the density is...
+    """
+    if not flow.transform.codomain.is_discrete:
+        _check_rank(rows[training])
+        _warn_of_wild_rows(flow, rows)
+        _warn_of_repeated_values(rows.x[training])
+    _warn_of_affine_maps(flow)
+    _warn_of_size(flow, len(training))
+
+
+def _check_rank(rows: Rows) -> None:
+    """Raise if a column of x is a linear function of those before it; warn if it nearly is, or with the context is."""
+    x = rows.x.flatten(1)
+    given = x[:, :0] if rows.context is None else rows.context.flatten(1)
+    num_columns = given.shape[1] + x.shape[1]
+    # More rows say no more about a rank, and of few rows nothing can be said.
+    count = min(len(x), max(2000, 4 * num_columns))
+    if num_columns > MAX_RANK_COLUMNS or count < num_columns + 3:
+        return
+    sample = torch.linspace(0, len(x) - 1, count).long().to(x.device)
+    found = _most_dependent(x[sample], given[sample, :0], rows.weights[sample])
+    if found.is_exact and count < len(x):
+        found = _most_dependent(x, given[:, :0], rows.weights)
+    if found.is_exact:
+        raise DataError(f"{found} in all {len(x)} training rows, so that the density is unbounded: leave it out")
+    if found.residual < NEARLY_DEPENDENT:
+        warn(
+            f"{found}, nearly, and flows learn so thin a density badly: give its distance from that function as a "
+            "column instead"
+        )
+    elif given.shape[1]:
+        found = _most_dependent(x[sample], given[sample], rows.weights[sample])
+        if found.residual < NEARLY_DEPENDENT:
+            warn(f"{found}, so that its density at a context is unbounded, or nearly so: leave it out of x")
+
+
+@dataclass(frozen=True)
+class _Dependence:
+    """A column of x, and the columns of x and of the context of which it is a linear function up to a residual."""
+
+    column: int
+    of_x: list[int]
+    of_context: list[int]
+    residual: float
+    is_exact: bool
+
+    def __str__(self) -> str:
+        others = {"x": self.of_x, "the context": self.of_context}
+        named = " and ".join(f"columns {listed(columns)} of {name}" for name, columns in others.items() if columns)
+        distance = f", up to {self.residual:.1g} of its standard deviation," if self.residual > 1e-6 else ""
+        return f"column {self.column} of x is a linear function of {named}{distance}"
+
+
+def _most_dependent(x: Tensor, given: Tensor, weights: Tensor) -> _Dependence:
+    """Return the first column of x that is exactly a linear function of those before it and those given.
+
+    If there is none, it is the column that is nearest to it.
+
+    Args:
+        x: ``(n, D)``.
+        given: ``(n, C)``.
+        weights: ``(n,)``.
+    """
+    num_given = given.shape[1]
+    offset, residuals, matrix = _residuals(torch.cat([given, x], 1).cpu().double(), weights.cpu().double())
+    eps = torch.finfo(x.dtype).eps
+
+    def dependence(column: int) -> _Dependence:
+        place = num_given + column
+        involved = _involved(matrix, 1 + place)
+        # In the dtype of the flow the square of a residual is lost beside one; values far from zero are rounded more.
+        rounding = max(eps**0.5, min(MAX_ROUNDING, 4 * eps * offset[[*involved, place]].abs().amax().item()))
+        of_x, of_context = [i - num_given for i in involved if i >= num_given], [i for i in involved if i < num_given]
+        residual = residuals[place].item()
+        return _Dependence(column, of_x, of_context, residual, residual <= rounding)
+
+    near = (residuals[num_given:] <= MAX_ROUNDING).nonzero().flatten().tolist()
+    exact = (found for found in map(dependence, near) if found.is_exact)
+    return next(exact, None) or dependence(int(residuals[num_given:].argmin()))
+
+
+def _residuals(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how far each column is from a linear function of those before it, in parts of its standard deviation.
+
+    A row (1, c, x) may be divided by any number without a change in what depends on what. So rows far out are brought
+    to the size of others, and a single one does not make columns alike.
+
+    Args:
+        columns: ``(n, D)``.
+        weights: ``(n,)``.
+
+    Returns:
+        The medians ``(D,)`` in units of the spread, the distances ``(D,)``, and the matrix ``(n, 1 + D)`` whose first
+        column is the constant.
+    """
+    center, spread = center_and_spread(columns)
+    deviation = (columns - center).abs().mean(0)
+    spread = torch.where(spread > 0, spread, torch.where(deviation > 0, deviation, 1.0))
+    scaled = (columns - center) / spread
+    matrix = torch.cat([torch.ones_like(scaled[:, :1]), scaled], 1)
+    size = (scaled.abs().amax(1) / 10).clamp(min=1.0)
+    matrix = matrix * (weights.sqrt() / size)[:, None]
+    triangle = torch.linalg.qr(matrix, mode="r").R
+    norms = triangle[1:, 1:].norm(dim=0)
+    residuals = triangle.diagonal()[1:].abs() / torch.where(norms > 0, norms, 1.0)
+    return center / spread, residuals, matrix
+
+
+def _involved(matrix: Tensor, place: int) -> list[int]:
+    """Return the columns, counted without the constant, that take part in the linear function for one behind them."""
+    before, target = matrix[:, :place], matrix[:, place : place + 1]
+    factors = torch.linalg.lstsq(before, target, driver="gelsd").solution[1:, 0]
+    share = factors.abs() * before[:, 1:].norm(dim=0)
+    return (share > 1e-2 * share.amax()).nonzero().flatten().tolist() if len(share) else []
+
+
+def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
+    """Warn of rows far out, which are left out of location, scale and validation; a heavy-tailed base expects them."""
+    found = rows.is_wild.nonzero().flatten().tolist()
+    if not found or isinstance(flow.base, StudentT):
+        return
+    row, used = found[0], rows.weights > 0
+    for name, given, values in (
+        ("x", rows.x, flow.before_support(rows.x)),
+        ("context", rows.context, rows.context),
+    ):
+        if given is None or values is None or not (is_wild := wild_elements_among(values, used).flatten(1)[row]).any():
+            continue
+        column = int(is_wild.nonzero()[0])
+        center, spread = center_and_spread(values[used].flatten(1)[:, column : column + 1].double())
+        distance = (values[row].flatten()[column].double() - center).abs() / spread
+        value = given[row].flatten()[column].item()
+        others = f" (and {len(found) - 1} more rows are as far out)" if len(found) > 1 else ""
+        warn(
+            f"row {row} of {name} has {value:.6g} in column {column}, {distance.item():.2g} "
+            f"standard deviations of the others from their median{others}: location, scale and validation leave such "
+            "rows out; leave them out of the data if they are errors or codes of missing values, and give "
+            'base="student_t" if the law has such tails'
+        )
+        return
+
+
+def _warn_of_repeated_values(x: Tensor) -> None:
+    """Warn of columns that take few values, or one value often, on which a flow puts spikes."""
+    columns = x.flatten(1)
+    count = min(len(columns), max(500, MAX_SORTED // columns.shape[1]))
+    sample = columns[torch.linspace(0, len(columns) - 1, count).long().to(x.device)].cpu()
+    if x.dim() > 2 and len(levels := sample.unique()) <= MAX_LEVELS < sample.numel() / 10:
+        _warn_of_few_values(f"x takes {len(levels)} values in all", levels)
+        return
+    massive, coarse = [], []
+    for j, column in enumerate(sample.T):
+        values, counts = column.unique(return_counts=True)
+        most = int(counts.argmax())
+        share, others = counts[most].item() / count, (count - counts[most].item()) / max(1, len(values) - 1)
+        agreeing = (counts * (counts - 1)).sum().item() / (count * (count - 1))
+        if share >= MIN_POINT_MASS and counts[most] >= MIN_POINT_RATIO * others and len(values) > MIN_NUM_VALUES:
+            massive.append((j, values[most].item(), share))
+        elif agreeing > MAX_AGREEING:
+            coarse.append((j, values))
+    if massive:
+        j, value, share = massive[0]
+        warn(
+            f"columns {listed([j for j, *_ in massive])} of x repeat one value, column {j} is {value:.6g} in "
+            f"{share:.0%} of the rows, and a density can only follow that by a spike: leave the column out, or fit the "
+            "other rows alone"
+        )
+    if coarse:
+        j, values = coarse[0]
+        _warn_of_few_values(
+            f"columns {listed([j for j, _ in coarse])} of x take few values, column {j} takes {len(values)}", values
+        )
+
+
+def _warn_of_few_values(what: str, values: Tensor) -> None:
+    step = values.diff().min().item()
+    warn(
+        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them, that is add "
+        f"noise of the width of the rounding, such as {step:.3g} * (torch.rand_like(x) - 0.5), or leave out categories"
+    )
+
+
+def _warn_of_affine_maps(flow: Flow) -> None:
+    """Warn of a stack of couplings or autoregressive layers that is one affine map of a single variable."""
+    if flow.dim > 1 or flow.context_dim:
+        return
+    layers = [layer for layer in _flat(flow.transform) if any(True for _ in layer.parameters())]
+    inner = [layer.inv if isinstance(layer, Inverse) else layer for layer in layers]
+    # A flow of other layers alone, such as elementwise ones, was made as what it is.
+    if any(isinstance(layer, Autoregressive | Coupling) for layer in inner) and all(map(_is_affine, layers)):
+        warn(
+            f"all layers of this {type(flow).__name__} are affine maps of one variable, so that its density is that of "
+            "its base, shifted and scaled: take pf.flows.NSF(1), SOS or NAF, whose layers bend it"
+        )
+
+
+def _is_affine(layer: FlowTransform) -> bool:
+    """Tell whether a layer of a single variable is an affine map; one with a context or more variables need not be."""
+    if isinstance(layer, Coupling):
+        return isinstance(layer.univariate, Additive | Affine)
+    return isinstance(layer, LU) or (isinstance(layer, TriangularTransform) and layer.is_affine)
+
+
+def _flat(transform: FlowTransform) -> list[FlowTransform]:
+    if not isinstance(transform, Compose):
+        return [transform]
+    return [layer for part in transform.layers for layer in _flat(part)]
+
+
+def _warn_of_size(flow: Flow, num_rows: int) -> None:
+    count = sum(parameter.numel() for parameter in flow.parameters() if parameter.requires_grad)
+    if count > MAX_PARAMETERS_PER_ROW * num_rows:
+        warn(
+            f"this flow has {count} parameters for {num_rows} training rows of size {as_given(flow.event_shape)}, and "
+            "fits of so few rows rarely beat a Gaussian on others: compare with pf.flows.Gaussian, give fewer and "
+            "narrower layers, or more rows"
+        )
