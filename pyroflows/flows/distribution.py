@@ -3,13 +3,15 @@
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TransformedDistribution
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, TransformedDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from pyroflows.arrays import as_tensor, floating_tensor
+from pyroflows.compiling.eager import is_under_func
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.binding import Binding, Places
+from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, point_inside
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory
@@ -271,3 +273,49 @@ class FlowDistribution(TransformedDistribution):
     def _as_tensor(self, value: Any) -> Tensor:
         """Return a value in the dtype and on the device of the transform; :class:`Flow` casts contexts likewise."""
         return as_tensor("the value", value, floating_tensor(self.transform))
+
+    def _log_prob_of_base(self, base: Distribution, z: Tensor) -> Tensor:
+        """Return the log-density of the base, which is -inf outside of its support."""
+        support = _support_of(base)
+        if is_unbounded(support) or isinstance(base, FlowDistribution):
+            return base.log_prob(z)
+        if self._validate_args and not is_under_func():
+            base._validate_sample(z)
+        num_axes = len(base.event_shape)
+        # Most laws know their density at the closed end of an interval, but torch's transforms have no value there.
+        is_in = is_inside(support, z, num_axes) if _is_transformed(base) else is_met(support, z, num_axes)
+        other = point_inside(support, z, num_axes)
+        log_p = base.log_prob(torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), z, other))
+        return torch.where(is_in, log_p, -torch.inf)
+
+    def _changed(self, **changes: Any) -> "FlowDistribution":
+        """Return this law with other values of some attributes, and with a memory of its own."""
+        changed = object.__new__(type(self))
+        changed.__dict__.update(self.__dict__, **changes)
+        changed._memory = changed._new_memory()
+        return changed
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if not is_under_func():
+            super()._validate_sample(value)
+
+    def _scoring(self, transform: FlowTransform) -> FlowTransform:
+        return transform if self._is_estimate else transform.exact()
+
+    def _expanded(self, base: Distribution) -> Distribution:
+        return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
+
+
+def _support_of(base: Distribution) -> constraints.Constraint:
+    try:
+        support: Any = base.support
+    except NotImplementedError:  # A law of the user's own need not say where its values lie.
+        support = constraints.real
+    return support
+
+
+def _is_transformed(law: Any) -> bool:
+    """Tell whether a law scores by the transforms of another one."""
+    while isinstance(law, Independent | ExpandedDistribution | MaskedDistribution):
+        law = law.base_dist
+    return type(law).log_prob is torch.distributions.TransformedDistribution.log_prob
