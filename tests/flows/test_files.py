@@ -40,12 +40,13 @@ def network(in_dim, out_dim, hidden_dims):
     return nn.Sequential(nn.Linear(in_dim, 8), nn.LeakyReLU(0.2), nn.Linear(8, out_dim))
 
 
-# Two layers show as much as sixteen.
-SIZES = {"Gaussian": {}}
+def recipe(name, options):
+    """Two layers show as much as sixteen."""
+    return getattr(flows, name)(3, **({} if name == "Gaussian" else {"num_layers": 2}), **options)
+
+
 RECIPES = {
-    f"{name}, {options}": lambda name=name, options=options: getattr(flows, name)(
-        3, **SIZES.get(name, {"num_layers": 2}), **options
-    )
+    f"{name}, {options}": lambda name=name, options=options: recipe(name, options)
     for name in ("Gaussian", "IAF", "MAF", "NAF", "NICE", "NSF", "Planar", "Radial", "RealNVP", "SOS", "Sylvester")
     for options in (
         {},
@@ -132,12 +133,9 @@ FLOWS = {
 
 
 def assert_same(flow, other):
-    context = (
-        [torch.linspace(-1, 1, flow.context_shape.numel()).reshape(flow.context_shape)] if flow.context_dim else []
-    )
-    dtype = next(flow.parameters()).dtype
+    context = [torch.full(flow.context_shape, 0.5)] if flow.context_dim else []
     samples = []
-    for q in (flow(*(c.to(dtype) for c in context)), other(*(c.to(dtype) for c in context))):
+    for q in (flow(*context), other(*context)):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             samples.append(q.sample((4,)))
@@ -220,17 +218,12 @@ def with_a_hook():
         (lambda: Flow([LU(2), OwnLayer(2)]), r"transform.layers.1 is a OwnLayer.*save flow.state_dict\(\)"),
         (lambda: Flow([LU(2)], base=OwnBase()), "base is a OwnBase"),
         (lambda: Flow([Autoregressive(2, OwnMap())]), "transform.layers.0.univariate is a OwnMap"),
-        (lambda: Flow([Coupling(4, conditioner=lambda *_: nn.Linear(2, 4).apply)]), None),
         (lambda: to_pyro_module_(flow := Flow([LU(2)])) or flow, "this flow is a Flow turned into a PyroModule"),
         (with_a_hook, "transform has hooks"),
     ],
-    ids=["layer", "base", "map", "network", "pyro module", "hook"],
+    ids=["layer", "base", "map", "pyro module", "hook"],
 )
 def test_what_no_file_can_rebuild_is_an_error_that_names_the_place(make, message, tmp_path):
-    if message is None:
-        with pytest.raises(OptionError):
-            make()
-        return
     with pytest.raises(OptionError, match=message):
         make().save(tmp_path / "flow")
     assert not os.listdir(tmp_path)
