@@ -14,7 +14,7 @@ from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, point_inside
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.gradients import pull_back
-from pyroflows.transforms.memory import Memory
+from pyroflows.transforms.memory import Memory, are_equal, values_of
 
 
 class FlowDistribution(TransformedDistribution):
@@ -69,10 +69,13 @@ class FlowDistribution(TransformedDistribution):
         is_estimate: bool = False,
         places: Places | None = None,
     ) -> None:
-        # The bases of this library know their batch shape without a call.
+        # A base of this library knows its batch shape, and is called at each use. One of the user's is called here,
+        # where Pyro's handlers see it, and again only once its tensors have other values.
         batch_shape: Any = getattr(base, "batch_shape", None)
+        self._called: tuple[Distribution, Any] | None = None
         if isinstance(base, nn.Module) and not isinstance(batch_shape, torch.Size):
-            batch_shape = base().batch_shape
+            self._called = base(), values_of(_tensors(base))
+            batch_shape = self._called[0].batch_shape
         if context is not None:
             context_batch = context.shape[: context.dim() - len(transform.context_shape)]
             batch_shape = torch.broadcast_shapes(batch_shape, context_batch)
@@ -97,9 +100,10 @@ class FlowDistribution(TransformedDistribution):
         return Memory(self._binding, None if isinstance(self._base, nn.Module) else self._base, self.context)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The modules go along with the tensors that are bound, whatever they hold now.
+        # The modules go along with the tensors that are bound, whatever they hold now. What was computed from them is
+        # part of a graph, which could not be copied.
         transform, *base = self._binding.modules
-        state = {**self.__dict__, "_transform": transform, "_base": base[0] if base else self._base}
+        state = {**self.__dict__, "_transform": transform, "_base": base[0] if base else self._base, "_called": None}
         return {name: value for name, value in state.items() if name not in ("_binding", "_memory")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,10 +125,22 @@ class FlowDistribution(TransformedDistribution):
     def _bound(self) -> tuple[FlowTransform, Distribution]:
         """Return transform and base with the tensors that are bound."""
         modules: Any = self._binding.modules
-        base: Any = modules[1]() if len(modules) > 1 else self._base
+        base: Any = self._base
+        if len(modules) > 1:
+            base = modules[1]() if self._called is None else self._called_base(modules[1])
         if self._is_estimate and hasattr(base, "estimated"):
             base = base.estimated()
         return modules[0], base if self._expanded_to is None else base.expand(self._expanded_to)
+
+    def _called_base(self, module: nn.Module) -> Distribution:
+        """Return the law that the user's base gave, or what it gives now that its tensors have changed."""
+        assert self._called is not None
+        base, values = self._called
+        now = values_of(_tensors(module))
+        if values is None or now is None or are_equal(values, now):
+            return base
+        changed: Distribution = module()
+        return changed
 
     @property
     def base_dist(self) -> Distribution:
@@ -304,6 +320,10 @@ class FlowDistribution(TransformedDistribution):
 
     def _expanded(self, base: Distribution) -> Distribution:
         return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _support_of(base: Distribution) -> constraints.Constraint:

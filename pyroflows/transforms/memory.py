@@ -44,7 +44,7 @@ class Memory:
         """Remember these tensors and forget those before."""
         # The sources' tensors are kept alive, since those that replaced them could have their identity otherwise.
         read = list(_tensors_of(self._sources, set()))
-        self._kept = tensors, read, _notes(tensors, read), _values([*tensors, *read])
+        self._kept = tensors, read, _notes(tensors, read), values_of([*tensors, *read])
 
     def recall(self, *known: Tensor | None) -> tuple[Tensor, ...] | None:
         """Return what was kept if it is valid and matches what is known, else None.
@@ -60,7 +60,7 @@ class Memory:
         read = list(_tensors_of(self._sources, set()))
         if notes != _notes(tensors, read):
             return None
-        return tensors if _are_equal(values, _values([*tensors, *read])) else None
+        return tensors if are_equal(values, values_of([*tensors, *read])) else None
 
     def forget(self) -> None:
         """Drop what was kept."""
@@ -77,8 +77,13 @@ def _notes(tensors: Iterable[Tensor], read: Iterable[Tensor]) -> tuple[Any, ...]
 
 
 @torch.no_grad()
-def _values(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return copies of the values, joined to a flat tensor for each dtype and device; None where they are unknown."""
+def values_of(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return copies of the values, joined to a flat tensor for each dtype and device; None where they are unknown.
+
+    Example:
+        >>> values_of([torch.zeros(1), torch.ones(1, 2)])
+        [tensor([0., 1., 1.])]
+    """
     if not runs_in_python() or any(tensor.is_meta for tensor in tensors):
         return None
     groups: dict[Any, list[Tensor]] = {}
@@ -88,7 +93,8 @@ def _values(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     return [torch._C._nn.flatten_dense_tensors(g) if len(g) > 1 else g[0].flatten().clone() for g in groups.values()]
 
 
-def _are_equal(before: list[Tensor] | None, now: list[Tensor] | None) -> bool:
+def are_equal(before: list[Tensor] | None, now: list[Tensor] | None) -> bool:
+    """Tell whether values are the same; those that are unknown equal each other only."""
     if before is None or now is None:
         return before is now
     # A tensor whose data were replaced may have another dtype.

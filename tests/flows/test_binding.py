@@ -10,8 +10,8 @@ import pytest
 import torch
 from pyro.distributions import transforms as pyro_transforms
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call, grad, hessian, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import pyroflows as pf
@@ -176,6 +176,22 @@ def test_inside_a_pyro_model():
     first = svi.step()
     assert pyro.param("factor") != 1 and svi.step() < first
     pyro.clear_param_store()
+
+
+class RandomNormal(nn.Module):
+    """A base with a random location, as a model of Pyro may have one."""
+
+    def forward(self):
+        return dist.Normal(pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1)), 1.0).to_event(1)
+
+
+def test_a_base_with_a_sample_site_is_called_once():
+    flow = pf.Flow([pf.transforms.Planar(2)], base=RandomNormal())
+    trace = pyro.poutine.trace(lambda: pyro.sample("x", flow())).get_trace()
+    assert list(trace.nodes)[:2] == ["_INPUT", "loc"]
+    expected = dist.Normal(trace.nodes["loc"]["value"], 1.0).to_event(1)
+    law, x = trace.nodes["x"]["fn"], torch.randn(5, 2)
+    torch.testing.assert_close(law.log_prob(x), expected.log_prob(x))
 
 
 def test_laws_of_one_flow_score_in_several_threads():
