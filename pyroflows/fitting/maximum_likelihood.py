@@ -34,6 +34,7 @@ class MaximumLikelihood(Objective):
     """
 
     monitor, falls = "log_prob", False
+    remedy = "a smaller learning rate or float64, and look for outliers in x and context"
 
     def __init__(self, flow: Flow, data: Data, index: Tensor, batch_size: int) -> None:
         super().__init__(flow)

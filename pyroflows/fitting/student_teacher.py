@@ -41,12 +41,26 @@ class StudentAndTeacher:
         self.student = student
         self.teacher = teacher
         self.contexts = _contexts(student, teacher, context)
+        if isinstance(teacher, Flow) and self._is_new(teacher) and not self._is_new(student):
+            raise OptionError(
+                "the teacher is an untrained flow, the identity, and the student is not: they are swapped, since the "
+                "call is distill(student, teacher) and trains the student"
+            )
         self.num_rows = 0 if self.contexts is None else 1
 
     def draw_rows(self, count: int) -> list[Tensor]:
         """Draw indices ``(count,)`` of rows of the contexts, as a list of one tensor, or of none without contexts."""
         contexts = self.contexts
         return [] if contexts is None else [torch.randint(len(contexts), (count,), device=contexts.device)]
+
+    @torch.no_grad()
+    def _is_new(self, flow: Flow) -> bool:
+        """Tell whether a flow maps base values to themselves, up to their order, as one that was never trained does."""
+        z = torch.linspace(-2, 2, 4 * flow.dim).to(next(flow.parameters(), torch.zeros(())))
+        z = z.reshape(4, *flow.base_shape)
+        context = None if self.contexts is None else self.contexts[:1].expand(4, *flow.context_shape)
+        x, _ = flow.transform.forward_and_ladj(z, context)
+        return torch.allclose(x.flatten(1).sort()[0], z.flatten(1), atol=1e-3)
 
     def at(self, *rows: Tensor) -> tuple[FlowDistribution, Any]:
         """Return the laws of student and teacher, at these rows of the contexts if there are any."""

@@ -430,11 +430,30 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
         given = kind(support) if isinstance(support, type) else str(support)
         raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {given}") from None
     except (FlowError, AssertionError, RuntimeError):
+        _refuse_dependent(support, shape)
         raise ShapeError(
             f"there is no bijection of R^{as_given(shape)} onto the support {support}: give one constraint for all "
             "columns, or constraints.cat([...], dim=-1) with one for each"
         ) from None
     return layer
+
+
+def _refuse_dependent(support: constraints.Constraint, shape: torch.Size) -> None:
+    """Raise if columns on a support depend on each other, as those of a simplex do, the last of which is the rest."""
+    if isinstance(support, constraints.cat):
+        for part, length in zip(support.cseq, support.lengths, strict=True):
+            _refuse_dependent(part, torch.Size([length]))
+    try:
+        free = torch.Size(biject_to(support).inverse_shape(shape)).numel()
+    except (ValueError, RuntimeError, NotImplementedError):
+        return
+    if free < shape.numel():
+        raise ShapeError(
+            f"{shape.numel()} columns on the support {support} have only {free} free dimensions, so that they have no "
+            f"density in R^{shape.numel()}: map these columns by torch.distributions.biject_to(support).inv, and give "
+            f"the {free} that result to a flow without this support; TransformedDistribution(flow(), "
+            "biject_to(support)) of pyro.distributions is then the law of the columns themselves"
+        ) from None
 
 
 def _flattened(transforms: Any) -> Iterable[Transform]:

@@ -45,6 +45,8 @@ class ModelELBO(ReverseKL):
         tempering: the inverse temperatures :math:`\beta_t`; None for 1 throughout.
     """
 
+    remedy = "a smaller learning rate, other initial values (init_loc_fn of the guide), or float64"
+
     def __init__(
         self,
         flow: Flow,

@@ -1,6 +1,7 @@
 """Run the training loop of all fits: optimiser, gradient clipping, guard, progress bar, history."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -172,8 +173,8 @@ class Trainer:
         if self._num_bad == MAX_BAD_STEPS:
             raise DivergedError(
                 f"{MAX_BAD_STEPS} steps in a row, up to step {self.history.num_steps}, had a non-finite "
-                f"{self._objective.monitor} or gradient; the parameters are back in the last good state. Try a smaller "
-                "learning rate, other initial values (init_loc_fn of a guide), or float64"
+                f"{self._objective.monitor} or gradient; the parameters are back in the last good state. Try "
+                f"{self._objective.remedy}"
             )
 
     def _monitored(self, figures: Mapping[str, float]) -> float:
@@ -243,7 +244,7 @@ def _made(optimizer: OptimizerLike, parameters: list[Tensor]) -> Optimizer:
                 "a Pyro optimizer with a schedule, with clipping, or with options by parameter cannot be used here: "
                 "the fit has its own schedule and clipping; give pyro.optim.Adam({...}) or the like"
             )
-        return optimizer.pt_optim_constructor(parameters, **optimizer.pt_optim_args)
+        return _without_closure(optimizer.pt_optim_constructor(parameters, **optimizer.pt_optim_args))
     if not callable(optimizer):
         raise OptionError(
             "optimizer must be a function from parameters to a torch optimizer, such as "
@@ -252,4 +253,15 @@ def _made(optimizer: OptimizerLike, parameters: list[Tensor]) -> Optimizer:
     made: Any = optimizer(parameters)
     if not isinstance(made, Optimizer):
         raise OptionError(f"optimizer must map parameters to a torch optimizer, but returned {type(made).__name__}")
+    return _without_closure(made)
+
+
+def _without_closure(made: Optimizer) -> Optimizer:
+    """Return the optimizer if it makes a step from the gradients alone."""
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise OptionError(
+            f"{type(made).__name__} evaluates the loss several times in a step, but each step of a fit has one batch "
+            "or sample of its own: use an optimizer that needs no closure, such as torch.optim.Adam"
+        )
     return made

@@ -28,6 +28,7 @@ class Objective:
         own_parameters: the other trained tensors.
         monitor: name of the figure that schedule and guard watch. If it is "loss", the loss is recorded by that name.
         falls: whether this figure falls while the fit gets better.
+        remedy: what to try if the fit diverges; it completes the sentence "Try ...".
 
     Example:
         >>> class ToLaplace(pf.Objective):
@@ -48,6 +49,7 @@ class Objective:
 
     monitor: str = "loss"
     falls: bool = True
+    remedy: str = "a smaller learning rate, other initial values, or float64"
 
     def __init__(self, flow: Flow, own_parameters: Iterable[Tensor] = ()) -> None:
         self.flow = flow

@@ -565,3 +565,20 @@ def test_a_compiled_fit_is_that_of_eager_execution(mode, context_dim):
         histories.append(fit_briefly(flow, x, context, weights, compile=compile).history)
     for name, values in histories[0].items():
         assert histories[1][name] == pytest.approx(values, rel=1e-3), name
+
+
+class NotANumber:
+    """A univariate map whose log-derivative is NaN."""
+
+    num_params = 1
+
+    def forward_and_ladj(self, z, theta):
+        return z, (theta[..., 0] * math.nan).expand_as(z)
+
+    inverse_and_ladj = forward_and_ladj
+
+
+def test_a_fit_that_diverges_says_what_helps_a_density():
+    flow = pf.Flow([Elementwise(2, NotANumber())])
+    with pytest.raises(DivergedError, match="Try a smaller learning rate or float64, and look for outliers in x"):
+        pf.fit_density(flow, torch.randn(300, 2), max_epochs=50, seed=0, progress_bar=False)

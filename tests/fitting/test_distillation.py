@@ -517,6 +517,16 @@ def test_a_slow_student_is_told():
         pf.distill(MAF(2, **small), disturbed(IAF(2, **small)), **{**quick, "num_steps": 1, "warm_start": 1})
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_trained_student_is_not_overwritten_by_an_untrained_teacher(context_dim):
+    teacher, student = (make(2, context_dim=context_dim, **small) for make in (RealNVP, IAF))
+    teacher = disturbed(teacher)
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    with pytest.raises(OptionError, match=r"they are swapped, since the call is distill\(student, teacher\)"):
+        pf.distill(teacher, student, torch.randn(99, 2) if context_dim else None, **quick)
+    assert all(torch.equal(p, q) for p, q in zip(before, teacher.parameters(), strict=True))
+
+
 def test_a_student_of_conditional_couplings_is_compiled():
     """TorchScript's optimiser breaks this program, which then runs as it is; a warning would fail here."""
     teacher, student = MAF(3, context_dim=2), RealNVP(3, num_layers=2, hidden_dims=(8,), context_dim=2)

@@ -15,6 +15,7 @@ from torch.distributions import transforms as torch_transforms
 
 from pyroflows import flows
 from pyroflows.errors import DataError, OptionError, ShapeError
+from pyroflows.fitting import fit_density
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.transforms import Compose, Planar
@@ -258,13 +259,18 @@ def test_the_whole_space_as_a_support_adds_no_layer(support):
     [
         (constraints.nonnegative_integer, OptionError, "biject_to"),
         ("positive", OptionError, "biject_to"),
-        (constraints.simplex, ShapeError, r"no bijection of R\^2 onto the support Simplex"),
+        (constraints.simplex, ShapeError, r"2 columns on the support Simplex.* only 1 free.*biject_to\(support\).inv"),
+        (
+            constraints.cat([constraints.simplex, constraints.positive], dim=-1, lengths=[3, 1]),
+            ShapeError,
+            "3 columns on the support Simplex",
+        ),
         (constraints.corr_cholesky, ShapeError, "no bijection of R"),
         (constraints.cat([constraints.positive] * 3, dim=-1), ShapeError, r"no bijection of R.*dim=-1"),
         (constraints.cat([constraints.positive] * 2), ShapeError, r"no bijection of R.*dim=-1"),
         (constraints.interval(torch.zeros(3), torch.ones(3)), ShapeError, "no bijection of R"),
     ],
-    ids=["integers", "name", "simplex", "matrices", "length", "axis", "bounds"],
+    ids=["integers", "name", "simplex", "part of a simplex", "matrices", "length", "axis", "bounds"],
 )
 def test_support_without_a_bijection_raises(support, error, message):
     with pytest.raises(error, match=message):
@@ -274,3 +280,17 @@ def test_support_without_a_bijection_raises(support, error, message):
 def test_support_of_a_flow_that_is_bounded_anyway_raises():
     with pytest.raises(OptionError, match="bounded themselves"):
         Flow([Planar(2), torch_transforms.TanhTransform()], support=constraints.positive)
+
+
+def test_the_law_of_a_simplex_is_that_which_the_message_names():
+    to_simplex = biject_to(constraints.simplex)
+    shares = torch.distributions.Dirichlet(torch.tensor([4.0, 3.0, 2.0])).sample((2000,))
+    flow = flows.MAF(2, num_layers=2, hidden_dims=(16,))
+    fit_density(flow, to_simplex.inv(shares), max_epochs=30, seed=0, progress_bar=False)
+    law = dist.TransformedDistribution(flow(), to_simplex)
+    x = law.sample((1000,))
+    assert x.shape == (1000, 3)
+    assert constraints.simplex.check(x).all()
+    # The density is that of the first two columns, as the density of torch's Dirichlet is.
+    truth = torch.distributions.Dirichlet(torch.tensor([4.0, 3.0, 2.0])).log_prob(shares)
+    assert abs((law.log_prob(shares) - truth).mean()) < 0.1

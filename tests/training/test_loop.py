@@ -640,3 +640,9 @@ def test_progress_bar_is_closed_by_an_error(capfd):
     from tqdm.auto import tqdm
 
     assert not tqdm._instances
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, pyro.optim.PyroOptim(torch.optim.LBFGS, {})])
+def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(optimizer):
+    with pytest.raises(OptionError, match="LBFGS evaluates the loss several times"):
+        Trainer(Parabola(zeros()), Plateau("objective", 1), optimizer)

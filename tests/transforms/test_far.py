@@ -1,4 +1,4 @@
-"""Far from the data, densities are finite or zero, with gradients that are numbers; so are draws from far base values."""
+"""Far from the data, log-densities are no NaN and their gradients are finite; so are draws from far base values."""
 
 import pyro
 import pytest

@@ -29,8 +29,8 @@ class SOS:
     :math:`\log s(z)`, and the inverse is a root search.
 
     The paper has no tails. A stack of L of its layers grows like :math:`z^{(2d + 1)^L}`, which overflows on the first
-    outlier. With linear tails x grows like z, by a factor that is quadratic in the coefficients. A network that computes
-    them has no bound far from the data, so they are clamped to :math:`\pm 10^3`, and values as
+    outlier. With linear tails x grows like z, by a factor that is quadratic in the coefficients. A network that
+    computes them has no bound far from the data, so they are clamped to :math:`\pm 10^3`, and values as
     :mod:`pyroflows.transforms.univariate.overflow` says, so that log-densities and their gradients are finite.
 
     Args:
