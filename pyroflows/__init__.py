@@ -1,6 +1,6 @@
 """Normalizing flows for Pyro: posteriors, densities and proposals."""
 
-from pyroflows import errors, fitting, flows, guides, inference, nets, training, transforms
+from pyroflows import constraints, errors, fitting, flows, guides, inference, nets, training, transforms
 from pyroflows.errors import (
     CheckpointError,
     DataError,
@@ -40,6 +40,7 @@ __all__ = [
     "ShapeError",
     "Trainer",
     "UntraceableError",
+    "constraints",
     "distill",
     "errors",
     "fit_density",

@@ -14,6 +14,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyroflows.constraints import angles_and_reals
 from pyroflows.errors import InexactError, OptionError, ShapeError
 from pyroflows.shapes import as_given, described, expanded_to_context, shape_of
 from pyroflows.transforms.gradients import pull_back
@@ -97,6 +98,16 @@ class FlowTransform(TransformModule):
             self.codomain = constraints.independent(constraints.real, len(self.event_shape))
         if type(self)._adapt is not FlowTransform._adapt:
             self.register_buffer("adapted", torch.tensor(False))
+
+    def declare_angles(self, angles: Sequence[bool]) -> None:
+        r"""Declare that the layer maps angles to angles at some indices along the last axis, and reals elsewhere.
+
+        Its map must commute with whole turns there, :math:`t(z + 2\pi k) = t(z) + 2\pi k`, and be periodic in what else
+        it computes from these elements. A constructor calls this.
+        """
+        if any(angles):
+            self.domain = angles_and_reals(angles, len(self.base_shape))
+            self.codomain = angles_and_reals(angles, len(self.event_shape))
 
     # These are the hooks of a subclass: it must write the first two.
 
@@ -331,6 +342,7 @@ class Inverse(_View):
 
     def __init__(self, layer: FlowTransform) -> None:
         super().__init__(layer, layer.base_shape, layer.context_shape, layer.event_shape)
+        self.domain, self.codomain = layer.codomain, layer.domain
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_and_ladj(z, context)
@@ -376,6 +388,7 @@ class Conditioned(_View):
 
     def __init__(self, layer: FlowTransform, context: Tensor) -> None:
         super().__init__(layer, layer.event_shape, (), layer.base_shape)
+        self.domain, self.codomain = layer.domain, layer.codomain
         if isinstance(context, nn.Parameter):
             self.context = context
         else:

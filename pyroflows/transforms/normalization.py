@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyroflows.constraints import angles_in
 from pyroflows.errors import DataError, OptionError
 from pyroflows.shapes import described, places, shape_of
 from pyroflows.transforms.base import Pair, Triple
@@ -24,6 +25,8 @@ class Standardize(TriangularTransform):
         loc: :math:`\mu`, of the event's shape; None for zero.
         scale: :math:`\sigma`, positive, of the event's shape; None for one. A layer that is given loc or scale counts
             as adapted, so that a fit leaves it as it is.
+        angles: which indices along the last axis are angles, which keep the location 0 and the scale 1: a circle has no
+            other; None for none.
 
     Shapes: z and x are ``(..., *event_shape)``.
 
@@ -43,8 +46,15 @@ class Standardize(TriangularTransform):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, dim: int | Sequence[int], loc: Tensor | None = None, scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        dim: int | Sequence[int],
+        loc: Tensor | None = None,
+        scale: Tensor | None = None,
+        angles: Sequence[bool] | None = None,
+    ) -> None:
         super().__init__(dim)
+        self.declare_angles(angles or [])
         is_given = loc is not None or scale is not None
         loc = torch.zeros(shape_of(dim)) if loc is None else loc
         scale = torch.ones(shape_of(dim)) if scale is None else scale
@@ -68,6 +78,8 @@ class Standardize(TriangularTransform):
         weights = (weights / weights.sum()).reshape(-1, *[1] * len(self.event_shape))
         mean = (weights * rows).sum(0)
         deviation = (weights * (rows - mean) ** 2).sum(0).sqrt()
+        is_angle = torch.tensor(angles_in(self.codomain, self.event_shape[-1]))
+        mean, deviation = torch.where(is_angle, 0.0, mean), torch.where(is_angle, 1.0, deviation)
         loc, scale = mean.to(self.loc), deviation.to(self.scale)
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():

@@ -4,28 +4,46 @@ A map knows scalars and nothing of dimensions; structures (elementwise, coupling
 element. At ``theta = 0`` a map is the identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.affine import Additive, Affine
 from pyroflows.transforms.univariate.base import Univariate
+from pyroflows.transforms.univariate.by_column import ByColumn
+from pyroflows.transforms.univariate.circular_spline import CircularSpline
 from pyroflows.transforms.univariate.monotone import Monotone
 from pyroflows.transforms.univariate.polynomial import SOS
 from pyroflows.transforms.univariate.spline import Spline
 
-__all__ = ["SOS", "Additive", "Affine", "Monotone", "Spline", "Univariate", "univariate_named"]
+__all__ = [
+    "SOS",
+    "Additive",
+    "Affine",
+    "ByColumn",
+    "CircularSpline",
+    "Monotone",
+    "Spline",
+    "Univariate",
+    "UnivariateLike",
+    "univariate_named",
+]
+
+UnivariateLike = str | Univariate | Sequence[str | Univariate]
 
 _NAMES: dict[str, Callable[[], Univariate]] = {
     "additive": Additive,
     "affine": Affine,
+    "circular_spline": CircularSpline,
     "monotone": Monotone,
     "sos": SOS,
     "spline": Spline,
 }
 
 
-def univariate_named(univariate: str | Univariate) -> Univariate:
+def univariate_named(univariate: UnivariateLike) -> Univariate:
     """Return the map of this name with its default options, or the map itself if it is not a name.
+
+    A list of names or maps, one for each column, gives the :class:`ByColumn` of them.
 
     Raises:
         OptionError: if the name is unknown.
@@ -34,6 +52,8 @@ def univariate_named(univariate: str | Univariate) -> Univariate:
         >>> univariate_named("spline"), univariate_named(Spline(bins=4))
         (Spline(bins=8, bound=5.0), Spline(bins=4, bound=5.0))
     """
+    if isinstance(univariate, Sequence) and not isinstance(univariate, str):
+        return ByColumn([univariate_named(part) for part in univariate])
     if not isinstance(univariate, str):
         return univariate
     if univariate not in _NAMES:
