@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from pyroflows.constraints import angles_in, circular, wrapped
 from pyroflows.transforms.base import Pair, Triple
@@ -48,7 +48,9 @@ class Wrap(Transform):
         return math.log(2 * math.pi) - 0.5 * x**2 - 0.5 * math.log(2 * math.pi)
 
 
-biject_to.register(circular, lambda _: Wrap(torch.zeros(())))
+# Pyro's own guides ask the first, and its MCMC kernels the second.
+for _registry in (biject_to, transform_to):
+    _registry.register(circular, lambda _: Wrap(torch.zeros(())))
 
 
 class WholeTurns(TriangularTransform):
