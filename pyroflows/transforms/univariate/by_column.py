@@ -26,8 +26,9 @@ class ByColumn:
         OptionError: if there is no map.
 
     Example:
-        >>> univariate = ByColumn([CircularSpline(bins=4), Spline(bins=4)])
-        >>> x, ladj = univariate.forward_and_ladj(torch.zeros(5, 2), torch.zeros(5, 2, univariate.num_params))
+        >>> from pyroflows.transforms.univariate import Affine, Spline
+        >>> maps = ByColumn([Affine(), Spline(bins=4)])
+        >>> x, ladj = maps.forward_and_ladj(torch.zeros(5, 2), torch.zeros(5, 2, maps.num_params))
         >>> x.shape, ladj.shape
         (torch.Size([5, 2]), torch.Size([5, 2]))
     """

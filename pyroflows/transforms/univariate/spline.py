@@ -115,7 +115,7 @@ def _evaluate(
     direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float
 ) -> tuple[Pair, Tensor, _Bin, _Point]:
     """Return the map's value and log-derivative, where the value is inside the bounds, its bin and its place there."""
-    inside = (value.abs() < bound) | _is_periodic(theta, bins)
+    inside = torch.ones_like(value, dtype=torch.bool) if _is_periodic(theta, bins) else value.abs() < bound
     # Outside the bounds the formula must stay finite, so that its gradient there is zero rather than NaN.
     clamped = value.clamp(-bound, bound)
     bin = _bin_of(clamped, theta, bins, bound, axis=0 if direction is _forward else 1)
@@ -292,14 +292,14 @@ class _Analytic(torch.autograd.Function):
         g_height = torch.addcmul(g_slope, g_result, ratio)
 
         starts, sizes = torch.stack([-g_z, g_result]), torch.stack([g_width, g_height])
-        ends_are_one = _is_periodic(theta, bins)
-        g_theta = _gradient_of_theta(bin, starts, sizes, torch.stack([g_d0, g_d1]), bins, bound, ends_are_one)
+        is_periodic = _is_periodic(theta, bins)
+        g_theta = _gradient_of_theta(bin, starts, sizes, torch.stack([g_d0, g_d1]), bins, bound, is_periodic)
         g_value = g_z if direction is _forward else -g_result
         return None, torch.where(inside, g_value, g_outside), g_theta, None, None
 
 
 def _gradient_of_theta(
-    bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tensor, bins: int, bound: float, ends_are_one: bool
+    bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tensor, bins: int, bound: float, is_periodic: bool
 ) -> Tensor:
     r"""Return the gradient by theta, given those by the quantities of the bin, each ``(2, ...)``.
 
@@ -317,7 +317,7 @@ def _gradient_of_theta(
         g_ds: gradients by the derivatives at its two knots.
         bins: K.
         bound: B.
-        ends_are_one: whether the derivatives at both ends are one parameter, rather than 1.
+        is_periodic: whether the derivatives at both ends are one parameter, rather than 1.
     """
     rest = 2 * bound * (1 - bins * MIN_WIDTH)
     g_starts, g_sizes = rest * g_starts, rest * g_sizes
@@ -330,6 +330,6 @@ def _gradient_of_theta(
     g_derivatives = mean.new_zeros(bins + 1, *mean.shape[1:])
     ends = torch.cat([bin.number, bin.number + 1])
     g_derivatives.scatter_(0, ends, torch.sigmoid(bin.raw_derivatives) * g_ds)
-    at_ends = [g_derivatives[:1] + g_derivatives[-1:]] if ends_are_one else []
+    at_ends = [g_derivatives[:1] + g_derivatives[-1:]] if is_periodic else []
     # A reshape, unlike flatten, works for batches of gradients, as those of a Jacobian.
     return torch.cat([g_shares.reshape(2 * bins, *mean.shape[1:]), *at_ends, g_derivatives[1:-1]]).movedim(0, -1)
