@@ -1,6 +1,6 @@
 """Normalizing flows for Pyro: posteriors, densities and proposals."""
 
-from pyroflows import errors, fitting, flows, guides, inference, nets, training, transforms
+from pyroflows import constraints, errors, fitting, flows, guides, inference, nets, training, transforms
 from pyroflows.errors import (
     CheckpointError,
     DataError,
@@ -44,6 +44,7 @@ __all__ = [
     "StateError",
     "Trainer",
     "UntraceableError",
+    "constraints",
     "distill",
     "errors",
     "fit_density",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroflows.constraints import angles_in, wrapped
 from pyroflows.flows import Flow
 from pyroflows.randomness import seeded
 from pyroflows.training.objective import Figures, Objective
@@ -20,10 +21,10 @@ class Regression(Objective):
     r"""This objective is the error of a student that should map base draws to the draws of a teacher.
 
     The error of an event is :math:`\sum_j h(e_j)` with :math:`h(e) = 2 (\sqrt{1 + e^2} - 1)` and :math:`e_j = (x^p_j -
-    x^q_j) / s_j`. It is quadratic up to about a standard deviation :math:`s_j`, and linear beyond, so that a few draws
-    far out do not dominate the sum. For the same reason :math:`s_j` is half the distance between the quantiles of 16 %
-    and 84 % of :math:`x^p_j`. The loss sums the errors of single layers where student and teacher match, and otherwise
-    takes the error end to end.
+    x^q_j) / s_j`, where angles differ by the shorter way around. It is quadratic up to about a standard deviation
+    :math:`s_j`, and linear beyond, so that a few draws far out do not dominate the sum. For the same reason :math:`s_j`
+    is half the distance between the quantiles of 16 % and 84 % of :math:`x^p_j`. The loss sums the errors of single
+    layers where student and teacher match, and otherwise takes the error end to end.
 
     Args:
         student: the flow to train.
@@ -79,8 +80,16 @@ class Regression(Objective):
         found = self._stages[before][index]
         for layer in layers:
             found, _ = layer.forward_and_ladj(found, context if layer.context_dim else None)
-        errors = (found - self._stages[after][index]) / self._scales[after]
+        errors = _difference(found, self._stages[after][index], layers[-1]) / self._scales[after]
         return 2 * (torch.sqrt(1 + errors**2) - 1).flatten(1).sum(-1)
+
+
+def _difference(a: Tensor, b: Tensor, layer: FlowTransform) -> Tensor:
+    """Return a - b at the data end of a layer, for angles along the shorter way."""
+    angles = angles_in(layer.codomain, layer.event_shape[-1])
+    if not any(angles):
+        return a - b
+    return torch.where(torch.tensor(angles, device=a.device), wrapped(a - b), a - b)
 
 
 @torch.no_grad()

@@ -1,13 +1,27 @@
 """Flows: layers stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
 from pyroflows.flows.block import Block
+from pyroflows.flows.columns import Blocks, CircularUniform
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.files import load_flow
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.law import Law
 from pyroflows.flows.mixture import Mixture
 from pyroflows.flows.named import Recipe
-from pyroflows.flows.recipes import IAF, MAF, NAF, NICE, NSF, SOS, Gaussian, Planar, Radial, RealNVP, Sylvester
+from pyroflows.flows.recipes import (
+    IAF,
+    MAF,
+    NAF,
+    NICE,
+    NSF,
+    SOS,
+    CircularNSF,
+    Gaussian,
+    Planar,
+    Radial,
+    RealNVP,
+    Sylvester,
+)
 
 __all__ = [
     "IAF",
@@ -17,6 +31,9 @@ __all__ = [
     "NSF",
     "SOS",
     "Block",
+    "Blocks",
+    "CircularNSF",
+    "CircularUniform",
     "Flow",
     "FlowDistribution",
     "Gaussian",

@@ -13,9 +13,12 @@ from torch.distributions import ComposeTransform, Distribution, Transform, bijec
 
 from pyroflows.archive import write_archive
 from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
+from pyroflows.constraints import angles_and_reals, angles_in, without_angles
 from pyroflows.errors import FlowError, NotCalledError, OptionError, ShapeError, StateError
+from pyroflows.flows.angles import angles_of, check_base_of_angles
 from pyroflows.flows.base import Base, base_module, standard_normal
 from pyroflows.flows.block import Block, block
+from pyroflows.flows.columns import standard_base
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
@@ -23,9 +26,10 @@ from pyroflows.options import kind
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
+from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
 from pyroflows.transforms.compose import Compose
-from pyroflows.transforms.foreign import Foreign, Zuko
+from pyroflows.transforms.foreign import Foreign, Zuko, on_events
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import ContextScale, Standardize
 
@@ -44,15 +48,19 @@ class Flow(nn.Module):
     until :meth:`adapt` sets it, which :func:`pyroflows.fit_density` does, so that the other layers see data of mean 0
     and variance 1. Contexts lose their location and scale in the same way.
 
+    Layers with the univariate map "circular_spline" make a flow of angles in radians, or of angles in some columns. It
+    takes whole turns out of them at both ends, and leaves their location and scale alone.
+
     Args:
         transforms: layers from base to data, the first next to the base: layers of this library, or any torch or Pyro
             transforms.
         base: a torch or Pyro distribution of the first layer's ``base_shape``, whose tensors become buffers; None for a
-            standard normal; "student_t" for independent Student-t variables with learned degrees of freedom; or a
-            module whose call returns a distribution.
+            standard normal, and the uniform law for angles; "student_t" for independent Student-t variables with
+            learned degrees of freedom; or a module whose call returns a distribution.
         support: where the data lie, a torch constraint such as ``constraints.positive``; the bijection that
             ``biject_to`` has for it follows the transforms. With one constraint for each column it is
-            ``constraints.cat([...], dim=-1)``. None if the transforms map onto the support themselves.
+            ``constraints.cat([...], dim=-1)``, with ``pf.constraints.circular`` for angles. None if the transforms map
+            onto the support themselves.
         standardize: whether the flow has the layer of location and scale, and one for contexts. It never has the
             first if a transform is a ``Standardize`` itself or if events are discrete.
 
@@ -66,7 +74,8 @@ class Flow(nn.Module):
 
     Raises:
         ShapeError: if the shapes of layers, base, support or context do not agree, or the event size is unknown.
-        OptionError: if the base or a transform is none of these, or there is no bijection onto the support.
+        OptionError: if the base or a transform is none of these, or there is no bijection onto the support; or if only
+            some layers, or the base, treat a column as angles.
 
     Example:
         >>> flow = Flow([Planar(2), Planar(2)])
@@ -86,16 +95,27 @@ class Flow(nn.Module):
         parts = list(_flattened([transforms] if isinstance(transforms, Transform) else transforms))
         layers = list(_as_layers(parts, base))
         base_shape, event_shape = layers[0].base_shape, layers[-1].event_shape
-        if support is not None and not is_unbounded(support):
-            layers.append(_layer_onto(support, layers, event_shape))
+        angles_at_base, angles = angles_of(layers)
+        rest = support if support is None else _beside_angles(support, angles)
+        if rest is not None and not is_unbounded(rest):
+            layers.append(_layer_onto(rest, layers, event_shape))
         self._standardize_at = _place_of_standardize(layers) if standardize else None
         if self._standardize_at is not None:
-            shape = layers[self._standardize_at - 1].event_shape if self._standardize_at else base_shape
-            layers.insert(self._standardize_at, Standardize(shape))
+            before = layers[: self._standardize_at]
+            shape = before[-1].event_shape if before else base_shape
+            layers.insert(self._standardize_at, Standardize(shape, angles=angles_of(before)[1] if before else None))
+        if any(angles_at_base):
+            layers.insert(0, WholeTurns(base_shape, angles_and_reals(angles_at_base, len(base_shape))))
+            self._standardize_at = None if self._standardize_at is None else self._standardize_at + 1
+        if any(angles):
+            on_circles = angles_and_reals(angles, len(event_shape))
+            layers.append(WholeTurns(event_shape, on_events(support or on_circles, len(event_shape))))
         takes_context = any(layer.context_dim for layer in layers)
         context_shape = next((layer.context_shape for layer in layers if layer.context_dim), torch.Size())
         self.transform = Compose(layers, ContextScale(context_shape) if standardize and takes_context else None)
-        self.base = base_module(base, base_shape)
+        self.base = base_module(standard_base(base_shape, angles_at_base) if base is None else base, base_shape)
+        if any(angles_at_base):
+            check_base_of_angles(self.base, angles_at_base)
         self._places: Places | None = None
         self._stateful = [
             layer
@@ -371,9 +391,13 @@ def _as_layers(parts: Sequence[Transform], base: Base) -> Iterator[FlowTransform
 def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
     """Return the place before the first layer whose values are bounded, or None if no layer is to be added."""
     is_discrete = any(layer.domain.is_discrete or layer.codomain.is_discrete for layer in layers)
-    if is_discrete or any(isinstance(layer, Standardize) for layer in layers):
+    if is_discrete or any(isinstance(layer, Standardize) or _is_all_angles(layer) for layer in layers):
         return None
-    return next((i for i, layer in enumerate(layers) if not is_unbounded(layer.codomain)), len(layers))
+    return next((i for i, layer in enumerate(layers) if layer.is_bounding), len(layers))
+
+
+def _is_all_angles(layer: FlowTransform) -> bool:
+    return all(angles_in(layer.domain, layer.base_shape[-1]))
 
 
 def as_flow(flow: Any, dim: int) -> Flow:
@@ -403,6 +427,8 @@ def as_flow(flow: Any, dim: int) -> Flow:
             f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
             f"dimensions and context {described(flow.context_shape)}"
         )
+    if any(angles_in(flow.transform.codomain, dim)):
+        raise OptionError("a flow of real numbers is needed, but this one is of angles: guides map angles themselves")
     # Transforms of other libraries do not know their sizes, so a draw has to show whether they fit.
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -418,9 +444,22 @@ def _from_zuko(flow: Any) -> Flow:
     return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base, standardize=False)
 
 
+def _beside_angles(support: constraints.Constraint, angles: Sequence[bool]) -> constraints.Constraint:
+    """Return the support without that of the columns which the layers make angles."""
+    if not any(angles):
+        return support
+    if angles_in(support, len(angles)) != list(angles):
+        columns = [i for i, is_angle in enumerate(angles) if is_angle]
+        raise OptionError(
+            f"the layers make angles of columns {columns}, but the support is {support}: give it "
+            "pf.constraints.circular in these columns, and in no others"
+        )
+    return without_angles(support)
+
+
 def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], shape: torch.Size) -> FlowTransform:
     """Return the bijection of events of this shape onto a support."""
-    if not all(is_unbounded(layer.codomain) for layer in layers):
+    if any(layer.is_bounding for layer in layers):
         raise OptionError("a flow whose transforms are bounded themselves cannot have a support as well: leave one out")
     try:
         layer = Foreign(biject_to(support), shape, codomain=support)

@@ -9,13 +9,14 @@ from typing import Unpack
 from torch.distributions import constraints
 
 from pyroflows import transforms
+from pyroflows.constraints import angles_in, circular
 from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
 from pyroflows.options import checked_int
 from pyroflows.transforms import Autoregressive, Coupling, Elementwise, FlowTransform, Triangular, masks
-from pyroflows.transforms.univariate import Affine, Spline, Univariate
+from pyroflows.transforms.univariate import Affine, ByColumn, CircularSpline, Spline, Univariate
 
 # A factory of layers is called as ``factory(is_turned, context_dim)``, see StackedFlow.
 LayerFactory = Callable[[bool, int], FlowTransform]
@@ -256,6 +257,59 @@ class NSF(StackedFlow):
             layer, between = _inverse_autoregressive(dim, spline, hidden_dims, conditioner or "made", order), 1
         else:
             layer, between = _coupling(dim, spline, hidden_dims, conditioner or "mlp"), 2
+        super().__init__(layer, num_layers, between, **options)
+
+
+class CircularNSF(StackedFlow):
+    r"""The neural spline flow on circles (Rezende et al. 2020, arXiv:2002.02428): layers of circular rational-quadratic
+    splines with a phase shift, whose parameters depend on the cosines and sines of other angles.
+
+    It is a density of angles in radians, from :math:`-\pi` to :math:`\pi`, that is continuous all around the circle or
+    torus, at first the uniform one. Other columns may be real or bounded, and then have the splines of :class:`NSF`
+    in the same layers. The other arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
+
+    Args:
+        conditioner: the network of each layer; None for "made" in autoregressive layers and "mlp" in couplings.
+        bins: number of bins of a spline, from 2 to 999.
+        bound: of the splines of columns that are not angles, as in :class:`NSF`.
+        autoregressive: whether the layers are inverses of autoregressive layers, rather than couplings.
+        support: None if all columns are angles; otherwise ``constraints.cat([...], dim=-1, lengths=[...])`` with
+            ``pf.constraints.circular`` for those that are.
+
+    Raises:
+        OptionError: if no column is an angle, or if ``mixing`` would mix angles with other columns.
+
+    Example:
+        >>> flow = CircularNSF(2, bins=4)
+        >>> flow().sample((5,)).abs().max() <= torch.pi
+        tensor(True)
+        >>> columns = torch.distributions.constraints.cat([pf.constraints.circular, constraints.positive], dim=-1)
+        >>> (CircularNSF(2, bins=4, support=columns)().sample((5,))[:, 1] > 0).all()
+        tensor(True)
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 5,
+        hidden_dims: Sequence[int] = (64, 64),
+        conditioner: Conditioner | None = None,
+        bins: int = 8,
+        bound: float = 5.0,
+        autoregressive: bool = False,
+        **options: Unpack[StackOptions],
+    ) -> None:
+        support = options.get("support")
+        angles = angles_in(circular if support is None else support, dim)
+        if not any(angles):
+            raise OptionError(f"no column of the support {support} is an angle, pf.constraints.circular: use NSF")
+        kinds = {True: CircularSpline(bins), False: Spline(bins, bound)}
+        univariate = kinds[True] if all(angles) else ByColumn([kinds[is_angle] for is_angle in angles])
+        if autoregressive:
+            layer, between = _inverse_autoregressive(dim, univariate, hidden_dims, conditioner or "made"), 1
+        else:
+            layer, between = _coupling(dim, univariate, hidden_dims, conditioner or "mlp"), 2
         super().__init__(layer, num_layers, between, **options)
 
 

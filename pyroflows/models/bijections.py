@@ -20,8 +20,10 @@ from torch.distributions import constraints as c
 from torch.distributions.utils import vec_to_tril_matrix
 from torch.nn import functional as F
 
+from pyroflows.constraints import is_angular, wrapped
 from pyroflows.models.edges import Logs, has_log_density
-from pyroflows.models.supports import circle, is_circular, without_events
+from pyroflows.models.supports import is_circular, without_events
+from pyroflows.transforms.circle import Wrap
 
 HALF_LINES = (c.greater_than, c.greater_than_eq, c.less_than)
 INTERVALS = (c.interval, c.half_open_interval)
@@ -124,6 +126,9 @@ def bijection_of(fn: Any, shape: torch.Size, support: c.Constraint | None) -> Bi
         return None
     if is_circular(fn):
         return Bijection(Wrap(_direction(fn).expand(shape)), shape, fn.event_dim, support)
+    if is_angular(support):
+        # A law without a mean direction, such as that of a flow.
+        return Bijection(Wrap(torch.zeros(shape)), shape, fn.event_dim, support)
     try:
         transform = _transform_to(support)
     except NotImplementedError:
@@ -155,42 +160,6 @@ def _direction(fn: Any) -> Tensor:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return wrapped(fn.mean.detach())
-
-
-def wrapped(angle: Tensor) -> Tensor:
-    r"""Add turns to angles, so that they lie in :math:`(-\pi, \pi]`."""
-    return math.pi - torch.remainder(math.pi - angle, 2 * math.pi)
-
-
-class Wrap(Transform):
-    r"""The map of the real line onto the circle, :math:`x = c + \pi\, \mathrm{erf}(u / \sqrt 2)`, up to whole turns.
-
-    The uniform law on the circle is that of a standard normal u, and any smooth density has Gaussian tails in u, where
-    both ends of the line meet in the point opposite to the center. So the center decides how well a flow can fit a
-    posterior, but not whether what it fits is right.
-
-    Args:
-        center: c, the angles at u = 0.
-    """
-
-    domain = c.real
-    codomain = circle
-    bijective = True
-    sign = +1
-
-    def __init__(self, center: Tensor) -> None:
-        super().__init__()
-        self.center = center
-
-    def _call(self, x: Tensor) -> Tensor:
-        return wrapped(self.center + math.pi * torch.erf(x / math.sqrt(2)))
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        most = 1 - torch.finfo(y.dtype).eps
-        return math.sqrt(2) * torch.erfinv((wrapped(y - self.center) / math.pi).clamp(-most, most))
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return math.log(2 * math.pi) - 0.5 * x**2 - 0.5 * math.log(2 * math.pi)
 
 
 class Exp(ExpTransform):

@@ -7,7 +7,8 @@ from pyro import distributions as dist
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
-from pyroflows.models.supports import circle, is_real, support_of, without_events
+from pyroflows.constraints import circular, is_angular
+from pyroflows.models.supports import is_real, support_of
 
 _TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
 
@@ -51,7 +52,7 @@ def inside_support(fn: Any, value: Tensor) -> Tensor | None:
         return inside_support(fn.base_dist, value)
     support = support_of(fn)
     # An angle may be given in any turn.
-    if support is None or support is circle or support.is_discrete or support.event_dim or is_real(support):
+    if support is None or is_angular(support) or support.is_discrete or support.event_dim or is_real(support):
         return None
     return support.check(value)
 
@@ -67,7 +68,7 @@ def inside_turn(fn: Any, value: Tensor) -> Tensor | None:
         Booleans in the batch shape; None if the values are no angles.
     """
     support = support_of(fn)
-    if support is None or without_events(support) is not circle:
+    if support is None or not is_angular(support):
         return None
-    inside = circle.check(value)
+    inside = circular.check(value)
     return inside.flatten(-fn.event_dim).all(-1) if fn.event_dim else inside

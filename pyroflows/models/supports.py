@@ -19,28 +19,12 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import _InverseTransform
 
+from pyroflows.constraints import circular, is_angular
+
 CIRCULAR_FAMILIES = (torch.distributions.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 # An end of an interval: a number, perhaps infinite, or a tensor of numbers.
 End = float | Tensor
-
-
-class _Circle(constraints.Constraint):
-    r"""The angles from :math:`-\pi` to :math:`\pi`, of which the ends are the same point of the circle.
-
-    Example:
-        >>> circle.check(torch.tensor([0.0, 3.0, 4.0]))
-        tensor([ True,  True, False])
-    """
-
-    event_dim = 0
-
-    def check(self, value: Tensor) -> Tensor:
-        """Check whether values are angles of one period."""
-        return value.abs() <= math.pi
-
-
-circle = _Circle()
 
 
 def support_of(fn: Any) -> constraints.Constraint | None:
@@ -62,10 +46,10 @@ def support_of(fn: Any) -> constraints.Constraint | None:
         >>> support_of(dist.TransformedDistribution(dist.HalfNormal(1.0), [flip]))
         LessThan(upper_bound=0.0)
         >>> support_of(dist.VonMises(torch.zeros(2), 1.0).to_event(1))
-        IndependentConstraint(Circle(), 1)
+        IndependentConstraint(Circular(), 1)
     """
     if is_circular(fn):
-        return _with_events(circle, fn.event_dim)
+        return _with_events(circular, fn.event_dim)
     if isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
         support = support_of(fn.base_dist)
         return support and _with_events(support, getattr(fn, "reinterpreted_batch_ndims", 0))
@@ -170,7 +154,7 @@ def _parts(transforms: list[Transform]) -> Iterator[Transform]:
 def _ends(support: constraints.Constraint) -> tuple[End, End] | None:
     """The ends of an interval of numbers, infinite where it has none; None for another support."""
     support = without_events(support)
-    if support.event_dim or support.is_discrete or support is circle:
+    if support.event_dim or support.is_discrete or is_angular(support):
         return None
     if isinstance(support, type(constraints.real)):
         return -math.inf, math.inf

@@ -3,6 +3,7 @@
 The output layer of every conditioner starts at zero, so that a layer starts at ``theta = 0``, where it is the identity.
 """
 
+from pyroflows.nets.angles import AngleFeatures, OnAngles
 from pyroflows.nets.causal_conv import CausalConv
 from pyroflows.nets.incremental import GradientSteps, Incremental, IncrementalGradient, ParameterSteps
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE, ScaledMADE
@@ -11,11 +12,13 @@ from pyroflows.nets.mlp import MLP, Parameters, Pointwise, ResidualMLP, ScaledML
 __all__ = [
     "MADE",
     "MLP",
+    "AngleFeatures",
     "CausalConv",
     "GradientSteps",
     "Incremental",
     "IncrementalGradient",
     "MaskedLinear",
+    "OnAngles",
     "ParameterSteps",
     "Parameters",
     "Pointwise",

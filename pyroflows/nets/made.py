@@ -62,8 +62,10 @@ class MADE(nn.Module):
         num_params: number of parameters of each dimension.
         hidden_dims: one or more widths of hidden layers; they may be smaller than D.
         context_dim: size of the context, 0 for none.
+        features: number of inputs that describe one dimension, such as 2 for the cosine and sine of an angle.
 
-    Shapes: ``(..., D)`` and a context ``(..., context_dim)`` give ``(..., D, num_params)``.
+    Shapes: ``(..., D)``, or ``(..., features, D)`` for several, and a context ``(..., context_dim)`` give
+    ``(..., D, num_params)``.
 
     Attributes:
         units: for each hidden layer, the number of units of each degree.
@@ -81,12 +83,18 @@ class MADE(nn.Module):
     index_of_place: Tensor
 
     def __init__(
-        self, order: Sequence[int], num_params: int, hidden_dims: Sequence[int] = (64, 64), context_dim: int = 0
+        self,
+        order: Sequence[int],
+        num_params: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        features: int = 1,
     ) -> None:
         super().__init__()
         dim = len(order)
         self.order = list(order)
         self.num_params = num_params
+        self.features = features
         # The constructor's arguments determine this buffer, so it does not belong in a state_dict.
         self.register_buffer("index_of_place", torch.as_tensor(self.order), persistent=False)
         place = self.index_of_place.argsort()
@@ -95,7 +103,7 @@ class MADE(nn.Module):
         lowest = 0 if context_dim or dim == 1 else 1
         widths = self._widths(checked_widths(hidden_dims))
         degrees = [_spread(lowest, dim - 1, width) for width in widths]
-        masks = [degrees[0][:, None] > place]
+        masks = [degrees[0][:, None] > place.repeat_interleave(features)]
         masks += [b[:, None] >= a for a, b in pairwise(degrees)]
         last = (place[:, None] >= degrees[-1]).repeat(num_params, 1)
         self.units = [torch.bincount(d, minlength=dim).tolist() for d in degrees]
@@ -118,7 +126,7 @@ class MADE(nn.Module):
 
     def pre_activations(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
         """Return the hidden layers before their activations."""
-        first = self.input(z)
+        first = self.input(z if self.features == 1 else z.transpose(-1, -2).flatten(-2))
         hidden = [first if self.context is None else first + self.context(context)]
         for k, layer in enumerate(self.hidden, start=1):
             h = layer(F.silu(hidden[-1]))
@@ -147,8 +155,9 @@ class MADE(nn.Module):
     def weights_by_place(self) -> list[Tensor]:
         """Return the masked weights of all layers by place; those of the output are ``(D, num_params, width)``."""
         output = self.output.masked_weight.unflatten(0, (self.num_params, -1))
+        by_dimension = self.input.masked_weight.unflatten(1, (-1, self.features))
         return [
-            self.input.masked_weight[:, self.index_of_place],
+            by_dimension[:, self.index_of_place].flatten(1),
             *(layer.masked_weight for layer in self.hidden),
             output.transpose(0, 1)[self.index_of_place],
         ]
@@ -203,9 +212,14 @@ class ScaledMADE(MADE):
     """
 
     def __init__(
-        self, order: Sequence[int], num_params: int, hidden_dims: Sequence[int] = (64, 64), context_dim: int = 0
+        self,
+        order: Sequence[int],
+        num_params: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        features: int = 1,
     ) -> None:
-        super().__init__(order, num_params, hidden_dims, context_dim)
+        super().__init__(order, num_params, hidden_dims, context_dim, features)
         # The factors are part of the masks, so that they cost nothing.
         for layer in (self.input, *self.hidden):
             factors = _factors(4, layer.mask)
@@ -232,15 +246,20 @@ class _ParameterSteps:
         output_bias = net.output.bias.unflatten(0, (net.num_params, -1)).T[net.index_of_place]
         self._output = torch.cat([output_bias[..., None], weights[-1]], 2).unbind()
 
-        inputs = torch.cat([given, given.new_empty(len(net.order), num_rows)])
+        inputs = torch.cat([given, given.new_empty(len(net.order) * net.features, num_rows)])
         active = [torch.cat([ones, ones.new_empty(len(weight), num_rows)]) for weight in weights[:-1]]
         self.inputs = inputs[len(given) :]
+        if net.features > 1:
+            self.inputs = self.inputs.unflatten(0, (-1, net.features))
         # The views of all steps are made here at once, rather than one by one in the steps.
         self._weights = [w.split(units) for w, units in zip(weights, net.units, strict=False)]
         self._active = [a[1:].split(units) for a, units in zip(active, net.units, strict=True)]
         self._sources = [inputs, *active]
         self._units = list(zip(*net.units, strict=True))
-        widths = [range(len(given), len(inputs)), *([1 + known for known in layer] for layer in net.known)]
+        widths = [
+            range(len(given), len(inputs), net.features),
+            *([1 + known for known in layer] for layer in net.known),
+        ]
         self._widths = list(zip(*widths, strict=True))
         self._skips = [net.skip(k) for k in range(len(active))]
 
@@ -266,7 +285,8 @@ class _GradientSteps:
     Args:
         net: the network.
         hidden: its pre-activations ``(N, width)`` at the inputs.
-        inputs: the gradient ``(D, N)`` of the inputs, by dimension, to which the steps add in place.
+        inputs: the gradient of the inputs by dimension, ``(D, N)`` or ``(D, features, N)``, to which the steps add in
+            place.
     """
 
     def __init__(self, net: MADE, hidden: list[Tensor], inputs: Tensor) -> None:
@@ -279,7 +299,7 @@ class _GradientSteps:
         self._slopes = [slope.split(units) for slope, units in zip(slopes, net.units, strict=True)]
         gradients = [inputs.new_zeros(slope.shape) for slope in slopes]
         self._units = [gradient.split(units) for gradient, units in zip(gradients, net.units, strict=True)]
-        self._layers = [inputs, *gradients]
+        self._layers = [inputs if net.features == 1 else inputs.flatten(0, 1), *gradients]
         self._skip_to = {skip: k for k in range(len(hidden)) if (skip := net.skip(k)) is not None}
 
     def pull_back(self, i: int, gradient: Tensor) -> None:

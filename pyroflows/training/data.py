@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from pyroflows.arrays import ArrayLike, as_numbers
+from pyroflows.constraints import is_angular
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.shapes import as_given, described, listed, places
@@ -300,7 +301,10 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
             is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
         is_bad = torch.zeros_like(x, dtype=torch.bool)
         is_bad[..., columns] = ~is_inside
-        _refuse(is_bad, x, "x", f"values outside the support {constraint} or on its boundary")
+        what = f"values outside the support {constraint} or on its boundary"
+        if is_angular(constraint):
+            what = "angles outside of -pi to pi, which torch.remainder(x + pi, 2 * pi) - pi would mend,"
+        _refuse(is_bad, x, "x", what)
 
 
 def _parts(support: constraints.Constraint, columns: slice) -> Iterator[tuple[constraints.Constraint, slice]]:

@@ -14,6 +14,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyroflows.constraints import angles_and_reals, angles_in, without_angles
 from pyroflows.errors import InexactError, OptionError, ShapeError
 from pyroflows.shapes import as_given, described, expanded_to_context, shape_of
 from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
@@ -100,6 +101,16 @@ class FlowTransform(TransformModule):
         if type(self)._adapt is not FlowTransform._adapt:
             self.register_buffer("adapted", torch.tensor(0.0))  # a float, so that states can be averaged
 
+    def declare_angles(self, angles: Sequence[bool]) -> None:
+        r"""Declare that the layer maps angles to angles at some indices along the last axis, and reals elsewhere.
+
+        Its map must commute with whole turns there, :math:`t(z + 2\pi k) = t(z) + 2\pi k`, and be periodic in what else
+        it computes from these elements. A constructor calls this.
+        """
+        if any(angles):
+            self.domain = angles_and_reals(angles, len(self.base_shape))
+            self.codomain = angles_and_reals(angles, len(self.event_shape))
+
     # These are the hooks of a subclass: it must write the first two.
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
@@ -141,9 +152,20 @@ class FlowTransform(TransformModule):
         return True
 
     @property
+    def is_bounding(self) -> bool:
+        """Whether some numbers x have no base value, since the codomain is bounded.
+
+        Layers that map angles to angles are maps of all numbers, which commute with whole turns.
+        """
+        if is_unbounded(self.codomain):
+            return False
+        keeps_angles = angles_in(self.domain, self.base_shape[-1]) == angles_in(self.codomain, self.event_shape[-1])
+        return not (keeps_angles and is_unbounded(without_angles(self.codomain)))
+
+    @property
     def is_onto_reals(self) -> bool:
         """Whether every real x has a base value, so that no log-determinant of the inverse is -inf."""
-        return is_unbounded(self.codomain)
+        return not self.is_bounding
 
     # What follows is the same for all layers.
 
@@ -222,7 +244,7 @@ class FlowTransform(TransformModule):
             InversionError: if the layer inverts by a search that misses its target.
         """
         x = self._checked(x, context, self.event_shape)
-        return self._inverse_and_ladj(x, context) if is_unbounded(self.codomain) else self._guarded(x, context)
+        return self._guarded(x, context) if self.is_bounding else self._inverse_and_ladj(x, context)
 
     def _guarded(self, x: Tensor, context: Tensor | None) -> Pair:
         """Return what :meth:`_inverse_and_ladj` does, with log-determinant -inf outside of the codomain."""
@@ -353,6 +375,19 @@ class _View(FlowTransform):
     def ladj_is_exact(self) -> bool:
         return self.layer.ladj_is_exact
 
+    # They are properties, since the bounds of a layer can be tensors that move, cast and load.
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.codomain
+
+    @property
+    def is_bounding(self) -> bool:
+        return self.layer.is_bounding
+
     @property
     def is_onto_reals(self) -> bool:
         return self.layer.is_onto_reals
@@ -376,11 +411,16 @@ class Inverse(_View):
 
     def __init__(self, layer: FlowTransform) -> None:
         super().__init__(layer, layer.base_shape, layer.context_shape, layer.event_shape)
-        self.domain, self.codomain = layer.codomain, layer.domain
 
     @property
-    def is_onto_reals(self) -> bool:
-        return is_unbounded(self.codomain)
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.domain
+
+    is_bounding, is_onto_reals = FlowTransform.is_bounding, FlowTransform.is_onto_reals
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_and_ladj(z, context)
@@ -426,7 +466,6 @@ class Conditioned(_View):
 
     def __init__(self, layer: FlowTransform, context: Tensor) -> None:
         super().__init__(layer, layer.event_shape, (), layer.base_shape)
-        self.domain, self.codomain = layer.domain, layer.codomain
         if isinstance(context, nn.Parameter):
             self.context = context
         else:
@@ -465,14 +504,6 @@ class Cached(_View):
     def __init__(self, layer: FlowTransform) -> None:
         super().__init__(layer, layer.event_shape, layer.context_shape, layer.base_shape)
         self._memory = Memory(layer)
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layer.domain
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layer.codomain
 
     def _call(self, z: Tensor) -> Tensor:
         if (last := self._memory.recall(z, None, None)) is not None:

@@ -20,6 +20,8 @@ def is_unbounded(constraint: constraints.Constraint) -> bool:
     """
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
+    if isinstance(constraint, constraints.cat):
+        return all(is_unbounded(part) for part in constraint.cseq)
     return isinstance(constraint, type(constraints.real))
 
 

@@ -61,13 +61,16 @@ class Compose(FlowTransform):
         # The inverses of layers at the data end of a bounded one may give it values that it cannot invert, unless they
         # are bounded alike. The last layer's are the values that users give.
         self._are_guarded = [
-            not is_unbounded(layer.codomain) and is_unbounded(after.domain) for layer, after in pairwise(layers)
+            layer.is_bounding and is_unbounded(after.domain) for layer, after in pairwise(layers)
         ] + [False]
-        self._is_onto_reals = is_unbounded(self.codomain) and not any(self._are_guarded)
+
+    @property
+    def is_bounding(self) -> bool:
+        return self.layers[-1].is_bounding
 
     @property
     def is_onto_reals(self) -> bool:
-        return self._is_onto_reals
+        return not (self.is_bounding or any(self._are_guarded))
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyroflows.constraints import angles_in
 from pyroflows.errors import DataError, OptionError
 from pyroflows.shapes import described, places, shape_of
 from pyroflows.transforms.base import Pair, Triple
@@ -136,6 +137,8 @@ class Standardize(TriangularTransform):
         loc: initial :math:`\mu`, of the event's shape; None for zero.
         scale: initial :math:`\sigma`, positive, of the event's shape; None for one. A layer that is given loc or scale
             counts as adapted, so that a fit does not set it to those of the data.
+        angles: which indices along the last axis are angles, which keep the location 0 and the scale 1: a circle has no
+            other; None for none.
 
     Shapes: z and x are ``(..., *event_shape)``.
 
@@ -152,8 +155,15 @@ class Standardize(TriangularTransform):
         (tensor([1., 3.]), tensor([1., 2.]))
     """
 
-    def __init__(self, dim: int | Sequence[int], loc: Tensor | None = None, scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        dim: int | Sequence[int],
+        loc: Tensor | None = None,
+        scale: Tensor | None = None,
+        angles: Sequence[bool] | None = None,
+    ) -> None:
         super().__init__(dim)
+        self.declare_angles(angles or [])
         is_given = loc is not None or scale is not None
         loc = torch.zeros(shape_of(dim)) if loc is None else loc
         scale = torch.ones(shape_of(dim)) if scale is None else scale
@@ -191,6 +201,8 @@ class Standardize(TriangularTransform):
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         mean, deviation = self._location_and_scale(x, weights)
+        is_angle = torch.tensor(angles_in(self.codomain, self.event_shape[-1]))
+        mean, deviation = torch.where(is_angle, 0.0, mean), torch.where(is_angle, 1.0, deviation)
         loc, scale = mean.to(self.log_scale), deviation.to(self.log_scale)
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():

@@ -11,9 +11,9 @@ from pyro.distributions import TransformedDistribution as Transformed
 from torch.distributions import AffineTransform
 
 import pyroflows as pf
+from pyroflows.constraints import wrapped
 from pyroflows.errors import DivergedError, ModelError
 from pyroflows.inference.search.circles import find_centers
-from pyroflows.models.bijections import wrapped
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe

@@ -10,7 +10,8 @@ from pyro.distributions.util import sum_rightmost
 from torch import tensor
 from torch.distributions import AffineTransform, ExpTransform, SigmoidTransform, biject_to
 
-from pyroflows.models.bijections import bijection_of, wrapped
+from pyroflows.constraints import wrapped
+from pyroflows.models.bijections import bijection_of
 from pyroflows.models.edges import log_density
 from pyroflows.models.supports import simplified, support_of
 

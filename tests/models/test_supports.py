@@ -21,8 +21,9 @@ from torch.distributions.constraints import (
     unit_interval,
 )
 
+from pyroflows.constraints import circular
 from pyroflows.models.structure import describe
-from pyroflows.models.supports import circle, has_declared_support, simplified, support_of
+from pyroflows.models.supports import has_declared_support, simplified, support_of
 
 FLIP = AffineTransform(0.0, -1.0)
 REVERSE = dist.transforms.Permute(torch.tensor([1, 0]))
@@ -56,10 +57,10 @@ REVERSE = dist.transforms.Permute(torch.tensor([1, 0]))
             Transformed(dist.Normal(0.0, 1.0).expand([2]).to_event(1), [REVERSE, ExpTransform()]),
             independent(positive, 1),
         ),
-        (dist.VonMises(0.0, 1.0), circle),
-        (dist.VonMises(torch.zeros(2), 1.0).mask(False).to_event(1), independent(circle, 1)),
-        (dist.SineBivariateVonMises(0.0, 0.0, 1.0, 1.0, 0.5), independent(circle, 1)),
-        (dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.VonMises(torch.zeros(2), 1.0)), circle),
+        (dist.VonMises(0.0, 1.0), circular),
+        (dist.VonMises(torch.zeros(2), 1.0).mask(False).to_event(1), independent(circular, 1)),
+        (dist.SineBivariateVonMises(0.0, 0.0, 1.0, 1.0, 0.5), independent(circular, 1)),
+        (dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.VonMises(torch.zeros(2), 1.0)), circular),
         (dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Beta(torch.ones(2), 1.0)), unit_interval),
     ],
     ids=str,
@@ -107,7 +108,7 @@ def test_tensor_bounds_keep_their_entries():
 
 def test_circle_holds_one_period():
     values = torch.tensor([-math.pi, 0.0, math.pi, 3.2, -4.0, torch.nan])
-    assert circle.check(values).tolist() == [True, True, True, False, False, False]
+    assert circular.check(values).tolist() == [True, True, True, False, False, False]
 
 
 def test_structure_shows_the_true_support():
@@ -117,7 +118,7 @@ def test_structure_shows_the_true_support():
 
     debt, angle = describe(model, (), {}).latents
     assert repr(debt.support) == "LessThan(upper_bound=0.0)"
-    assert angle.support is circle
+    assert angle.support is circular
 
 
 def test_declared_supports_are_told_from_others():

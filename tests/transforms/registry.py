@@ -50,7 +50,7 @@ _autoregressive: Callable[..., FlowTransform] = partial(Autoregressive, hidden_d
 _causal_conv: Callable[..., FlowTransform] = partial(Autoregressive, conditioner="causal_conv", hidden_dims=(8, 6, 7))
 
 STRUCTURES = {"elementwise": Elementwise, "coupling": _coupling, "autoregressive": _autoregressive}
-UNIVARIATES = ("additive", "affine", "spline", "sos", "monotone")
+UNIVARIATES = ("additive", "affine", "spline", "circular_spline", "sos", "monotone")
 TRIANGULAR = [f"{structure}-{univariate}" for structure, univariate in product(STRUCTURES, UNIVARIATES)]
 
 
@@ -93,6 +93,11 @@ def _compose(dim: int, context_dim: int) -> Compose:
             Sylvester(dim, min(dim, 3), context_dim),
         ]
     )
+
+
+def _angles_and_reals(dim: int) -> list[str]:
+    """Angles and real numbers in turns, some of them neighbours."""
+    return ["circular_spline" if j % 3 else "spline" for j in range(dim)]
 
 
 def _shuffled_times(shape: Shape) -> list[int]:
@@ -167,6 +172,9 @@ LAYERS: dict[str, Entry] = {
     "autoregressive-residual": Entry(_factory(_autoregressive, conditioner="residual")),
     "autoregressive-causal-conv": Entry(_factory(_autoregressive, conditioner="causal_conv", order=_shuffled)),
     "autoregressive-inverse": Entry(lambda dim, context_dim: _autoregressive(dim, context_dim=context_dim).inv),
+    "elementwise-by-column": Entry(_factory(Elementwise, univariate=_angles_and_reals)),
+    "coupling-by-column": Entry(_factory(_coupling, univariate=_angles_and_reals, mask=masks.alternating)),
+    "autoregressive-by-column": Entry(_factory(_autoregressive, univariate=_angles_and_reals, order=_shuffled)),
     "lu": Entry(_factory(LU)),
     "lu-permuted": Entry(_factory(LU, order=_shuffled), is_identity_at_start=False),
     "triangular": Entry(_factory(Triangular)),
@@ -192,12 +200,14 @@ LAYERS: dict[str, Entry] = {
     "elementwise-of-sequences": sequences(_factory(Elementwise, univariate="spline")),
     "causal-conv": sequences(_factory(_causal_conv)),
     "causal-conv-spline-shuffled": sequences(_factory(_causal_conv, univariate="spline", order=_shuffled_times)),
+    "causal-conv-circular": sequences(_factory(_causal_conv, univariate="circular_spline", order=_shuffled_times)),
     "causal-conv-of-conditioning-sequence": Entry(
         _factory(_causal_conv), shapes=((1, 5), (3, 5)), usual=(2, 5), context=(2, 5)
     ),
     "conditioner-of-ones-own": sequences(_factory(Autoregressive, conditioner=lambda _: Running), context=0),
     # Events are images (channels, height, width), or the axis of masks and orders is not the usual one.
     "coupling-of-channels": images(_factory(_coupling, univariate="spline")),
+    "coupling-of-channels-circular": images(_factory(_coupling, univariate="circular_spline")),
     "coupling-of-rows": images(_factory(_coupling, axis=1, mask=lambda shape: masks.alternating(shape[1]))),
     "coupling-of-columns": images(_factory(_coupling, axis=-1)),
     "coupling-convolution": images(
@@ -205,6 +215,17 @@ LAYERS: dict[str, Entry] = {
     ),
     "autoregressive-of-columns": images(_factory(_ordered, axis=-1)),
     "autoregressive-of-rows-by-passes": images(_factory(_ordered, axis=-2, conditioner=lambda _: Plain)),
+    "autoregressive-of-columns-circular": images(_factory(_ordered, axis=-1, univariate="circular_spline")),
+    "autoregressive-of-rows-circular-by-passes": images(
+        _factory(_ordered, axis=-2, univariate="circular_spline", conditioner=lambda _: Plain)
+    ),
+    "autoregressive-residual-circular": Entry(
+        _factory(_autoregressive, conditioner="residual", univariate="circular_spline")
+    ),
+    "autoregressive-causal-conv-by-column": Entry(
+        _factory(_autoregressive, conditioner="causal_conv", order=_shuffled, univariate=_angles_and_reals),
+        shapes=VECTORS[:-1],  # in 50 dimensions scores of random splines overflow
+    ),
     "autoregressive-of-channels-spline": images(_factory(_ordered, axis=0, univariate="spline")),
     "causal-conv-time-first": sequences(_factory(_causal_conv, axis=0)),
     "compose-of-images": images(_compose_images),

@@ -9,7 +9,7 @@ from numpy.polynomial import Polynomial
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
-from pyroflows.transforms.univariate import SOS, Additive, Affine, Monotone, Spline, univariate_named
+from pyroflows.transforms.univariate import SOS, Additive, Affine, CircularSpline, Monotone, Spline, univariate_named
 
 # A new map enters by one line, and by one in NAMES, OPTIONS and REPRS below.
 MAPS = {
@@ -17,6 +17,8 @@ MAPS = {
     "affine": Affine(),
     "affine-unclamped": Affine(max_contraction=None, max_expansion=None),
     "spline": Spline(),
+    "circular_spline": CircularSpline(),
+    "circular_spline-least": CircularSpline(bins=2),
     "sos": SOS(),
     "sos-many": SOS(num_polynomials=3, degree=5, bound=2.0),
     "sos-least": SOS(num_polynomials=1, degree=1),
@@ -24,7 +26,14 @@ MAPS = {
     "monotone-many": Monotone(num_units=13),
     "monotone-least": Monotone(num_units=1),
 }
-NAMES = {"additive": Additive, "affine": Affine, "spline": Spline, "sos": SOS, "monotone": Monotone}
+NAMES = {
+    "additive": Additive,
+    "affine": Affine,
+    "spline": Spline,
+    "circular_spline": CircularSpline,
+    "sos": SOS,
+    "monotone": Monotone,
+}
 OPTIONS = {
     "no polynomials": lambda: SOS(num_polynomials=0),
     "no degree": lambda: SOS(degree=0),
@@ -37,11 +46,16 @@ REPRS = {
     "sos": "SOS(num_polynomials=2, degree=3, bound=3.0)",
     "monotone": "Monotone(num_units=8)",
 }
-BENDING = ["spline", "sos", "monotone"]  # maps that can be more than affine, at their default options
+BENDING = [
+    "spline",
+    "circular_spline",
+    "sos",
+    "monotone",
+]  # maps that can be more than affine, at their default options
 BY_ROOT_SEARCH = ["sos", "sos-many", "monotone", "monotone-many"]
 # Of the parameters. An exponential of ten is extreme enough.
 EXTREME = {torch.float64: 1e4, torch.float32: 1e2}
-EXTREME_OF_LOGS = {"affine-unclamped": 10, "spline": 10}
+EXTREME_OF_LOGS = {"affine-unclamped": 10, "spline": 10, "circular_spline": 10, "circular_spline-least": 10}
 NEAR = [0.0, 1e-6, -1e-6, 0.3, -1.0, 2.0, -3.0, 3.0, 10.0, -10.0]
 FAR = [50.0, -50.0, 1e3, -1e3, 1e4, -1e4, 1e6, -1e6]
 
@@ -66,6 +80,11 @@ def parameters(name, scale="random", dtype=torch.float64, num=50):
         return theta
     sizes = torch.logspace(0, math.log10(EXTREME_OF_LOGS.get(name, EXTREME[dtype])), num, dtype=dtype)
     return sizes[:, None] * theta.clamp(-1, 1)
+
+
+def numbers(name):
+    """Points near and far. Far out, float32 does not tell angles of one turn apart."""
+    return NEAR if name.startswith("circular") else NEAR + FAR
 
 
 def points(theta, numbers):
@@ -154,7 +173,7 @@ def test_monotone_is_the_logit_of_a_mean_of_sigmoids():
 @pytest.mark.parametrize("scale", ["zero", "random"])
 def test_log_derivative_is_that_of_autograd(name, dtype, scale):
     theta = parameters(name, scale, dtype)
-    z = points(theta, NEAR + FAR)
+    z = points(theta, numbers(name))
     ladj = MAPS[name].forward_and_ladj(z, theta)[1].double()
     z = z.double().requires_grad_()
     (derivative,) = torch.autograd.grad(MAPS[name].forward_and_ladj(z, theta.double())[0].sum(), z)
@@ -226,7 +245,7 @@ def test_inverse_undoes_forward(name, dtype, scale):
 def test_inverse_meets_its_target_however_far(name, dtype, scale):
     """A search that saturates at the end of a bracket would return a value whose image is another."""
     theta = parameters(name, scale, dtype)
-    x = points(theta, NEAR + FAR)
+    x = points(theta, numbers(name))
     z, ladj = MAPS[name].inverse_and_ladj(x, theta)
     again, _ = MAPS[name].forward_and_ladj(z, theta)
     assert z.isfinite().all() and ladj.isfinite().all()

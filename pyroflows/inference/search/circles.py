@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyroflows.constraints import wrapped
 from pyroflows.errors import ModelError
-from pyroflows.models.bijections import wrapped
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.supports import is_real
 

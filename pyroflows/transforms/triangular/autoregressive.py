@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MADE, CausalConv, ParameterSteps, ResMADE, ScaledMADE
+from pyroflows.nets import MADE, CausalConv, OnAngles, ParameterSteps, ResMADE, ScaledMADE
 from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import as_given, axis_from_the_end, described
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
-from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
+from pyroflows.transforms.univariate import Additive, Affine, UnivariateLike, univariate_named
+from pyroflows.transforms.univariate.by_column import checked_columns, of_column
 
 _CONDITIONERS: dict[str, ConditionerFactory] = {
     "made": MADE,
@@ -40,7 +41,8 @@ class Autoregressive(TriangularTransform):
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
+        univariate: the map T: "additive", "affine", "spline", "circular_spline", "sos", "monotone", or an instance; or
+            a list of these, one for each dimension of a vector.
         order: a permutation of ``range(D)``, or of the indices of the ordered axis; ``order[i]`` is the index at
             place i, and its parameters depend on those at the places before. None for ascending order.
         conditioner: "made", "scaled_made" or "residual" for vectors, "causal_conv" for vectors and events with two
@@ -48,7 +50,9 @@ class Autoregressive(TriangularTransform):
             ``factory(order, num_params, hidden_dims, context_dim)``. Its module maps ``(z, context)`` to
             ``(*z.shape, num_params)``, autoregressively in that order along the last axis of z. If the event has more
             axes, the layer moves the ordered one to the end: the network sees ``(..., *channels, length)``, and the
-            factory also gets ``channels=``, a number if there is one such axis and a tuple if there are several.
+            factory also gets ``channels=``, a number if there is one such axis and a tuple if there are several. If T
+            maps angles, the network sees their cosines and sines: there are twice as many channels of the first such
+            axis, or two for vectors, and of its parameters those of the first half count.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context c, 0 for none; with "causal_conv" also ``(context_channels, length)``, a
             sequence that is known in full.
@@ -78,7 +82,7 @@ class Autoregressive(TriangularTransform):
     def __init__(
         self,
         dim: int | Sequence[int],
-        univariate: str | Univariate = "affine",
+        univariate: UnivariateLike = "affine",
         order: Sequence[int] | None = None,
         conditioner: str | ConditionerFactory = "made",
         hidden_dims: Sequence[int] = (64, 64),
@@ -94,10 +98,18 @@ class Autoregressive(TriangularTransform):
             raise OptionError(f"the order of Autoregressive must be a permutation of 0 to {length - 1}, got {order}")
         self.order = order
         self.univariate = univariate_named(univariate)
-        options = {"channels": as_given(torch.Size(channels))} if channels else {}
+        angles = checked_columns(self.univariate, self.event_shape, "Autoregressive")
+        self.declare_angles(angles)
+        arguments = (order, self.univariate.num_params, hidden_dims, as_given(self.context_shape))
         factory = self._factory(conditioner)
-        net = factory(order, self.univariate.num_params, hidden_dims, as_given(self.context_shape), **options)
-        self.conditioner = checked_conditioner(net)
+        if any(angles):
+            # If only some columns are angles, events are vectors, and the ordered axis is the last.
+            is_angle = [True] * length if all(angles) else angles
+            self.conditioner: nn.Module = OnAngles(factory, is_angle, *arguments, channels)
+        else:
+            options = {"channels": as_given(torch.Size(channels))} if channels else {}
+            self.conditioner = factory(*arguments, **options)
+        checked_conditioner(self.conditioner)
 
     def _factory(self, conditioner: str | ConditionerFactory) -> ConditionerFactory:
         """Return the factory of this name if its networks take the event and the context, or the user's own factory."""
@@ -186,7 +198,8 @@ class Autoregressive(TriangularTransform):
         log_slopes = columns.copy()
         for j in self.order:
             theta = self.conditioner(torch.stack(columns, -1), context)
-            columns[j], log_slopes[j] = self.univariate.inverse_and_ladj(x[..., j], theta[..., j, :])
+            univariate = of_column(self.univariate, j)
+            columns[j], log_slopes[j] = univariate.inverse_and_ladj(x[..., j], theta[..., j, :])
         return torch.stack(columns, -1), torch.stack(log_slopes, -1)
 
     def _solve(self, x: Tensor, context: Tensor | None) -> Pair:
@@ -216,7 +229,8 @@ class Autoregressive(TriangularTransform):
         parameters_last = (*range(1, x.dim()), 0)
         log_slopes = []
         for i, (value, z) in enumerate(zip(values.unbind(), steps.inputs.unbind(), strict=True)):
-            root, log_slope = self.univariate.inverse_and_ladj(value, steps.parameters_at(i).permute(parameters_last))
+            univariate = of_column(self.univariate, self.order[i])
+            root, log_slope = univariate.inverse_and_ladj(value, steps.parameters_at(i).permute(parameters_last))
             z.copy_(root)
             log_slopes.append(log_slope)
         place = index_of_place.argsort()

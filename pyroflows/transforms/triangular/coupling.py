@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MLP, Parameters, Pointwise, ResidualMLP, ScaledMLP
+from pyroflows.nets import MLP, AngleFeatures, Parameters, Pointwise, ResidualMLP, ScaledMLP
 from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.shapes import axis_from_the_end, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.gradients import elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
-from pyroflows.transforms.univariate import Univariate, univariate_named
+from pyroflows.transforms.univariate import UnivariateLike, univariate_named
+from pyroflows.transforms.univariate.by_column import checked_columns, of_columns
 
 _CONDITIONERS: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP, "scaled_mlp": ScaledMLP}
 
@@ -30,14 +31,15 @@ class Coupling(FlowTransform):
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
+        univariate: the map T: "additive", "affine", "spline", "circular_spline", "sos", "monotone", or an instance; or
+            a list of these, one for each dimension of a vector.
         mask: one boolean for each index of the masked axis, true for those that pass, see
             :mod:`pyroflows.transforms.masks`; None lets the first half pass, which is nothing if there is one index.
         conditioner: "mlp", "scaled_mlp", "residual", or a factory that is called as
             ``factory(in_dim, out_dim, hidden_dims)``. Its module maps :math:`z_A` and the context, one after the other
-            along the masked axis, to the parameters. If there is neither, each element has parameters of its own,
-            without a network. The named networks act along the masked axis and treat all places of the other axes
-            alike, as 1 x 1 convolutions do.
+            along the masked axis, to the parameters; angles are replaced by their cosines, and their sines follow. If
+            there is neither, each element has parameters of its own, without a network. The named networks act along
+            the masked axis and treat all places of the other axes alike, as 1 x 1 convolutions do.
         hidden_dims: widths of the conditioner's hidden layers.
         context_dim: size of the context vector c, 0 for none; the conditioner sees it at all places.
         axis: the masked axis of the event.
@@ -45,9 +47,9 @@ class Coupling(FlowTransform):
     Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., context_dim)``. The conditioner maps
     ``(..., in_dim)`` to ``(..., out_dim)``. If the event has axes after the masked one, ``rest``, it maps
     ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, as convolutions do; N counts all places of the axes before the
-    masked one, those of the batch and those of the event. ``in_dim`` is the number of indices that pass plus
-    ``context_dim``. ``out_dim`` is the number of indices that are transformed times the number of parameters of T; the
-    first parameter of all these indices comes before the second.
+    masked one, those of the batch and those of the event. ``in_dim`` is the number of indices that pass, of which
+    angles count twice, plus ``context_dim``. ``out_dim`` is the number of indices that are transformed times the number
+    of parameters of T; the first parameter of all these indices comes before the second.
 
     Raises:
         OptionError: if the mask does not fit or leaves nothing to pass or to transform, if the event has no such axis,
@@ -74,7 +76,7 @@ class Coupling(FlowTransform):
     def __init__(
         self,
         dim: int | Sequence[int],
-        univariate: str | Univariate = "affine",
+        univariate: UnivariateLike = "affine",
         mask: Sequence[bool] | Tensor | None = None,
         conditioner: str | ConditionerFactory = "mlp",
         hidden_dims: Sequence[int] = (64, 64),
@@ -87,6 +89,8 @@ class Coupling(FlowTransform):
         if len(self.context_shape) > 1:
             raise OptionError(f"Coupling takes a vector as context, but got context_dim={context_dim}")
         self.univariate = univariate_named(univariate)
+        angles = checked_columns(self.univariate, self.event_shape, "Coupling")
+        self.declare_angles(angles)
         self.axis = axis_from_the_end(axis, self.event_shape, "Coupling")
         size = self.event_shape[self.axis]
         self.mask = _checked_mask(half(size) if mask is None else torch.as_tensor(mask), self.event_shape, self.axis)
@@ -97,10 +101,14 @@ class Coupling(FlowTransform):
         self.register_buffer("place", torch.cat([self.passing, self.transformed]).argsort(), persistent=False)
         self.num_blocks = 1 + sum(a != b for a, b in pairwise(self.mask))
         self.event_axes = tuple(range(-len(self.event_shape), 0))
+        # The masked axis is the last one wherever some columns are angles and others are not.
+        given = [all(angles) or (any(angles) and angles[i]) for i in self.passing.tolist()]
+        self.features = AngleFeatures(given, self.axis) if any(given) else None
+        self.univariate_of_b = of_columns(self.univariate, self.transformed.tolist())
 
         self.rest = self.event_shape[len(self.event_shape) + self.axis + 1 :]
-        in_dim = len(self.passing) + self.context_dim
-        out_dim = len(self.transformed) * self.univariate.num_params
+        in_dim = len(self.passing) + sum(given) + self.context_dim
+        out_dim = len(self.transformed) * self.univariate_of_b.num_params
         self.theta_shape = (out_dim, *self.rest)
         self.conditioner = (
             _network(conditioner, in_dim, out_dim, hidden_dims, len(self.rest))
@@ -110,17 +118,17 @@ class Coupling(FlowTransform):
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         z_a, z_b = self._split(z)
-        x_b, log_slopes = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
+        x_b, log_slopes = self.univariate_of_b.forward_and_ladj(z_b, self._theta(z_a, context))
         return self._join(z_a, x_b), log_slopes.sum(self.event_axes)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         x_a, x_b = self._split(x)
-        z_b, log_slopes = self.univariate.inverse_and_ladj(x_b, self._theta(x_a, context))
+        z_b, log_slopes = self.univariate_of_b.inverse_and_ladj(x_b, self._theta(x_a, context))
         return self._join(x_a, z_b), log_slopes.sum(self.event_axes)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         z_a, z_b = self._split(z)
-        x_b, log_slopes = self.univariate.forward_and_ladj(z_b, self._theta(z_a, context))
+        x_b, log_slopes = self.univariate_of_b.forward_and_ladj(z_b, self._theta(z_a, context))
         score_a, score_b = self._split(score)
         score_b = elementwise_score(z_b, log_slopes, score_b)
         # log q depends on z_A through x_B and the log-determinant; one backward pass of the conditioner gives both.
@@ -129,10 +137,11 @@ class Coupling(FlowTransform):
 
     def _theta(self, z_a: Tensor, context: Tensor | None) -> Tensor:
         """Return the parameters of T at z_B, ``(*z_b.shape, num_params)``."""
-        given = z_a if context is None else torch.cat([z_a, self._at_all_places(context, z_a)], self.axis)
+        given = z_a if self.features is None else self.features(z_a)
+        given = given if context is None else torch.cat([given, self._at_all_places(context, z_a)], self.axis)
         theta = self._parameters_at(given) if len(self.mask) > 1 or context is not None else self.conditioner()
         # Memory stays parameter-major, so that each parameter is one contiguous block over the elements.
-        return theta.unflatten(self.axis, (self.univariate.num_params, -1)).movedim(self.axis - 1, -1)
+        return theta.unflatten(self.axis, (self.univariate_of_b.num_params, -1)).movedim(self.axis - 1, -1)
 
     def _at_all_places(self, context: Tensor, z_a: Tensor) -> Tensor:
         """Return the context along the masked axis, repeated at each place of the other axes."""

@@ -10,7 +10,8 @@ from pyroflows.nets import Parameters
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.gradients import elementwise_score
 from pyroflows.transforms.triangular.base import TriangularTransform
-from pyroflows.transforms.univariate import Additive, Affine, Univariate, univariate_named
+from pyroflows.transforms.univariate import Additive, Affine, UnivariateLike, univariate_named
+from pyroflows.transforms.univariate.by_column import checked_columns
 
 
 class Elementwise(TriangularTransform):
@@ -20,7 +21,8 @@ class Elementwise(TriangularTransform):
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T: "additive", "affine", "spline", "sos", "monotone", or an instance.
+        univariate: the map T: "additive", "affine", "spline", "circular_spline", "sos", "monotone", or an instance;
+            or a list of these, one for each dimension.
         context_dim: size of the context that the parameters depend on, 0 for none.
         init: initial parameters ``(*event_shape, univariate.num_params)``; None for zeros, which make the identity.
 
@@ -40,12 +42,13 @@ class Elementwise(TriangularTransform):
     def __init__(
         self,
         dim: int | Sequence[int],
-        univariate: str | Univariate = "affine",
+        univariate: UnivariateLike = "affine",
         context_dim: int = 0,
         init: Tensor | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
         self.univariate = univariate_named(univariate)
+        self.declare_angles(checked_columns(self.univariate, self.event_shape, "Elementwise"))
         shape = (*self.event_shape, self.univariate.num_params)
         if init is not None and init.shape != shape:
             raise ShapeError(f"Elementwise needs init of shape {shape}, got {tuple(init.shape)}")

@@ -4,29 +4,47 @@ A map knows scalars and nothing of dimensions; structures (elementwise, coupling
 element. At ``theta = 0`` a map is the identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyroflows.errors import OptionError
 from pyroflows.options import kind
 from pyroflows.transforms.univariate.affine import Additive, Affine
 from pyroflows.transforms.univariate.base import Univariate
+from pyroflows.transforms.univariate.by_column import ByColumn
+from pyroflows.transforms.univariate.circular_spline import CircularSpline
 from pyroflows.transforms.univariate.monotone import Monotone
 from pyroflows.transforms.univariate.polynomial import SOS
 from pyroflows.transforms.univariate.spline import Spline
 
-__all__ = ["SOS", "Additive", "Affine", "Monotone", "Spline", "Univariate", "univariate_named"]
+__all__ = [
+    "SOS",
+    "Additive",
+    "Affine",
+    "ByColumn",
+    "CircularSpline",
+    "Monotone",
+    "Spline",
+    "Univariate",
+    "UnivariateLike",
+    "univariate_named",
+]
+
+UnivariateLike = str | Univariate | Sequence[str | Univariate]
 
 _NAMES: dict[str, Callable[[], Univariate]] = {
     "additive": Additive,
     "affine": Affine,
+    "circular_spline": CircularSpline,
     "monotone": Monotone,
     "sos": SOS,
     "spline": Spline,
 }
 
 
-def univariate_named(univariate: str | Univariate) -> Univariate:
+def univariate_named(univariate: UnivariateLike) -> Univariate:
     """Return the map of this name with its default options, or the map itself if it is not a name.
+
+    A list of names or maps, one for each column, gives the :class:`ByColumn` of them.
 
     Raises:
         OptionError: if the name is unknown, or the map is a class.
@@ -37,6 +55,8 @@ def univariate_named(univariate: str | Univariate) -> Univariate:
     """
     if isinstance(univariate, type):
         raise OptionError(f"univariate must be one of {sorted(_NAMES)} or an instance, got {kind(univariate)}")
+    if isinstance(univariate, Sequence) and not isinstance(univariate, str):
+        return ByColumn([univariate_named(part) for part in univariate])
     if not isinstance(univariate, str):
         return univariate
     if univariate not in _NAMES:

@@ -15,6 +15,7 @@ class Univariate(Protocol):
 
     Attributes:
         num_params: the number of parameters of one element.
+        is_circular: true if it maps angles, :math:`T(z + 2\pi k) = T(z) + 2\pi k`; a map without it does not.
 
     Shapes: z, x and the log-derivatives are ``(...)``, theta is ``(..., num_params)``.
 

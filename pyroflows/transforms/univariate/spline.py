@@ -77,7 +77,7 @@ class Spline:
 
     def _map(self, direction: "Direction", value: Tensor, theta: Tensor) -> Pair:
         if theta.shape[:-1] != value.shape:
-            theta = theta.expand(*value.shape, self.num_params)
+            theta = theta.expand(*value.shape, theta.shape[-1])
         # The transforms of torch.func cannot see into the analytic derivative: they differentiate the formula itself.
         if not is_transformed() or torch.compiler.is_compiling():
             return _Analytic.apply(direction, value, theta, self.bins, self.bound)
@@ -117,7 +117,7 @@ def _evaluate(
     direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float
 ) -> tuple[Pair, Tensor, _Bin, _Point]:
     """Return the map's value and log-derivative, where the value is inside the bounds, its bin and its place there."""
-    inside = value.abs() < bound
+    inside = torch.ones_like(value, dtype=torch.bool) if _is_periodic(theta, bins) else value.abs() < bound
     # Outside the bounds the formula must stay finite, so that its gradient there is zero rather than NaN.
     clamped = value.clamp(-bound, bound)
     bin = _bin_of(clamped, theta, bins, bound, axis=0 if direction is _forward else 1)
@@ -142,11 +142,27 @@ def _bin_of(value: Tensor, theta: Tensor, bins: int, bound: float, axis: int) ->
     below = sums.gather(1, both)[:, 0] - share
     width, height = share * rest + smallest
     left, bottom = torch.add(number.to(value.dtype) * smallest - bound, below, alpha=rest)
-    # At the bounds the derivative is 1, which a raw 0 gives.
-    zeros = torch.zeros_like(raw[:1])
-    raw_derivatives = torch.cat([zeros, raw[2 * bins :], zeros]).gather(0, torch.cat([number, number + 1])) + _SHIFT
+    raw_derivatives = _at_all_knots(theta, bins).gather(0, torch.cat([number, number + 1])) + _SHIFT
     d0, d1 = F.softplus(raw_derivatives) + MIN_DERIVATIVE
     return _Bin(left, width, bottom, height, d0, d1, raw_derivatives, shares, share, below, number)
+
+
+def _is_periodic(theta: Tensor, bins: int) -> bool:
+    """Return whether the derivatives at both ends are one parameter of theta, as on the circle, rather than 1.
+
+    All values of such a spline are inside its bounds.
+    """
+    return theta.shape[-1] == 3 * bins
+
+
+def _at_all_knots(theta: Tensor, bins: int) -> Tensor:
+    """Return the raw derivatives at all K + 1 knots, which come first."""
+    raw = theta.movedim(-1, 0)[2 * bins :]
+    if _is_periodic(theta, bins):
+        return torch.cat([raw, raw[:1]])
+    # At the bounds the derivative is 1, which a raw 0 gives.
+    zeros = raw.new_zeros(1, *raw.shape[1:])
+    return torch.cat([zeros, raw, zeros])
 
 
 def _forward(z: Tensor, bin: _Bin) -> tuple[Tensor, Tensor, _Point]:
@@ -278,12 +294,15 @@ class _Analytic(torch.autograd.Function):
         g_height = torch.addcmul(g_slope, g_result, ratio)
 
         starts, sizes = torch.stack([-g_z, g_result]), torch.stack([g_width, g_height])
-        g_theta = _gradient_of_theta(bin, starts, sizes, torch.stack([g_d0, g_d1]), bins, bound)
+        is_periodic = _is_periodic(theta, bins)
+        g_theta = _gradient_of_theta(bin, starts, sizes, torch.stack([g_d0, g_d1]), bins, bound, is_periodic)
         g_value = g_z if direction is _forward else -g_result
         return None, torch.where(inside, g_value, g_outside), g_theta, None, None
 
 
-def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tensor, bins: int, bound: float) -> Tensor:
+def _gradient_of_theta(
+    bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tensor, bins: int, bound: float, is_periodic: bool
+) -> Tensor:
     r"""Return the gradient by theta, given those by the quantities of the bin, each ``(2, ...)``.
 
     With :math:`\pi = \operatorname{softmax}` of the raw widths and :math:`\rho = 2B (1 - K \epsilon)`, bin k has width
@@ -300,6 +319,7 @@ def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tenso
         g_ds: gradients by the derivatives at its two knots.
         bins: K.
         bound: B.
+        is_periodic: whether the derivatives at both ends are one parameter, rather than 1.
     """
     rest = 2 * bound * (1 - bins * MIN_WIDTH)
     g_starts, g_sizes = rest * g_starts, rest * g_sizes
@@ -312,5 +332,6 @@ def _gradient_of_theta(bin: _Bin, g_starts: Tensor, g_sizes: Tensor, g_ds: Tenso
     g_derivatives = mean.new_zeros(bins + 1, *mean.shape[1:])
     ends = torch.cat([bin.number, bin.number + 1])
     g_derivatives.scatter_(0, ends, torch.sigmoid(bin.raw_derivatives) * g_ds)
+    at_ends = [g_derivatives[:1] + g_derivatives[-1:]] if is_periodic else []
     # A reshape, unlike flatten, works for batches of gradients, as those of a Jacobian.
-    return torch.cat([g_shares.reshape(2 * bins, *mean.shape[1:]), g_derivatives[1:-1]]).movedim(0, -1)
+    return torch.cat([g_shares.reshape(2 * bins, *mean.shape[1:]), *at_ends, g_derivatives[1:-1]]).movedim(0, -1)

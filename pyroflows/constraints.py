@@ -1,0 +1,103 @@
+"""The constraint on angles, beside those of ``torch.distributions.constraints``."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+
+class _Circular(Constraint):
+    r"""The angles from :math:`-\pi` to :math:`\pi` in radians, of which the ends are the same point of the circle.
+
+    Example:
+        >>> pf.constraints.circular.check(torch.tensor([0.0, 3.0, 4.0]))
+        tensor([ True,  True, False])
+    """
+
+    event_dim = 0
+
+    def check(self, value: Tensor) -> Tensor:
+        """Check whether values are angles of one period."""
+        return value.abs() <= math.pi
+
+
+circular = _Circular()
+
+
+def is_angular(constraint: Constraint) -> bool:
+    """Return whether a constraint is that on angles, for single elements or for all elements of an event."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    # A copy or a pickle of a layer makes a new object, so identity would not do.
+    return isinstance(constraint, _Circular)
+
+
+def angles_in(constraint: Constraint, size: int) -> list[bool]:
+    """Return which indices along the last axis of an event a constraint makes angles.
+
+    Args:
+        constraint: a constraint on events.
+        size: the number of indices along the last axis.
+
+    Example:
+        >>> angles_in(constraints.cat([circular, constraints.real], dim=-1, lengths=[2, 1]), 3)
+        [True, True, False]
+    """
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    if isinstance(constraint, constraints.cat):
+        parts = zip(constraint.cseq, constraint.lengths, strict=True)
+        return [is_angle for part, length in parts for is_angle in angles_in(part, length)]
+    return [isinstance(constraint, _Circular)] * size
+
+
+def without_angles(constraint: Constraint) -> Constraint:
+    """Return a constraint in which the parts on angles are replaced by the real line.
+
+    Example:
+        >>> without_angles(circular)
+        Real()
+    """
+    if isinstance(constraint, constraints.independent):
+        base = constraint.base_constraint
+        return constraints.independent(without_angles(base), constraint.reinterpreted_batch_ndims)
+    if isinstance(constraint, constraints.cat):
+        return constraints.cat([without_angles(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
+    return constraints.real if isinstance(constraint, _Circular) else constraint
+
+
+def angles_and_reals(angles: Sequence[bool], num_axes: int) -> Constraint:
+    """Return the constraint on events whose indices along the last axis are angles where told, and real elsewhere.
+
+    Args:
+        angles: one boolean for each index along the last axis.
+        num_axes: the number of axes of an event.
+
+    Example:
+        >>> angles_and_reals([True, True, False], 1).base_constraint.lengths
+        [2, 1]
+    """
+    runs = [(is_angle, len(list(run))) for is_angle, run in groupby(angles)]
+    parts = [circular if is_angle else constraints.real for is_angle, _ in runs]
+    columns = parts[0] if len(parts) == 1 else constraints.cat(parts, -1, [length for _, length in runs])
+    return constraints.independent(columns, num_axes)
+
+
+def wrapped(angle: Tensor) -> Tensor:
+    r"""Add whole turns to angles, so that they lie in :math:`(-\pi, \pi]`.
+
+    Example:
+        >>> wrapped(torch.tensor([0.5, 4.0, -10.0]))
+        tensor([ 0.5000, -2.2832,  2.5664])
+    """
+    # Rounding may leave an angle that is just outside.
+    return (angle - turns(angle)).clamp(-math.pi, math.pi)
+
+
+def turns(angle: Tensor) -> Tensor:
+    r"""Return the whole turns in angles, multiples of :math:`2\pi` without which they lie in :math:`(-\pi, \pi]`."""
+    return 2 * math.pi * torch.ceil((angle - math.pi) / (2 * math.pi))
