@@ -14,7 +14,7 @@ from pyroflows.constraints import is_angular
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.shapes import as_given, described, listed, places
-from pyroflows.transforms.normalization import center_and_spread, wild_elements_among
+from pyroflows.transforms.wild import center_and_spread, wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset
 # A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
@@ -31,7 +31,7 @@ class Rows:
         context: contexts ``(n, *context_shape)``, or None.
         weights: ``(n,)``, not negative.
         is_wild: which rows ``(n,)`` have a wild element in x or in their context, see
-            :func:`pyroflows.transforms.normalization.wild_elements`.
+            :func:`pyroflows.transforms.wild.wild_elements`.
     """
 
     x: Tensor

@@ -17,9 +17,9 @@ from pyroflows.training.data import Rows
 from pyroflows.transforms import LU, Autoregressive, Coupling, Inverse
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
-from pyroflows.transforms.normalization import MAX_SORTED, center_and_spread, wild_elements_among
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.univariate import Additive, Affine
+from pyroflows.transforms.wild import MAX_SORTED, center_and_spread, wild_elements_among
 
 # The rank of wider events is not checked, since its cost grows with the cube of their size.
 MAX_RANK_COLUMNS = 1024

@@ -60,9 +60,9 @@ class Compose(FlowTransform):
         self.context_scale = context_scale
         # The inverses of layers at the data end of a bounded one may give it values that it cannot invert, unless they
         # are bounded alike. The last layer's are the values that users give.
-        self._are_guarded = [
-            layer.is_bounding and is_unbounded(after.domain) for layer, after in pairwise(layers)
-        ] + [False]
+        self._are_guarded = [layer.is_bounding and is_unbounded(after.domain) for layer, after in pairwise(layers)] + [
+            False
+        ]
 
     @property
     def is_bounding(self) -> bool:
