@@ -263,9 +263,8 @@ class FlowTransform(TransformModule):
 
         Example:
             >>> t = pf.Flow([Planar(1)], support=constraints.positive).transform
-            >>> t.base_value(torch.tensor([[1.0], [-1.0]]))
-            tensor([[0.],
-                    [nan]])
+            >>> t.base_value(torch.tensor([[1.0], [-1.0]])).tolist()
+            [[0.0], [nan]]
         """
         z, ladj = self.inverse_and_ladj(x, context)
         if self.is_onto_reals:

@@ -98,7 +98,8 @@ class Compose(FlowTransform):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         context = self.layer_context(context)
         total: Any = 0.0
-        for layer, is_guarded in zip(reversed(self.layers), reversed(self._are_guarded), strict=True):
+        # A list of modules is slow to read from its end.
+        for layer, is_guarded in zip([*self.layers][::-1], self._are_guarded[::-1], strict=True):
             inverse = layer._guarded if is_guarded else layer._inverse_and_ladj
             x, ladj = inverse(x, context if layer.context_dim else None)
             x, ladj = layer._checked_pair(x, ladj, layer.base_shape)
