@@ -14,7 +14,7 @@ from pyroflows.errors import (
     ShapeError,
     UntraceableError,
 )
-from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
+from pyroflows.fitting import DensityComparison, DensityFit, Distillation, compare_densities, distill, fit_density
 from pyroflows.flows import Flow
 from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, to_arviz
 from pyroflows.training import Objective, Trainer, train
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "DataError",
+    "DensityComparison",
     "DensityFit",
     "Distillation",
     "DivergedError",
@@ -40,6 +41,7 @@ __all__ = [
     "ShapeError",
     "Trainer",
     "UntraceableError",
+    "compare_densities",
     "distill",
     "errors",
     "fit_density",
