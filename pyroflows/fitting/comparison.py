@@ -80,7 +80,7 @@ def compare_densities(
 ) -> DensityComparison:
     """Fit several flows to the same rows, and score all of them on rows that none has seen.
 
-    Each flow is fitted in place by :func:`pyroflows.fit_density`, with the same training rows, validation rows and seed.
+    Each flow is fitted in place by :func:`pyroflows.fit_density`, all with the same training and validation rows.
 
     Args:
         flows: the flows by name, of one event size.
