@@ -16,7 +16,7 @@ from pyroflows.errors import (
     StateError,
     UntraceableError,
 )
-from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
+from pyroflows.fitting import DensityComparison, DensityFit, Distillation, compare_densities, distill, fit_density
 from pyroflows.flows import Flow, load_flow
 from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, sample_conditional, to_arviz
 from pyroflows.training import Objective, Trainer, train
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "DataError",
+    "DensityComparison",
     "DensityFit",
     "Distillation",
     "DivergedError",
@@ -44,6 +45,7 @@ __all__ = [
     "StateError",
     "Trainer",
     "UntraceableError",
+    "compare_densities",
     "constraints",
     "distill",
     "errors",

@@ -46,7 +46,7 @@ def plot_training(history: History) -> Any:
     return figure
 
 
-def plot_density_fit(history: History, best_epoch: int) -> Any:
+def plot_density_fit(history: History, best_epoch: int, gaussian: float | None = None) -> Any:
     """Plot the mean log-density of training and validation rows over the epochs, and mark the epoch that was kept.
 
     As in :func:`plot_training`, the range of the axis leaves out the rise in the first epochs.
@@ -54,6 +54,7 @@ def plot_density_fit(history: History, best_epoch: int) -> Any:
     Args:
         history: the history of a density fit, with "log_prob", "validation_log_prob" and "learning_rate".
         best_epoch: the epoch whose state was kept, counted from 1.
+        gaussian: mean log-density of the validation rows under a Gaussian, None to leave it out.
 
     Returns:
         A matplotlib figure.
@@ -67,13 +68,20 @@ def plot_density_fit(history: History, best_epoch: int) -> Any:
     epochs = np.arange(1, len(curves) + 1)
     for values, name, color in zip(curves.T, ("training rows", "validation rows"), ("C0", "C1"), strict=True):
         axis.plot(epochs, values, color=color, label=name, marker="." if len(epochs) < 20 else None)
+    if gaussian is not None:
+        axis.axhline(gaussian, color="C1", linestyle="--", linewidth=1.0, label="validation rows, a Gaussian")
     axis.axvline(best_epoch, color="black", linestyle=":", linewidth=1.0, label=f"kept: epoch {best_epoch}")
     rates = history["learning_rate"]
     num_constant = np.flatnonzero(np.isclose(rates, rates.max()))[-1] + 1
     if num_constant < len(epochs):
         label = "learning rate falls, from the best state"
         axis.axvspan(num_constant + 0.5, len(epochs) + 0.5, color="black", alpha=0.06, linewidth=0, label=label)
-    axis.set_ylim(*_robust_range(curves.ravel()))
+    low, high = _robust_range(curves.ravel())
+    # A Gaussian further below would leave too little room for the curves.
+    if gaussian is not None and gaussian > 2 * low - high:
+        margin = 0.05 * (high - low)
+        low, high = min(low, gaussian - margin), max(high, gaussian + margin)
+    axis.set_ylim(low, high)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.set_xlabel("epoch")
     axis.set_ylabel("mean log-density (nats a row)")

@@ -296,7 +296,7 @@ class Flow(nn.Module):
             >>> flow.marginal([0, 1]).sample((5,)).shape
             torch.Size([5, 2])
         """
-        return block(self(context), columns, [], floating_tensor(self).new_zeros(0))
+        return block(self(context), columns, [], torch.zeros(0).to(floating_tensor(self)))
 
     @property
     def adapts(self) -> bool:

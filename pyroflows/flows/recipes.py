@@ -63,6 +63,22 @@ def _coupling(
     return layer
 
 
+def _spline_layers(
+    dim: int,
+    univariate: Univariate,
+    hidden_dims: Sequence[int],
+    conditioner: Conditioner | None,
+    autoregressive: bool,
+    order: Sequence[int] | None,
+) -> tuple[LayerFactory, int]:
+    """Return the layers of a spline flow, and the number of them between two that mix."""
+    if autoregressive:
+        return _inverse_autoregressive(dim, univariate, hidden_dims, conditioner or "made", order), 1
+    if order is not None:
+        raise OptionError("couplings have no order: give one with autoregressive=True only")
+    return _coupling(dim, univariate, hidden_dims, conditioner or "mlp"), 2
+
+
 class IAF(StackedFlow):
     r"""The inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934): layers
     :math:`x_j = t_j(z_{<j}, c) + e^{s_j(z_{<j}, c)} z_j`.
@@ -250,13 +266,8 @@ class NSF(StackedFlow):
         order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        if order is not None and not autoregressive:
-            raise OptionError("couplings have no order: NSF takes one with autoregressive=True only")
         spline = Spline(bins=bins, bound=bound)
-        if autoregressive:
-            layer, between = _inverse_autoregressive(dim, spline, hidden_dims, conditioner or "made", order), 1
-        else:
-            layer, between = _coupling(dim, spline, hidden_dims, conditioner or "mlp"), 2
+        layer, between = _spline_layers(dim, spline, hidden_dims, conditioner, autoregressive, order)
         super().__init__(layer, num_layers, between, **options)
 
 
@@ -298,6 +309,7 @@ class CircularNSF(StackedFlow):
         bins: int = 8,
         bound: float = 5.0,
         autoregressive: bool = False,
+        order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
         support = options.get("support")
@@ -306,10 +318,7 @@ class CircularNSF(StackedFlow):
             raise OptionError(f"no column of the support {support} is an angle, pf.constraints.circular: use NSF")
         kinds = {True: CircularSpline(bins), False: Spline(bins, bound)}
         univariate = kinds[True] if all(angles) else ByColumn([kinds[is_angle] for is_angle in angles])
-        if autoregressive:
-            layer, between = _inverse_autoregressive(dim, univariate, hidden_dims, conditioner or "made"), 1
-        else:
-            layer, between = _coupling(dim, univariate, hidden_dims, conditioner or "mlp"), 2
+        layer, between = _spline_layers(dim, univariate, hidden_dims, conditioner, autoregressive, order)
         super().__init__(layer, num_layers, between, **options)
 
 

@@ -144,6 +144,8 @@ class EarlyStopping:
         epochs: the history of epochs, with means over their steps.
         best: the best score.
         best_epoch: the epoch after which it was taken.
+        still_growing: whether the decay began at two thirds of ``max_epochs`` while the score still grew, that is, the
+            best one came in the last third of the epochs before.
 
     Example:
         >>> x = torch.tensor([2.0])
@@ -172,6 +174,7 @@ class EarlyStopping:
         self.epochs = History(unit="epoch")
         self.best = -math.inf
         self.best_epoch = 0
+        self.still_growing = False
         self._monitor = monitor
         self._score = score
         self._best_state = Snapshot(tensors)
@@ -199,6 +202,7 @@ class EarlyStopping:
         if epoch < self._begin and has_stalled:
             self._begin, self._end = epoch, epoch + max(1, epoch // 2)
         if epoch == self._begin:
+            self.still_growing = not has_stalled and self.best_epoch > 2 * epoch / 3
             self.restore_best()
             self._stalled = 0
         elif epoch > self._begin and has_stalled:
@@ -225,12 +229,14 @@ class EarlyStopping:
             "begin": self._begin,
             "end": self._end,
             "stalled": self._stalled,
+            "still_growing": self.still_growing,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned."""
         self.epochs = History(state["epochs"], unit="epoch")
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.still_growing = state["still_growing"]
         self._best_state.load(state["best_state"])
         self._begin, self._end, self._stalled = state["begin"], state["end"], state["stalled"]
 

@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -427,6 +428,20 @@ def test_a_seed_makes_a_fit_reproducible_and_leaves_the_global_generator_alone()
         assert_same_state(run(seed=2), flow.state_dict())
 
 
+def test_pyro_set_rng_seed_and_a_seed_make_flow_and_fit_reproducible():
+    """As docs/density.md says: the one before the flow is made, the other in the fit."""
+    x, states = banana(200), []
+    for noise in (1, 2):
+        torch.rand(noise)
+        pyro.set_rng_seed(3)
+        flow = MAF(2, mixing="lu", base="student_t")
+        torch.rand(noise)
+        fit = fit_briefly(flow, x, seed=0)
+        states.append((flow, fit.best_log_prob))
+    assert_same_state(states[0][0], states[1][0].state_dict())
+    assert states[0][1] == states[1][1]
+
+
 def test_without_a_seed_the_global_generator_counts():
     flow = run(seed=None)
     after = torch.rand(3)
@@ -460,13 +475,28 @@ def test_history_has_a_number_an_epoch(fit):
 
 
 def test_repr(fit):
-    assert repr(fit) == (
-        f"DensityFit(12 epochs; best validation log-density {fit.best_log_prob:.4g} nats a row, after epoch "
-        f"{fit.best_epoch})"
-    )
+    assert repr(fit).splitlines()[:2] == [
+        f"DensityFit(12 epochs, all of max_epochs; best validation log-density {fit.best_log_prob:.4g} nats a row, "
+        f"after epoch {fit.best_epoch};",
+        f"a Gaussian has {fit.gaussian_log_prob:.4g})",
+    ]
     stopped = fit_quietly(MAF(2), torch.randn(300, 2), patience=1)
     assert stopped.stopped_early
     assert repr(stopped).startswith(f"DensityFit({stopped.history.num_steps} epochs, stopped early; best")
+
+
+def test_a_fit_says_that_max_epochs_ended_it_while_it_improved_and_can_go_on():
+    flow, x = MAF(2), banana(500)
+    fit = fit_quietly(flow, x, max_epochs=6, batch_size=64)
+    assert fit.still_improving and not fit.stopped_early
+    assert repr(fit).endswith("call fit_density again with the same seed to go on from here.")
+    further = fit_quietly(flow, x, max_epochs=6, batch_size=64)
+    # Both have validated with the rows that the seed sets aside.
+    assert held_out_log_prob(flow, x) == pytest.approx(further.best_log_prob, abs=1e-5)
+    assert further.best_log_prob > fit.best_log_prob
+    long = fit_quietly(MAF(2), torch.randn(300, 2), max_epochs=60, patience=60)
+    assert not (long.still_improving or long.stopped_early)
+    assert "still growing" not in repr(long)
 
 
 def test_progress_bar_shows_both_curves(capfd):
@@ -532,6 +562,51 @@ def test_data_that_cannot_be_used_leave_the_flow_alone(options, message):
     assert_same_state(flow, before)
 
 
+@pytest.mark.parametrize(("num_rows", "size"), [(20, 18), (100, 32), (500, 56), (3000, 256)])
+def test_batches_of_small_data_are_small(monkeypatch, num_rows, size):
+    sizes = []
+
+    class Recorded(density.MaximumLikelihood):
+        def __init__(self, flow, data, index, batch_size):
+            super().__init__(flow, data, index, batch_size)
+            sizes.append(batch_size)
+
+    monkeypatch.setattr(density, "MaximumLikelihood", Recorded)
+    fit_quietly(MAF(2), banana(num_rows), max_epochs=1)
+    assert sizes == [size]
+
+
+def test_the_default_optimizer_has_a_prior_that_fades_as_rows_are_added(monkeypatch):
+    decays = []
+
+    def recorded(parameters, **options):
+        decays.append(options["weight_decay"])
+        return torch.optim.SGD(parameters, lr=0.0)
+
+    monkeypatch.setattr(torch.optim, "Adam", recorded)
+    for num_rows in (100, 1000):
+        fit_quietly(MAF(2), banana(num_rows), max_epochs=1)
+    assert decays == pytest.approx([3 / 90, 3 / 900])
+
+
+def test_the_prior_costs_a_gaussian_less_than_its_sampling_error():
+    """The maximum of the likelihood over n rows is above the expected one by about k / 2n nats, for k parameters."""
+    x = torch.randn(200, 3) @ torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.3, 1.0], [0.0, 0.0, 0.2]])
+    flow = pf.flows.Gaussian(3)
+    fit_quietly(flow, x, patience=100)
+    with seeded(0):
+        training = split(load(flow, x).rows, 0.1)[0]
+    law = dist.MultivariateNormal(x[training].mean(0), x[training].T.cov(correction=0))
+    with torch.no_grad():
+        assert (law.log_prob(x) - flow().log_prob(x)).mean() < 9 / (2 * 180)
+
+
+def test_compilation_that_does_not_pay_is_said():
+    x = banana(100)
+    with pytest.warns(UserWarning, match=r"compile='trace' pays from about 200 steps on, but this fit has at most 3:"):
+        fit_briefly(MAF(2), x, compile="trace")
+
+
 def test_batches_larger_than_the_data_are_all_of_it():
     assert fit_quietly(MAF(2), banana(40), batch_size=10_000, max_epochs=2).history.num_steps == 2
 
@@ -553,6 +628,7 @@ def test_batches_larger_than_the_data_are_all_of_it():
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:compile=.* pays from about")
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_a_compiled_fit_is_that_of_eager_execution(mode, context_dim):
     """It sees the same batches, also where their contexts and weights differ from row to row."""

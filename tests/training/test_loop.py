@@ -266,6 +266,15 @@ def test_a_decay_that_does_not_help_stops_early():
     assert (schedule.best, schedule.best_epoch) == (40, 40)
 
 
+@pytest.mark.parametrize(
+    ("scores", "patience", "still_growing"),
+    [(range(100), 1, True), ([*range(10), *[0] * 100], 5, False), ([*range(10), *[0] * 100], 100, False)],
+    ids=["grows", "stalled", "grew at first, with more patience than epochs"],
+)
+def test_a_schedule_knows_whether_the_score_still_grew_where_the_epochs_ran_out(scores, patience, still_growing):
+    assert counting_fit(scores, max_epochs=60, patience=patience)[0].still_growing is still_growing
+
+
 def test_the_best_state_can_be_put_back():
     buffer = torch.zeros(2, dtype=torch.long)
     objective = Counting(buffer)
