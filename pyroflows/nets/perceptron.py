@@ -1,4 +1,4 @@
-"""The function that all multi-layer perceptrons of the package compute, with its gradient written out."""
+"""The function that the multi-layer perceptrons of the package compute."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyroflows.compiling.eager import is_transformed
-from pyroflows.nets.products import product
+from pyroflows.compiling.eager import is_transformed, runs_in_python
+from pyroflows.nets.products import is_large, product
 
 # What the weights of a layer are multiplied by: a mask or a number.
 Factor: TypeAlias = Tensor | float | None
+
+_silu_backward = torch.ops.aten.silu_backward.default
 
 
 def perceptron(
@@ -25,8 +27,8 @@ def perceptron(
 
     .. math:: a_k = (F_k \odot W_k)\, h_{k-1} + b_k, \qquad h_0 = x, \quad h_k = \sigma(a_k),
 
-    which is the last :math:`a_k`. The rows of a batch are the last axis in memory, also in that of the output, so that
-    products have long inner loops however narrow the layers are, and each output is one contiguous block.
+    which is the last :math:`a_k`. In memory, also in that of the output, the rows of the batch are the last axis, so
+    that loops over them are long however narrow the layers are, and each output is one contiguous block.
 
     Args:
         x: ``(..., in_dim)``.
@@ -43,94 +45,107 @@ def perceptron(
         True
     """
     factors = [None] * len(weights) if factors is None else factors
+    parameters = (*weights, *biases)
+    # The transforms of torch.func arrange the rows themselves, and cannot see into a gradient that is written out.
+    if is_transformed():
+        return _by_rows(x, offset, factors, parameters)
     if offset is not None:
         batch_shape = torch.broadcast_shapes(x.shape[:-1], offset.shape[:-1])
         x, offset = x.expand(*batch_shape, x.shape[-1]), offset.expand(*batch_shape, offset.shape[-1])
-    # The transforms of torch.func cannot see into the written gradient, and torch.compile fuses better without it.
-    if is_transformed():
-        return _recorded(x, offset, factors, (*weights, *biases))
-    return _Perceptron.apply(x, offset, factors, *weights, *biases)
+    h = _columns(x)
+    # Where Python runs at each call, autograd's own functions take less time between the products.
+    is_written_out = not runs_in_python() or any(is_large(weight, h.shape[1]) for weight in weights)
+    function = _WrittenOut.apply if is_written_out else _by_columns
+    output = function(h, None if offset is None else _columns(offset), factors, *parameters).T
+    return output if x.dim() == 2 else output.reshape(*x.shape[:-1], output.shape[-1])
 
 
-def _recorded(x: Tensor, offset: Tensor | None, factors: Sequence[Factor], parameters: Sequence[Tensor]) -> Tensor:
-    """Return the output by operations that autograd records."""
-    count = len(factors)
-    a = x
-    for k, (weight, bias, factor) in enumerate(zip(parameters[:count], parameters[count:], factors, strict=True)):
-        a = F.linear(F.silu(a) if k else a, weight if factor is None else weight * factor, bias)
-        a = a if k or offset is None else a + offset
+def _columns(rows: Tensor) -> Tensor:
+    """Turn rows ``(..., size)`` into contiguous columns ``(size, N)``."""
+    return (rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])).T.contiguous()
+
+
+def _masked(factors: Sequence[Factor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [w if factor is None else w * factor for factor, w in zip(factors, weights, strict=True)]
+
+
+def _by_rows(x: Tensor, offset: Tensor | None, factors: Sequence[Factor], parameters: Sequence[Tensor]) -> Tensor:
+    """Return the output for rows ``(..., in_dim)``."""
+    weights, biases = _masked(factors, parameters[: len(factors)]), parameters[len(factors) :]
+    a = F.linear(x, weights[0], biases[0])
+    a = a if offset is None else a + offset
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        a = F.linear(F.silu(a), weight, bias)
     return a
 
 
-class _Perceptron(torch.autograd.Function):
-    r"""The perceptron with its gradient written out, which spares autograd's bookkeeping and transposed products.
+def _by_columns(x: Tensor, offset: Tensor | None, factors: Sequence[Factor], *parameters: Tensor) -> Tensor:
+    """Return the output ``(out_dim, N)`` for columns ``(in_dim, N)``."""
+    weights, biases = _masked(factors, parameters[: len(factors)]), parameters[len(factors) :]
+    a = torch.addmm(biases[0].unsqueeze(1), weights[0], x)
+    a = a if offset is None else a + offset
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        a = torch.addmm(bias.unsqueeze(1), weight, F.silu(a))
+    return a
+
+
+class _WrittenOut(torch.autograd.Function):
+    r"""What :func:`_by_columns` computes, by the faster products and with the gradient written out.
 
     From the gradient :math:`g_K` by the output, the last :math:`a_K`, follow for :math:`k = K, \dots, 1`
 
     .. math:: \nabla_{b_k} = \sum_n g_k, \qquad \nabla_{W_k} = F_k \odot (g_k h_{k-1}^\top), \qquad
         g_{k-1} = \sigma'(a_{k-1}) \odot (F_k \odot W_k)^\top g_k,
 
-    where n counts the rows of the batch, and without :math:`\sigma'` for x. Second derivatives are those of the
-    recorded operations.
+    where n counts the rows of the batch; x gets :math:`g_0` without :math:`\sigma'`, and the offset :math:`g_1`. Second
+    derivatives are those of the recorded operations.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offset: Tensor | None, factors: Sequence[Factor], *parameters: Tensor) -> Tensor:
-        count = len(factors)
-        weights = [
-            weight if factor is None else weight * factor
-            for weight, factor in zip(parameters[:count], factors, strict=True)
-        ]
-        h = _columns(x)
-        inputs, before = [h], []
-        for k, (weight, bias) in enumerate(zip(weights, parameters[count:], strict=True)):
-            a = product(weight, h).add_(bias[:, None])
-            if k == 0 and offset is not None:
-                a += _columns(offset)
-            if k < count - 1:
-                h = F.silu(a)
-                inputs.append(h)
-                before.append(a)
-        ctx.save_for_backward(x, offset, *parameters, *weights, *inputs, *before)
+        weights, biases = _masked(factors, parameters[: len(factors)]), parameters[len(factors) :]
+        a = product(weights[0], x).add_(biases[0].unsqueeze(1))
+        if offset is not None:
+            a += offset
+        hidden, before = [], []
+        for weight, bias in zip(weights[1:], biases[1:], strict=True):
+            before.append(a)
+            hidden.append(F.silu(a))
+            a = product(weight, hidden[-1]).add_(bias.unsqueeze(1))
+        ctx.save_for_backward(x, offset, *parameters, *weights, *hidden, *before)
         ctx.factors = factors
-        return _rows(a, x.shape[:-1])
+        return a
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        factors, count = ctx.factors, len(ctx.factors)
+        count = len(ctx.factors)
         x, offset, *saved = ctx.saved_tensors
-        parameters, weights, inputs, before = (
-            saved[: 2 * count],
-            saved[2 * count : 3 * count],
-            saved[3 * count : 4 * count],
-            saved[4 * count :],
-        )
+        parameters, weights = saved[: 2 * count], saved[2 * count : 3 * count]
+        hidden, before = saved[3 * count : 4 * count - 1], saved[4 * count - 1 :]
         if torch.is_grad_enabled() or is_transformed():  # by create_graph=True, or for a batch of gradients
-            with torch.enable_grad():
-                output = _recorded(x, offset, factors, parameters)
-            wanted = [t for t in (x, offset, *parameters) if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=torch.is_grad_enabled()))
-            gradients = [None if t is None or not t.requires_grad else next(found) for t in (x, offset, *parameters)]
-            return gradients[0], gradients[1], None, *gradients[2:]
-
-        g = _columns(gradient)
+            return _gradients_by_autograd(gradient, x, offset, ctx.factors, parameters)
+        inputs = [x, *hidden]
+        g = gradient.contiguous()
         by_weights: list[Tensor] = []
         by_biases: list[Tensor] = []
         for k in reversed(range(count)):
-            by_biases.append(g.sum(1))
             by_weight = product(g, inputs[k].T)
-            by_weights.append(by_weight if factors[k] is None else by_weight.mul_(factors[k]))
+            by_weights.append(by_weight if ctx.factors[k] is None else by_weight.mul_(ctx.factors[k]))
+            by_biases.append(g.sum(1))
             if k:
-                g = torch.ops.aten.silu_backward(product(weights[k].T, g), before[k - 1])
-        by_offset = None if offset is None else _rows(g, x.shape[:-1])
-        by_x = _rows(product(weights[0].T, g), x.shape[:-1]) if ctx.needs_input_grad[0] else None
-        return by_x, by_offset, None, *by_weights[::-1], *by_biases[::-1]
+                g = _silu_backward(product(weights[k].T, g), before[k - 1])
+        by_x = product(weights[0].T, g) if ctx.needs_input_grad[0] else None
+        return by_x, None if offset is None else g, None, *by_weights[::-1], *by_biases[::-1]
 
 
-def _columns(rows: Tensor) -> Tensor:
-    """Turn rows ``(..., size)`` into ``(size, N)``, contiguous, without a copy if :func:`_rows` has made them."""
-    return rows.reshape(-1, rows.shape[-1]).T.contiguous()
-
-
-def _rows(columns: Tensor, batch_shape: torch.Size) -> Tensor:
-    return columns.T.view(*batch_shape, len(columns))
+def _gradients_by_autograd(
+    gradient: Tensor, x: Tensor, offset: Tensor | None, factors: Sequence[Factor], parameters: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """Return the gradients of all arguments of :func:`_by_columns`, through which gradients can flow again."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        output = _by_columns(x, offset, factors, *parameters)
+    arguments = (x, offset, None, *parameters)
+    wanted = [t for t in arguments if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=create_graph))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in arguments)

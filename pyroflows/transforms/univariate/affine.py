@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
@@ -129,10 +130,11 @@ class _Affine(torch.autograd.Function):
         order = memory_order(theta)
         shift, raw = theta.permute(*order, -1).unbind(-1)
         given = value.permute(order).contiguous()
-        middle, half = bounds[1] + bounds[0], bounds[1] - bounds[0]
-        twice_bound = torch.sign(raw).mul_(half).add_(middle)
-        sigmoid = torch.div(raw, twice_bound).mul_(4).sigmoid_()
-        ladj = ((0.5 - sigmoid) if is_inverse else (sigmoid - 0.5)).mul_(twice_bound)
+        max_contraction, max_expansion = bounds
+        ratio = max_contraction / max_expansion
+        # The leaky rectifier scales negative numbers by another factor than positive ones.
+        sigmoid = F.leaky_relu(raw * (2 / max_expansion), 1 / ratio).sigmoid_()
+        ladj = F.leaky_relu(sigmoid - 0.5, ratio).mul_(-2 * max_expansion if is_inverse else 2 * max_expansion)
         scale = torch.exp(ladj)
         result = (given - shift).mul_(scale) if is_inverse else torch.addcmul(shift, scale, given)
         ctx.save_for_backward(value, theta, sigmoid, scale, result if is_inverse else given)

@@ -14,7 +14,7 @@ def memory_order(theta: Tensor) -> list[int]:
         ([0, 1], [1, 0])
     """
     strides = theta.stride()
-    return sorted(range(theta.dim() - 1), key=lambda axis: -strides[axis])
+    return sorted(range(theta.dim() - 1), key=strides.__getitem__, reverse=True)
 
 
 def restored(tensor: Tensor, order: list[int]) -> Tensor:
