@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.nets.incremental import GradientSteps, ParameterSteps
+from pyroflows.nets.perceptron import perceptron
 from pyroflows.nets.mlp import checked_widths, zero_initialized
 
 
@@ -122,7 +123,12 @@ class MADE(nn.Module):
         return None
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.parameters_from(self.pre_activations(z, context))
+        layers: list[MaskedLinear] = [self.input, *self.hidden, self.output]
+        offset = None if self.context is None else self.context(context)
+        output = perceptron(
+            z, [layer.weight for layer in layers], [layer.bias for layer in layers], [layer.mask for layer in layers], offset
+        )
+        return output.unflatten(-1, (self.num_params, -1)).transpose(-1, -2)
 
     def pre_activations(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
         """Return the hidden layers before their activations."""

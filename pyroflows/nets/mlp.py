@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
+from pyroflows.nets.perceptron import perceptron
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -37,6 +38,14 @@ class MLP(nn.Sequential):
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
         super().__init__(*layers, zero_initialized(nn.Linear(widths[-1], out_dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self._linear
+        return perceptron(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [layer for layer in self if isinstance(layer, nn.Linear)]
 
 
 class ScaledMLP(MLP):
@@ -67,13 +76,9 @@ class ScaledMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, output = self._linear
-        for layer in hidden:
-            x = F.silu(F.linear(x, _factor(4, layer) * layer.weight, layer.bias))
-        return _factor(2, output) * output(x)
-
-    @property
-    def _linear(self) -> list[nn.Linear]:
-        return [layer for layer in self if isinstance(layer, nn.Linear)]
+        scale = _factor(2, output)
+        weights, biases = [layer.weight for layer in self._linear], [layer.bias for layer in hidden]
+        return perceptron(x, weights, [*biases, scale * output.bias], [*(_factor(4, layer) for layer in hidden), scale])
 
 
 def _factor(numerator: float, layer: nn.Linear) -> float:

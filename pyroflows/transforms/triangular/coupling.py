@@ -174,7 +174,10 @@ class Coupling(FlowTransform):
     def _join(self, z_a: Tensor, x_b: Tensor) -> Tensor:
         if self.num_blocks > 2:
             return torch.cat([z_a, x_b], self.axis).index_select(self.axis, self.place)
-        return torch.cat([z_a, x_b] if self.mask[0] else [x_b, z_a], self.axis)
+        parts = [z_a, x_b] if self.mask[0] else [x_b, z_a]
+        if self.axis == -1 and x_b.dim() > 1 and x_b.stride(-1) > x_b.stride(-2):
+            return torch.cat([part.movedim(-1, 0) for part in parts]).movedim(0, -1)
+        return torch.cat(parts, self.axis)
 
 
 def _network(

@@ -1,12 +1,19 @@
 """Affine and additive maps."""
 
 import math
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.base import Pair
+from pyroflows.transforms.univariate.layout import memory_order, restored
+
+# The bounds on contraction and expansion.
+Bounds: TypeAlias = tuple[float | None, float | None]
 
 
 class Additive:
@@ -69,21 +76,83 @@ class Affine:
         self.max_expansion = max_expansion
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
-        shift, log_scale = self._shift_and_log_scale(theta)
-        return shift + torch.exp(log_scale) * z, log_scale.expand_as(z)
+        return self._map(False, z, theta)
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
-        shift, log_scale = self._shift_and_log_scale(theta)
-        ladj = -log_scale
-        return (x - shift) * torch.exp(ladj), ladj.expand_as(x)
+        return self._map(True, x, theta)
 
-    def _shift_and_log_scale(self, theta: Tensor) -> Pair:
-        shift, log_scale = theta.unbind(-1)
-        if self.max_contraction is None or self.max_expansion is None:
-            return shift, log_scale
-        middle, half = (self.max_expansion + self.max_contraction) / 2, (self.max_expansion - self.max_contraction) / 2
-        bound = middle + half * torch.sign(log_scale.detach())
-        return shift, bound * torch.tanh(log_scale / bound)
+    def _map(self, is_inverse: bool, value: Tensor, theta: Tensor) -> Pair:
+        bounds = self.max_contraction, self.max_expansion
+        # Parameters that all rows share are computed with once; torch.func cannot see into the written gradient.
+        if None in bounds or theta.shape[:-1] != value.shape or is_transformed():
+            return _recorded(is_inverse, value, theta, bounds)
+        return _Affine.apply(is_inverse, value, theta, bounds)
 
     def __repr__(self) -> str:
         return f"Affine(max_contraction={self.max_contraction}, max_expansion={self.max_expansion})"
+
+
+def _recorded(is_inverse: bool, value: Tensor, theta: Tensor, bounds: Bounds) -> Pair:
+    """Return the map's value and log-derivative by operations that autograd records."""
+    shift, log_scale = theta.unbind(-1)
+    max_contraction, max_expansion = bounds
+    if max_contraction is not None and max_expansion is not None:
+        middle, half = (max_expansion + max_contraction) / 2, (max_expansion - max_contraction) / 2
+        bound = middle + half * torch.sign(log_scale.detach())
+        log_scale = bound * torch.tanh(log_scale / bound)
+    if is_inverse:
+        ladj = -log_scale
+        return (value - shift) * torch.exp(ladj), ladj.expand_as(value)
+    return shift + torch.exp(log_scale) * value, log_scale.expand_as(value)
+
+
+class _Affine(torch.autograd.Function):
+    r"""The map with soft-clamped log-scale and its gradient written out.
+
+    With c the bound on the side of :math:`s_0`, the clamp is :math:`s = 2c\,(\sigma - 	frac12)` where
+    :math:`\sigma = 1 / (1 + e^{-2 s_0 / c})`, since :math:`	anh u = 2\, \sigma(2u) - 1`; the logistic function is
+    several times as fast as tanh. Its derivative is :math:`ds / ds_0 = 4\, \sigma (1 - \sigma)`.
+
+    Let G and L be the gradients by the value and by the log-derivative. Forward, :math:`x = t + e^s z` and
+    :math:`\ell = s` give
+
+    .. math:: g_z = G e^s, \qquad g_t = G, \qquad g_s = G e^s z + L.
+
+    Inverse, :math:`z = (x - t)\, e^{-s}` and :math:`\ell = -s` give
+
+    .. math:: g_x = G e^{-s}, \qquad g_t = -g_x, \qquad g_s = -(G z + L).
+
+    Second derivatives are those of the recorded operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, is_inverse: bool, value: Tensor, theta: Tensor, bounds: tuple[float, float]) -> Pair:
+        order = memory_order(theta)
+        shift, raw = theta.permute(*order, -1).unbind(-1)
+        given = value.permute(order).contiguous()
+        max_contraction, max_expansion = bounds
+        ratio = max_contraction / max_expansion
+        # The leaky rectifier scales negative numbers by another factor than positive ones.
+        sigmoid = F.leaky_relu(raw * (2 / max_expansion), 1 / ratio).sigmoid_()
+        ladj = F.leaky_relu(sigmoid - 0.5, ratio).mul_(-2 * max_expansion if is_inverse else 2 * max_expansion)
+        scale = torch.exp(ladj)
+        result = (given - shift).mul_(scale) if is_inverse else torch.addcmul(shift, scale, given)
+        ctx.save_for_backward(value, theta, sigmoid, scale, result if is_inverse else given)
+        ctx.arguments = is_inverse, bounds, order
+        return restored(result, order), restored(ladj, order)
+
+    @staticmethod
+    def backward(ctx: Any, g_result: Tensor, g_ladj: Tensor) -> tuple[Any, ...]:
+        value, theta, sigmoid, scale, z = ctx.saved_tensors
+        is_inverse, bounds, order = ctx.arguments
+        if torch.is_grad_enabled():  # by create_graph=True: the caller wants second derivatives
+            outputs = _recorded(is_inverse, value, theta, bounds)
+            return None, *torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True), None
+        g_result, g_ladj = g_result.permute(order), g_ladj.permute(order)
+        g_value = g_result * scale
+        if is_inverse:
+            g_shift, g_log_scale = -g_value, torch.addcmul(g_ladj, g_result, z).mul_(-4)
+        else:
+            g_shift, g_log_scale = g_result, torch.addcmul(g_ladj, g_value, z).mul_(4)
+        g_theta = torch.stack([g_shift, torch.ops.aten.sigmoid_backward(g_log_scale, sigmoid)]).movedim(0, -1)
+        return None, restored(g_value, order), restored(g_theta, order), None

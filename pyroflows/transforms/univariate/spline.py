@@ -12,6 +12,7 @@ from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
 from pyroflows.options import checked_int
 from pyroflows.transforms.univariate.base import Pair
+from pyroflows.transforms.univariate.layout import memory_order, restored
 
 MIN_WIDTH = 1e-3  # the least width and height of a bin, in units of the whole interval
 MIN_DERIVATIVE = 1e-3
@@ -248,22 +249,24 @@ class _Analytic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float) -> Pair:
-        (result, ladj), inside, bin, point = _evaluate(direction, value, theta, bins, bound)
+        order = memory_order(theta)
+        arguments = value.permute(order).contiguous(), theta.permute(*order, -1), bins, bound
+        (result, ladj), inside, bin, point = _evaluate(direction, *arguments)
         ctx.save_for_backward(value, theta, inside, ladj, *bin, *point)
-        ctx.arguments = direction, bins, bound
-        return result, ladj
+        ctx.arguments = direction, bins, bound, order
+        return restored(result, order), restored(ladj, order)
 
     @staticmethod
     def backward(ctx: Any, g_result: Tensor, g_ladj: Tensor) -> tuple[Any, ...]:
         value, theta, inside, ladj, *fields = ctx.saved_tensors
-        direction, bins, bound = ctx.arguments
+        direction, bins, bound, order = ctx.arguments
         if torch.is_grad_enabled():  # by create_graph=True: the caller wants second derivatives
             outputs, *_ = _evaluate(direction, value, theta, bins, bound)
             gradients = torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True)
             return None, *gradients, None, None
         bin, point = _Bin(*fields[: len(_Bin._fields)]), _Point(*fields[len(_Bin._fields) :])
-        g_outside = g_result
-        g_result, g_ladj = g_result * inside, g_ladj * inside
+        g_outside = g_result.permute(order)
+        g_result, g_ladj = g_outside * inside, g_ladj.permute(order) * inside
 
         xi, slope, d0, d1, ratio = point.xi, point.slope, bin.d0, bin.d1, point.ratio
         over_numerator, over_denominator = point.numerator.reciprocal(), point.denominator.reciprocal()
@@ -297,7 +300,8 @@ class _Analytic(torch.autograd.Function):
         is_periodic = _is_periodic(theta, bins)
         g_theta = _gradient_of_theta(bin, starts, sizes, torch.stack([g_d0, g_d1]), bins, bound, is_periodic)
         g_value = g_z if direction is _forward else -g_result
-        return None, torch.where(inside, g_value, g_outside), g_theta, None, None
+        g_value = restored(torch.where(inside, g_value, g_outside), order)
+        return None, g_value, restored(g_theta, order), None, None
 
 
 def _gradient_of_theta(
