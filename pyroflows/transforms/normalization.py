@@ -121,6 +121,17 @@ class Standardize(TriangularTransform):
         scale = self.log_scale.exp()
         return (x - self.relative_loc * scale) / scale, -self.log_scale.expand_as(x)
 
+    # All rows have one log-determinant, which is the sum over columns, not over rows and columns.
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        scale = self.log_scale.exp()
+        x = torch.addcmul(self.relative_loc * scale, scale, z)
+        return x, self.log_scale.sum().expand(z.shape[: z.dim() - len(self.event_shape)])
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        scale = self.log_scale.exp()
+        z = (x - self.relative_loc * scale) / scale
+        return z, -self.log_scale.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
+
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return *self._forward_and_ladj(z, context), score / self.scale
 

@@ -137,6 +137,7 @@ def test_regression_counts_errors_in_standard_deviations():
 
 def test_layers_are_followed_one_by_one_where_their_orders_agree():
     teacher = disturbed(MAF(4, 3, (16,)))
+    teacher.standardization.load_state_dict(Standardize(4).state_dict())
     stages = draw_stages(teacher, 50, None)
     index = torch.arange(50)
     same, shorter = IAF(4, 3, (16,)), IAF(4, 2, (16,))

@@ -25,6 +25,7 @@ from pyroflows.training.loop import Trainer
 from pyroflows.training.schedules import Plateau
 from pyroflows.training.step import Step
 from pyroflows.transforms import Elementwise
+from pyroflows.transforms.normalization import trained_parameters
 from pyroflows.transforms.univariate import Affine
 
 NUM_PARTICLES = 16
@@ -61,7 +62,7 @@ def setup(model, mode="trace", flow_fn=small_iaf, estimator="path", tempering=No
     layout = Layout(describe(model, (), {}))
     flow = flow_fn(layout.dim)
     if flow_fn is small_iaf:
-        disturb(list(flow.parameters()), 0.3)
+        disturb(trained_parameters(flow), 0.3)
     log_joint = LogJoint(model, (), {}, layout, 0.1 * torch.randn(5, layout.dim), Compiler(mode))
     own = list(model_parameters(describe(model, (), {}), model, (), {}).values())
     objective = ModelELBO(flow, log_joint, ESTIMATORS[estimator], num_particles, own, tempering)
@@ -80,7 +81,7 @@ def eager(flow, log_joint, own, estimator, seed, num_particles=NUM_PARTICLES):
     z = flow.base().rsample((num_particles,))
     rows = log_joint.draw_subsample()
     loss, log_weights = ESTIMATORS[estimator](flow(), lambda x: log_joint(x, rows), z)
-    parameters = [*flow.parameters(), *own]
+    parameters = [*trained_parameters(flow), *own]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return torch.cat([g.reshape(-1) for g in gradients]), log_weights
 
@@ -93,7 +94,7 @@ def taken(step, seed):
 
 def assert_steps_are_eager(step, flow, log_joint, own, estimator, num_particles=NUM_PARTICLES):
     for seed in range(3):
-        disturb([*flow.parameters(), *own])
+        disturb([*trained_parameters(flow), *own])
         gradient, figures = taken(step, seed)
         expected, log_weights = eager(flow, log_joint, own, estimator, seed, num_particles)
         assert expected.abs().max() > 1e-2
@@ -120,8 +121,9 @@ def test_of_a_base_with_parameters(mode):
     step, flow, log_joint, own = setup(hierarchy, mode, flow_fn)
     assert_steps_are_eager(step, flow, log_joint, own, "path")
     taken(step, 0)
-    gradients = step.parameters[0].grad.split([p.numel() for p in flow.parameters()])
-    by_df = dict(zip([name for name, _ in flow.named_parameters()], gradients, strict=True))["base.raw_df"]
+    trained = trained_parameters(flow)
+    gradients = step.parameters[0].grad.split([p.numel() for p in trained])
+    (by_df,) = (g for p, g in zip(trained, gradients, strict=True) if p is flow.base.raw_df)
     assert (by_df != 0).all()
 
 
@@ -247,7 +249,7 @@ def test_a_fit_goes_on_beside_singular_matrices(mode):
 
 @torch.no_grad()
 def set_parameters(flow, values):
-    (parameter,) = flow.parameters()
+    (parameter,) = trained_parameters(flow)
     parameter.copy_(torch.tensor([values]))
 
 

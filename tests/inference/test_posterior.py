@@ -18,6 +18,7 @@ from torch.distributions import constraints
 
 import pyroflows as pf
 from pyroflows import CheckpointError, FlowVI, ModelError, OptionError, Posterior, load_posterior
+from pyroflows.archive import write_archive
 from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar
 from pyroflows.models.layout import Layout
 from pyroflows.models.structure import describe
@@ -807,7 +808,7 @@ def test_a_recipe_of_another_version_is_refused(posterior, tmp_path):
         header = json.loads(file.metadata()["pyroflows"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header["recipe"] = {"name": "Glow", "options": {}}
-    save_file(tensors, path, metadata={"pyroflows": json.dumps(header)})
+    write_archive(path, header.pop("kind"), header.pop("format"), header, tensors)
     with pytest.raises(CheckpointError, match="a recipe that this version does not have: there is no recipe 'Glow'"):
         load_posterior(path, everything, Y)
 
