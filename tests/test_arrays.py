@@ -74,7 +74,7 @@ def test_columns_of_a_frame_that_are_no_numbers(column, kind):
         object(),
         "abc",
     ],
-    ids=str,
+    ids=lambda values: type(values).__name__,
 )
 def test_what_is_no_array_of_numbers(values):
     with pytest.raises(DataError, match="x is no array of numbers"):
