@@ -1,6 +1,5 @@
 """Flows: layers stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
-from pyroflows.flows.block import Block
 from pyroflows.flows.columns import Blocks, CircularUniform
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.files import load_flow
@@ -22,6 +21,7 @@ from pyroflows.flows.recipes import (
     RealNVP,
     Sylvester,
 )
+from pyroflows.flows.subvector import SubvectorDistribution
 
 __all__ = [
     "IAF",
@@ -30,7 +30,6 @@ __all__ = [
     "NICE",
     "NSF",
     "SOS",
-    "Block",
     "Blocks",
     "CircularNSF",
     "CircularUniform",
@@ -43,6 +42,7 @@ __all__ = [
     "Radial",
     "RealNVP",
     "Recipe",
+    "SubvectorDistribution",
     "Sylvester",
     "load_flow",
 ]

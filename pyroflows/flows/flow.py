@@ -17,11 +17,11 @@ from pyroflows.constraints import angles_and_reals, angles_in, without_angles
 from pyroflows.errors import FlowError, NotCalledError, OptionError, ShapeError, StateError
 from pyroflows.flows.angles import angles_of, check_base_of_angles
 from pyroflows.flows.base import Base, base_module, standard_normal
-from pyroflows.flows.block import Block, block
 from pyroflows.flows.columns import standard_base
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
+from pyroflows.flows.subvector import SubvectorDistribution, subvector
 from pyroflows.options import kind
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
@@ -255,7 +255,9 @@ class Flow(nn.Module):
             self._places = Places(transform, base)
         return FlowDistribution(base, transform, context, is_validated(), places=self._places)
 
-    def conditional(self, given: Tensor, context: Tensor | None = None, columns: Sequence[int] | None = None) -> Block:
+    def conditional(
+        self, given: Tensor, context: Tensor | None = None, columns: Sequence[int] | None = None
+    ) -> SubvectorDistribution:
         r"""Return the law of the columns that are not given, exactly, for a flow whose layers have one order.
 
         These are autoregressive flows with an ``order``, and flows of elementwise or triangular layers. For all others,
@@ -276,12 +278,12 @@ class Flow(nn.Module):
             >>> rest.columns, rest.sample((5,)).shape, rest.log_prob(torch.zeros(2)).shape
             ([0, 1], torch.Size([5, 2]), torch.Size([]))
         """
-        return block(self(context), None, columns, as_tensor("given", given, floating_tensor(self)))
+        return subvector(self(context), None, columns, as_tensor("given", given, floating_tensor(self)))
 
-    def marginal(self, columns: Sequence[int], context: Tensor | None = None) -> Block:
+    def marginal(self, columns: Sequence[int], context: Tensor | None = None) -> SubvectorDistribution:
         """Return the law of some columns alone, exactly, for a flow whose layers have one order.
 
-        With all columns it is the law of x, by :meth:`pyroflows.flows.Block.conditional_cdf` with the distribution
+        With all columns it is the law of x, by :meth:`pyroflows.flows.SubvectorDistribution.conditional_cdf` with the distribution
         function of each column given those before it.
 
         Args:
@@ -296,7 +298,7 @@ class Flow(nn.Module):
             >>> flow.marginal([0, 1]).sample((5,)).shape
             torch.Size([5, 2])
         """
-        return block(self(context), columns, [], torch.zeros(0).to(floating_tensor(self)))
+        return subvector(self(context), columns, [], torch.zeros(0).to(floating_tensor(self)))
 
     @property
     def adapts(self) -> bool:

@@ -10,7 +10,7 @@ from torch.distributions import biject_to
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
-from pyroflows.flows.block import of_columns
+from pyroflows.flows.subvector import of_columns
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.randomness import seeded
 

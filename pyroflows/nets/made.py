@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.nets.incremental import GradientSteps, ParameterSteps
-from pyroflows.nets.perceptron import perceptron
 from pyroflows.nets.mlp import checked_widths, zero_initialized
+from pyroflows.nets.perceptron import perceptron
 
 
 class MaskedLinear(nn.Linear):
@@ -126,7 +126,11 @@ class MADE(nn.Module):
         layers: list[MaskedLinear] = [self.input, *self.hidden, self.output]
         offset = None if self.context is None else self.context(context)
         output = perceptron(
-            z, [layer.weight for layer in layers], [layer.bias for layer in layers], [layer.mask for layer in layers], offset
+            z,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.mask for layer in layers],
+            offset,
         )
         return output.unflatten(-1, (self.num_params, -1)).transpose(-1, -2)
 

@@ -23,11 +23,11 @@ def test_weighted_draws_agree_with_the_closed_form(support):
     exact = flow.marginal([2, 0]).log_prob(given).item()
     assert weighted.log_evidence == pytest.approx(exact, abs=4 * weighted.log_evidence_se)
     assert weighted.khat < 0.7 and weighted.ess > 400
-    block = flow.conditional(given)
+    part = flow.conditional(given)
     x = weighted.draws["x"]
     assert torch.equal(x[:, [2, 0]], given.expand(len(x), 2))
     # Levels of exact draws are uniform, with mean 1/2 and variance 1/12.
-    level = block.conditional_cdf(x[:, block.columns]).detach()
+    level = part.conditional_cdf(x[:, part.columns]).detach()
     mean = weighted.weights.normalized.float() @ level
     assert (mean - 0.5).abs().max() < 4 / (12 * weighted.ess) ** 0.5
 

@@ -117,7 +117,7 @@ def test_an_elementwise_flow_takes_any_columns():
     assert rest.columns == [0, 2] and rest.sample((4,)).shape == (4, 2)
 
 
-def test_a_block_is_a_site_of_a_pyro_model():
+def test_a_subvector_is_a_site_of_a_pyro_model():
     flow = moved(FLOWS["MAF"]())
 
     def model():

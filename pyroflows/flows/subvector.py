@@ -1,4 +1,4 @@
-"""Conditional and marginal laws of blocks of columns, which flows of one order have in closed form."""
+"""Conditional and marginal laws of subvectors, which flows of one order have in closed form."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -21,11 +21,11 @@ from pyroflows.transforms.triangular.chain import (
 )
 
 
-class Block(TorchDistribution):
-    r"""The law of a block of columns of a vector x, given the columns before it and without those after it.
+class SubvectorDistribution(TorchDistribution):
+    r"""The law of a subvector, some columns of x, given the columns before them and without those after them.
 
     If all layers of a flow are triangular in one order, and the base has independent dimensions, then :math:`z_j`
-    depends on :math:`x_{\le j}` alone, and the law of a block B that follows the given columns A in that order is
+    depends on :math:`x_{\le j}` alone, and the law of the columns B that follow the given columns A in that order is
 
     .. math:: \log q(x_B \mid x_A) = \sum_{j \in B} \log p(z_j) + \log \frac{\partial z_j}{\partial x_j}.
 
@@ -33,8 +33,8 @@ class Block(TorchDistribution):
 
     Args:
         law: the law of x, of event shape ``(dim,)``, that a call of such a flow returned.
-        columns: the columns of the block.
-        given_columns: the columns before it, which together with the block's are the first of the order.
+        columns: the columns of the subvector.
+        given_columns: the columns before it, which together with those of the subvector are the first of the order.
         given: their values ``(..., len(given_columns))``.
 
     Shapes: draws are ``(*sample_shape, *batch_shape, len(columns))``; the batch shape is that of law and ``given``.
@@ -44,8 +44,8 @@ class Block(TorchDistribution):
 
     Example:
         >>> q = pf.flows.Gaussian(3)()
-        >>> block = Block(q, columns=[1, 2], given_columns=[0], given=torch.zeros(5, 1))
-        >>> block.sample((7,)).shape, block.log_prob(torch.zeros(2)).shape
+        >>> part = SubvectorDistribution(q, columns=[1, 2], given_columns=[0], given=torch.zeros(5, 1))
+        >>> part.sample((7,)).shape, part.log_prob(torch.zeros(2)).shape
         (torch.Size([7, 5, 2]), torch.Size([5]))
     """
 
@@ -70,9 +70,9 @@ class Block(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return of_columns(self._law.support, self.columns)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Block":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SubvectorDistribution":
         given = self._given.expand(*batch_shape, -1)
-        return Block(self._law, self.columns, self._given_columns, given)
+        return SubvectorDistribution(self._law, self.columns, self._given_columns, given)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Return draws ``(*sample_shape, *batch_shape, len(columns))``, which carry gradients if ``has_rsample``."""
@@ -101,7 +101,7 @@ class Block(TorchDistribution):
         return terms[..., self.columns].sum(-1)
 
     def conditional_cdf(self, value: Tensor) -> Tensor:
-        r"""Return :math:`F(x_j \mid x_{<j})` for each column j of the block, given the columns before it.
+        r"""Return :math:`F(x_j \mid x_{<j})` for each column j of the subvector, given the columns before it.
 
         This is the Rosenblatt transform: it is uniform on the unit cube if x follows this law, so that histograms of it
         show by which columns, and how, data differ from the fitted law.
@@ -135,7 +135,7 @@ class Block(TorchDistribution):
         return base.base_dist.expand(self.batch_shape + self._law.event_shape)
 
     def _forward(self, z: Tensor) -> Tensor:
-        """Return the columns of the block for base values ``(..., dim)``, with those of the given columns replaced."""
+        """Return the columns of the subvector for base values ``(..., dim)``, with those of the given columns replaced."""
         if self._given_columns:
             z_given, _ = self._latent(self._filled([]))
             z = _replaced(z, self._given_columns, z_given[..., self._given_columns])
@@ -151,7 +151,7 @@ class Block(TorchDistribution):
         return inverse_and_log_slopes(self._layers, x, self._context)
 
     def _filled(self, batch_shape: Any) -> Tensor:
-        """Return rows with the given columns in place; what stands in those after the block does not matter."""
+        """Return rows with the given columns in place; what stands in those after the subvector does not matter."""
         origin = self._given.new_zeros(self.batch_shape + self._law.event_shape)
         with torch.no_grad():
             x, _ = forward_and_log_slopes(self._layers, origin, self._context)
@@ -168,14 +168,14 @@ class Block(TorchDistribution):
         return falls % 2 == 0
 
 
-def block(
+def subvector(
     law: FlowDistribution, columns: Sequence[int] | None, given_columns: Sequence[int] | None, given: Tensor
-) -> Block:
-    """Return the law of a block of columns given others, after a check that the flow has it in closed form.
+) -> SubvectorDistribution:
+    """Return the law of some columns given others, after a check that the flow has it in closed form.
 
     Args:
         law: the law that a call of the flow returned.
-        columns: the columns of the block; None for all that are not given.
+        columns: the columns of the subvector; None for all that are not given.
         given_columns: the given columns; None for the first of the flow's order.
         given: their values ``(..., k)``.
 
@@ -203,7 +203,7 @@ def block(
             )
     if sorted({*first, *rest}) != sorted([*first, *rest]) or not set(first + rest) <= set(range(dim)):
         raise OptionError(f"columns must be different numbers from 0 to {dim - 1}, got {first + rest}")
-    return Block(law, rest, first, given)
+    return SubvectorDistribution(law, rest, first, given)
 
 
 def _common_order(law: FlowDistribution) -> tuple[int, ...]:
