@@ -283,8 +283,8 @@ class Flow(nn.Module):
     def marginal(self, columns: Sequence[int], context: Tensor | None = None) -> SubvectorDistribution:
         """Return the law of some columns alone, exactly, for a flow whose layers have one order.
 
-        With all columns it is the law of x, by :meth:`pyroflows.flows.SubvectorDistribution.conditional_cdf` with the distribution
-        function of each column given those before it.
+        With all columns it is the law of x, which has the distribution function of each column given those before it,
+        by :meth:`pyroflows.flows.SubvectorDistribution.conditional_cdf`.
 
         Args:
             columns: columns that come first in the flow's order.

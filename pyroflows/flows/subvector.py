@@ -135,7 +135,7 @@ class SubvectorDistribution(TorchDistribution):
         return base.base_dist.expand(self.batch_shape + self._law.event_shape)
 
     def _forward(self, z: Tensor) -> Tensor:
-        """Return the columns of the subvector for base values ``(..., dim)``, with those of the given columns replaced."""
+        """Return the columns of the subvector at base values ``(..., dim)``, whose given columns are replaced."""
         if self._given_columns:
             z_given, _ = self._latent(self._filled([]))
             z = _replaced(z, self._given_columns, z_given[..., self._given_columns])
