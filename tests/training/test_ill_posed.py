@@ -161,10 +161,11 @@ def test_wide_events_are_cheap_to_check():
         ((U > 0).float(), r"columns \[1\] of x take few values, column 1 takes 2.*such as 1 \*"),
         (U.round(), r"columns \[1\] of x take few values, column 1 takes \d,.*: dequantise them.* such as 1 \*"),
         (torch.poisson(torch.full((N, 1), 5.0), generator=torch.Generator().manual_seed(0)), "takes 1"),
+        (torch.poisson(torch.full((N, 1), 30.0), generator=torch.Generator().manual_seed(0)), "takes [34]."),
         (U.clamp(min=0), r"columns \[1\] of x repeat one value, column 1 is 0 in (49|50|51)% of the rows"),
         (torch.where(torch.arange(N)[:, None] % 10 > 0, U, -1.5), "column 1 is -1.5 in 10% of the rows"),
     ],
-    ids=["binary", "rounded", "counts", "censored", "code"],
+    ids=["binary", "rounded", "counts", "larger counts", "censored", "code"],
 )
 def test_repeated_values_warn(column, message):
     with pytest.warns(UserWarning, match=message):
@@ -299,7 +300,8 @@ def test_other_flows_of_one_variable_do_not_warn(family):
 
 def test_a_flow_much_larger_than_the_data_warns():
     with pytest.warns(UserWarning, match="this flow has .* parameters for 45 training rows of size 5.*Gaussian"):
-        check(normal(50, 5), flow=flows.NSF(5))
+        check(normal(50, 5), flow=flows.NSF(5, hidden_dims=(256, 256)))
+    check(normal(160, 13), flow=flows.NSF(13, autoregressive=True))
 
 
 # Ordinary data
