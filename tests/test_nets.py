@@ -1,12 +1,15 @@
 """Conditioners, and the univariate maps that they parametrise."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MADE, MLP, CausalConv, Parameters, ScaledMADE, ScaledMLP
+from pyroflows.nets.perceptron import _by_columns, _WrittenOut
+from pyroflows.nets.products import product
 from pyroflows.transforms import Autoregressive, Elementwise
 from pyroflows.transforms.univariate import Affine
 from tests.transforms.registry import perturb
@@ -364,3 +367,61 @@ def test_a_scaled_mlp_starts_where_an_mlp_does():
         torch.nn.init.ones_(net[-1].weight)
         found.append(net(x) / factor)
     torch.testing.assert_close(found[0], found[1])
+
+
+# The function of perceptrons, whose gradient is written out
+
+
+def columns_and_parameters(with_offset):
+    """Columns, an offset, factors, weights and biases of a network of widths 3, 5, 4, 2."""
+    torch.manual_seed(0)
+    widths = [3, 5, 4, 2]
+    weights = [torch.randn(b, a, dtype=torch.float64, requires_grad=True) for a, b in pairwise(widths)]
+    biases = [torch.randn(b, dtype=torch.float64, requires_grad=True) for b in widths[1:]]
+    factors = [(torch.rand(5, 3) < 0.5).double(), 0.5, None]
+    offset = torch.randn(5, 7, dtype=torch.float64, requires_grad=True) if with_offset else None
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    return x, offset, factors, *weights, *biases
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_written_out_gradient_of_perceptrons_is_that_of_the_recorded_one(with_offset):
+    arguments = columns_and_parameters(with_offset)
+    inputs = [t for t in arguments if isinstance(t, torch.Tensor)]
+    output, expected = _WrittenOut.apply(*arguments), _by_columns(*arguments)
+    torch.testing.assert_close(output, expected)
+    g = torch.randn_like(output)
+    found, right = (torch.autograd.grad(o, inputs, g, retain_graph=True) for o in (output, expected))
+    torch.testing.assert_close(found, right)
+    batch = torch.stack([g, -g])
+    batched = torch.autograd.grad(output, inputs, batch, is_grads_batched=True)
+    torch.testing.assert_close([t[1] for t in batched], [-t for t in right])
+
+
+def test_second_derivatives_of_perceptrons():
+    arguments = columns_and_parameters(True)
+    inputs = [t for t in arguments if isinstance(t, torch.Tensor)]
+
+    def function(*tensors):
+        values = iter(tensors)
+        return _WrittenOut.apply(*(next(values) if isinstance(t, torch.Tensor) else t for t in arguments))
+
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_all_sizes_are_products(transposed):
+    for size in (4, 256):
+        a, b = torch.randn(size, size), torch.randn(2 * size, size).T
+        a = a.T if transposed else a
+        torch.testing.assert_close(product(a, b), a @ b, rtol=1e-5, atol=1e-4)
+
+
+def test_wide_perceptrons_equal_narrow_ones_in_rows():
+    """The widths decide by which library products are computed, and how gradients are."""
+    net = perturb(MLP(16, 16, (256, 256)))
+    x = torch.randn(2, 256, 16, requires_grad=True)
+    rows = torch.nn.Sequential.forward(net, x)
+    torch.testing.assert_close(net(x), rows, rtol=1e-4, atol=1e-5)
+    found, right = (torch.autograd.grad(y.square().mean(), [x, *net.parameters()]) for y in (net(x), rows))
+    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-6)

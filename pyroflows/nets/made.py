@@ -124,14 +124,9 @@ class MADE(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         layers: list[MaskedLinear] = [self.input, *self.hidden, self.output]
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         offset = None if self.context is None else self.context(context)
-        output = perceptron(
-            z,
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-            [layer.mask for layer in layers],
-            offset,
-        )
+        output = perceptron(z, weights, biases, [layer.mask for layer in layers], offset)
         return output.unflatten(-1, (self.num_params, -1)).transpose(-1, -2)
 
     def pre_activations(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
@@ -199,6 +194,9 @@ class ResMADE(MADE):
     def _widths(self, hidden_dims: Sequence[int]) -> list[int]:
         stream = hidden_dims[0]
         return [stream, *(width for inner in hidden_dims for width in (inner, stream))]
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.parameters_from(self.pre_activations(z, context))
 
     def skip(self, k: int) -> int | None:
         """Return the number of the hidden layer whose pre-activation is added to that of hidden layer k, or None."""

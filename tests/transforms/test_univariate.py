@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate import SOS, Additive, Affine, CircularSpline, Monotone, Spline, univariate_named
+from pyroflows.transforms.univariate.affine import _Affine, _recorded
 
 # A new map enters by one line, and by one in NAMES, OPTIONS and REPRS below.
 MAPS = {
@@ -416,3 +417,18 @@ def test_wrong_options_raise(option):
 @pytest.mark.parametrize("name", REPRS)
 def test_repr(name):
     assert repr(univariate_named(name)) == REPRS[name]
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+@pytest.mark.parametrize("in_columns", [False, True])
+def test_written_out_derivative_of_affine_maps_is_that_of_the_formula(is_inverse, in_columns):
+    torch.manual_seed(0)
+    theta = torch.randn(2, 5, 7, dtype=torch.float64)
+    theta = (3 * theta.permute(2, 1, 0) if in_columns else theta.reshape(7, 5, 2)).requires_grad_()
+    value = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    found, expected = (f(is_inverse, value, theta, (4.0, 2.0)) for f in (_Affine.apply, _recorded))
+    torch.testing.assert_close(found, expected)
+    cotangents = torch.randn(2, 7, 5, dtype=torch.float64).unbind()
+    a, b = (torch.autograd.grad(outputs, (value, theta), cotangents) for outputs in (found, expected))
+    torch.testing.assert_close(a, b)
+    assert torch.autograd.gradgradcheck(lambda *inputs: _Affine.apply(is_inverse, *inputs, (4.0, 2.0)), (value, theta))

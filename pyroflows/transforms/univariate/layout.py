@@ -20,4 +20,4 @@ def memory_order(theta: Tensor) -> list[int]:
 def restored(tensor: Tensor, order: list[int]) -> Tensor:
     """Return the tensor whose ``permute(order)`` is this one; further axes at its end stay there."""
     further = range(len(order), tensor.dim())
-    return tensor.permute(*sorted(range(len(order)), key=order.__getitem__), *further)
+    return tensor.permute([*sorted(range(len(order)), key=order.__getitem__), *further])
