@@ -278,7 +278,8 @@ def test_constants_that_are_returned_are_the_callers(executor):
     assert run(torch.zeros(3))[0].tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("executor", ["trace", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("executor", ["trace", "inductor"])
 def test_programs_of_large_products(executor):
     """Which library computes them depends on the processor, and Inductor does not take all that the other has."""
     a, b = torch.randn(256, 256), torch.randn(256, 256)
