@@ -249,6 +249,9 @@ class _Program:
             constants[key] = graph.get_attr(f"constant_{i}")
 
         def call(function: Any, args: Any, kwargs: Any, num_outputs: int) -> Sequence[Any]:
+            if function._schema.name == "mkldnn::_linear_pointwise":
+                # Inductor takes oneDNN's linear layer with constant weights only; it may choose it here by itself.
+                function, args = _aten.linear.default, args[:3]
             result = graph.call_function(function, args, kwargs)
             returns = function._schema.returns
             if len(returns) == 1 and not isinstance(returns[0].type, torch.ListType):

@@ -6,6 +6,7 @@ from torch import nn
 
 from pyroflows.compiling.program import compiled
 from pyroflows.errors import UntraceableError
+from pyroflows.nets.products import product
 
 TABLE = torch.linspace(0.0, 1.0, 12).reshape(4, 3)
 
@@ -275,3 +276,12 @@ def test_constants_that_are_returned_are_the_callers(executor):
     run = compiled(lambda x: [torch.ones(3), x], [torch.zeros(3)], executor)
     run(torch.zeros(3))[0].mul_(5.0)
     assert run(torch.zeros(3))[0].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("executor", ["trace", "inductor"])
+def test_programs_of_large_products(executor):
+    """Which library computes them depends on the processor, and Inductor does not take all that the other has."""
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    run = compiled(lambda a, b: [product(a, b)], [a, b], executor)
+    torch.testing.assert_close(run(b, a)[0], b @ a, rtol=1e-4, atol=1e-3)
