@@ -126,12 +126,16 @@ class MADE(nn.Module):
         layers: list[MaskedLinear] = [self.input, *self.hidden, self.output]
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         offset = None if self.context is None else self.context(context)
-        output = perceptron(z, weights, biases, [layer.mask for layer in layers], offset)
+        output = perceptron(self._flat(z), weights, biases, [layer.mask for layer in layers], offset)
         return output.unflatten(-1, (self.num_params, -1)).transpose(-1, -2)
+
+    def _flat(self, z: Tensor) -> Tensor:
+        """Return the inputs of the first layer: the features of each dimension, one after the other."""
+        return z if self.features == 1 else z.transpose(-1, -2).flatten(-2)
 
     def pre_activations(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
         """Return the hidden layers before their activations."""
-        first = self.input(z if self.features == 1 else z.transpose(-1, -2).flatten(-2))
+        first = self.input(self._flat(z))
         hidden = [first if self.context is None else first + self.context(context)]
         for k, layer in enumerate(self.hidden, start=1):
             h = layer(F.silu(hidden[-1]))
