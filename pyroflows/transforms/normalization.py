@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroflows.constraints import angles_in
 from pyroflows.errors import DataError, OptionError
 from pyroflows.shapes import described, places, shape_of
 from pyroflows.transforms.base import Pair, Triple
@@ -51,6 +50,8 @@ class Standardize(TriangularTransform):
         (tensor([1., 3.]), tensor([1., 2.]))
     """
 
+    angles: Tensor | None
+
     def __init__(
         self,
         dim: int | Sequence[int],
@@ -60,6 +61,8 @@ class Standardize(TriangularTransform):
     ) -> None:
         super().__init__(dim)
         self.declare_angles(angles or [])
+        # The constructor's arguments determine this buffer, so it does not belong in a state_dict.
+        self.register_buffer("angles", torch.tensor(angles) if angles and any(angles) else None, persistent=False)
         is_given = loc is not None or scale is not None
         loc = torch.zeros(shape_of(dim)) if loc is None else loc
         scale = torch.ones(shape_of(dim)) if scale is None else scale
@@ -79,12 +82,13 @@ class Standardize(TriangularTransform):
     @property
     def loc(self) -> Tensor:
         r"""The location :math:`\mu`, computed from the parameters, without gradients."""
-        return self.relative_loc.detach() * self.scale
+        relative_loc, log_scale = self._parameters_used()
+        return (relative_loc * log_scale.exp()).detach()
 
     @property
     def scale(self) -> Tensor:
         r"""The scale :math:`\sigma`, computed from the parameters, without gradients."""
-        return self.log_scale.detach().exp()
+        return self._parameters_used()[1].detach().exp()
 
     @property
     def is_identity(self) -> bool:
@@ -97,8 +101,9 @@ class Standardize(TriangularTransform):
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         mean, deviation = self._location_and_scale(x, weights)
-        is_angle = torch.tensor(angles_in(self.codomain, self.event_shape[-1]))
-        mean, deviation = torch.where(is_angle, 0.0, mean), torch.where(is_angle, 1.0, deviation)
+        if self.angles is not None:
+            is_angle = self.angles.cpu()
+            mean, deviation = torch.where(is_angle, 0.0, mean), torch.where(is_angle, 1.0, deviation)
         loc, scale = mean.to(self.log_scale), deviation.to(self.log_scale)
         is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
         if is_bad.any():
@@ -113,24 +118,32 @@ class Standardize(TriangularTransform):
     def is_affine(self) -> bool:
         return True
 
+    def _parameters_used(self) -> Pair:
+        """Return the parameters with those of angles replaced by zeros, whatever training has made of them."""
+        if self.angles is None:
+            return self.relative_loc, self.log_scale
+        return self.relative_loc.masked_fill(self.angles, 0.0), self.log_scale.masked_fill(self.angles, 0.0)
+
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        scale = self.log_scale.exp()
-        return torch.addcmul(self.relative_loc * scale, scale, z), self.log_scale.expand_as(z)
+        relative_loc, log_scale = self._parameters_used()
+        scale = log_scale.exp()
+        return torch.addcmul(relative_loc * scale, scale, z), log_scale.expand_as(z)
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        scale = self.log_scale.exp()
-        return (x - self.relative_loc * scale) / scale, -self.log_scale.expand_as(x)
+        relative_loc, log_scale = self._parameters_used()
+        scale = log_scale.exp()
+        return (x - relative_loc * scale) / scale, -log_scale.expand_as(x)
 
     # All rows have one log-determinant, which is the sum over columns, not over rows and columns.
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        scale = self.log_scale.exp()
-        x = torch.addcmul(self.relative_loc * scale, scale, z)
-        return x, self.log_scale.sum().expand(z.shape[: z.dim() - len(self.event_shape)])
+        return self._forward_and_log_slopes(z, context)[0], self._ladj_of(z)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        scale = self.log_scale.exp()
-        z = (x - self.relative_loc * scale) / scale
-        return z, -self.log_scale.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
+        return self._inverse_and_log_slopes(x, context)[0], -self._ladj_of(x)
+
+    def _ladj_of(self, rows: Tensor) -> Tensor:
+        _, log_scale = self._parameters_used()
+        return log_scale.sum().expand(rows.shape[: rows.dim() - len(self.event_shape)])
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return *self._forward_and_ladj(z, context), score / self.scale
