@@ -39,7 +39,9 @@ def noisy(flow):
 # Location and scale of contexts
 
 
-YEARS = torch.tensor([1990.0, 0.0]) + torch.tensor([30.0, 1e-3]) * torch.rand(500, 2)
+YEARS = torch.tensor([1990.0, 0.0]) + torch.tensor([30.0, 1e-3]) * torch.rand(
+    500, 2, generator=torch.Generator().manual_seed(0)
+)
 
 
 def test_contexts_lose_their_location_and_scale(family):
@@ -233,7 +235,7 @@ def test_values_move_to_the_device_of_the_flow():
 # A flow is not its distribution
 
 
-@pytest.mark.parametrize("name", ["log_prob", "sample", "rsample", "latent", "support", "rsample_and_log_prob"])
+@pytest.mark.parametrize("name", ["log_prob", "sample", "rsample", "latent", "rsample_and_log_prob"])
 def test_a_flow_says_that_it_must_be_called(name):
     flow = flows.NSF(2)
     assert not hasattr(flow, name)
