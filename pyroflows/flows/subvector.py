@@ -113,7 +113,7 @@ class SubvectorDistribution(TorchDistribution):
             NotImplementedError: if the base has no distribution function, such as Student's.
         """
         z, _ = self._inverse(value)
-        level = self._scalars().cdf(z)
+        level = self._call_scalars("cdf", z)
         return torch.where(self._increases(), level, 1 - level)[..., self.columns]
 
     def conditional_icdf(self, level: Tensor) -> Tensor:
@@ -127,12 +127,20 @@ class SubvectorDistribution(TorchDistribution):
         """
         levels = level.new_full((*level.shape[:-1], self._law.event_shape[0]), 0.5)
         levels = _replaced(levels, self.columns, level)
-        return self._forward(self._scalars().icdf(torch.where(self._increases(), levels, 1 - levels)))
+        return self._forward(self._call_scalars("icdf", torch.where(self._increases(), levels, 1 - levels)))
 
     def _scalars(self) -> Any:
         """Return the law of z as one of independent scalars."""
         base: Any = self._law.base
         return base.base_dist.expand(self.batch_shape + self._law.event_shape)
+
+    def _call_scalars(self, name: str, value: Tensor) -> Tensor:
+        scalars = self._scalars()
+        try:
+            return getattr(scalars, name)(value)
+        except NotImplementedError:
+            kind = type(scalars).__name__
+            raise NotImplementedError(f"the base of this flow, {kind}, has no {name}: a normal one has") from None
 
     def _forward(self, z: Tensor) -> Tensor:
         """Return the columns of the subvector at base values ``(..., dim)``, whose given columns are replaced."""

@@ -93,6 +93,13 @@ def test_levels_of_draws_are_uniform_and_lead_back(name):
     assert distance < 1.95 / 4000**0.5
 
 
+def test_a_base_without_a_distribution_function_is_named():
+    whole = pf.flows.MAF(2, order=[0, 1], base="student_t").marginal([0, 1])
+    for method in (whole.conditional_cdf, whole.conditional_icdf):
+        with pytest.raises(NotImplementedError, match="the base of this flow, StudentT, has no i?cdf"):
+            method(torch.full((2,), 0.5))
+
+
 def test_levels_grow_with_x_behind_a_falling_map():
     falling = torch.distributions.transforms.AffineTransform(1.0, -2.0)
     flow = pf.Flow([pf.transforms.Elementwise(2), falling])
