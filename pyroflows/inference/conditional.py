@@ -11,6 +11,7 @@ from torch.distributions import biject_to
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.flows.subvector import of_columns
+from pyroflows.flows.union import Union
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.randomness import seeded
 
@@ -57,7 +58,8 @@ def sample_conditional(
 
     Raises:
         ShapeError: if the number of values is not that of the columns, or they are several rows.
-        OptionError: if a column does not exist or is given twice, no column is left, or ``num_samples`` is too small.
+        OptionError: if a column does not exist or is given twice, no column is left, ``num_samples`` is too small, or
+            the support of a mixture consists of separate parts.
 
     Example:
         >>> flow = pf.flows.Planar(3)
@@ -194,6 +196,11 @@ def _rest(law: FlowDistribution, given: Tensor, columns: Sequence[int], num_samp
             "sample_conditional needs a flow of vectors, one value for each given column, and at most one context, but "
             f"got columns {list(columns)}, values of shape {tuple(given.shape)}, events of shape "
             f"{tuple(law.event_shape)} and batch shape {tuple(law.batch_shape)}"
+        )
+    if isinstance(law.support, Union):
+        raise OptionError(
+            f"sample_conditional needs a support onto which there is a bijection, but that of this mixture is "
+            f"{law.support}: draw from its components"
         )
     dim = law.event_shape[0]
     rest = [j for j in range(dim) if j not in columns]

@@ -64,3 +64,9 @@ def test_a_context_and_a_seed():
 def test_wrong_arguments_are_refused(given, columns, num_samples, words):
     with pytest.raises(pf.FlowError, match=words):
         pf.sample_conditional(pf.flows.NSF(3), given, columns, num_samples=num_samples)
+
+
+def test_a_support_of_separate_parts_is_refused():
+    parts = [pf.flows.NSF(2, support=constraints.interval(a, a + 1.0)) for a in (0.0, 2.0)]
+    with pytest.raises(pf.FlowError, match="draw from its components"):
+        pf.sample_conditional(pf.flows.Mixture(parts), torch.tensor([0.5]), [0])
