@@ -190,7 +190,10 @@ def test_base_without_period_is_refused(base):
         (lambda: pf.flows.CircularNSF(4, mixing="permutation", support=MIXED), "every layer must treat angles"),
         (lambda: pf.flows.CircularNSF(2, support=constraints.positive), "use NSF"),
         (lambda: pf.Flow([Elementwise(2, "circular_spline")], support=constraints.positive), "in no others"),
-        (lambda: pf.flows.Recipe("CircularNSF")(2) and pf.flows.flow.as_flow(pf.flows.CircularNSF(2), 2), "of angles"),
+        (
+            lambda: pf.flows.Recipe("CircularNSF")(2) and pf.flows.conversion.as_flow(pf.flows.CircularNSF(2), 2),
+            "of angles",
+        ),
     ],
 )
 def test_layers_and_supports_that_do_not_fit_are_refused(make, message):

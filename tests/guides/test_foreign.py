@@ -215,7 +215,7 @@ def test_zuko_leaves_validation_on_in_a_fresh_process():
     code = """
 import torch, zuko
 from pyro import distributions as dist
-from pyroflows.flows.flow import as_flow
+from pyroflows.flows.conversion import as_flow
 as_flow(zuko.flows.MAF(2), 2)
 dist.Normal(0.0, -1.0)
 """
