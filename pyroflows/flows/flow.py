@@ -28,7 +28,11 @@ from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import ContextScale, Standardize
 
 # What a flow is asked for by users who take it for its distribution.
-_OF_DISTRIBUTIONS = frozenset(name for name in dir(FlowDistribution) if not name.startswith("_")) - set(dir(nn.Module))
+_OF_DISTRIBUTIONS = frozenset(name for name in dir(FlowDistribution) if not name.startswith("_")) - {
+    *dir(nn.Module),
+    "base",
+    "transform",
+}
 
 
 class Flow(nn.Module):
