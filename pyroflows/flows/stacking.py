@@ -15,6 +15,8 @@ from pyroflows.options import checked_int
 from pyroflows.transforms import LU, FlowTransform, Permutation
 
 Conditioner = str | ConditionerFactory
+# It is called as ``factory(is_turned, context_dim)``, see StackedFlow.
+LayerFactory = Callable[[bool, int], FlowTransform]
 Init = TypeVar("Init", bound=Callable[..., None])
 
 _MIXING: dict[str, Callable[[list[int]], FlowTransform]] = {
@@ -70,7 +72,7 @@ class StackedFlow(Flow):
 
     def __init__(
         self,
-        layer: Callable[[bool, int], FlowTransform],
+        layer: LayerFactory,
         num_layers: int,
         between: int = 1,
         last: Sequence[FlowTransform] = (),
