@@ -44,7 +44,7 @@ def as_flow(flow: Any, dim: int) -> Flow:
             f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
             f"dimensions and context {described(flow.context_shape)}"
         )
-    if any(angles_in(flow.transform.codomain, dim)):
+    if any(angles_in(flow.support, dim)):
         raise OptionError("a flow of real numbers is needed, but this one is of angles: guides map angles themselves")
     # Transforms of other libraries do not know their sizes, so a draw has to show whether they fit.
     try:

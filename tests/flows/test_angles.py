@@ -194,6 +194,7 @@ def test_base_without_period_is_refused(base):
             lambda: pf.flows.Recipe("CircularNSF")(2) and pf.flows.conversion.as_flow(pf.flows.CircularNSF(2), 2),
             "of angles",
         ),
+        (lambda: pf.flows.conversion.as_flow(pf.flows.Mixture([pf.flows.CircularNSF(2)]), 2), "of angles"),
     ],
 )
 def test_layers_and_supports_that_do_not_fit_are_refused(make, message):
