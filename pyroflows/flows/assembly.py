@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
-from pyroflows.constraints import angles_and_reals, angles_in, without_angles
+from pyroflows.constraints import angles_and_reals, angles_in, on_events, without_angles
 from pyroflows.errors import FlowError, OptionError, ShapeError
 from pyroflows.flows.angles import angles_of
 from pyroflows.flows.base import Base
@@ -15,7 +15,7 @@ from pyroflows.shapes import as_given
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
-from pyroflows.transforms.foreign import Foreign, on_events
+from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.normalization import Standardize
 
 

@@ -8,6 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
+from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
@@ -243,13 +244,3 @@ def _replaced(x: Tensor, columns: Sequence[int], values: Tensor) -> Tensor:
     batch_shape = torch.broadcast_shapes(x.shape[:-1], values.shape[:-1])
     index = torch.as_tensor(columns, device=x.device)
     return x.expand(*batch_shape, -1).index_copy(-1, index, values.expand(*batch_shape, -1))
-
-
-def of_columns(support: constraints.Constraint, columns: Sequence[int]) -> constraints.Constraint:
-    """Return the constraint that a support puts on some columns."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if not isinstance(support, constraints.cat):
-        return constraints.independent(support, 1) if support.event_dim == 0 else support
-    each = [part for part, length in zip(support.cseq, support.lengths, strict=True) for _ in range(length)]
-    return constraints.cat([each[j] for j in columns], dim=-1, lengths=[1] * len(columns))

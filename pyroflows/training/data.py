@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from pyroflows.arrays import ArrayLike, as_numbers
-from pyroflows.constraints import is_angular
+from pyroflows.constraints import is_angular, parts_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.shapes import as_given, described, listed, places
@@ -292,7 +292,9 @@ def _refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
 
 def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
     """Raise if a value is outside a support, or on its boundary, where the bijection onto it is not finite."""
-    for constraint, columns in _parts(support, slice(0, x.shape[-1])):
+    first = 0
+    for constraint, length in parts_of(support, x.shape[-1]):
+        columns, first = slice(first, first + length), first + length
         values = x[..., columns]
         is_inside = constraint.check(values)
         is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
@@ -305,19 +307,6 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
         if is_angular(constraint):
             what = "angles outside of -pi to pi, which torch.remainder(x + pi, 2 * pi) - pi would mend,"
         _refuse(is_bad, x, "x", what)
-
-
-def _parts(support: constraints.Constraint, columns: slice) -> Iterator[tuple[constraints.Constraint, slice]]:
-    """Split a support into constraints of scalars, each with the columns of the last axis that it constrains."""
-    if isinstance(support, constraints.independent):
-        yield from _parts(support.base_constraint, columns)
-    elif isinstance(support, constraints.cat):
-        first = columns.start
-        for part, length in zip(support.cseq, support.lengths, strict=True):
-            yield from _parts(part, slice(first, first + length))
-            first += length
-    else:
-        yield support, columns
 
 
 def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str) -> None:

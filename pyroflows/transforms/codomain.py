@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyroflows.constraints import without_events
+
 # Instances of these have an attribute for each end. Torch gives the classes themselves no public names.
 _ABOVE = (constraints.greater_than, constraints.greater_than_eq)
 _BETWEEN = (constraints.interval, constraints.half_open_interval)
@@ -18,8 +20,7 @@ def is_unbounded(constraint: constraints.Constraint) -> bool:
         >>> is_unbounded(constraints.real_vector), is_unbounded(constraints.positive)
         (True, False)
     """
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
+    constraint = without_events(constraint)
     if isinstance(constraint, constraints.cat):
         return all(is_unbounded(part) for part in constraint.cseq)
     return isinstance(constraint, type(constraints.real))
