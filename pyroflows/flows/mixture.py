@@ -22,6 +22,7 @@ from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.held import is_validated
+from pyroflows.transforms.normalization import ContextScale
 
 
 class Mixture(Flow):
@@ -175,47 +176,35 @@ class Gate(nn.Module):
         tensor([0.5000, 0.5000], grad_fn=<SelectBackward0>)
     """
 
-    loc: Tensor
-    scale: Tensor
-    adapted: Tensor
-
     def __init__(self, value: Tensor, context_shape: torch.Size) -> None:
         super().__init__()
         self.value = nn.Parameter(value.detach().clone())
         self.context_shape = context_shape
         self.net = MLP(context_shape.numel(), len(value), hidden_dims=(64,)).to(value) if context_shape else None
-        if context_shape:
-            self.register_buffer("loc", value.new_zeros(context_shape))
-            self.register_buffer("scale", value.new_ones(context_shape))
-            self.register_buffer("adapted", torch.tensor(False))
+        self.context_scale = ContextScale(context_shape).to(value) if context_shape else None
 
     def forward(self, context: Tensor | None = None) -> Tensor:
-        if self.net is None:
+        if self.net is None or self.context_scale is None:
             return self.value.log_softmax(-1)
         if context is None:
             raise ShapeError(f"the weights of this mixture need a context of {described(self.context_shape)}")
-        given = (context - self.loc) / self.scale
+        given, _ = self.context_scale.inverse_and_ladj(context)
         return (self.value + self.net(given.flatten(-len(self.context_shape)))).log_softmax(-1)
 
     @property
     def adapts(self) -> bool:
         """Whether it learns location and scale of contexts before training."""
-        return self.net is not None
+        return self.context_scale is not None
 
     @property
     def is_adapted(self) -> bool:
         """Whether it has learned them; true if it never does."""
-        return not self.adapts or bool(self.adapted)
+        return self.context_scale is None or self.context_scale.is_adapted
 
-    @torch.no_grad()
     def adapt(self, context: Tensor, weights: Tensor) -> None:
-        """Store location and scale of contexts ``(n, *context_shape)`` whose rows have weights ``(n,)``."""
-        shares = (weights / weights.sum()).double().reshape(-1, *[1] * len(self.context_shape))
-        loc = (shares * context.double()).sum(0)
-        scale = (shares * (context.double() - loc) ** 2).sum(0).sqrt()
-        self.loc.copy_(loc)
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
-        self.adapted.fill_(True)
+        """Learn location and scale of contexts ``(n, *context_shape)`` whose rows have weights ``(n,)``."""
+        if self.context_scale is not None:
+            self.context_scale.adapt(context, None, weights)
 
 
 class _Components(nn.Module):
