@@ -26,15 +26,25 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
         ...     print(error)
         num_layers must be an integer of at least 1, got 2.5
     """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except (TypeError, RuntimeError):  # torch raises RuntimeError for tensors of several elements
-        number = None
+    number = as_int(value)
     if number is None:
         raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
     if number < least:
         raise OptionError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+def as_int(value: Any) -> int | None:
+    """Return a whole number as an int; None for anything else, such as a bool or a float.
+
+    Example:
+        >>> as_int(np.int64(3)), as_int(True), as_int(2.0)
+        (3, None, None)
+    """
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # torch raises RuntimeError for tensors of several elements
+        return None
 
 
 def kind(value: Any) -> str:
