@@ -11,7 +11,7 @@ from torch.distributions import Independent, constraints
 from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
-from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
+from pyroflows.transforms.codomain import is_inside, is_unbounded, moved_inside
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.triangular.chain import (
@@ -93,8 +93,7 @@ class SubvectorDistribution(TorchDistribution):
         if is_unbounded(self.support):
             return self._log_prob(value)
         is_in = is_inside(self.support, value, 1)
-        other = point_inside(self.support, value, 1)
-        return torch.where(is_in, self._log_prob(torch.where(is_in[..., None], value, other)), -torch.inf)
+        return torch.where(is_in, self._log_prob(moved_inside(self.support, value, is_in, 1)), -torch.inf)
 
     def _log_prob(self, value: Tensor) -> Tensor:
         z, log_slopes = self._inverse(value)

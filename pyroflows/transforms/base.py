@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from pyroflows.constraints import angles_and_reals, angles_in, without_angles
 from pyroflows.errors import InexactError, OptionError, ShapeError
 from pyroflows.shapes import as_given, described, expanded_to_context, shape_of
-from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
+from pyroflows.transforms.codomain import is_inside, is_unbounded, moved_inside
 from pyroflows.transforms.gradients import pull_back
 
 Pair = tuple[Tensor, Tensor]
@@ -248,8 +248,7 @@ class FlowTransform(TransformModule):
         """Return what :meth:`_inverse_and_ladj` does, with log-determinant -inf outside of the codomain."""
         num_axes = len(self.event_shape)
         is_in = is_inside(self.codomain, x, num_axes)
-        other = point_inside(self.codomain, x, num_axes)
-        z, ladj = self._inverse_and_ladj(torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), x, other), context)
+        z, ladj = self._inverse_and_ladj(moved_inside(self.codomain, x, is_in, num_axes), context)
         return z, torch.where(is_in, ladj, -torch.inf)
 
     def base_value(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -98,6 +98,23 @@ def _all(masks: Any) -> Tensor:
     return first
 
 
+def moved_inside(constraint: constraints.Constraint, x: Tensor, is_in: Tensor, num_axes: int) -> Tensor:
+    """Return events, with one event in the interior of a constraint in place of those that are outside.
+
+    Args:
+        constraint: a constraint on events or on their elements.
+        x: events with ``num_axes`` axes, after any others.
+        is_in: which of them are inside, of the shape of x without the axes of events.
+        num_axes: number of axes of an event.
+
+    Example:
+        >>> x = torch.tensor([[0.2, 0.3], [0.5, 7.0]])
+        >>> moved_inside(constraints.unit_interval, x, torch.tensor([True, False]), num_axes=1).tolist()[1]
+        [0.5, 0.5]
+    """
+    return torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), x, point_inside(constraint, x, num_axes))
+
+
 def point_inside(constraint: constraints.Constraint, x: Tensor, num_axes: int) -> Tensor:
     """Return an event in the interior of a constraint.
 
