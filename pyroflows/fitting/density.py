@@ -22,8 +22,8 @@ from pyroflows.training.data import DataLike, Rows, load, split
 from pyroflows.training.history import History
 from pyroflows.training.ill_posed import check_density
 from pyroflows.training.loop import OptimizerLike, Trainer
+from pyroflows.training.objective import trained_parameters
 from pyroflows.training.schedules import EarlyStopping
-from pyroflows.transforms.normalization import trained_parameters
 
 LEARNING_RATE = 2e-3
 # An epoch has about eight steps, unless batches would have fewer than 32 rows or more than 256. On sets of 120 to 800

@@ -12,8 +12,8 @@ from pyroflows.flows import Flow, FlowDistribution, Mixture
 from pyroflows.options import kind
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
+from pyroflows.training.objective import trained_parameters
 from pyroflows.transforms import Autoregressive, Inverse
-from pyroflows.transforms.normalization import trained_parameters
 
 
 class StudentAndTeacher:

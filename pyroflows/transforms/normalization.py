@@ -176,16 +176,3 @@ class ContextScale(Standardize):
         # Rounding gives the mean of equal numbers a distance from them.
         is_constant = scale <= torch.finfo(x.dtype).eps * mean.abs()
         return mean, scale.masked_fill(is_constant | (scale == 0), 1.0)
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that a fit trains: all that are not frozen, except location and scale of data.
-
-    Example:
-        >>> flow = pf.Flow([Planar(2)])
-        >>> len(trained_parameters(flow)), len(list(flow.parameters()))
-        (1, 3)
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, Standardize)]
-    fixed = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    return [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in fixed]

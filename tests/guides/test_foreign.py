@@ -17,7 +17,7 @@ from torch.distributions import AffineTransform, ComposeTransform, SigmoidTransf
 import pyroflows as pf
 from pyroflows.errors import FlowError, InversionError, ShapeError
 from pyroflows.guides import AutoFlow
-from pyroflows.transforms.normalization import trained_parameters
+from pyroflows.training.objective import trained_parameters
 from tests.guides.models import (
     Y,
     assert_same_draws,
