@@ -8,6 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
+from pyroflows.arrays import as_tensor
 from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
@@ -88,6 +89,7 @@ class SubvectorDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-densities ``(...)`` of values ``(..., len(columns))``."""
+        value = as_tensor("the value", value, self._given)
         if self._validate_args:
             self._validate_sample(value)
         if is_unbounded(self.support):
@@ -112,7 +114,7 @@ class SubvectorDistribution(TorchDistribution):
         Raises:
             NotImplementedError: if the base has no distribution function, such as Student's.
         """
-        z, _ = self._inverse(value)
+        z, _ = self._inverse(as_tensor("the value", value, self._given))
         level = self._call_scalars("cdf", z)
         return torch.where(self._increases(), level, 1 - level)[..., self.columns]
 
@@ -125,6 +127,7 @@ class SubvectorDistribution(TorchDistribution):
         Raises:
             NotImplementedError: if the base has no quantile function.
         """
+        level = as_tensor("the level", level, self._given)
         levels = level.new_full((*level.shape[:-1], self._law.event_shape[0]), 0.5)
         levels = _replaced(levels, self.columns, level)
         return self._forward(self._call_scalars("icdf", torch.where(self._increases(), levels, 1 - levels)))
