@@ -41,7 +41,8 @@ class StudentAndTeacher:
         self.student = student
         self.teacher = teacher
         self.contexts = _contexts(student, teacher, context)
-        if isinstance(teacher, Flow) and self._is_new(teacher) and not self._is_new(student):
+        is_trainable = isinstance(teacher, Flow) and not isinstance(teacher, Mixture) and trained_parameters(teacher)
+        if is_trainable and self._is_new(teacher) and not self._is_new(student):
             raise OptionError(
                 "the teacher is an untrained flow, the identity, and the student is not: they are swapped, since the "
                 "call is distill(student, teacher) and trains the student"

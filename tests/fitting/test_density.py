@@ -489,7 +489,7 @@ def test_a_fit_says_that_max_epochs_ended_it_while_it_improved_and_can_go_on():
     flow, x = MAF(2), banana(500)
     fit = fit_quietly(flow, x, max_epochs=6, batch_size=64)
     assert fit.still_improving and not fit.stopped_early
-    assert repr(fit).endswith("call fit_density again with the same seed to go on from here.")
+    assert " ".join(repr(fit).split()).endswith("call fit_density again with the same seed to go on from here.")
     further = fit_quietly(flow, x, max_epochs=6, batch_size=64)
     # Both have validated with the rows that the seed sets aside.
     assert held_out_log_prob(flow, x) == pytest.approx(further.best_log_prob, abs=1e-5)

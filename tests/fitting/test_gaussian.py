@@ -80,7 +80,13 @@ def test_events_of_another_shape_count_as_vectors():
     x = torch.randn(100, 6, dtype=torch.float64)
     flow, images = pf.flows.MAF(6), pf.Flow([pf.transforms.Standardize((2, 3))])
     found = [
-        gaussian_log_prob(f, *(Rows(part, None, torch.ones(len(part))) for part in values.split([90, 10])))
+        gaussian_log_prob(
+            f,
+            *(
+                Rows(part, None, torch.ones(len(part)), torch.zeros(len(part), dtype=torch.bool))
+                for part in values.split([90, 10])
+            ),
+        )
         for f, values in ((flow, x), (images, x.unflatten(1, (2, 3))))
     ]
     assert found[0] == pytest.approx(found[1], abs=1e-9)
