@@ -15,7 +15,7 @@ from pyroflows.fitting.gaussian import gaussian_log_prob
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
 from pyroflows.grad_mode import require_trainable, with_gradients
-from pyroflows.options import checked_int, kind
+from pyroflows.options import checked_fraction, checked_int, kind
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
 from pyroflows.training.data import DataLike, Rows, load, split
@@ -239,8 +239,7 @@ def _check_options(flow: Flow, validation: float, batch_size: int | None, max_ep
     if not trained_parameters(flow):
         raise OptionError("this flow has no parameters to train")
     require_trainable(flow)
-    if not 0 < validation < 1:
-        raise OptionError(f"validation must be a fraction of the rows, between 0 and 1, got {validation}")
+    checked_fraction("validation", validation)
     for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):
         if value is not None:
             checked_int(name, value)
