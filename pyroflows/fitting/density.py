@@ -52,7 +52,8 @@ class DensityFit:
         still_improving: whether it still grew where ``max_epochs`` made the learning rate fall. To go on from there,
             call :func:`fit_density` again, with the same seed to have the same validation rows.
         gaussian_log_prob: mean log-density that a Gaussian of full covariance, which has the moments of the training
-            rows, gives to the validation rows; with contexts, its mean is linear in them. None if there is none.
+            rows, gives to the validation rows; with contexts, its mean is linear in them. None if there is none, as for
+            angles and counts.
 
     Example:
         >>> flow = pf.flows.MAF(2, num_layers=2, hidden_dims=(16,))
