@@ -305,7 +305,10 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
         is_bad[..., columns] = ~is_inside
         what = f"values outside the support {constraint} or on its boundary"
         if is_angular(constraint):
-            what = "angles outside of -pi to pi, which torch.remainder(x + pi, 2 * pi) - pi would mend,"
+            what = (
+                "angles outside of -pi to pi (make degrees radians by torch.deg2rad, "
+                "then take whole turns out by torch.remainder(x + pi, 2 * pi) - pi)"
+            )
         _refuse(is_bad, x, "x", what)
 
 
