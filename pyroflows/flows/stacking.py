@@ -53,10 +53,10 @@ class StackedFlow(Flow):
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`pyroflows.Flow`.
         support: the constraint that the data meet, see :class:`pyroflows.Flow`.
-        mixing: the kind of layer that mixes the dimensions between two layers, or between two pairs of couplings:
-            "permutation" for a fixed random permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts
-            as one, or None. Without mixing and ``order``, every second autoregressive layer has the
-            reverse order.
+        mixing: the kind of layer that mixes the dimensions between two layers, and between two pairs of couplings, so
+            that one pair alone has none: "permutation" for a fixed random permutation, "lu" for a
+            :class:`pyroflows.transforms.LU` layer that starts as one, or None. Without mixing and ``order``, every
+            second autoregressive layer has the reverse order.
 
     Shapes: ``flow()`` has event shape ``(dim,)``; for a context ``(..., context_dim)``, ``flow(context)`` has batch
     shape ``(...)``.
