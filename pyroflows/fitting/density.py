@@ -18,6 +18,7 @@ from pyroflows.grad_mode import require_trainable, with_gradients
 from pyroflows.options import checked_fraction, checked_int, kind
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
+from pyroflows.shapes import counted
 from pyroflows.training.data import DataLike, Rows, load, split
 from pyroflows.training.history import History
 from pyroflows.training.ill_posed import check_density
@@ -88,7 +89,7 @@ class DensityFit:
         ending = ", stopped early" if self.stopped_early else ", all of max_epochs"
         beside = "" if self.gaussian_log_prob is None else f";\na Gaussian has {self.gaussian_log_prob:.4g}"
         text = (
-            f"DensityFit({self.history.num_steps} epochs{ending}; best validation log-density "
+            f"DensityFit({counted(self.history.num_steps, 'epoch')}{ending}; best validation log-density "
             f"{self.best_log_prob:.4g} nats a row, after epoch {self.best_epoch}{beside})"
         )
         if self.still_improving:

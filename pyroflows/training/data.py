@@ -13,7 +13,7 @@ from pyroflows.arrays import ArrayLike, as_numbers
 from pyroflows.constraints import is_angular, parts_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
-from pyroflows.shapes import as_given, described, listed, places
+from pyroflows.shapes import as_given, counted, described, listed, places
 from pyroflows.transforms.wild import center_and_spread, wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset
@@ -95,7 +95,7 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
         x, context = _read_all(x)
     values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
-        raise DataError(f"x has {len(values)} row: a density needs more, at least 2 rows")
+        raise DataError(f"x has {counted(len(values), 'row')}: a density needs more, at least 2 rows")
     _refuse_outside(flow.support, values)
     contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
     # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyroflows.errors import DataError, warn
 from pyroflows.flows import Flow
 from pyroflows.flows.base import StudentT
-from pyroflows.shapes import as_given, listed
+from pyroflows.shapes import as_given, counted, listed
 from pyroflows.training.data import Rows
 from pyroflows.transforms import LU, Autoregressive, Coupling, Inverse
 from pyroflows.transforms.base import FlowTransform
@@ -196,7 +196,8 @@ def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
         center, spread = center_and_spread(values[used].flatten(1)[:, column : column + 1].double())
         distance = (values[row].flatten()[column].double() - center).abs() / spread
         value = given[row].flatten()[column].item()
-        others = f" (and {len(found) - 1} more rows are as far out)" if len(found) > 1 else ""
+        rest = len(found) - 1
+        others = f" (and {counted(rest, 'more row')} {'is' if rest == 1 else 'are'} as far out)" if rest else ""
         warn(
             f"row {row} of {name} has {value:.6g} in column {column}, {distance.item():.2g} "
             f"standard deviations of the others from their median{others}: location, scale and validation leave such "
@@ -212,7 +213,7 @@ def _warn_of_repeated_values(x: Tensor) -> None:
     count = min(len(columns), max(500, MAX_SORTED // columns.shape[1]))
     sample = columns[torch.linspace(0, len(columns) - 1, count).long().to(x.device)].cpu()
     if x.dim() > 2 and len(levels := sample.unique()) <= MAX_LEVELS < sample.numel() / 10:
-        _warn_of_few_values(f"x takes {len(levels)} values in all", levels)
+        _warn_of_few_values(f"x takes {len(levels)} values in all", "all columns", levels)
         return
     massive, coarse = [], []
     for j, column in enumerate(sample.T):
@@ -233,16 +234,16 @@ def _warn_of_repeated_values(x: Tensor) -> None:
         )
     if coarse:
         j, values = coarse[0]
-        _warn_of_few_values(
-            f"columns {listed([j for j, _ in coarse])} of x take few values, column {j} takes {len(values)}", values
-        )
+        columns = f"columns {listed([j for j, _ in coarse])}"
+        _warn_of_few_values(f"{columns} of x take few values, column {j} takes {len(values)}", columns, values)
 
 
-def _warn_of_few_values(what: str, values: Tensor) -> None:
+def _warn_of_few_values(what: str, columns: str, values: Tensor) -> None:
     step = values.diff().min().item()
     warn(
-        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them, that is add "
-        f"noise of the width of the rounding, such as {step:.3g} * (torch.rand_like(x) - 0.5), or leave out categories"
+        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them, that is make "
+        f"{columns} floating-point numbers, and add to each value its own noise of the width of the rounding, such as "
+        f"{step:.3g} times a uniform number from -0.5 to 0.5; or leave out categories"
     )
 
 

@@ -480,6 +480,8 @@ def test_repr(fit):
         f"after epoch {fit.best_epoch};",
         f"a Gaussian has {fit.gaussian_log_prob:.4g})",
     ]
+    short = fit_quietly(MAF(2), torch.randn(300, 2), max_epochs=1)
+    assert repr(short).startswith("DensityFit(1 epoch, all of") and repr(short.history).startswith("History(1 epoch:")
     stopped = fit_quietly(MAF(2), torch.randn(300, 2), patience=1)
     assert stopped.stopped_early
     assert repr(stopped).startswith(f"DensityFit({stopped.history.num_steps} epochs, stopped early; best")

@@ -217,9 +217,9 @@ def test_context_of_another_shape(shape, message):
         load(conditional(), values(), torch.ones(shape))
 
 
-@pytest.mark.parametrize("num_rows", [0, 1])
-def test_too_few_rows(num_rows):
-    with pytest.raises(DataError, match=f"x has {num_rows} row: a density needs more"):
+@pytest.mark.parametrize(("num_rows", "words"), [(0, "0 rows"), (1, "1 row")])
+def test_too_few_rows(num_rows, words):
+    with pytest.raises(DataError, match=f"x has {words}: a density needs more"):
         load(plain(), values(num_rows))
 
 
