@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-
 # Angles that were computed in float32 may round to numbers just beyond pi, and are kept so in float64.
 MAX_ANGLE = math.pi * (1 + 4 * torch.finfo(torch.float32).eps)
 

@@ -94,8 +94,8 @@ class DensityFit:
         )
         if self.still_improving:
             text += (
-                "\nThe validation log-density was still growing where max_epochs ended the fit: give more epochs, or "
-                "call\nfit_density again with the same seed to go on from here."
+                "\nThe validation log-density was still growing where max_epochs ended the fit: give more epochs, "
+                "or\ncall fit_density again with the same seed to go on from here."
             )
         return text
 
