@@ -20,6 +20,8 @@ DataLike: TypeAlias = ArrayLike | Dataset
 # A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
 # were rounded to a tenth of it were fitted as well as others, see :mod:`pyroflows.training.ill_posed`.
 MIN_RESOLUTION = 10
+# Elements that are hashed at once, so that little memory is needed; and an odd number whose bits are as if at random.
+NUM_HASHED, MULTIPLIER = 1_000_000, 0x1E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,21 @@ class Rows:
         weights: ``(n,)``, not negative.
         is_wild: which rows ``(n,)`` have a wild element in x or in their context, see
             :func:`pyroflows.transforms.wild.wild_elements`.
+        group: numbers ``(n,)`` that are the same for rows of equal x and context, see :func:`equal_rows`.
     """
 
     x: Tensor
     context: Tensor | None
     weights: Tensor
     is_wild: Tensor
+    group: Tensor
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, index: Any) -> "Rows":
         context = None if self.context is None else self.context[index]
-        return Rows(self.x[index], context, self.weights[index], self.is_wild[index])
+        return Rows(self.x[index], context, self.weights[index], self.is_wild[index], self.group[index])
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,41 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
     is_wild = _wild_rows(flow.before_support(values), masses)
     if contexts is not None:
         is_wild = is_wild | _wild_rows(contexts, masses)
-    return Data(Rows(values, contexts, masses, is_wild), dataset)
+    # Equal rows of a discrete law are draws of one value, not repetitions of one draw.
+    group = torch.arange(len(values)).to(values.device) if flow.support.is_discrete else equal_rows(values, contexts)
+    return Data(Rows(values, contexts, masses, is_wild, group), dataset)
+
+
+def equal_rows(x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Return numbers ``(n,)``, from 0 on, that are the same for equal rows, and different for others.
+
+    Rows are compared by a hash of 64 bits, since a sort of many whole rows takes ten times as long.
+
+    Args:
+        x: rows ``(n, *event_shape)``.
+        context: rows ``(n, *context_shape)``, or None.
+
+    Example:
+        >>> equal_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))[[0, 2]].diff()
+        tensor([0])
+    """
+    rows = x.flatten(1) if context is None else torch.cat([x.flatten(1), context.flatten(1)], 1)
+    factors = torch.randint(2**62, rows.shape[1:], generator=torch.Generator().manual_seed(0)) * 2 + 1
+    hashes = []
+    for part in rows.split(max(1, NUM_HASHED // max(1, rows.shape[1]))):
+        # The sum gives -0.0 and 0.0 the same bits; shifts bring the leading bits, in which numbers differ, to others.
+        bits = (part.cpu().double() + 0.0).view(torch.int64)
+        bits = (bits ^ (bits >> 32)) * MULTIPLIER
+        hashes.append(((bits ^ (bits >> 29)) * factors).sum(1))
+    return torch.cat(hashes).unique(return_inverse=True)[1].to(x.device)
 
 
 def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     """Draw the indices of training rows and of validation rows; rows of weight zero are in neither.
+
+    Equal rows, such as those of a bootstrap or repeated measurements, are all on one side: what a flow has learned by
+    heart would look good on copies of it. A row that stands in the data more often than rows are to be validated with
+    is no repetition but a point mass of the law, and has copies on both sides.
 
     Args:
         rows: all rows.
@@ -124,13 +158,16 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     is_wild = rows.is_wild[used]
     ordinary, wild = used[~is_wild], used[is_wild]
     num_validation = min(round(validation * len(used)), len(ordinary))
+    ordinary, sizes = _shuffled_by_group(ordinary, rows.group[ordinary], num_validation)
+    ends = torch.cat([sizes.new_zeros(1), sizes.flip(0).cumsum(0)])
+    num_validation = int(ends[(ends - num_validation).abs().argmin()])
     num_training = len(used) - num_validation
     if num_validation < 1 or num_training < 2:
         raise DataError(
             f"validation={validation} of {len(used)} rows with a weight leaves {num_training} to train on and "
             f"{num_validation} to validate with: give more rows, or another fraction"
         )
-    training, held_out = _shuffled(ordinary).split([len(ordinary) - num_validation, num_validation])
+    training, held_out = ordinary.split([len(ordinary) - num_validation, num_validation])
     training = torch.cat([training, wild])
     x = rows.x[training]
     constant = places((x == x[0]).all(0))
@@ -178,6 +215,28 @@ class ShuffledBatches(Iterator[Tensor]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned."""
         self._order, self._place = state["order"].to(self._index), state["place"]
+
+
+def _shuffled_by_group(index: Tensor, group: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Shuffle an index so that the members of a group stand together, where its first member comes to stand.
+
+    Without a second member of any group this is what :func:`_shuffled` returns.
+
+    Args:
+        index: ``(n,)``.
+        group: the groups ``(n,)`` of its entries; those of more than ``most`` members are taken apart.
+        most: the number of members.
+
+    Returns:
+        The index ``(n,)``, and the sizes of the groups in their new order.
+    """
+    place = torch.randperm(len(index)).argsort().to(index.device)
+    _, group, count = group.unique(return_inverse=True, return_counts=True)
+    own = torch.arange(len(index), device=index.device)
+    first = own.new_full(count.shape, len(index)).scatter_reduce(0, group, own, "amin")
+    leader = torch.where(count[group] <= most, first[group], own)
+    order = place[leader].argsort(stable=True)
+    return index[order], leader[order].unique_consecutive(return_counts=True)[1]
 
 
 def _shuffled(index: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ MAX_AGREEING = 0.08
 MAX_AGREEING_INTEGERS = 0.04
 # A value that makes up this share of the rows, and this many times that of the others on average, is a point mass.
 MIN_POINT_MASS, MIN_POINT_RATIO = 0.05, 10
+# A bootstrap repeats a third of its rows; measurements that were rounded to many digits agree by chance, but rarely.
+MAX_REPEATED_SHARE = 0.1
 # Fewer values than these can hold no point mass among others.
 MIN_NUM_VALUES = 20
 # An image whose elements take no more values than these was not dequantised.
@@ -69,7 +71,9 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
     if not flow.support.is_discrete:
         _check_rank(rows[training])
         _warn_of_wild_rows(flow, rows)
-        _warn_of_repeated_values(rows.x[training])
+        # Where columns take few values, equal rows are no surprise.
+        if not _warn_of_repeated_values(rows.x[training]):
+            _warn_of_repeated_rows(rows.group[rows.weights > 0])
     _warn_of_affine_maps(flow)
     _warn_of_size(flow, len(training))
 
@@ -207,14 +211,25 @@ def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
         return
 
 
-def _warn_of_repeated_values(x: Tensor) -> None:
-    """Warn of columns that take few values, or one value often, on which a flow puts spikes."""
+def _warn_of_repeated_rows(group: Tensor) -> None:
+    """Warn if many rows repeat others, which then count as often as they stand there, but are no further draws."""
+    count = len(group) - len(group.unique())
+    if count > MAX_REPEATED_SHARE * len(group):
+        warn(
+            f"{count} of {len(group)} rows repeat others, and a density of such rows is one of spikes: leave the "
+            "repetitions out, and give numbers of copies as weights if they mean something; equal rows are kept "
+            "together, either to train on or to validate with"
+        )
+
+
+def _warn_of_repeated_values(x: Tensor) -> bool:
+    """Warn of columns that take few values, or one value often, on which a flow puts spikes; tell whether it did."""
     columns = x.flatten(1)
     count = min(len(columns), max(500, MAX_SORTED // columns.shape[1]))
     sample = columns[torch.linspace(0, len(columns) - 1, count).long().to(x.device)].cpu()
     if x.dim() > 2 and len(levels := sample.unique()) <= MAX_LEVELS < sample.numel() / 10:
         _warn_of_few_values(f"x takes {len(levels)} values in all", "all columns", levels)
-        return
+        return True
     massive, coarse = [], []
     for j, column in enumerate(sample.T):
         values, counts = column.unique(return_counts=True)
@@ -236,6 +251,7 @@ def _warn_of_repeated_values(x: Tensor) -> None:
         j, values = coarse[0]
         columns = f"columns {listed([j for j, _ in coarse])}"
         _warn_of_few_values(f"{columns} of x take few values, column {j} takes {len(values)}", columns, values)
+    return bool(massive or coarse)
 
 
 def _warn_of_few_values(what: str, columns: str, values: Tensor) -> None:

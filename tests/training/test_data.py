@@ -5,13 +5,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from pyro import distributions as dist
 from pyro.distributions.constraints import ordered_vector
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pyroflows import DataError, Flow, OptionError, ShapeError, flows
 from pyroflows.training.data import ShuffledBatches, load, split
-from pyroflows.transforms import Planar
+from pyroflows.transforms import Permutation, Planar
 
 N, DIM, CONTEXT_DIM = 20, 3, 2
 
@@ -314,6 +315,68 @@ def test_split_takes_a_fraction_of_the_rows(validation, n, expected):
     assert len(held_out) == expected
     assert sorted([*training.tolist(), *held_out.tolist()]) == list(range(n))
     assert held_out.tolist() != split(rows(n), validation)[1].tolist()
+
+
+def test_without_equal_rows_the_split_is_a_shuffle():
+    """A seed of older fits means the same rows."""
+    data = rows(100)
+    torch.manual_seed(1)
+    training, held_out = split(data, 0.1)
+    torch.manual_seed(1)
+    order = torch.randperm(100)
+    assert torch.equal(torch.cat([training, held_out]), order)
+
+
+@pytest.mark.parametrize("conditional_on", [None, "one", "own"])
+def test_equal_rows_are_on_one_side(conditional_on):
+    """In any number, and of any sign of zero; rows of one x with other contexts are other rows."""
+    index = torch.randint(300, (1000,), generator=torch.Generator().manual_seed(0))
+    x = values(300)[index]
+    x[index == 7, 0], x[:500][index[:500] == 7, 0] = 0.0, -0.0
+    flow = plain() if conditional_on is None else conditional()
+    context = {None: None, "one": values(300, CONTEXT_DIM)[index], "own": values(1000, CONTEXT_DIM)}[conditional_on]
+    data = load(flow, x, context).rows
+    torch.manual_seed(0)
+    training, held_out = split(data, 0.1)
+    assert sorted([*training.tolist(), *held_out.tolist()]) == list(range(1000))
+    assert 96 <= len(held_out) <= 104
+    shared = {*index[training].tolist()} & {*index[held_out].tolist()}
+    assert len(data.group.unique()) == (1000 if conditional_on == "own" else len(index.unique()))
+    assert bool(shared) == (conditional_on == "own")
+
+
+def test_every_group_is_validated_with_equal_chance():
+    """A group that went to validation with its last member would come there the more often, the larger it is."""
+    x = torch.cat([values(500), values(500)[:100].repeat(5, 1)])
+    data = rows(x=x)
+    torch.manual_seed(0)
+    parts = [split(data, 0.1)[1] for _ in range(200)]
+    copies = torch.tensor([((part >= 500) | (part < 100)).float().mean() for part in parts])
+    # Of 1000 rows 600 are in groups of six.
+    assert abs(copies.mean() - 0.6) < 4 * copies.std() / len(parts) ** 0.5
+
+
+def test_a_row_repeated_very_often_is_on_both_sides():
+    """Half of the rows are one: it cannot be validated with alone, nor left out of validation."""
+    x = torch.cat([values(100), torch.ones(100, DIM)])
+    _, held_out = split(rows(x=x), 0.1)
+    assert len(held_out) == 20 and {*held_out.tolist()} & {*range(100)} and {*held_out.tolist()} - {*range(100)}
+
+
+class LearnedPoisson(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_rate = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self):
+        return dist.Poisson(self.log_rate.exp()).to_event(1)
+
+
+def test_equal_counts_are_draws_of_one_value():
+    swap = Permutation([1, 0])
+    swap.codomain = constraints.independent(constraints.nonnegative_integer, 1)
+    data = load(Flow([swap], base=LearnedPoisson()), torch.poisson(torch.ones(200, 2))).rows
+    assert torch.equal(data.group, torch.arange(200))
 
 
 def test_rows_without_weight_are_in_neither_part():

@@ -180,6 +180,19 @@ def test_images_of_few_levels_warn():
     check(x + torch.rand(x.shape, generator=torch.Generator().manual_seed(1)), flow=flow)
 
 
+def test_repeated_rows_warn():
+    generator = torch.Generator().manual_seed(0)
+    x = normal(N, 2)
+    bootstrap = x[torch.randint(N, (N,), generator=generator)]
+    with pytest.warns(UserWarning, match=r"3\d\d of 1000 rows repeat others, .*: leave the repetitions out, and give"):
+        check(bootstrap)
+    check(bootstrap, normal(N, 1, seed=1))  # with contexts of their own they are other rows
+    weights = torch.ones(N)
+    weights[100:] = 0.0
+    x[200:] = x[200]
+    check(x, weights=weights)
+
+
 # Rows far out
 
 
