@@ -12,11 +12,12 @@ from torch import Tensor
 from pyroflows.errors import DataError, warn
 from pyroflows.flows import Flow
 from pyroflows.flows.base import StudentT
-from pyroflows.shapes import as_given, counted, listed
+from pyroflows.shapes import as_given, counted, listed, places
 from pyroflows.training.data import Rows
 from pyroflows.transforms import LU, Autoregressive, Coupling, Inverse
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.univariate import Additive, Affine
 from pyroflows.transforms.wild import MAX_SORTED, center_and_spread, wild_elements_among
@@ -74,6 +75,7 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
         # Where columns take few values, equal rows are no surprise.
         if not _warn_of_repeated_values(rows.x[training]):
             _warn_of_repeated_rows(rows.group[rows.weights > 0])
+    _warn_of_other_units(flow, rows[training])
     _warn_of_affine_maps(flow)
     _warn_of_size(flow, len(training))
 
@@ -211,6 +213,36 @@ def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
         return
 
 
+def _warn_of_other_units(flow: Flow, rows: Rows) -> None:
+    """Warn if a flow holds location and scale of other data than these, which a further fit does not change."""
+    x, of_context = flow.before_support(rows.x), flow.transform.context_scale
+    for name, layer, values in (("x", _location_and_scale(flow, rows.x), x), ("context", of_context, rows.context)):
+        if not isinstance(layer, Standardize) or values is None or not layer.adapted:
+            continue
+        if far := places(layer.far_columns(values, rows.weights)):
+            adapt = "flow.adapt(x)" if rows.context is None else "flow.adapt(x, context)"
+            warn(
+                f"columns {listed(far)} of {name} are far from the location and scale that this flow has from earlier "
+                f"data, by ten standard deviations or a factor of ten in scale, and a further fit keeps these: call "
+                f"{adapt} before it to give the flow those of the new rows"
+            )
+            return
+
+
+def _location_and_scale(flow: Flow, x: Tensor) -> Standardize | None:
+    """Return the layer of location and scale of a flow, or one with those of a mixture; None if it has none yet."""
+    layers = [part.standardization for part in flow.components]
+    adapted = [layer for layer in layers if layer is not None and layer.adapted]
+    # Components of different supports have their locations in different coordinates.
+    is_common = all(torch.equal(part.before_support(x), flow.before_support(x)) for part in flow.components)
+    if len(adapted) < len(layers) or not is_common:
+        return None
+    locs, scales = torch.stack([layer.loc for layer in adapted]), torch.stack([layer.scale for layer in adapted])
+    scale = (scales.square().mean(0) + locs.var(0, correction=0)).sqrt()
+    angles = None if adapted[0].angles is None else adapted[0].angles.tolist()
+    return Standardize(adapted[0].event_shape, locs.mean(0), scale, angles)
+
+
 def _warn_of_repeated_rows(group: Tensor) -> None:
     """Warn if many rows repeat others, which then count as often as they stand there, but are no further draws."""
     count = len(group) - len(group.unique())
@@ -249,8 +281,8 @@ def _warn_of_repeated_values(x: Tensor) -> bool:
         )
     if coarse:
         j, values = coarse[0]
-        columns = f"columns {listed([j for j, _ in coarse])}"
-        _warn_of_few_values(f"{columns} of x take few values, column {j} takes {len(values)}", columns, values)
+        named = f"columns {listed([j for j, _ in coarse])}"
+        _warn_of_few_values(f"{named} of x take few values, column {j} takes {len(values)}", named, values)
     return bool(massive or coarse)
 
 
