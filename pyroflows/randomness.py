@@ -1,6 +1,5 @@
 """Seeds that leave the caller's random generators as they were."""
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError
-from pyroflows.options import kind
+from pyroflows.options import as_int, kind
 
 
 @contextmanager
@@ -40,10 +39,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def _checked_seed(seed: Any) -> int:
-    try:
-        number = operator.index(seed)
-    except (TypeError, RuntimeError):  # torch raises RuntimeError for tensors of several elements
-        number = None
+    number = as_int(seed)
     if number is None or not -(2**63) <= number < 2**64:
         got = kind(seed) if isinstance(seed, Tensor) else repr(seed)
         raise OptionError(f"seed must be None or an integer that fits into 64 bits, got {got}")

@@ -16,7 +16,8 @@ from pyroflows.flows import Flow
 from pyroflows.options import checked_fraction, kind
 from pyroflows.randomness import seeded
 from pyroflows.training.data import load, split
-from pyroflows.transforms.normalization import Standardize, trained_parameters
+from pyroflows.training.objective import trained_parameters
+from pyroflows.transforms.normalization import Standardize
 
 
 @dataclass(frozen=True)
