@@ -57,6 +57,44 @@ def as_tensor(name: str, values: Any, like: Tensor | None) -> Tensor:
     return tensor if like is None else tensor.to(device=like.device, dtype=like.dtype)
 
 
+def require_one_index(**frames: Any) -> None:
+    """Raise if pandas frames or series of equally many rows have different indices, since rows are paired by position.
+
+    Args:
+        frames: the values by name; what is no frame or series has no index.
+
+    Raises:
+        DataError: if two indices differ; names the values.
+
+    Example:
+        >>> require_one_index(x=np.zeros((2, 3)), context=None)
+    """
+    pandas = sys.modules.get("pandas")
+    if pandas is None:
+        return
+    named = [(k, v.index) for k, v in frames.items() if isinstance(v, pandas.DataFrame | pandas.Series)]
+    for name, index in named[1:]:
+        first, expected = named[0]
+        if len(index) == len(expected) and not index.equals(expected):
+            raise DataError(
+                f"{first} and {name} have different indices, but rows are paired by their position: give "
+                f"{name}.loc[{first}.index] to pair them by index, or {name}.to_numpy() if their order is the same"
+            )
+
+
+def labels_of(values: Any) -> list[Any] | None:
+    """Return the labels of the columns of a pandas frame; None for anything else, and for labels that are positions.
+
+    Example:
+        >>> labels_of(np.zeros((2, 3)))
+    """
+    pandas = sys.modules.get("pandas")
+    if pandas is None or not isinstance(values, pandas.DataFrame):
+        return None
+    labels = list(values.columns)
+    return None if labels == list(range(len(labels))) else labels
+
+
 def _is_like(values: Tensor, like: Tensor | None) -> bool:
     return like is None or (values.dtype == like.dtype and values.device == like.device)
 

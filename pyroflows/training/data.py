@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from pyroflows.arrays import ArrayLike, as_numbers
+from pyroflows.arrays import ArrayLike, as_numbers, labels_of, require_one_index
 from pyroflows.constraints import is_angular, parts_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
@@ -17,6 +17,7 @@ from pyroflows.shapes import as_given, counted, described, listed, places
 from pyroflows.transforms.wild import center_and_spread, wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset
+Labels: TypeAlias = list[Any] | None
 # A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
 # were rounded to a tenth of it were fitted as well as others, see :mod:`pyroflows.training.ill_posed`.
 MIN_RESOLUTION = 10
@@ -84,7 +85,8 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
 
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
-        DataError: if values cannot be used; the message names the row and the column.
+        DataError: if values cannot be used; the message names the row and the column. Also if frames have different
+            indices.
         OptionError: if ``x`` is a Dataset and ``context`` is given.
 
     Example:
@@ -97,10 +99,11 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
         if context is not None:
             raise OptionError("the context of a Dataset comes with its items, (x, context), not as an argument")
         x, context = _read_all(x)
+    require_one_index(x=x, context=context, weights=weights)
     values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
         raise DataError(f"x has {counted(len(values), 'row')}: a density needs more, at least 2 rows")
-    _refuse_outside(flow.support, values)
+    _refuse_outside(flow.support, values, labels_of(x))
     contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
     # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
     is_wild = _wild_rows(flow.before_support(values), masses)
@@ -268,7 +271,7 @@ def _x_and_context(batch: Any) -> tuple[Any, Any]:
 
 def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
     """Return values as a tensor ``(n, *shape)`` that is checked; messages call the elements of a row columns."""
-    is_series = hasattr(values, "to_frame")
+    is_series, labels = hasattr(values, "to_frame"), labels_of(values)
     given = as_numbers(name, values).detach()
     values = _cast(given, flow)
     if values.dim() == 2 and len(shape) == 1 and values.shape[1:] != shape:
@@ -278,8 +281,8 @@ def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
         hint = f": give {column}" if values.dim() == 1 and shape == (1,) else ""
         expected = ", ".join(map(str, shape))
         raise ShapeError(f"{name} must have shape (rows, {expected}), got {tuple(values.shape)}{hint}")
-    _refuse(~given.isfinite(), given, name, "NaN or infinite values")
-    _refuse(~values.isfinite(), given, name, f"values beyond the range of {values.dtype}")
+    _refuse(~given.isfinite(), given, name, "NaN or infinite values", labels)
+    _refuse(~values.isfinite(), given, name, f"values beyond the range of {values.dtype}", labels)
     _refuse_lost_digits(name, given, values)
     return values
 
@@ -349,7 +352,7 @@ def _refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
         )
 
 
-def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
+def _refuse_outside(support: constraints.Constraint, x: Tensor, labels: Labels) -> None:
     """Raise if a value is outside a support, or on its boundary, where the bijection onto it is not finite."""
     first = 0
     for constraint, length in parts_of(support, x.shape[-1]):
@@ -368,16 +371,26 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
                 "angles outside of -pi to pi (make degrees radians by torch.deg2rad, "
                 "then take whole turns out by torch.remainder(x + pi, 2 * pi) - pi)"
             )
-        _refuse(is_bad, x, "x", what)
+        _refuse(is_bad, x, "x", what, labels)
 
 
-def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str) -> None:
-    """Raise if there is a bad value; the message names the first one, and says how many rows have one."""
+def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels = None) -> None:
+    """Raise if there is a bad value; the message names the first one, and says how many rows have one.
+
+    Args:
+        is_bad: booleans ``(n, ...)``.
+        values: the values, of the same shape.
+        name: what they are.
+        what: what is bad.
+        labels: the labels of the columns of a frame, or None.
+    """
     if not is_bad.any():
         return
     row, *column = is_bad.nonzero()[0].tolist()
     count = int(is_bad.reshape(len(values), -1).any(-1).sum())
     place = f"row {row}" + (f", column {as_given(torch.Size(column))}" if column else "")
+    if labels is not None and len(column) == 1:
+        place += f" ({labels[column[0]]!r})"
     raise DataError(
         f"{name} has {what} in {count} of {len(values)} rows, the first is {values[row, *column].item():.6g} in {place}"
     )

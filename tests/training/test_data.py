@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from pyro import distributions as dist
@@ -261,6 +262,52 @@ def test_datasets_that_cannot_be_read(dataset, message):
 def test_context_beside_a_dataset():
     with pytest.raises(OptionError, match="the context of a Dataset comes with its items"):
         load(conditional(), TensorDataset(values()), values(N, CONTEXT_DIM))
+
+
+# Frames
+
+
+FRAME = pd.DataFrame(values().double().numpy(), columns=["a", "b", "age"])
+CONTEXTS = pd.DataFrame(values(N, CONTEXT_DIM).double().numpy(), columns=["u", "v"])
+
+
+def test_frames_of_different_indices():
+    """A shuffled frame beside another that was not would be paired with the wrong rows."""
+    other = CONTEXTS.sample(frac=1, random_state=0)
+    for x in (FRAME, FRAME["a"]):
+        with pytest.raises(DataError, match=r"x and context have different indices.*give context.loc\[x.index\] to"):
+            load(conditional(), x, other)
+    for weights in (FRAME["a"].abs().iloc[::-1], FRAME[["a"]].iloc[::-1]):
+        with pytest.raises(DataError, match="x and weights have different indices"):
+            load(plain(), FRAME, weights=weights)
+    with pytest.raises(DataError, match="context and weights have different indices"):
+        load(conditional(), FRAME.to_numpy(), other, weights=FRAME["a"].abs())
+    with pytest.raises(DataError, match="x and context have different indices"):
+        conditional().adapt(FRAME, other)
+
+
+def test_frames_that_are_paired():
+    shuffled = FRAME.sample(frac=1, random_state=0)
+    context = CONTEXTS.loc[shuffled.index]
+    for given in (context, context.to_numpy()):
+        rows = load(conditional(), shuffled, given, weights=shuffled["a"].abs()).rows
+        assert rows.context[0].tolist() == pytest.approx(CONTEXTS.loc[shuffled.index[0]].tolist())
+    load(conditional(), FRAME, CONTEXTS.set_axis([*range(N)]))
+    with pytest.raises(ShapeError, match="x has 20 rows, but context has 19"):
+        load(conditional(), FRAME, CONTEXTS[1:])
+
+
+def test_messages_name_the_columns_of_frames():
+    bad = FRAME.copy()
+    bad.iloc[4, 2] = np.nan
+    with pytest.raises(DataError, match=r"in row 4, column 2 \('age'\)"):
+        load(plain(), bad)
+    with pytest.raises(DataError, match=r"in row 4, column 2$"):
+        load(plain(), bad.set_axis([0, 1, 2], axis=1))
+    with pytest.raises(DataError, match=r"context has .* in row 3, column 1 \('v'\)"):
+        load(conditional(), FRAME, CONTEXTS.mask((CONTEXTS.index == 3)[:, None] & (CONTEXTS.columns == "v")))
+    with pytest.raises(DataError, match=r"outside the support .* column 1 \('b'\)"):
+        load(plain(constraints.positive), FRAME.abs().assign(b=-1.0))
 
 
 # The support
