@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+# Angles that were computed in float32 may round to numbers just beyond pi, and are kept so in float64.
+MAX_ANGLE = math.pi * (1 + 4 * torch.finfo(torch.float32).eps)
+
 
 class _Circular(Constraint):
     r"""The angles from :math:`-\pi` to :math:`\pi` in radians, of which the ends are the same point of the circle.
+
+    Angles that are outside by the rounding of float32 are taken too: as whole turns do not count, they have a density.
 
     Example:
         >>> pf.constraints.circular.check(torch.tensor([0.0, 3.0, 4.0]))
@@ -22,7 +27,7 @@ class _Circular(Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Check whether values are angles of one period."""
-        return value.abs() <= math.pi
+        return value.abs() <= MAX_ANGLE
 
 
 circular = _Circular()

@@ -58,6 +58,16 @@ def places(is_there: Tensor) -> list[int] | list[tuple[int, ...]]:
     return [i for (i,) in indices] if is_there.dim() == 1 else [tuple(index) for index in indices]
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words, with the noun in the singular for one.
+
+    Example:
+        >>> counted(1, "row"), counted(0, "row")
+        ('1 row', '0 rows')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def listed(found: Sequence[Any], most: int = 8) -> str:
     """Return a list as text for a message, of which the first few items stand for a long one.
 

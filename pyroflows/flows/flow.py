@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_one_index
 from pyroflows.errors import NotCalledError, OptionError, ShapeError, StateError
 from pyroflows.flows.angles import check_base_of_angles
 from pyroflows.flows.assembly import assemble
@@ -306,7 +306,7 @@ class Flow(nn.Module):
         Raises:
             ShapeError: if the rows or their contexts have another shape.
             DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
-                the support or outside it.
+                the support or outside it; or if frames have different indices.
 
         Example:
             >>> flow = pf.flows.MAF(2)
@@ -314,6 +314,7 @@ class Flow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
+        require_one_index(x=x, context=context, weights=weights)
         like = floating_tensor(self)
         x = as_tensor("x", x, like)
         context = None if context is None else as_tensor("context", context, like)

@@ -3,7 +3,7 @@
 A single flow either misses some of these modes or connects them by bridges of mass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from pyroflows.flows.flow import Flow
 from pyroflows.flows.mixture_distribution import MixtureDistribution
 from pyroflows.flows.union import union_of
 from pyroflows.nets.mlp import MLP
+from pyroflows.options import kind
 from pyroflows.shapes import as_given, described, shape_of
 from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside
@@ -275,10 +276,12 @@ def _unbounded(flows: Sequence[Flow], x: Tensor) -> Tensor:
 
 
 def _checked(flows: Sequence[Flow]) -> list[Flow]:
+    if not isinstance(flows, Iterable):
+        raise OptionError(f"a mixture is made of a list of flows, such as [flow, other], but got {kind(flows)}")
     flows = list(flows)
     for flow in flows:
         if not isinstance(flow, Flow):
-            raise OptionError(f"a mixture is made of flows, but got {type(flow).__name__}")
+            raise OptionError(f"a mixture is made of flows, but got {kind(flow)}")
     shapes = {as_given(flow.event_shape): None for flow in flows}
     if len(shapes) != 1:
         raise ShapeError(f"a mixture needs one or more flows of one size, but got flows of sizes {list(shapes)}")
