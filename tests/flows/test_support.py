@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 
 import pyroflows as pf
 from pyroflows.compiling.record import Recorder
+from pyroflows.flows.facts import facts_of
 from pyroflows.transforms.codomain import is_inside, is_met, point_inside
 from tests.transforms.registry import perturb
 
@@ -158,7 +159,7 @@ BOUNDED_BASES = {
 def test_density_of_a_bounded_base(name):
     base = BOUNDED_BASES[name]
     flow = pf.Flow([pf.transforms.Permutation([1, 0])], base=base)
-    flow.standardization.scale.fill_(2.0)
+    flow.standardization.log_scale.data.fill_(math.log(2.0))
     x = torch.tensor([[1.2, 0.8], [-1.0, 0.5], [0.0, 0.5]]).requires_grad_()
     with pyro.validation_enabled(False):
         log_q = flow().log_prob(x)
@@ -200,8 +201,10 @@ def test_density_behind_a_bounded_layer(name):
 
 def test_support_of_an_inverse_and_of_a_conditioned_layer():
     layer = pf.Flow([pf.transforms.Planar(1, context_dim=1)], support=constraints.positive).transform
-    assert layer.condition(torch.zeros(1)).codomain is layer.codomain
-    assert layer.inv.domain is layer.codomain and layer.inv.codomain is layer.domain
+    conditioned = layer.condition(torch.zeros(1))
+    assert facts_of(conditioned.codomain) == facts_of(layer.inv.domain) == facts_of(layer.codomain)
+    assert facts_of(conditioned.domain) == facts_of(layer.inv.codomain) == facts_of(layer.domain)
+    assert facts_of(layer.domain) != facts_of(layer.codomain)
     assert not layer.is_onto_reals and layer.inv.is_onto_reals
 
 
