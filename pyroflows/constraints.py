@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
+from pyro.distributions.constraints import positive_ordered_vector
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
@@ -68,6 +69,38 @@ def without_angles(constraint: Constraint) -> Constraint:
     if isinstance(constraint, constraints.cat):
         return constraints.cat([without_angles(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
     return constraints.real if isinstance(constraint, _Circular) else constraint
+
+
+def num_axes_of(constraint: constraints.Constraint) -> int:
+    """Return the number of axes of what a constraint constrains, 0 for scalars and 1 for vectors.
+
+    Example:
+        >>> num_axes_of(constraints.positive), num_axes_of(dist.constraints.positive_ordered_vector)
+        (0, 1)
+    """
+    # This one of Pyro's does not say that it constrains vectors.
+    return 1 if isinstance(constraint, type(positive_ordered_vector)) else constraint.event_dim
+
+
+def of_scalars(constraint: Constraint) -> Constraint:
+    """Return a constraint whose concatenated parts are on scalars where possible; torch checks no others side by side.
+
+    Args:
+        constraint: any constraint; one that is not a concatenation is returned itself.
+
+    Example:
+        >>> of_scalars(constraints.cat([constraints.real_vector, constraints.positive], dim=-1, lengths=[2, 1])).cseq
+        [Real(), GreaterThan(lower_bound=0.0)]
+    """
+    if not isinstance(constraint, constraints.cat):
+        return constraint
+    return constraints.cat([_without_axes(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
+
+
+def _without_axes(constraint: Constraint) -> Constraint:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
 
 
 def angles_and_reals(angles: Sequence[bool], num_axes: int) -> Constraint:

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from pyroflows.arrays import ArrayLike, as_numbers
-from pyroflows.constraints import is_angular
+from pyroflows.constraints import is_angular, num_axes_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.shapes import as_given, described, listed, places
@@ -295,6 +295,9 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
     for constraint, columns in _parts(support, slice(0, x.shape[-1])):
         values = x[..., columns]
         is_inside = constraint.check(values)
+        if num_axes_of(constraint):
+            _refuse(~is_inside, x, "x", f"values outside the support {constraint}")
+            continue
         is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
         # There is no bijection onto a discrete support, to which its bounds belong.
         for bound in () if constraint.is_discrete else ("lower_bound", "upper_bound"):
@@ -327,6 +330,6 @@ def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str) -> None:
     row, *column = is_bad.nonzero()[0].tolist()
     count = int(is_bad.reshape(len(values), -1).any(-1).sum())
     place = f"row {row}" + (f", column {as_given(torch.Size(column))}" if column else "")
-    raise DataError(
-        f"{name} has {what} in {count} of {len(values)} rows, the first is {values[row, *column].item():.6g} in {place}"
-    )
+    first = values[row, *column]
+    shown = listed([f"{value:.6g}" for value in first.flatten().tolist()]) if first.dim() else f"{first.item():.6g}"
+    raise DataError(f"{name} has {what} in {count} of {len(values)} rows, the first is {shown} in {place}")

@@ -8,6 +8,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from pyroflows.constraints import num_axes_of
 from pyroflows.errors import InversionError, OptionError, ShapeError
 from pyroflows.shapes import as_given, shape_of
 from pyroflows.transforms.base import FlowTransform, Pair
@@ -138,7 +139,7 @@ class Zuko(FlowTransform):
 
 def on_events(constraint: constraints.Constraint, num_axes: int) -> constraints.Constraint:
     """Return the constraint on events with this number of axes, each element of which meets the given constraint."""
-    rest = num_axes - constraint.event_dim
+    rest = num_axes - num_axes_of(constraint)
     return constraints.independent(constraint, rest) if rest else constraint
 
 

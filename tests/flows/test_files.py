@@ -115,7 +115,7 @@ BASES = {
     "Pyro's mixture": dist.MixtureOfDiagNormals(torch.randn(3, 2), torch.ones(3, 2), torch.zeros(3)),
     "MultivariateStudentT": dist.MultivariateStudentT(torch.tensor(4.0), ZEROS, torch.eye(2)),
     "parameter": dist.Normal(nn.Parameter(torch.zeros(2)), ONES),
-    "flow": flows.MAF(2)(),
+    "flow": flows.MAF(2),
 }
 
 

@@ -50,6 +50,11 @@ SUPPORTS = {
         [[3.0, 1.0]],
     ),
 }
+# Constraints on whole vectors.
+SUPPORTS |= {
+    "ordered": (dist.constraints.ordered_vector, [-0.5, 1.0], [[1.0, 0.5], [0.5, 0.5]], []),
+    "positive-ordered": (dist.constraints.positive_ordered_vector, [0.5, 1.0], [[-0.5, 1.0], [1.0, 0.5]], []),
+}
 all_supports = pytest.mark.parametrize("name", SUPPORTS)
 
 
@@ -62,7 +67,7 @@ def _with_validation():
 def make(name, context_dim=0):
     """A flow, and rows of which the first is inside of its support."""
     support, inside, outside, closed = SUPPORTS[name]
-    flow = pf.flows.NSF(2, num_layers=2, hidden_dims=(8,), support=support, context_dim=context_dim)
+    flow = pf.flows.NSF(len(inside), num_layers=2, hidden_dims=(8,), support=support, context_dim=context_dim)
     return perturb(flow, 0.2), torch.tensor([inside, *outside, *closed])
 
 
@@ -110,6 +115,38 @@ def test_density_under_vmap_needs_no_validation(name):
     assert log_q[0].isfinite() and (log_q[1:] == -INF).all()
     slopes = vmap(grad(lambda row: flow().log_prob(row)))(x)
     assert slopes[0].isfinite().all() and (slopes[1:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["ordered_vector", "positive_ordered_vector"])
+def test_a_flow_of_ordered_vectors_integrates_to_one_and_is_fitted(name):
+    torch.manual_seed(0)
+    support = getattr(dist.constraints, name)
+    flow = pf.flows.MAF(2, num_layers=1, hidden_dims=(4,), support=support).double()
+    x = torch.randn(500, 2).exp().sort(-1).values.double()
+    pf.fit_density(flow, x, max_epochs=2, seed=0, progress_bar=False)
+    assert support.check(flow().sample((1000,))).all()
+    u = torch.linspace(-8.0, 8.0, 801, dtype=torch.float64)
+    rows = torch.cartesian_prod(u, u)  # by ladj of biject_to, an integral over the plane
+    onto = torch.distributions.biject_to(support)
+    log_p = flow().log_prob(onto(rows)) + onto.log_abs_det_jacobian(rows, onto(rows)).reshape(len(rows), -1).sum(-1)
+    assert (log_p.exp().sum() * (u[1] - u[0]) ** 2 - 1).abs() < 0.01
+
+
+def test_supports_of_other_sizes_are_refused():
+    for name, words in [("simplex", "3 columns on the support .* only 2 free"), ("corr_cholesky", "is one of matrices")]:
+        with pytest.raises(pf.ShapeError, match=words):
+            pf.flows.MAF(3, support=getattr(dist.constraints, name))
+    with pytest.raises(pf.OptionError, match="has a bijection, got LowerCholesky"):
+        pf.flows.MAF(3, support=dist.constraints.lower_cholesky)
+    for part in (dist.constraints.ordered_vector, dist.constraints.positive_ordered_vector):
+        with pytest.raises(pf.OptionError, match="constrains whole vectors"):
+            pf.flows.MAF(3, support=cat([part, constraints.positive], dim=-1, lengths=[2, 1]))
+
+
+def test_parts_of_a_support_that_are_declared_for_vectors_count_for_their_elements():
+    support = cat([constraints.real_vector, constraints.positive], dim=-1, lengths=[2, 1])
+    flow = pf.flows.MAF(3, num_layers=1, support=support)
+    assert flow().log_prob(torch.tensor([-1.0, -1.0, 1.0])).isfinite()
 
 
 def test_density_with_a_context_and_of_other_views():
