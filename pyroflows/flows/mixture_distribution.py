@@ -113,7 +113,7 @@ class MixtureDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-densities ``(...)`` of values ``(..., *event_shape)``."""
-        if self._validate_args and not is_under_func():
+        if self._validate_args and value.numel() and not is_under_func():
             self._validate_sample(value)
         return self._log_prob(value)
 

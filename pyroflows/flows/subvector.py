@@ -87,7 +87,7 @@ class SubvectorDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-densities ``(...)`` of values ``(..., len(columns))``."""
-        if self._validate_args:
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         if is_unbounded(self.support):
             return self._log_prob(value)
