@@ -9,6 +9,7 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyroflows.arrays import as_tensor, floating_tensor
 from pyroflows.compiling.eager import is_under_func
+from pyroflows.flows.law import shapes_of_law
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, point_inside
@@ -90,6 +91,7 @@ class FlowDistribution(TransformedDistribution):
 
     # A vector has no distribution function. Torch's would take the layers for maps of scalars.
     cdf, icdf = Distribution.cdf, Distribution.icdf
+    __repr__ = shapes_of_law
 
     def _bind(self, transform: FlowTransform, places: Places | None) -> None:
         roots = (transform, self._base) if isinstance(self._base, nn.Module) else (transform,)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.compiling.eager import is_under_func, runs_in_python
+from pyroflows.flows.law import shapes_of_law
 from pyroflows.flows.union import union_of
 
 
@@ -35,6 +36,7 @@ class MixtureDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
     is_exact = True
+    __repr__ = shapes_of_law
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from torch.distributions import Independent, constraints
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.law import shapes_of_law
 from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.held import is_validated
@@ -50,6 +51,7 @@ class SubvectorDistribution(TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
+    __repr__ = shapes_of_law
 
     def __init__(
         self, law: FlowDistribution, columns: Sequence[int], given_columns: Sequence[int], given: Tensor
