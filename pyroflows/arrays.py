@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import DataError
+from pyroflows.shapes import places
 
 # Whatever as_numbers takes; NumPy's type has nested sequences, and frames by the protocol that they share with arrays.
 ArrayLike: TypeAlias = Tensor | npt.ArrayLike
@@ -53,6 +54,30 @@ def as_tensor(name: str, values: Any, like: Tensor | None) -> Tensor:
         return values
     tensor = as_numbers(name, values)
     return tensor if like is None else tensor.to(device=like.device, dtype=like.dtype)
+
+
+def require_finite(name: str, values: Tensor, num_axes: int) -> None:
+    """Raise if values are NaN or infinite; the caller makes sure that Python can read them.
+
+    Args:
+        name: what the values are, for the message.
+        values: ``(*batch_shape, *shape)``; those on the meta device, which have no values, pass.
+        num_axes: the number of axes of ``shape``.
+
+    Raises:
+        DataError: if a value is NaN or infinite; the message names the first row that has one.
+
+    Example:
+        >>> require_finite("context", torch.tensor([[0.0], [torch.nan]]), 1)
+        Traceback (most recent call last):
+        pyroflows.errors.DataError: context has NaN or infinite values in 1 of 2 rows, the first of which is row 1
+    """
+    if values.is_meta or (is_finite := values.isfinite()).all():
+        return
+    is_bad = ~is_finite.flatten(values.dim() - num_axes).all(-1) if num_axes else ~is_finite
+    rows = places(is_bad)
+    where = f" in {len(rows)} of {is_bad.numel()} rows, the first of which is row {rows[0]}" if is_bad.dim() else ""
+    raise DataError(f"{name} has NaN or infinite values{where}")
 
 
 def floating_tensor(module: nn.Module) -> Tensor | None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite
+from pyroflows.compiling.eager import runs_in_python
 from pyroflows.constraints import angles_and_reals, angles_in, num_axes_of, of_scalars, without_angles
 from pyroflows.errors import FlowError, NotCalledError, OptionError, ShapeError, StateError
 from pyroflows.flows.angles import angles_of, check_base_of_angles
@@ -242,6 +243,7 @@ class Flow(nn.Module):
 
         Raises:
             ShapeError: if the context has another shape, or is missing.
+            DataError: if the context has NaN or infinite values, where values are validated; names the row.
         """
         shape = self.context_shape
         if context is not None:
@@ -249,6 +251,8 @@ class Flow(nn.Module):
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
+        if context is not None and is_validated() and runs_in_python():
+            require_finite("context", context, len(shape))
         if isinstance(self, PyroModule):
             _register_parameters(self)
         return self._law(context)

@@ -8,6 +8,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
+from pyroflows.arrays import require_finite
+from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.law import shapes_of_law
@@ -193,7 +195,10 @@ def subvector(
         OptionError: if the layers have no common order, the base's dimensions are not independent, or the columns do
             not come first in that order.
         ShapeError: if the number of given values is not that of the given columns.
+        DataError: if a given value is NaN or infinite, where values are validated.
     """
+    if is_validated() and runs_in_python():
+        require_finite("given", given, 1)
     order = _common_order(law)
     dim, k = law.event_shape[0], given.shape[-1]
     if given_columns is None:
