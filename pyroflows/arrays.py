@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pyroflows.errors import DataError
+from pyroflows.errors import DataError, OptionError
 from pyroflows.shapes import places
 
 # Whatever as_numbers takes; NumPy's type has nested sequences, and frames by the protocol that they share with arrays.
@@ -91,6 +91,24 @@ def floating_tensor(module: nn.Module) -> Tensor | None:
         if part is not None and (found := floating_tensor(part)) is not None:
             return found
     return None
+
+
+def require_values(flow: nn.Module) -> None:
+    """Raise if a flow is on the meta device.
+
+    Raises:
+        OptionError: if it is there.
+
+    Example:
+        >>> require_values(pf.flows.MAF(2).to("meta"))
+        Traceback (most recent call last):
+        pyroflows.errors.OptionError: this flow is on the meta device, where tensors have no values: ...
+    """
+    if (tensor := floating_tensor(flow)) is not None and tensor.is_meta:
+        raise OptionError(
+            "this flow is on the meta device, where tensors have no values: call flow.to_empty(device=...) and load a "
+            "state into it first"
+        )
 
 
 def _array(name: str, values: Any) -> np.ndarray:

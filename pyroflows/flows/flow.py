@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite, require_values
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.constraints import angles_and_reals, angles_in, num_axes_of, of_scalars, without_angles
 from pyroflows.errors import FlowError, NotCalledError, OptionError, ShapeError, StateError
@@ -154,9 +154,10 @@ class Flow(nn.Module):
 
         Raises:
             OptionError: if the flow holds what no file can rebuild, such as a layer or a network of a class of the
-                user's; names the place.
+                user's; names the place. Or if the flow is on the meta device.
             CheckpointError: if the file cannot be written.
         """
+        require_values(self)
         code, tensors = encode(self)
         write_archive(path, "flow", FORMAT, {"flow": code}, tensors)
 
@@ -316,6 +317,7 @@ class Flow(nn.Module):
     @property
     def is_adapted(self) -> bool:
         """Whether all layers that learn from data before training have done so; a state that is loaded counts."""
+        require_values(self)
         return self.transform.is_adapted
 
     def adapt(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
@@ -331,6 +333,7 @@ class Flow(nn.Module):
 
         Raises:
             ShapeError: if the rows or their contexts have another shape.
+            OptionError: if the flow is on the meta device, where tensors have no values.
             DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
                 the support or outside it.
 
@@ -340,6 +343,7 @@ class Flow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
+        require_values(self)
         like = floating_tensor(self)
         x = as_tensor("x", x, like)
         context = None if context is None else as_tensor("context", context, like)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from pyroflows.arrays import ArrayLike, as_numbers
+from pyroflows.arrays import ArrayLike, as_numbers, require_values
 from pyroflows.constraints import is_angular, num_axes_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
@@ -81,13 +81,14 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
         DataError: if values cannot be used; the message names the row and the column.
-        OptionError: if ``x`` is a Dataset and ``context`` is given.
+        OptionError: if ``x`` is a Dataset and ``context`` is given, or the flow is on the meta device.
 
     Example:
         >>> data = load(pf.flows.MAF(2), np.zeros((3, 2)))
         >>> data.rows.x.shape, data.rows.weights
         (torch.Size([3, 2]), tensor([1., 1., 1.]))
     """
+    require_values(flow)
     dataset = x if isinstance(x, Dataset) and not isinstance(x, TensorDataset) else None
     if isinstance(x, Dataset):
         if context is not None:

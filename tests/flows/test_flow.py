@@ -945,7 +945,8 @@ def test_distributions_show_their_shapes():
     assert str(flow(context)) == shown
     assert str(flow.conditional(torch.zeros(1), context)) == shown.replace("Flow", "Subvector").replace("3", "2")
     assert str(flows.Mixture([flow, flow])(context)) == shown.replace("Flow", "Mixture")
-    assert "CircularUniform(batch_shape: torch.Size([2]), event_shape: torch.Size([]))" in str(flows.CircularNSF(2).base())
+    base = flows.CircularNSF(2).base()
+    assert "CircularUniform(batch_shape: torch.Size([2]), event_shape: torch.Size([]))" in str(base)
 
 
 def test_a_flow_whose_base_has_another_shape():

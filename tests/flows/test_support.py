@@ -133,7 +133,10 @@ def test_a_flow_of_ordered_vectors_integrates_to_one_and_is_fitted(name):
 
 
 def test_supports_of_other_sizes_are_refused():
-    for name, words in [("simplex", "3 columns on the support .* only 2 free"), ("corr_cholesky", "is one of matrices")]:
+    for name, words in [
+        ("simplex", "3 columns on the support .* only 2 free"),
+        ("corr_cholesky", "is one of matrices"),
+    ]:
         with pytest.raises(pf.ShapeError, match=words):
             pf.flows.MAF(3, support=getattr(dist.constraints, name))
     with pytest.raises(pf.OptionError, match="has a bijection, got LowerCholesky"):
