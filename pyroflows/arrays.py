@@ -8,7 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pyroflows.errors import DataError
+from pyroflows.errors import DataError, OptionError
+from pyroflows.shapes import places
 
 # Whatever as_numbers takes; NumPy's type has nested sequences, and frames by the protocol that they share with arrays.
 ArrayLike: TypeAlias = Tensor | npt.ArrayLike
@@ -99,6 +100,30 @@ def _is_like(values: Tensor, like: Tensor | None) -> bool:
     return like is None or (values.dtype == like.dtype and values.device == like.device)
 
 
+def require_finite(name: str, values: Tensor, num_axes: int) -> None:
+    """Raise if values are NaN or infinite; the caller makes sure that Python can read them.
+
+    Args:
+        name: what the values are, for the message.
+        values: ``(*batch_shape, *shape)``; those on the meta device, which have no values, pass.
+        num_axes: the number of axes of ``shape``.
+
+    Raises:
+        DataError: if a value is NaN or infinite; the message names the first row that has one.
+
+    Example:
+        >>> require_finite("context", torch.tensor([[0.0], [torch.nan]]), 1)
+        Traceback (most recent call last):
+        pyroflows.errors.DataError: context has NaN or infinite values in 1 of 2 rows, the first of which is row 1
+    """
+    if values.is_meta or (is_finite := values.isfinite()).all():
+        return
+    is_bad = ~is_finite.flatten(values.dim() - num_axes).all(-1) if num_axes else ~is_finite
+    rows = places(is_bad)
+    where = f" in {len(rows)} of {is_bad.numel()} rows, the first of which is row {rows[0]}" if is_bad.dim() else ""
+    raise DataError(f"{name} has NaN or infinite values{where}")
+
+
 def floating_tensor(module: nn.Module) -> Tensor | None:
     """Return a floating-point parameter or buffer of a module, which has its dtype and device; None if it has none."""
     # It looks at as few modules as possible, since every log_prob asks for it: parameters() takes ten times as long.
@@ -110,6 +135,24 @@ def floating_tensor(module: nn.Module) -> Tensor | None:
         if part is not None and (found := floating_tensor(part)) is not None:
             return found
     return None
+
+
+def require_values(flow: nn.Module) -> None:
+    """Raise if a flow is on the meta device.
+
+    Raises:
+        OptionError: if it is there.
+
+    Example:
+        >>> require_values(pf.flows.MAF(2).to("meta"))
+        Traceback (most recent call last):
+        pyroflows.errors.OptionError: this flow is on the meta device, where tensors have no values: ...
+    """
+    if (tensor := floating_tensor(flow)) is not None and tensor.is_meta:
+        raise OptionError(
+            "this flow is on the meta device, where tensors have no values: call flow.to_empty(device=...) and load a "
+            "state into it first"
+        )
 
 
 def _array(name: str, values: Any) -> np.ndarray:

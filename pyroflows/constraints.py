@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
+from pyro.distributions.constraints import positive_ordered_vector
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
@@ -53,7 +54,7 @@ def without_events(constraint: Constraint) -> Constraint:
 
 def on_events(constraint: Constraint, num_axes: int) -> Constraint:
     """Return the constraint on events with this number of axes, each element of which meets the given constraint."""
-    rest = num_axes - constraint.event_dim
+    rest = num_axes - num_axes_of(constraint)
     return constraints.independent(constraint, rest) if rest else constraint
 
 
@@ -84,7 +85,7 @@ def of_columns(constraint: Constraint, columns: Sequence[int]) -> Constraint:
     """
     inner = without_events(constraint)
     if not isinstance(inner, constraints.cat):
-        return on_events(inner, max(inner.event_dim, 1))
+        return on_events(inner, max(num_axes_of(inner), 1))
     each = [part for part, length in parts_of(inner, sum(inner.lengths)) for _ in range(length)]
     return constraints.cat([each[j] for j in columns], dim=-1, lengths=[1] * len(columns))
 
@@ -116,6 +117,32 @@ def without_angles(constraint: Constraint) -> Constraint:
     if isinstance(constraint, constraints.cat):
         return constraints.cat([without_angles(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
     return constraints.real if isinstance(constraint, _Circular) else constraint
+
+
+def num_axes_of(constraint: constraints.Constraint) -> int:
+    """Return the number of axes of what a constraint constrains, 0 for scalars and 1 for vectors.
+
+    Example:
+        >>> num_axes_of(constraints.positive), num_axes_of(dist.constraints.positive_ordered_vector)
+        (0, 1)
+    """
+    # This one of Pyro's does not say that it constrains vectors.
+    return 1 if isinstance(constraint, type(positive_ordered_vector)) else constraint.event_dim
+
+
+def of_scalars(constraint: Constraint) -> Constraint:
+    """Return a constraint whose concatenated parts are on scalars where possible; torch checks no others side by side.
+
+    Args:
+        constraint: any constraint; one that is not a concatenation is returned itself.
+
+    Example:
+        >>> of_scalars(constraints.cat([constraints.real_vector, constraints.positive], dim=-1, lengths=[2, 1])).cseq
+        [Real(), GreaterThan(lower_bound=0.0)]
+    """
+    if not isinstance(constraint, constraints.cat):
+        return constraint
+    return constraints.cat([without_events(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
 
 
 def angles_and_reals(angles: Sequence[bool], num_axes: int) -> Constraint:

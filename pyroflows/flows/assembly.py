@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
 
-from pyroflows.constraints import angles_and_reals, angles_in, on_events, without_angles
+from pyroflows.constraints import angles_and_reals, angles_in, num_axes_of, of_scalars, on_events, without_angles
 from pyroflows.errors import FlowError, OptionError, ShapeError
 from pyroflows.flows.angles import angles_of
 from pyroflows.flows.base import Base
 from pyroflows.options import kind
-from pyroflows.shapes import as_given
+from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
@@ -114,9 +114,11 @@ def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform]
     if any(layer.is_bounding for layer in layers):
         raise OptionError("a flow whose transforms are bounded themselves cannot have a support as well: leave one out")
     try:
+        support = of_scalars(support)
         layer = Foreign(biject_to(support), shape, codomain=support)
         # There are more rows than columns, so that the parts of a constraint along the wrong axis do not fit.
-        layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
+        x, _ = layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
+        layer.codomain.check(x)
     except NotImplementedError:
         given = kind(support) if isinstance(support, type) else str(support)
         raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {given}") from None
@@ -134,6 +136,18 @@ def _refuse_dependent(support: constraints.Constraint, shape: torch.Size) -> Non
     if isinstance(support, constraints.cat):
         for part, length in zip(support.cseq, support.lengths, strict=True):
             _refuse_dependent(part, torch.Size([length]))
+            if num_axes_of(part):
+                raise OptionError(
+                    f"{part} constrains whole vectors, so that torch cannot check it as a part of constraints.cat: map "
+                    "its columns by the inverse of torch.distributions.biject_to, and give constraints.real for them"
+                ) from None
+    if num_axes_of(support) > len(shape):
+        raise ShapeError(
+            f"the support {support} is one of matrices, but this flow has events of {described(shape)}: map the "
+            "matrices by torch.distributions.biject_to(support).inv, and give the vectors that result to a flow "
+            "without this support; TransformedDistribution(flow(), biject_to(support)) of pyro.distributions is then "
+            "the law of the matrices"
+        ) from None
     try:
         free = torch.Size(biject_to(support).inverse_shape(shape)).numel()
     except (ValueError, RuntimeError, NotImplementedError):

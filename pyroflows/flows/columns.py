@@ -12,6 +12,7 @@ from torch.distributions import Distribution, constraints
 
 from pyroflows.constraints import circular, on_events, without_events
 from pyroflows.errors import ShapeError
+from pyroflows.flows.law import shapes_of_law
 
 
 class CircularUniform(dist.TorchDistribution):
@@ -27,6 +28,7 @@ class CircularUniform(dist.TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
+    __repr__ = shapes_of_law
     support = circular
     has_rsample = True
 
@@ -65,6 +67,7 @@ class Blocks(dist.TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
+    __repr__ = shapes_of_law
 
     def __init__(self, laws: Sequence[Distribution], validate_args: bool | None = None) -> None:
         shapes = [tuple(law.event_shape) for law in laws]

@@ -9,6 +9,7 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyroflows.arrays import as_tensor, floating_tensor
 from pyroflows.compiling.eager import is_under_func
+from pyroflows.flows.law import shapes_of_law
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, moved_inside
@@ -90,6 +91,7 @@ class FlowDistribution(TransformedDistribution):
 
     # A vector has no distribution function. Torch's would take the layers for maps of scalars.
     cdf, icdf = Distribution.cdf, Distribution.icdf
+    __repr__ = shapes_of_law
 
     def _bind(self, transform: FlowTransform, places: Places | None) -> None:
         roots = (transform, self._base) if isinstance(self._base, nn.Module) else (transform,)
@@ -218,7 +220,7 @@ class FlowDistribution(TransformedDistribution):
 
     def _transport(self, transform: FlowTransform, base: Distribution, z: Tensor) -> Pair:
         x, ladj = self._scoring(transform).forward_and_ladj(z, self.context)
-        return x, base.log_prob(z) - ladj
+        return x, _log_density(base, z) - ladj
 
     def transport_and_score(self, z: Tensor) -> Triple:
         r"""Return ``x = t(z)``, :math:`\log q(x)`, and :math:`\nabla_x \log q(x)`, through which no gradients flow.
@@ -237,10 +239,10 @@ class FlowDistribution(TransformedDistribution):
         transform, base = self._bound()
         with torch.enable_grad():
             at = z.detach().requires_grad_()
-            log_p = base.log_prob(at)
+            log_p = _log_density(base, at)
         (score,) = pull_back((log_p,), (torch.ones_like(log_p),), (at,))
         x, ladj, score = self._scoring(transform).forward_and_score(z, score, self.context)
-        return x, base.log_prob(z) - ladj, score
+        return x, _log_density(base, z) - ladj, score
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         transform, base = self._bound()
@@ -293,8 +295,8 @@ class FlowDistribution(TransformedDistribution):
     def _log_prob_of_base(self, base: Distribution, z: Tensor) -> Tensor:
         """Return the log-density of the base, which is -inf outside of its support."""
         support = _support_of(base)
-        if is_unbounded(support) or isinstance(base, FlowDistribution):
-            return base.log_prob(z)
+        if not z.numel() or is_unbounded(support) or isinstance(base, FlowDistribution):
+            return _log_density(base, z)
         if self._validate_args and not is_under_func():
             base._validate_sample(z)
         num_axes = len(base.event_shape)
@@ -311,7 +313,8 @@ class FlowDistribution(TransformedDistribution):
         return changed
 
     def _validate_sample(self, value: Tensor) -> None:
-        if not is_under_func():
+        # Torch cannot check no rows; the layers check their shape.
+        if value.numel() and not is_under_func():
             super()._validate_sample(value)
 
     def _scoring(self, transform: FlowTransform) -> FlowTransform:
@@ -319,6 +322,15 @@ class FlowDistribution(TransformedDistribution):
 
     def _expanded(self, base: Distribution) -> Distribution:
         return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
+
+
+def _log_density(law: Distribution, value: Tensor) -> Tensor:
+    """Return log-densities of events; of no events as well, of whose log-densities torch cannot form sums."""
+    if value.numel() and 0 not in law.batch_shape:
+        return law.log_prob(value)
+    num_axes = len(law.event_shape)
+    batch_shape = torch.broadcast_shapes(value.shape[: value.dim() - num_axes], law.batch_shape)
+    return value.flatten(-num_axes).sum(-1).expand(batch_shape)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -73,6 +73,8 @@ def _facts_of_held(held: Held, owners: tuple[int, ...]) -> Any:
     parts = {name: _facts(part, owners) for name, part in held._modules.items()}
     if isinstance(facts, list):
         return [parts.get(str(i), fact) for i, fact in enumerate(facts)]
+    if facts is _NO_FACT:  # such as the Gaussians of Pyro's hidden Markov models
+        facts = {"class": type(held.template).__name__}
     return {**facts, **{name: fact for name, fact in parts.items() if fact is not _NO_FACT}}
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_one_index
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite, require_one_index, require_values
+from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import NotCalledError, OptionError, ShapeError, StateError
 from pyroflows.flows.angles import check_base_of_angles
 from pyroflows.flows.assembly import assemble
@@ -131,9 +132,10 @@ class Flow(nn.Module):
 
         Raises:
             OptionError: if the flow holds what no file can rebuild, such as a layer or a network of a class of the
-                user's; names the place.
+                user's; names the place. Or if the flow is on the meta device.
             CheckpointError: if the file cannot be written.
         """
+        require_values(self)
         code, tensors = encode(self)
         write_archive(path, "flow", FORMAT, {"flow": code}, tensors)
 
@@ -220,6 +222,7 @@ class Flow(nn.Module):
 
         Raises:
             ShapeError: if the context has another shape, or is missing.
+            DataError: if the context has NaN or infinite values, where values are validated; names the row.
         """
         shape = self.context_shape
         if context is not None:
@@ -227,6 +230,8 @@ class Flow(nn.Module):
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
+        if context is not None and is_validated() and runs_in_python():
+            require_finite("context", context, len(shape))
         if isinstance(self, PyroModule):
             _register_parameters(self)
         return self._law(context)
@@ -290,6 +295,7 @@ class Flow(nn.Module):
     @property
     def is_adapted(self) -> bool:
         """Whether all layers that learn from data before training have done so; a state that is loaded counts."""
+        require_values(self)
         return self.transform.is_adapted
 
     def adapt(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
@@ -305,6 +311,7 @@ class Flow(nn.Module):
 
         Raises:
             ShapeError: if the rows or their contexts have another shape.
+            OptionError: if the flow is on the meta device, where tensors have no values.
             DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
                 the support or outside it; or if frames have different indices.
 
@@ -314,6 +321,7 @@ class Flow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
+        require_values(self)
         require_one_index(x=x, context=context, weights=weights)
         like = floating_tensor(self)
         x = as_tensor("x", x, like)

@@ -55,3 +55,13 @@ class Law(Protocol):
 
     def estimated(self) -> "Law":
         """Return the law for training, whose log-densities may be unbiased estimates."""
+
+
+def shapes_of_law(law: Any) -> str:
+    """Return the text of a distribution that has no parameters of its own to show: its class and its shapes.
+
+    Example:
+        >>> print(shapes_of_law(pf.flows.MAF(2)()))
+        FlowDistribution(batch_shape: torch.Size([]), event_shape: torch.Size([2]))
+    """
+    return f"{type(law).__name__}(batch_shape: {law.batch_shape}, event_shape: {law.event_shape})"

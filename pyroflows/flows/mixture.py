@@ -123,7 +123,7 @@ class Mixture(Flow):
     @property
     def is_adapted(self) -> bool:
         """Whether all that learns from data before training has done so; a state that is loaded counts."""
-        return self.gate.is_adapted and all(flow.is_adapted for flow in self.components)
+        return all(flow.is_adapted for flow in self.components) and self.gate.is_adapted
 
     def before_support(self, x: Tensor) -> Tensor:
         """Return rows in the coordinates in which the components are unbounded, as they are if those differ."""

@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from pyroflows.arrays import as_tensor
 from pyroflows.compiling.eager import is_under_func, runs_in_python
+from pyroflows.flows.law import shapes_of_law
 from pyroflows.flows.union import union_of
 
 
@@ -36,6 +37,7 @@ class MixtureDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
     is_exact = True
+    __repr__ = shapes_of_law
 
     def __init__(
         self,
@@ -116,7 +118,7 @@ class MixtureDistribution(TorchDistribution):
         """Return the log-densities ``(...)`` of values ``(..., *event_shape)``."""
         log_weights = self.log_weights()
         value = as_tensor("the value", value, log_weights)
-        if self._validate_args and not is_under_func():
+        if self._validate_args and value.numel() and not is_under_func():
             self._validate_sample(value)
         return self._log_prob(value, log_weights)
 

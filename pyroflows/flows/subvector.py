@@ -8,10 +8,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
-from pyroflows.arrays import as_tensor
+from pyroflows.arrays import as_tensor, require_finite
+from pyroflows.compiling.eager import runs_in_python
 from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
+from pyroflows.flows.law import shapes_of_law
 from pyroflows.transforms.codomain import is_inside, is_unbounded, moved_inside
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.held import is_validated
@@ -52,6 +54,7 @@ class SubvectorDistribution(TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
+    __repr__ = shapes_of_law
 
     def __init__(
         self, law: FlowDistribution, columns: Sequence[int], given_columns: Sequence[int], given: Tensor
@@ -90,7 +93,7 @@ class SubvectorDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-densities ``(...)`` of values ``(..., len(columns))``."""
         value = as_tensor("the value", value, self._given)
-        if self._validate_args:
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         if is_unbounded(self.support):
             return self._log_prob(value)
@@ -194,7 +197,10 @@ def subvector(
         OptionError: if the layers have no common order, the base's dimensions are not independent, or the columns do
             not come first in that order.
         ShapeError: if the number of given values is not that of the given columns.
+        DataError: if a given value is NaN or infinite, where values are validated.
     """
+    if is_validated() and runs_in_python():
+        require_finite("given", given, 1)
     order = _common_order(law)
     dim, k = law.event_shape[0], given.shape[-1]
     if given_columns is None:

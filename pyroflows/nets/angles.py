@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.nets.constants import Constants
 from pyroflows.nets.incremental import GradientSteps, ParameterSteps
 from pyroflows.nets.made import MADE
 from pyroflows.shapes import as_given
 
 
-class AngleFeatures(nn.Module):
+class AngleFeatures(Constants):
     """The features of some columns: cosines of angles and the other columns as they are, then the sines of the angles.
 
     Args:
@@ -32,8 +33,10 @@ class AngleFeatures(nn.Module):
         super().__init__()
         self.axis = axis
         self.is_angle = list(is_angle)
-        indices = [i for i, answer in enumerate(is_angle) if answer]
-        self.register_buffer("angles", torch.tensor(indices), persistent=False)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor | None]:
+        return {"angles": torch.tensor([i for i, answer in enumerate(self.is_angle) if answer])}
 
     def forward(self, z: Tensor) -> Tensor:
         if all(self.is_angle):
@@ -42,7 +45,7 @@ class AngleFeatures(nn.Module):
         return torch.cat([z.index_copy(self.axis, self.angles, angles.cos()), angles.sin()], self.axis)
 
 
-class OnAngles(nn.Module):
+class OnAngles(Constants):
     r"""An autoregressive network of angles: it sees two channels, :math:`\cos z_j` and :math:`\sin z_j`, of each.
 
     Columns that are no angles have the channels :math:`z_j` and 0. It offers what the network in it offers of
@@ -83,7 +86,7 @@ class OnAngles(nn.Module):
         self.order = list(order)
         self.is_angle = list(is_angle)
         self.channels = list(channels)
-        self.register_buffer("angular", torch.tensor(self.is_angle), persistent=False)
+        self.register_constants()
         self.gives_all_channels = not (isinstance(factory, type) and issubclass(factory, MADE))
         if self.gives_all_channels:
             doubled = torch.Size([2 * self.channels[0], *self.channels[1:]] if channels else [2])
@@ -91,6 +94,9 @@ class OnAngles(nn.Module):
         else:
             options = {"features": 2}
         self.net = factory(order, num_params, hidden_dims, context_dim, **options)
+
+    def constants(self) -> dict[str, Tensor | None]:
+        return {"angular": torch.tensor(self.is_angle)}
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return self._own(self.net(self._features(z), context), axis=-2 - max(len(self.channels), 1))

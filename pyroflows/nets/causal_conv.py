@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
+from pyroflows.nets.constants import Constants
 from pyroflows.nets.incremental import ParameterSteps
 from pyroflows.nets.mlp import checked_widths, zero_initialized
 from pyroflows.shapes import shape_of
 
 
-class CausalConv(nn.Module):
+class CausalConv(Constants):
     r"""Causal dilated convolutions with gates (WaveNet; van den Oord et al. 2016, arXiv:1609.03499).
 
     One pass gives :math:`\theta_t = f_t(z_{<t}, c)` for all times t. A causal convolution reads the inputs before t;
@@ -85,9 +86,7 @@ class CausalConv(nn.Module):
         self.kernel_size = kernel_size
         self.dilations = [2 ** (k % dilation_cycle) for k in range(len(hidden_dims))]
         self.receptive_field = kernel_size + (kernel_size - 1) * sum(self.dilations)
-        # The constructor's arguments determine these buffers, so they do not belong in a state_dict.
-        self.register_buffer("index_of_place", torch.as_tensor(self.order), persistent=False)
-        self.register_buffer("place", self.index_of_place.argsort(), persistent=False)
+        self.register_constants()
         self._is_ascending = self.order == sorted(self.order)
 
         self.input = nn.Conv1d(channels or 1, stream, kernel_size)
@@ -102,6 +101,10 @@ class CausalConv(nn.Module):
         self.context = nn.Conv1d(context_shape[0], 2 * total, 1, bias=False) if context_shape else None
         self.head = nn.Conv1d(stream, stream, 1)
         self.output = zero_initialized(nn.Conv1d(stream, num_params * (channels or 1), 1))
+
+    def constants(self) -> dict[str, Tensor | None]:
+        index_of_place = torch.as_tensor(self.order)
+        return {"index_of_place": index_of_place, "place": index_of_place.argsort()}
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         batch_shape = z.shape[: z.dim() - (1 if self.channels is None else 2)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyroflows.nets.constants import Constants
 from pyroflows.nets.incremental import GradientSteps, ParameterSteps
 from pyroflows.nets.mlp import checked_widths, zero_initialized
 from pyroflows.nets.perceptron import perceptron
@@ -48,7 +49,7 @@ class MaskedLinear(nn.Linear):
         return F.linear(input, self.masked_weight, self.bias)
 
 
-class MADE(nn.Module):
+class MADE(Constants):
     r"""The masked autoregressive network (Germain et al. 2015, arXiv:1502.03509).
 
     One pass gives :math:`\theta_j = f_j(z_{<j}, c)` for all j, where :math:`z_{<j}` are the inputs before j in
@@ -96,27 +97,35 @@ class MADE(nn.Module):
         self.order = list(order)
         self.num_params = num_params
         self.features = features
-        # The constructor's arguments determine this buffer, so it does not belong in a state_dict.
-        self.register_buffer("index_of_place", torch.as_tensor(self.order), persistent=False)
-        place = self.index_of_place.argsort()
-
         # Without a context a unit of degree 0 is a constant, which only D = 1 has to make do with.
         lowest = 0 if context_dim or dim == 1 else 1
         widths = self._widths(checked_widths(hidden_dims))
         degrees = [_spread(lowest, dim - 1, width) for width in widths]
-        masks = [degrees[0][:, None] > place.repeat_interleave(features)]
-        masks += [b[:, None] >= a for a, b in pairwise(degrees)]
-        last = (place[:, None] >= degrees[-1]).repeat(num_params, 1)
         self.units = [torch.bincount(d, minlength=dim).tolist() for d in degrees]
         self.known = [list(accumulate(units)) for units in self.units]
 
-        self.input = MaskedLinear(masks[0])
+        self.register_constants()
+        first, *masks, last = self._masks()
+        self.input = MaskedLinear(first)
         self.context = nn.Linear(context_dim, widths[0], bias=False) if context_dim else None
-        self.hidden = nn.ModuleList(MaskedLinear(mask) for mask in masks[1:])
+        self.hidden = nn.ModuleList(MaskedLinear(mask) for mask in masks)
         self.output = zero_initialized(MaskedLinear(last))
 
     def _widths(self, hidden_dims: Sequence[int]) -> list[int]:
         return list(hidden_dims)
+
+    def constants(self) -> dict[str, Tensor | None]:
+        names = ["input", *(f"hidden.{k}" for k in range(len(self.units) - 1)), "output"]
+        masks = {f"{name}.mask": mask for name, mask in zip(names, self._masks(), strict=True)}
+        return {"index_of_place": torch.as_tensor(self.order), **masks}
+
+    def _masks(self) -> list[Tensor]:
+        """Return the masks of all layers, from the degrees of the units."""
+        place = torch.as_tensor(self.order).argsort()
+        degrees = [torch.arange(len(units)).repeat_interleave(torch.tensor(units)) for units in self.units]
+        first = degrees[0][:, None] > place.repeat_interleave(self.features)
+        last = (place[:, None] >= degrees[-1]).repeat(self.num_params, 1)
+        return [first, *(b[:, None] >= a for a, b in pairwise(degrees)), last]
 
     def skip(self, k: int) -> int | None:
         """Return the number of the hidden layer whose pre-activation is added to that of hidden layer k, or None."""
@@ -232,12 +241,13 @@ class ScaledMADE(MADE):
         features: int = 1,
     ) -> None:
         super().__init__(order, num_params, hidden_dims, context_dim, features)
-        # The factors are part of the masks, so that they cost nothing.
         for layer in (self.input, *self.hidden):
-            factors = _factors(4, layer.mask)
-            layer.mask.mul_(factors)
-            layer.weight.data.div_(factors)
-        self.output.mask.mul_(_factors(2, self.output.mask))
+            layer.weight.data.div_(_factors(4, layer.mask != 0))
+
+    def _masks(self) -> list[Tensor]:
+        # The factors are part of the masks, so that they cost nothing.
+        *masks, last = super()._masks()
+        return [*(mask * _factors(4, mask) for mask in masks), last * _factors(2, last)]
 
 
 class _ParameterSteps:

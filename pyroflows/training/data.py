@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from pyroflows.arrays import ArrayLike, as_numbers, labels_of, require_one_index
-from pyroflows.constraints import is_angular, parts_of
+from pyroflows.arrays import ArrayLike, as_numbers, labels_of, require_one_index, require_values
+from pyroflows.constraints import is_angular, num_axes_of, parts_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.shapes import as_given, counted, described, listed, places
@@ -87,13 +87,14 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
         ShapeError: if numbers of rows or columns do not fit.
         DataError: if values cannot be used; the message names the row and the column. Also if frames have different
             indices.
-        OptionError: if ``x`` is a Dataset and ``context`` is given.
+        OptionError: if ``x`` is a Dataset and ``context`` is given, or the flow is on the meta device.
 
     Example:
         >>> data = load(pf.flows.MAF(2), np.zeros((3, 2)))
         >>> data.rows.x.shape, data.rows.weights
         (torch.Size([3, 2]), tensor([1., 1., 1.]))
     """
+    require_values(flow)
     dataset = x if isinstance(x, Dataset) and not isinstance(x, TensorDataset) else None
     if isinstance(x, Dataset):
         if context is not None:
@@ -359,6 +360,9 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor, labels: Labels) 
         columns, first = slice(first, first + length), first + length
         values = x[..., columns]
         is_inside = constraint.check(values)
+        if num_axes_of(constraint):
+            _refuse(~is_inside, x, "x", f"values outside the support {constraint}", labels)
+            continue
         is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
         # There is no bijection onto a discrete support, to which its bounds belong.
         for bound in () if constraint.is_discrete else ("lower_bound", "upper_bound"):
@@ -391,6 +395,6 @@ def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels
     place = f"row {row}" + (f", column {as_given(torch.Size(column))}" if column else "")
     if labels is not None and len(column) == 1:
         place += f" ({labels[column[0]]!r})"
-    raise DataError(
-        f"{name} has {what} in {count} of {len(values)} rows, the first is {values[row, *column].item():.6g} in {place}"
-    )
+    first = values[row, *column]
+    shown = listed([f"{value:.6g}" for value in first.flatten().tolist()]) if first.dim() else f"{first.item():.6g}"
+    raise DataError(f"{name} has {what} in {count} of {len(values)} rows, the first is {shown} in {place}")

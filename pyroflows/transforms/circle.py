@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from pyroflows.constraints import angles_in, circular, wrapped
+from pyroflows.nets.constants import Constants
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.triangular.base import TriangularTransform
 
@@ -53,7 +54,7 @@ for _registry in (biject_to, transform_to):
     _registry.register(circular, lambda _: Wrap(torch.zeros(())))
 
 
-class WholeTurns(TriangularTransform):
+class WholeTurns(Constants, TriangularTransform):
     r"""The layer that takes whole turns out of angles, so that they lie in :math:`[-\pi, \pi]`.
 
     On the circle it is the identity, in both directions. Its log-determinant is zero. A flow with layers on circles
@@ -78,7 +79,10 @@ class WholeTurns(TriangularTransform):
         angles = angles_in(codomain, self.event_shape[-1])
         self.declare_angles(angles)
         self.codomain = codomain
-        self.register_buffer("angles", torch.tensor(angles), persistent=False)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor | None]:
+        return {"angles": torch.tensor(angles_in(self.codomain, self.event_shape[-1]))}
 
     @property
     def is_bounding(self) -> bool:

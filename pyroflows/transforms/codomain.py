@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyroflows.constraints import without_events
+from pyroflows.constraints import num_axes_of, without_events
 
 # Instances of these have an attribute for each end. Torch gives the classes themselves no public names.
 _ABOVE = (constraints.greater_than, constraints.greater_than_eq)
@@ -88,7 +88,8 @@ def _mask(constraint: Any, x: Tensor, num_axes: int) -> Tensor:
         return (x > constraint.lower_bound) & (x < constraint.upper_bound)
     if isinstance(constraint, type(constraints.simplex)):
         return constraint.check(x) & (x > 0).all(-1)
-    return constraint.check(x)
+    # Constraints on vectors, such as ordered ones, compare elements with each other.
+    return constraint.check(x) & x.isfinite().all(-1) if num_axes_of(constraint) == 1 else constraint.check(x)
 
 
 def _all(masks: Any) -> Tensor:

@@ -108,6 +108,8 @@ class Foreign(FlowTransform):
         return z, -self._log_slopes(transform, z, x)
 
     def _ladj(self, transform: Transform, z: Tensor, x: Tensor) -> Tensor:
+        if not z.numel():  # torch cannot form the sums of no rows
+            return z.flatten(-len(self.base_shape)).sum(-1)
         ladj = self._log_slopes(transform, z, x)
         return sum_rightmost(ladj, ladj.dim() - (z.dim() - len(self.base_shape)))
 

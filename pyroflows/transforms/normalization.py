@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyroflows.constraints import angles_in
 from pyroflows.errors import DataError, OptionError
+from pyroflows.nets.constants import Constants
 from pyroflows.shapes import described, places, shape_of
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.triangular.base import TriangularTransform
@@ -17,7 +19,7 @@ MAX_CONTEXT = 10.0
 MAX_SHIFT, MAX_RATIO = 10.0, 10.0
 
 
-class Standardize(TriangularTransform):
+class Standardize(Constants, TriangularTransform):
     r"""The layer :math:`x = \mu + \sigma \odot z` with :math:`\sigma > 0`; its inverse standardises data.
 
     It starts as the identity; :meth:`adapt` sets :math:`\mu` and :math:`\sigma` to the mean and the standard deviation
@@ -63,8 +65,7 @@ class Standardize(TriangularTransform):
     ) -> None:
         super().__init__(dim)
         self.declare_angles(angles or [])
-        # The constructor's arguments determine this buffer, so it does not belong in a state_dict.
-        self.register_buffer("angles", torch.tensor(angles) if angles and any(angles) else None, persistent=False)
+        self.register_constants()
         is_given = loc is not None or scale is not None
         loc = torch.zeros(shape_of(dim)) if loc is None else loc
         scale = torch.ones(shape_of(dim)) if scale is None else scale
@@ -80,6 +81,10 @@ class Standardize(TriangularTransform):
         self.relative_loc = nn.Parameter(loc.detach() / scale.detach())
         self.log_scale = nn.Parameter(scale.detach().log())
         self.adapted.fill_(is_given)
+
+    def constants(self) -> dict[str, Tensor | None]:
+        angles = angles_in(self.domain, self.event_shape[-1])
+        return {"angles": torch.tensor(angles) if any(angles) else None}
 
     @property
     def loc(self) -> Tensor:

@@ -36,6 +36,25 @@ def noisy(flow):
     return flow
 
 
+# Contexts that are no numbers
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_context_that_is_no_number_is_named(family, value):
+    flow = family(2, context_dim=3)
+    context = torch.zeros(4, 5, 3)
+    context[1, 2, 0] = value
+    with pytest.raises(DataError, match=r"context has NaN or infinite values in 1 of 20 rows, .* row \(1, 2\)"):
+        flow(context)
+    with pytest.raises(DataError, match=r"in 1 of 5 rows, the first of which is row 2$"):
+        flow(context[1].numpy())
+    with pytest.raises(DataError, match="context has NaN or infinite values$"):
+        flows.Mixture([flow, flows.Gaussian(2)])(context[1, 2])
+    with pyro.validation_enabled(False):
+        assert flow(context).batch_shape == (4, 5)
+    assert torch.func.vmap(lambda c: flow(c).log_prob(torch.zeros(2)))(context).shape == (4, 5)
+
+
 # Location and scale of contexts
 
 

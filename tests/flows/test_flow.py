@@ -938,6 +938,17 @@ def test_an_estimate_as_base_is_estimated_too():
 # Shapes
 
 
+def test_distributions_show_their_shapes():
+    flow = flows.MAF(3, order=[0, 1, 2], context_dim=2)
+    context = torch.zeros(5, 2)
+    shown = "FlowDistribution(batch_shape: torch.Size([5]), event_shape: torch.Size([3]))"
+    assert str(flow(context)) == shown
+    assert str(flow.conditional(torch.zeros(1), context)) == shown.replace("Flow", "Subvector").replace("3", "2")
+    assert str(flows.Mixture([flow, flow])(context)) == shown.replace("Flow", "Mixture")
+    base = flows.CircularNSF(2).base()
+    assert "CircularUniform(batch_shape: torch.Size([2]), event_shape: torch.Size([]))" in str(base)
+
+
 def test_a_flow_whose_base_has_another_shape():
     fold = ReshapeTransform((6,), (2, 3))
     flow = Flow([Planar(6), fold, Elementwise((2, 3))], support=constraints.positive)

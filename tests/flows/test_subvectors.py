@@ -172,3 +172,8 @@ def test_columns_that_do_not_come_first_are_refused():
 def test_couplings_have_no_order():
     with pytest.raises(pf.FlowError, match="autoregressive=True"):
         pf.flows.NSF(3, order=[0, 1, 2])
+
+
+def test_given_values_that_are_no_numbers_are_named():
+    with pytest.raises(pf.DataError, match="given has NaN or infinite values in 1 of 2 rows, .* row 1"):
+        pf.flows.MAF(2, order=[0, 1]).conditional(torch.tensor([[0.0], [torch.nan]]))

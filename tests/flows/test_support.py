@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 
 import pyroflows as pf
 from pyroflows.compiling.record import Recorder
+from pyroflows.flows.facts import facts_of
 from pyroflows.transforms.codomain import is_inside, is_met, point_inside
 from tests.transforms.registry import perturb
 
@@ -49,6 +50,11 @@ SUPPORTS = {
         [[3.0, 1.0]],
     ),
 }
+# Constraints on whole vectors.
+SUPPORTS |= {
+    "ordered": (dist.constraints.ordered_vector, [-0.5, 1.0], [[1.0, 0.5], [0.5, 0.5]], []),
+    "positive-ordered": (dist.constraints.positive_ordered_vector, [0.5, 1.0], [[-0.5, 1.0], [1.0, 0.5]], []),
+}
 all_supports = pytest.mark.parametrize("name", SUPPORTS)
 
 
@@ -61,7 +67,7 @@ def _with_validation():
 def make(name, context_dim=0):
     """A flow, and rows of which the first is inside of its support."""
     support, inside, outside, closed = SUPPORTS[name]
-    flow = pf.flows.NSF(2, num_layers=2, hidden_dims=(8,), support=support, context_dim=context_dim)
+    flow = pf.flows.NSF(len(inside), num_layers=2, hidden_dims=(8,), support=support, context_dim=context_dim)
     return perturb(flow, 0.2), torch.tensor([inside, *outside, *closed])
 
 
@@ -111,6 +117,41 @@ def test_density_under_vmap_needs_no_validation(name):
     assert slopes[0].isfinite().all() and (slopes[1:] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["ordered_vector", "positive_ordered_vector"])
+def test_a_flow_of_ordered_vectors_integrates_to_one_and_is_fitted(name):
+    torch.manual_seed(0)
+    support = getattr(dist.constraints, name)
+    flow = pf.flows.MAF(2, num_layers=1, hidden_dims=(4,), support=support).double()
+    x = torch.randn(500, 2).exp().sort(-1).values.double()
+    pf.fit_density(flow, x, max_epochs=2, seed=0, progress_bar=False)
+    assert support.check(flow().sample((1000,))).all()
+    u = torch.linspace(-8.0, 8.0, 801, dtype=torch.float64)
+    rows = torch.cartesian_prod(u, u)  # by ladj of biject_to, an integral over the plane
+    onto = torch.distributions.biject_to(support)
+    log_p = flow().log_prob(onto(rows)) + onto.log_abs_det_jacobian(rows, onto(rows)).reshape(len(rows), -1).sum(-1)
+    assert (log_p.exp().sum() * (u[1] - u[0]) ** 2 - 1).abs() < 0.01
+
+
+def test_supports_of_other_sizes_are_refused():
+    for name, words in [
+        ("simplex", "3 columns on the support .* only 2 free"),
+        ("corr_cholesky", "is one of matrices"),
+    ]:
+        with pytest.raises(pf.ShapeError, match=words):
+            pf.flows.MAF(3, support=getattr(dist.constraints, name))
+    with pytest.raises(pf.OptionError, match="has a bijection, got LowerCholesky"):
+        pf.flows.MAF(3, support=dist.constraints.lower_cholesky)
+    for part in (dist.constraints.ordered_vector, dist.constraints.positive_ordered_vector):
+        with pytest.raises(pf.OptionError, match="constrains whole vectors"):
+            pf.flows.MAF(3, support=cat([part, constraints.positive], dim=-1, lengths=[2, 1]))
+
+
+def test_parts_of_a_support_that_are_declared_for_vectors_count_for_their_elements():
+    support = cat([constraints.real_vector, constraints.positive], dim=-1, lengths=[2, 1])
+    flow = pf.flows.MAF(3, num_layers=1, support=support)
+    assert flow().log_prob(torch.tensor([-1.0, -1.0, 1.0])).isfinite()
+
+
 def test_density_with_a_context_and_of_other_views():
     flow, x = make("unit", context_dim=3)
     with pyro.validation_enabled(False):
@@ -158,7 +199,7 @@ BOUNDED_BASES = {
 def test_density_of_a_bounded_base(name):
     base = BOUNDED_BASES[name]
     flow = pf.Flow([pf.transforms.Permutation([1, 0])], base=base)
-    flow.standardization.scale.fill_(2.0)
+    flow.standardization.log_scale.data.fill_(math.log(2.0))
     x = torch.tensor([[1.2, 0.8], [-1.0, 0.5], [0.0, 0.5]]).requires_grad_()
     with pyro.validation_enabled(False):
         log_q = flow().log_prob(x)
@@ -200,8 +241,10 @@ def test_density_behind_a_bounded_layer(name):
 
 def test_support_of_an_inverse_and_of_a_conditioned_layer():
     layer = pf.Flow([pf.transforms.Planar(1, context_dim=1)], support=constraints.positive).transform
-    assert layer.condition(torch.zeros(1)).codomain is layer.codomain
-    assert layer.inv.domain is layer.codomain and layer.inv.codomain is layer.domain
+    conditioned = layer.condition(torch.zeros(1))
+    assert facts_of(conditioned.codomain) == facts_of(layer.inv.domain) == facts_of(layer.codomain)
+    assert facts_of(conditioned.domain) == facts_of(layer.inv.codomain) == facts_of(layer.domain)
+    assert facts_of(layer.domain) != facts_of(layer.codomain)
     assert not layer.is_onto_reals and layer.inv.is_onto_reals
 
 

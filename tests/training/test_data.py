@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.distributions.constraints import ordered_vector
+from pyro.distributions.constraints import ordered_vector, positive_ordered_vector
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
@@ -340,12 +340,12 @@ def test_values_outside_the_support(support, value, name):
         load(plain(support), bad(value, (7, 2)))
 
 
-def test_a_constraint_of_whole_vectors():
-    support = ordered_vector
-    x = torch.arange(3.0).expand(N, 3).clone()
+@pytest.mark.parametrize("support", [ordered_vector, positive_ordered_vector])
+def test_a_constraint_of_whole_vectors(support):
+    x = torch.arange(1.0, 4.0).expand(N, 3).clone()
     assert len(load(plain(support), x).rows) == N
     x[9] = torch.tensor([2.0, 1.0, 3.0])
-    with pytest.raises(DataError, match="in 1 of 20 rows, the first is 2 in row 9"):
+    with pytest.raises(DataError, match=r"in 1 of 20 rows, the first is \[2, 1, 3\] in row 9"):
         load(plain(support), x)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, AngleFeatures, Parameters, Pointwise, ResidualMLP, ScaledMLP
 from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
+from pyroflows.nets.constants import Constants
 from pyroflows.shapes import axis_from_the_end, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.gradients import elementwise_score, pull_back
@@ -19,7 +20,7 @@ from pyroflows.transforms.univariate.by_column import checked_columns, of_column
 _CONDITIONERS: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP, "scaled_mlp": ScaledMLP}
 
 
-class Coupling(FlowTransform):
+class Coupling(Constants, FlowTransform):
     r"""The coupling :math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`, where the mask marks A.
 
     Part A passes unchanged and determines the parameters of the map of part B. A and B are parts of the dimensions of a
@@ -94,11 +95,7 @@ class Coupling(FlowTransform):
         self.axis = axis_from_the_end(axis, self.event_shape, "Coupling")
         size = self.event_shape[self.axis]
         self.mask = _checked_mask(half(size) if mask is None else torch.as_tensor(mask), self.event_shape, self.axis)
-        mask = torch.tensor(self.mask)
-        # The constructor's arguments determine these buffers, so they do not belong in a state_dict.
-        self.register_buffer("passing", mask.nonzero().squeeze(-1), persistent=False)
-        self.register_buffer("transformed", (~mask).nonzero().squeeze(-1), persistent=False)
-        self.register_buffer("place", torch.cat([self.passing, self.transformed]).argsort(), persistent=False)
+        self.register_constants()
         self.num_blocks = 1 + sum(a != b for a, b in pairwise(self.mask))
         self.event_axes = tuple(range(-len(self.event_shape), 0))
         # The masked axis is the last one wherever some columns are angles and others are not.
@@ -115,6 +112,12 @@ class Coupling(FlowTransform):
             if in_dim
             else Parameters(torch.zeros(self.theta_shape))
         )
+
+    def constants(self) -> dict[str, Tensor | None]:
+        mask = torch.tensor(self.mask)
+        passing, transformed = mask.nonzero().squeeze(-1), (~mask).nonzero().squeeze(-1)
+        place = torch.cat([passing, transformed]).argsort()
+        return {"passing": passing, "transformed": transformed, "place": place}
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         z_a, z_b = self._split(z)
