@@ -243,7 +243,7 @@ class Flow(nn.Module):
         return FlowDistribution(base, transform, context, is_validated(), places=self._places)
 
     def conditional(
-        self, given: Tensor, context: Tensor | None = None, columns: Sequence[int] | None = None
+        self, given: ArrayLike, context: ArrayLike | None = None, columns: Sequence[int] | None = None
     ) -> SubvectorDistribution:
         r"""Return the law of the columns that are not given, exactly, for a flow whose layers have one order.
 
@@ -258,6 +258,7 @@ class Flow(nn.Module):
         Raises:
             OptionError: if the law is not known in closed form, for example since the layers have different orders.
             ShapeError: if the number of values does not fit.
+            DataError: if a value is not finite or outside of the support, where values are validated.
 
         Example:
             >>> flow = pf.flows.MAF(3, order=[2, 0, 1])
@@ -267,7 +268,7 @@ class Flow(nn.Module):
         """
         return subvector(self(context), None, columns, as_tensor("given", given, floating_tensor(self)))
 
-    def marginal(self, columns: Sequence[int], context: Tensor | None = None) -> SubvectorDistribution:
+    def marginal(self, columns: Sequence[int], context: ArrayLike | None = None) -> SubvectorDistribution:
         """Return the law of some columns alone, exactly, for a flow whose layers have one order.
 
         With all columns it is the law of x, which has the distribution function of each column given those before it,
@@ -285,7 +286,7 @@ class Flow(nn.Module):
             >>> flow.marginal([0, 1]).sample((5,)).shape
             torch.Size([5, 2])
         """
-        return subvector(self(context), columns, [], torch.zeros(0).to(floating_tensor(self)))
+        return subvector(self(context), columns, None, torch.zeros(0).to(floating_tensor(self)))
 
     @property
     def adapts(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.distributions import Independent, constraints
 from pyroflows.arrays import as_tensor, require_finite
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.constraints import of_columns
-from pyroflows.errors import OptionError, ShapeError
+from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.law import shapes_of_law
 from pyroflows.transforms.codomain import is_inside, is_unbounded, moved_inside
@@ -197,20 +198,18 @@ def subvector(
         OptionError: if the layers have no common order, the base's dimensions are not independent, or the columns do
             not come first in that order.
         ShapeError: if the number of given values is not that of the given columns.
-        DataError: if a given value is NaN or infinite, where values are validated.
+        DataError: if a given value is NaN, infinite or outside of the support, where values are validated.
     """
-    if is_validated() and runs_in_python():
-        require_finite("given", given, 1)
     order = _common_order(law)
-    dim, k = law.event_shape[0], given.shape[-1]
-    if given_columns is None:
-        given_columns = (order or range(dim))[:k]
-    if len(given_columns) != k or not k < dim:
+    dim, k = law.event_shape[0], (*given.shape, 0)[given.dim() - 1]
+    first = list(order or range(dim))[:k] if given_columns is None else checked_columns(given_columns, dim)
+    if not given.dim() or len(first) != k or not k < dim:
         raise ShapeError(
             f"given must be (..., k) with one value for each of k < {dim} columns, got {tuple(given.shape)}"
         )
-    first = list(given_columns)
-    rest = [j for j in range(dim) if j not in first] if columns is None else list(columns)
+    if is_validated() and runs_in_python():
+        require_possible(given, law.support, first)
+    rest = [j for j in range(dim) if j not in first] if columns is None else checked_columns(columns, dim)
     for part in (first, [*first, *rest]):
         if order and set(part) != set(order[: len(part)]):
             raise OptionError(
@@ -218,9 +217,43 @@ def subvector(
                 "law is not known in closed form: make the flow with an order that begins with them, or use "
                 "pf.sample_conditional"
             )
-    if sorted({*first, *rest}) != sorted([*first, *rest]) or not set(first + rest) <= set(range(dim)):
-        raise OptionError(f"columns must be different numbers from 0 to {dim - 1}, got {first + rest}")
     return SubvectorDistribution(law, rest, first, given)
+
+
+def checked_columns(columns: Any, dim: int) -> list[int]:
+    """Return columns as a list, if they are one or more different columns of vectors of this size.
+
+    Example:
+        >>> checked_columns(torch.tensor([2, 0]), 3)
+        [2, 0]
+    """
+    found = columns.tolist() if isinstance(columns, Tensor | np.ndarray) else columns
+    is_list = isinstance(found, Sequence) and len(found) > 0 and all(type(j) is int and 0 <= j < dim for j in found)
+    if is_list and len(set(found)) == len(found):
+        return list(found)
+    raise OptionError(
+        f"columns must be one or more different numbers from 0 to {dim - 1}, such as [0], got {columns!r}"
+    )
+
+
+def require_possible(given: Tensor, support: constraints.Constraint, columns: Sequence[int]) -> None:
+    """Raise if given values are not finite or outside of what the support of a law allows in their columns.
+
+    Args:
+        given: ``(..., len(columns))``.
+        support: the support of the law of all columns.
+        columns: the given columns.
+
+    Raises:
+        DataError: if they are.
+
+    Example:
+        >>> require_possible(torch.tensor([1.0]), constraints.positive, [0])
+    """
+    require_finite("given", given, 1)
+    allowed = of_columns(support, columns)
+    if not is_unbounded(allowed) and not is_inside(allowed, given, 1).all():
+        raise DataError(f"given has values outside of the support {allowed} of columns {list(columns)}")
 
 
 def _common_order(law: FlowDistribution) -> tuple[int, ...]:

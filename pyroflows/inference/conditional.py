@@ -8,11 +8,14 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
 from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
+from pyroflows.flows.subvector import checked_columns, require_possible
 from pyroflows.flows.union import Union
 from pyroflows.inference.weights import WeightedDraws, Weights
+from pyroflows.options import checked_int, kind
 from pyroflows.randomness import seeded
 
 # Draws of the flow, from which the first proposal is built.
@@ -29,9 +32,9 @@ DF = 5.0
 @torch.no_grad()
 def sample_conditional(
     flow: Flow,
-    given: Tensor,
+    given: ArrayLike,
     columns: Sequence[int],
-    context: Tensor | None = None,
+    context: ArrayLike | None = None,
     num_samples: int = 4000,
     seed: int | None = None,
 ) -> WeightedDraws:
@@ -60,6 +63,7 @@ def sample_conditional(
         ShapeError: if the number of values is not that of the columns, or they are several rows.
         OptionError: if a column does not exist or is given twice, no column is left, ``num_samples`` is too small, or
             the support of a mixture consists of separate parts.
+        DataError: if a given value is not finite or outside of the support.
 
     Example:
         >>> flow = pf.flows.Planar(3)
@@ -69,9 +73,12 @@ def sample_conditional(
         >>> weighted.ess > 1000, abs(weighted.log_evidence + 1.419) < 4 * weighted.log_evidence_se
         (True, True)
     """
-    law = flow(context)
-    rest = _rest(law, given, columns, num_samples)
-    target = _Target(law, given, list(columns), rest)
+    if not isinstance(flow, Flow) or len(flow.event_shape) > 1:
+        raise OptionError(f"sample_conditional needs a pyroflows.Flow of vectors, got {kind(flow)}")
+    columns = checked_columns(columns, flow.dim)
+    law, given = flow(context), as_tensor("given", given, floating_tensor(flow))
+    _check(law, given, columns, num_samples)
+    target = _Target(law, given, columns, [j for j in range(flow.dim) if j not in columns])
     with seeded(seed):
         kernels = target.first_kernels()
         for _ in range(NUM_ROUNDS - 1):
@@ -189,23 +196,19 @@ def _covariance(points: Tensor, weights: Tensor | None = None) -> Tensor:
     return covariance + torch.diag(1e-9 * covariance.diagonal() + torch.finfo(points.dtype).tiny)
 
 
-def _rest(law: FlowDistribution, given: Tensor, columns: Sequence[int], num_samples: int) -> list[int]:
-    """Return the columns that are not given, after a check of the arguments of :func:`sample_conditional`."""
-    if len(law.event_shape) > 1 or law.batch_shape or given.shape != (len(columns),):
+def _check(law: FlowDistribution, given: Tensor, columns: list[int], num_samples: int) -> None:
+    if law.batch_shape or given.shape != (len(columns),):
         raise ShapeError(
-            "sample_conditional needs a flow of vectors, one value for each given column, and at most one context, but "
-            f"got columns {list(columns)}, values of shape {tuple(given.shape)}, events of shape "
-            f"{tuple(law.event_shape)} and batch shape {tuple(law.batch_shape)}"
+            "sample_conditional takes one row at a time: one value for each given column, and one context if the flow "
+            f"takes one, but got values of shape {tuple(given.shape)} for columns {columns}, and batch shape "
+            f"{tuple(law.batch_shape)}"
         )
     if isinstance(law.support, Union):
         raise OptionError(
             f"sample_conditional needs a support onto which there is a bijection, but that of this mixture is "
             f"{law.support}: draw from its components"
         )
-    dim = law.event_shape[0]
-    rest = [j for j in range(dim) if j not in columns]
-    if not columns or not rest or len(rest) + len(columns) != dim:
-        raise OptionError(f"columns must be some, not all, of the numbers from 0 to {dim - 1}, got {list(columns)}")
-    if num_samples < 100:
-        raise OptionError(f"num_samples must be at least 100, got {num_samples}")
-    return rest
+    if len(columns) == law.event_shape[0]:
+        raise OptionError("all columns are given, so that there is nothing to draw")
+    checked_int("num_samples", num_samples, least=100)
+    require_possible(given, law.support, columns)

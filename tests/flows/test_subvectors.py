@@ -177,3 +177,19 @@ def test_couplings_have_no_order():
 def test_given_values_that_are_no_numbers_are_named():
     with pytest.raises(pf.DataError, match="given has NaN or infinite values in 1 of 2 rows, .* row 1"):
         pf.flows.MAF(2, order=[0, 1]).conditional(torch.tensor([[0.0], [torch.nan]]))
+
+
+@pytest.mark.parametrize("columns", [2, [], [0, 0], [3], [0.0], "0"])
+def test_columns_are_different_numbers(columns):
+    with pytest.raises(pf.FlowError, match="columns must be one or more different numbers from 0 to 2"):
+        pf.flows.MAF(3, order=ORDER).marginal(columns)
+    assert pf.flows.MAF(3, order=ORDER).marginal(torch.tensor([2])).columns == [2]
+
+
+def test_given_values_outside_of_the_support_are_refused():
+    flow = pf.flows.MAF(2, order=[1, 0], support=constraints.positive)
+    for value in ([-1.0], [[1.0], [0.0]]):
+        with pytest.raises(pf.DataError, match="given has values outside of the support .* of columns .1."):
+            flow.conditional(value)
+    with pytest.raises(pf.ShapeError, match="one value for each"):
+        flow.conditional(1.0)

@@ -1,5 +1,6 @@
 """Conditional draws by importance sampling, against closed forms and integrals on a grid."""
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import constraints
@@ -53,11 +54,13 @@ def test_a_context_and_a_seed():
 @pytest.mark.parametrize(
     ("given", "columns", "num_samples", "words"),
     [
-        (torch.zeros(2), [0], 1000, "one value for each given column"),
-        (torch.zeros(5, 1), [0], 1000, "one value for each given column"),
-        (torch.zeros(3), [0, 1, 2], 1000, "some, not all"),
-        (torch.zeros(1), [3], 1000, "some, not all"),
-        (torch.zeros(2), [0, 0], 1000, "some, not all"),
+        (torch.zeros(2), [0], 1000, "one row at a time"),
+        (torch.zeros(5, 1), [0], 1000, "one row at a time"),
+        (torch.zeros(3), [0, 1, 2], 1000, "nothing to draw"),
+        (torch.zeros(1), [3], 1000, "different numbers from 0 to 2"),
+        (torch.zeros(2), [0, 0], 1000, "different numbers from 0 to 2"),
+        (torch.zeros(1), 1, 1000, "such as .0., got 1"),
+        (torch.tensor([torch.nan]), [0], 1000, "NaN"),
         (torch.zeros(1), [0], 10, "at least 100"),
     ],
 )
@@ -70,3 +73,23 @@ def test_a_support_of_separate_parts_is_refused():
     parts = [pf.flows.NSF(2, support=constraints.interval(a, a + 1.0)) for a in (0.0, 2.0)]
     with pytest.raises(pf.FlowError, match="draw from its components"):
         pf.sample_conditional(pf.flows.Mixture(parts), torch.tensor([0.5]), [0])
+
+
+def test_values_outside_of_the_support_are_refused():
+    flow = pf.flows.NSF(2, support=constraints.positive)
+    for value in (-1.0, 0.0):
+        with pytest.raises(pf.DataError, match="given has values outside of the support .* of columns .0."):
+            pf.sample_conditional(flow, [value], columns=[0])
+
+
+def test_what_is_no_flow_is_named():
+    with pytest.raises(pf.FlowError, match=r"needs a pyroflows.Flow of vectors, got FlowDistribution"):
+        pf.sample_conditional(pf.flows.NSF(2)(), [0.0], columns=[0])
+
+
+def test_arrays_and_lists_are_taken():
+    flow = pf.flows.NSF(2)
+    draws = [
+        pf.sample_conditional(flow, v, [0], seed=0).draws["x"] for v in ([1.0], np.ones(1), torch.ones(1).double())
+    ]
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
