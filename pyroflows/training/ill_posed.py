@@ -27,6 +27,9 @@ MAX_RANK_COLUMNS = 1024
 # Of two columns with normal values, one of which differs from a linear function of the other by this many of its
 # standard deviations, MAF and NSF learned all but 0.3 nats; at a third of it they were short of one nat.
 NEARLY_DEPENDENT = 3e-3
+# Values of ordinary size lose a few units in the last place where a column is computed from others; this is a hundred
+# times as much. In float64 the check itself, a triangular factorisation, loses up to 1e-11 of a standard deviation.
+ROUNDED_UNITS, MIN_ROUNDING = 256, 1e-10
 # A distance from a linear function that is larger is not taken for one of rounding.
 MAX_ROUNDING = 1e-2
 # Normal values that were rounded so that two agree with a probability of 0.06 were fitted as well as others; from 0.08
@@ -67,7 +70,7 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
         ...     check_density(pf.flows.MAF(2, hidden_dims=(8,)), rows, torch.arange(100))
         ... except pf.FlowError as error:
         ...     print(error)
-        column 1 of x is a linear function of columns [0] of x in all 100 training rows, so that the density is...
+        column 1 of x is a linear function of columns [0] of x, in all 100 training rows, so that the density is...
     """
     if not flow.support.is_discrete:
         _check_rank(rows[training])
@@ -94,7 +97,7 @@ def _check_rank(rows: Rows) -> None:
     if found.is_exact and count < len(x):
         found = _most_dependent(x, given[:, :0], rows.weights)
     if found.is_exact:
-        raise DataError(f"{found} in all {len(x)} training rows, so that the density is unbounded: leave it out")
+        raise DataError(f"{found}, in all {len(x)} training rows, so that the density is unbounded: leave it out")
     if found.residual < NEARLY_DEPENDENT:
         warn(
             f"{found}, nearly, and flows learn so thin a density badly: give its distance from that function as a "
@@ -119,7 +122,7 @@ class _Dependence:
     def __str__(self) -> str:
         others = {"x": self.of_x, "the context": self.of_context}
         named = " and ".join(f"columns {listed(columns)} of {name}" for name, columns in others.items() if columns)
-        distance = f", up to {self.residual:.1g} of its standard deviation," if self.residual > 1e-6 else ""
+        distance = f", up to {self.residual:.1g} of its standard deviation" if self.residual > 1e-6 else ""
         return f"column {self.column} of x is a linear function of {named}{distance}"
 
 
@@ -139,9 +142,11 @@ def _most_dependent(x: Tensor, given: Tensor, weights: Tensor) -> _Dependence:
 
     def dependence(column: int) -> _Dependence:
         place = num_given + column
-        involved = _involved(matrix, 1 + place)
-        # In the dtype of the flow the square of a residual is lost beside one; values far from zero are rounded more.
-        rounding = max(eps**0.5, min(MAX_ROUNDING, 4 * eps * offset[[*involved, place]].abs().amax().item()))
+        involved, factors = _involved(matrix, 1 + place)
+        # Values far from zero are rounded by more of their standard deviation, and a small difference of large columns
+        # by more of its own.
+        sizes = torch.cat([offset[place : place + 1].abs(), factors * offset[involved].abs().clamp(min=1.0)])
+        rounding = min(MAX_ROUNDING, max(MIN_ROUNDING, eps * max(ROUNDED_UNITS, sizes.sum().item())))
         of_x, of_context = [i - num_given for i in involved if i >= num_given], [i for i in involved if i < num_given]
         residual = residuals[place].item()
         return _Dependence(column, of_x, of_context, residual, residual <= rounding)
@@ -178,12 +183,21 @@ def _residuals(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor
     return center / spread, residuals, matrix
 
 
-def _involved(matrix: Tensor, place: int) -> list[int]:
-    """Return the columns, counted without the constant, that take part in the linear function for one behind them."""
+def _involved(matrix: Tensor, place: int) -> tuple[list[int], Tensor]:
+    """Return the columns, counted without the constant, that take part in the linear function for one behind them.
+
+    Args:
+        matrix: the constant and the columns ``(n, 1 + D)``.
+        place: where the column stands in the matrix.
+
+    Returns:
+        The columns, and the sizes of their factors.
+    """
     before, target = matrix[:, :place], matrix[:, place : place + 1]
     factors = torch.linalg.lstsq(before, target, driver="gelsd").solution[1:, 0]
     share = factors.abs() * before[:, 1:].norm(dim=0)
-    return (share > 1e-2 * share.amax()).nonzero().flatten().tolist() if len(share) else []
+    involved = (share > 1e-2 * share.amax()).nonzero().flatten().tolist() if len(share) else []
+    return involved, factors[involved].abs()
 
 
 def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:

@@ -47,7 +47,7 @@ def shares():
 
 U = normal()
 DEPENDENT = {
-    "equal": (torch.cat([U, U], 1), r"column 1 of x is a linear function of columns \[0\] of x in all 900"),
+    "equal": (torch.cat([U, U], 1), r"column 1 of x is a linear function of columns \[0\] of x, in all 900"),
     "other units": (torch.cat([2.54 * U - 3, U], 1), r"column 1 .* columns \[0\] of x"),
     "one-hot": (one_hot(), r"column 2 .* columns \[0, 1\] of x"),
     "two one-hots": (torch.cat([one_hot(2), normal(seed=5), one_hot(2)[torch.arange(N).flip(0)]], 1), "column 1 .*0"),
@@ -69,6 +69,34 @@ def test_columns_that_depend_linearly(name):
     x, message = DEPENDENT[name]
     with pytest.raises(DataError, match=message + ".*the density is unbounded: leave it out"):
         check(x)
+
+
+ORDINARY, V = normal(N, 4, seed=11).double(), U.double()
+ROUNDED = {
+    "one-hot of 40": torch.cat([torch.eye(40)[torch.arange(N) % 40], normal(N, 1)], 1),
+    "shares of which the last is small": torch.cat([ORDINARY[:, :3], ORDINARY[:, 3:] - 9], 1).softmax(-1),
+    "difference": torch.cat([V, V + 1e-3 * ORDINARY[:, :1], (V + 1e-3 * ORDINARY[:, :1]) - V], 1),
+    "other units far from zero": torch.cat([300 + V, 1.8 * (300 + V) - 459.67], 1),
+    "a sum of quite different columns": torch.cat([ORDINARY.exp() ** 4, (ORDINARY.exp() ** 4).sum(1, keepdim=True)], 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_does_not_hide_a_linear_dependence(name, dtype):
+    x = ROUNDED[name].to(dtype)
+    flow = flows.MAF(x.shape[1], 1, (8,)).to(dtype)
+    with pytest.raises(DataError, match="the density is unbounded: leave it out"):
+        check(x, flow=flow)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "noise", "loc"), [(torch.float32, 1e-4, 0.0), (torch.float32, 1e-4, 100.0), (torch.float64, 1e-9, 1e3)]
+)
+def test_small_noise_beside_a_column_is_a_density_and_warns(dtype, noise, loc):
+    x = (loc + torch.cat([U.double(), U + noise * normal(seed=7).double()], 1)).to(dtype)
+    with pytest.warns(UserWarning, match="column 1 of x is a linear function .*, nearly,"):
+        check(x, flow=flows.MAF(2, 1, (8,)).to(dtype))
 
 
 def test_fit_density_refuses_columns_that_depend_linearly():
@@ -98,7 +126,7 @@ def test_only_rows_with_a_weight_count():
     weights = (torch.arange(N) < 100).float()
     x = torch.cat([U, torch.where(weights[:, None] > 0, U, normal(seed=4))], 1)
     check(x)
-    with pytest.raises(DataError, match=r"columns \[0\] of x in all 90 training rows"):
+    with pytest.raises(DataError, match=r"columns \[0\] of x, in all 90 training rows"):
         check(x, weights=weights)
 
 
