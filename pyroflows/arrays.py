@@ -23,13 +23,15 @@ def as_numbers(name: str, values: Any) -> Tensor:
         values: a tensor, a NumPy array, numbers in lists, or a pandas frame or series.
 
     Raises:
-        DataError: if they are no real numbers; the message names the column of a frame.
+        DataError: if they are no real numbers, or sparse; the message names the column of a frame.
 
     Example:
         >>> as_numbers("x", [[1, 2], [3, 4]]).dtype
         torch.float64
     """
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(_array(name, values))
+    if tensor.layout is not torch.strided:
+        raise DataError(f"{name} is a sparse tensor: make it dense by to_dense()")
     if tensor.is_complex():
         raise DataError(f"{name} holds complex numbers: give real and imaginary parts as columns")
     return tensor
@@ -50,10 +52,52 @@ def as_tensor(name: str, values: Any, like: Tensor | None) -> Tensor:
         >>> as_tensor("context", np.arange(3), torch.zeros(()))
         tensor([0., 1., 2.])
     """
-    if isinstance(values, Tensor) and (like is None or (values.dtype == like.dtype and values.device == like.device)):
+    if isinstance(values, Tensor) and values.layout is torch.strided and _is_like(values, like):
         return values
     tensor = as_numbers(name, values)
     return tensor if like is None else tensor.to(device=like.device, dtype=like.dtype)
+
+
+def require_one_index(**frames: Any) -> None:
+    """Raise if pandas frames or series of equally many rows have different indices, since rows are paired by position.
+
+    Args:
+        frames: the values by name; what is no frame or series has no index.
+
+    Raises:
+        DataError: if two indices differ; names the values.
+
+    Example:
+        >>> require_one_index(x=np.zeros((2, 3)), context=None)
+    """
+    pandas = sys.modules.get("pandas")
+    if pandas is None:
+        return
+    named = [(k, v.index) for k, v in frames.items() if isinstance(v, pandas.DataFrame | pandas.Series)]
+    for name, index in named[1:]:
+        first, expected = named[0]
+        if len(index) == len(expected) and not index.equals(expected):
+            raise DataError(
+                f"{first} and {name} have different indices, but rows are paired by their position: give "
+                f"{name}.loc[{first}.index] to pair them by index, or {name}.to_numpy() if their order is the same"
+            )
+
+
+def labels_of(values: Any) -> list[Any] | None:
+    """Return the labels of the columns of a pandas frame; None for anything else, and for labels that are positions.
+
+    Example:
+        >>> labels_of(np.zeros((2, 3)))
+    """
+    pandas = sys.modules.get("pandas")
+    if pandas is None or not isinstance(values, pandas.DataFrame):
+        return None
+    labels = list(values.columns)
+    return None if labels == list(range(len(labels))) else labels
+
+
+def _is_like(values: Tensor, like: Tensor | None) -> bool:
+    return like is None or (values.dtype == like.dtype and values.device == like.device)
 
 
 def require_finite(name: str, values: Tensor, num_axes: int) -> None:
@@ -113,6 +157,9 @@ def require_values(flow: nn.Module) -> None:
 
 def _array(name: str, values: Any) -> np.ndarray:
     """Return values as a float64 or complex128 array, which torch takes: it refuses other byte orders and strides."""
+    sparse = sys.modules.get("scipy.sparse")
+    if sparse is not None and sparse.issparse(values):
+        raise DataError(f"{name} is a sparse matrix: make it dense by toarray()")
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(values, pandas.DataFrame | pandas.Series):
         values = _from_pandas(name, values, pandas)

@@ -1,4 +1,4 @@
-"""The constraint on angles, beside those of ``torch.distributions.constraints``."""
+"""The constraint on angles, beside those of ``torch.distributions.constraints``, and what constraints are made of."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,14 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+# Angles that were computed in float32 may round to numbers just beyond pi, and are kept so in float64.
+MAX_ANGLE = math.pi * (1 + 4 * torch.finfo(torch.float32).eps)
+
 
 class _Circular(Constraint):
     r"""The angles from :math:`-\pi` to :math:`\pi` in radians, of which the ends are the same point of the circle.
+
+    Angles that are outside by the rounding of float32 are taken too: as whole turns do not count, they have a density.
 
     Example:
         >>> pf.constraints.circular.check(torch.tensor([0.0, 3.0, 4.0]))
@@ -23,7 +28,7 @@ class _Circular(Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Check whether values are angles of one period."""
-        return value.abs() <= math.pi
+        return value.abs() <= MAX_ANGLE
 
 
 circular = _Circular()
@@ -31,10 +36,58 @@ circular = _Circular()
 
 def is_angular(constraint: Constraint) -> bool:
     """Return whether a constraint is that on angles, for single elements or for all elements of an event."""
+    # A copy or a pickle of a layer makes a new object, so identity would not do.
+    return isinstance(without_events(constraint), _Circular)
+
+
+def without_events(constraint: Constraint) -> Constraint:
+    """Return the constraint on single elements that a constraint on events puts on each of them.
+
+    Example:
+        >>> without_events(constraints.real_vector)
+        Real()
+    """
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
-    # A copy or a pickle of a layer makes a new object, so identity would not do.
-    return isinstance(constraint, _Circular)
+    return constraint
+
+
+def on_events(constraint: Constraint, num_axes: int) -> Constraint:
+    """Return the constraint on events with this number of axes, each element of which meets the given constraint."""
+    rest = num_axes - num_axes_of(constraint)
+    return constraints.independent(constraint, rest) if rest else constraint
+
+
+def parts_of(constraint: Constraint, size: int) -> list[tuple[Constraint, int]]:
+    """Return the constraints on runs of indices along the last axis of an event, each with the length of its run.
+
+    Args:
+        constraint: a constraint on events, which may be a ``constraints.cat``.
+        size: the number of indices along the last axis.
+
+    Example:
+        >>> parts_of(constraints.cat([circular, constraints.positive], dim=-1, lengths=[2, 1]), 3)
+        [(Circular(), 2), (GreaterThan(lower_bound=0.0), 1)]
+    """
+    constraint = without_events(constraint)
+    if not isinstance(constraint, constraints.cat):
+        return [(constraint, size)]
+    parts = zip(constraint.cseq, constraint.lengths, strict=True)
+    return [run for part, length in parts for run in parts_of(part, length)]
+
+
+def of_columns(constraint: Constraint, columns: Sequence[int]) -> Constraint:
+    """Return the constraint that a constraint on vectors puts on some of their columns.
+
+    Example:
+        >>> of_columns(constraints.cat([circular, constraints.positive], dim=-1, lengths=[2, 1]), [2, 0]).cseq
+        [GreaterThan(lower_bound=0.0), Circular()]
+    """
+    inner = without_events(constraint)
+    if not isinstance(inner, constraints.cat):
+        return on_events(inner, max(num_axes_of(inner), 1))
+    each = [part for part, length in parts_of(inner, sum(inner.lengths)) for _ in range(length)]
+    return constraints.cat([each[j] for j in columns], dim=-1, lengths=[1] * len(columns))
 
 
 def angles_in(constraint: Constraint, size: int) -> list[bool]:
@@ -48,12 +101,7 @@ def angles_in(constraint: Constraint, size: int) -> list[bool]:
         >>> angles_in(constraints.cat([circular, constraints.real], dim=-1, lengths=[2, 1]), 3)
         [True, True, False]
     """
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    if isinstance(constraint, constraints.cat):
-        parts = zip(constraint.cseq, constraint.lengths, strict=True)
-        return [is_angle for part, length in parts for is_angle in angles_in(part, length)]
-    return [isinstance(constraint, _Circular)] * size
+    return [is_angular(part) for part, length in parts_of(constraint, size) for _ in range(length)]
 
 
 def without_angles(constraint: Constraint) -> Constraint:
@@ -94,13 +142,7 @@ def of_scalars(constraint: Constraint) -> Constraint:
     """
     if not isinstance(constraint, constraints.cat):
         return constraint
-    return constraints.cat([_without_axes(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
-
-
-def _without_axes(constraint: Constraint) -> Constraint:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint
+    return constraints.cat([without_events(part) for part in constraint.cseq], constraint.dim, constraint.lengths)
 
 
 def angles_and_reals(angles: Sequence[bool], num_axes: int) -> Constraint:

@@ -1,6 +1,7 @@
-"""Checks of options that many layers and flows share: whole numbers, and instances where a class was given."""
+"""Checks of options that many layers and flows share: whole numbers, fractions, instances where a class was given."""
 
 import operator
+from numbers import Real
 from typing import Any
 
 from pyroflows.errors import OptionError
@@ -26,15 +27,49 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
         ...     print(error)
         num_layers must be an integer of at least 1, got 2.5
     """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except (TypeError, RuntimeError):  # torch raises RuntimeError for tensors of several elements
-        number = None
+    number = as_int(value)
     if number is None:
         raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
     if number < least:
         raise OptionError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+def as_int(value: Any) -> int | None:
+    """Return a whole number as an int; None for anything else, such as a bool or a float.
+
+    Example:
+        >>> as_int(np.int64(3)), as_int(True), as_int(2.0)
+        (3, None, None)
+    """
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # torch raises RuntimeError for tensors of several elements
+        return None
+
+
+def checked_fraction(name: str, value: Any) -> float:
+    """Return an option, if it is a fraction of the rows between 0 and 1.
+
+    Args:
+        name: the name of the option, for the message.
+        value: what the user gave.
+
+    Raises:
+        OptionError: if it is not.
+
+    Example:
+        >>> try:
+        ...     checked_fraction("validation", torch.zeros(5, 2))
+        ... except pf.FlowError as error:
+        ...     print(error)
+        validation must be a fraction of the rows, between 0 and 1, got Tensor
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1:
+        got = value if is_number or value is None else kind(value)
+        raise OptionError(f"{name} must be a fraction of the rows, between 0 and 1, got {got}")
+    return float(value)
 
 
 def kind(value: Any) -> str:

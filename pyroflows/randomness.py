@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyroflows.errors import OptionError
+from pyroflows.options import as_int, kind
 
 
 @contextmanager
@@ -14,6 +18,9 @@ def seeded(seed: int | None) -> Iterator[None]:
     Args:
         seed: the seed; None to leave the generators alone, so that draws inside advance them as usual.
 
+    Raises:
+        OptionError: if the seed is neither None nor an integer that fits into 64 bits.
+
     Example:
         >>> with seeded(0):
         ...     first = torch.rand(2)
@@ -22,11 +29,21 @@ def seeded(seed: int | None) -> Iterator[None]:
         >>> torch.equal(first, second)
         True
     """
+    if seed is not None:
+        seed = _checked_seed(seed)
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def _checked_seed(seed: Any) -> int:
+    number = as_int(seed)
+    if number is None or not -(2**63) <= number < 2**64:
+        got = kind(seed) if isinstance(seed, Tensor) else repr(seed)
+        raise OptionError(f"seed must be None or an integer that fits into 64 bits, got {got}")
+    return number
 
 
 def random_state() -> list[Tensor]:

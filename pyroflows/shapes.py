@@ -1,6 +1,5 @@
 """Shapes of events and contexts, which users give as a number for vectors and as a sequence for arrays of more axes."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError, ShapeError
+from pyroflows.options import as_int
 
 
 def shape_of(dim: int | Sequence[int]) -> torch.Size:
@@ -20,15 +20,11 @@ def shape_of(dim: int | Sequence[int]) -> torch.Size:
         >>> shape_of(3), shape_of((2, 8))
         (torch.Size([3]), torch.Size([2, 8]))
     """
-    sizes = tuple(dim) if isinstance(dim, Iterable) and not isinstance(dim, str | Tensor) else (dim,)
-    try:
-        if any(isinstance(size, bool) for size in sizes):
-            raise TypeError
-        return torch.Size([operator.index(size) for size in sizes])
-    except (TypeError, RuntimeError):
-        raise OptionError(
-            f"a size of events or contexts must be an integer or a sequence of these, got {dim!r}"
-        ) from None
+    given = tuple(dim) if isinstance(dim, Iterable) and not isinstance(dim, str | Tensor) else (dim,)
+    sizes = [size for size in map(as_int, given) if size is not None]
+    if len(sizes) < len(given):
+        raise OptionError(f"a size of events or contexts must be an integer or a sequence of these, got {dim!r}")
+    return torch.Size(sizes)
 
 
 def as_given(shape: torch.Size) -> int | tuple[int, ...]:
@@ -60,6 +56,16 @@ def places(is_there: Tensor) -> list[int] | list[tuple[int, ...]]:
     """
     indices = is_there.nonzero().tolist()
     return [i for (i,) in indices] if is_there.dim() == 1 else [tuple(index) for index in indices]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words, with the noun in the singular for one.
+
+    Example:
+        >>> counted(1, "row"), counted(0, "row")
+        ('1 row', '0 rows')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(found: Sequence[Any], most: int = 8) -> str:

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 
@@ -61,6 +62,21 @@ def test_what_is_missing_is_nan(values):
 def test_columns_of_a_frame_that_are_no_numbers(column, kind):
     with pytest.raises(DataError, match=f"column 'd' of x holds values of kind '{kind}', which are no numbers: leave"):
         as_numbers("x", FRAME.assign(d=column))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.eye(2).to_sparse(), r"x is a sparse tensor: make it dense by to_dense\(\)"),
+        (scipy.sparse.csr_matrix(np.eye(2)), r"x is a sparse matrix: make it dense by toarray\(\)"),
+        (scipy.sparse.coo_array(np.eye(2)), "x is a sparse matrix"),
+    ],
+    ids=["tensor", "matrix", "array"],
+)
+def test_sparse_values(values, message):
+    for like in (None, torch.zeros(())):
+        with pytest.raises(DataError, match=message):
+            as_tensor("x", values, like)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +147,8 @@ def test_the_dtype_of_a_module(dtype):
         (lambda: flows.NSF(2, base=torch.distributions.Normal), "got the class Normal: make an instance first"),
         (lambda: Flow([transforms.Planar]), "got the class Planar: make an instance first"),
         (lambda: Flow(transforms.Planar), "got the class Planar: make an instance first"),
+        (lambda: flows.Mixture(flows.MAF(2)), r"made of a list of flows, such as \[flow, other\], but got MAF"),
+        (lambda: flows.Mixture([flows.MAF]), "got the class MAF: make an instance first"),
     ],
 )
 def test_options_of_the_wrong_kind(make, message):

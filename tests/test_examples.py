@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from pyroflows.training.objective import trained_parameters
+
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
@@ -122,7 +124,7 @@ def test_teacher_draws_what_full_passes_draw(wavenet, tmp_path):
     args = tiny(wavenet, tmp_path, "--length", "100", "--blocks", "6")
     torch.manual_seed(0)
     teacher, _ = wavenet.make_flows(args)
-    for parameter in teacher.parameters():
+    for parameter in trained_parameters(teacher):
         torch.nn.init.normal_(parameter, std=0.3)
     context = wavenet.conditioning(np.array([90.0, 210.0]), np.array([1.0, 2.0]), 100, RATE)
     layer = teacher.transform.layers[0].inv

@@ -13,8 +13,11 @@ from pyroflows.arrays import ArrayLike
 from pyroflows.errors import OptionError
 from pyroflows.fitting.density import DensityFit, fit_density
 from pyroflows.flows import Flow
+from pyroflows.options import checked_fraction, kind
 from pyroflows.randomness import seeded
 from pyroflows.training.data import load, split
+from pyroflows.training.objective import trained_parameters
+from pyroflows.transforms.normalization import Standardize
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def compare_densities(
     Each flow is fitted in place by :func:`pyroflows.fit_density`, all with the same training and validation rows.
 
     Args:
-        flows: the flows by name, of one event size.
+        flows: the flows by name, of one event size. They must be new: one that was fitted or adapted before may have
+            seen the rows that are set aside.
         x: rows ``(n, *event_shape)``.
         context: rows ``(n, *context_shape)``, if the flows take a context.
         weights: weights of the rows ``(n,)``, not negative; None for equal weights.
@@ -93,7 +97,8 @@ def compare_densities(
         options: options of :func:`pyroflows.fit_density`.
 
     Raises:
-        OptionError: if there is no flow, or an option is outside its range.
+        OptionError: if there is no flow, or one is not new, or stands under two names; or if an option is outside its
+            range.
         ShapeError: if numbers of rows or columns of the data do not fit.
         DataError: if values cannot be used; the message names the row or the columns.
         DivergedError: if log-densities stay non-finite.
@@ -104,10 +109,8 @@ def compare_densities(
         >>> found.best in flows, found.lead("MAF", "MAF")
         (True, (0.0, 0.0))
     """
-    if not flows:
-        raise OptionError("compare_densities needs at least one flow")
-    if not 0 < test < 1:
-        raise OptionError(f"test must be a fraction of the rows, between 0 and 1, got {test}")
+    _check_flows(flows)
+    checked_fraction("test", test)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     fits, log_probs, held_out_weights = {}, {}, np.empty(0)
     for name, flow in flows.items():
@@ -120,3 +123,39 @@ def compare_densities(
         log_probs[name] = log_prob.double().cpu().numpy()
         held_out_weights = held_out.weights.double().cpu().numpy()
     return DensityComparison(fits, log_probs, held_out_weights)
+
+
+def _check_flows(flows: Mapping[str, Flow]) -> None:
+    """Raise if these are no flows by name, or one has learned from rows before, or shares parameters with another."""
+    if not isinstance(flows, Mapping):
+        raise OptionError(f'compare_densities takes flows by name, such as {{"NSF": flow}}, but got {kind(flows)}')
+    if not flows:
+        raise OptionError("compare_densities needs at least one flow")
+    owners: dict[int, str] = {}
+    for name, flow in flows.items():
+        if not isinstance(name, str):
+            raise OptionError(f"names of flows must be strings, got {name!r}")
+        if not isinstance(flow, Flow):
+            raise OptionError(f"compare_densities takes pyroflows.Flow objects by name, but {name!r} is {kind(flow)}")
+        if _has_learned(flow):
+            raise OptionError(
+                f"flow {name!r} was fitted or adapted to rows before, which may be among those that the comparison "
+                "sets aside to test with: give a new one"
+            )
+        for parameter in trained_parameters(flow):
+            if (other := owners.setdefault(id(parameter), name)) != name:
+                raise OptionError(
+                    f"flows {other!r} and {name!r} have parameters in common, so that the second fit would change the "
+                    "first flow: make a flow for each name"
+                )
+
+
+def _has_learned(flow: Flow) -> bool:
+    """Tell whether a layer holds what it learned from rows, such as location and scale, which a first fit gives it.
+
+    A user may have given a ``Standardize`` its location and scale. A flow without layers that learn from rows before
+    training, such as one of angles alone, does not show whether it was fitted.
+    """
+    added = [part.standardization for part in flow.modules() if isinstance(part, Flow)]
+    learners = [part for part in flow.modules() if type(part) is not Standardize or part in added]
+    return any(bool(part._buffers.get("adapted")) for part in learners)

@@ -15,15 +15,16 @@ from pyroflows.fitting.gaussian import gaussian_log_prob
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
 from pyroflows.grad_mode import require_trainable, with_gradients
-from pyroflows.options import checked_int, kind
+from pyroflows.options import checked_fraction, checked_int, kind
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
+from pyroflows.shapes import counted
 from pyroflows.training.data import DataLike, Rows, load, split
 from pyroflows.training.history import History
 from pyroflows.training.ill_posed import check_density
 from pyroflows.training.loop import OptimizerLike, Trainer
+from pyroflows.training.objective import trained_parameters
 from pyroflows.training.schedules import EarlyStopping
-from pyroflows.transforms.normalization import trained_parameters
 
 LEARNING_RATE = 2e-3
 # An epoch has about eight steps, unless batches would have fewer than 32 rows or more than 256. On sets of 120 to 800
@@ -52,7 +53,8 @@ class DensityFit:
         still_improving: whether it still grew where ``max_epochs`` made the learning rate fall. To go on from there,
             call :func:`fit_density` again, with the same seed to have the same validation rows.
         gaussian_log_prob: mean log-density that a Gaussian of full covariance, which has the moments of the training
-            rows, gives to the validation rows; with contexts, its mean is linear in them. None if there is none.
+            rows, gives to the validation rows; with contexts, its mean is linear in them. None if there is none, as for
+            angles and counts.
 
     Example:
         >>> flow = pf.flows.MAF(2, num_layers=2, hidden_dims=(16,))
@@ -87,13 +89,13 @@ class DensityFit:
         ending = ", stopped early" if self.stopped_early else ", all of max_epochs"
         beside = "" if self.gaussian_log_prob is None else f";\na Gaussian has {self.gaussian_log_prob:.4g}"
         text = (
-            f"DensityFit({self.history.num_steps} epochs{ending}; best validation log-density "
+            f"DensityFit({counted(self.history.num_steps, 'epoch')}{ending}; best validation log-density "
             f"{self.best_log_prob:.4g} nats a row, after epoch {self.best_epoch}{beside})"
         )
         if self.still_improving:
             text += (
-                "\nThe validation log-density was still growing where max_epochs ended the fit: give more epochs, or "
-                "call\nfit_density again with the same seed to go on from here."
+                "\nThe validation log-density was still growing where max_epochs ended the fit: give more epochs, "
+                "or\ncall fit_density again with the same seed to go on from here."
             )
         return text
 
@@ -239,8 +241,7 @@ def _check_options(flow: Flow, validation: float, batch_size: int | None, max_ep
     if not trained_parameters(flow):
         raise OptionError("this flow has no parameters to train")
     require_trainable(flow)
-    if not 0 < validation < 1:
-        raise OptionError(f"validation must be a fraction of the rows, between 0 and 1, got {validation}")
+    checked_fraction("validation", validation)
     for name, value in (("batch_size", batch_size), ("max_epochs", max_epochs), ("patience", patience)):
         if value is not None:
             checked_int(name, value)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from pyroflows.constraints import angles_in
 from pyroflows.flows import Flow
 from pyroflows.training.data import Rows
 
@@ -30,7 +31,8 @@ def gaussian_log_prob(flow: Flow, training: Rows, held_out: Rows) -> float | Non
 
     Returns:
         The weighted mean in nats a row; None if the covariance is singular, as with fewer training rows than
-        dimensions, or events are discrete or have more than 500 dimensions.
+        dimensions, or events are discrete, have more than 500 dimensions, or hold angles, whose density at one
+        side of the cut must be that at the other.
 
     Example:
         >>> from pyroflows.training.data import load
@@ -39,7 +41,7 @@ def gaussian_log_prob(flow: Flow, training: Rows, held_out: Rows) -> float | Non
         >>> gaussian_log_prob(flow, rows[:10_000], rows[10_000:])
         -2.8...
     """
-    if flow.dim > MAX_DIM or flow.support.is_discrete:
+    if flow.dim > MAX_DIM or flow.support.is_discrete or any(angles_in(flow.support, flow.event_shape[-1])):
         return None
     training = training[:MAX_ROWS]
     weights = (training.weights / training.weights.sum()).cpu().double().sqrt()[:, None]

@@ -9,9 +9,8 @@ from torch.distributions import Distribution
 from pyroflows.constraints import angles_in, wrapped
 from pyroflows.flows import Flow
 from pyroflows.randomness import seeded
-from pyroflows.training.objective import Figures, Objective
+from pyroflows.training.objective import Figures, Objective, trained_parameters
 from pyroflows.transforms import FlowTransform, TriangularTransform
-from pyroflows.transforms.normalization import trained_parameters
 
 # Draws are made in this many parts, since layers that go dimension by dimension keep intermediate values in memory.
 NUM_PARTS = 4

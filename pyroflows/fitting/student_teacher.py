@@ -12,8 +12,8 @@ from pyroflows.flows import Flow, FlowDistribution, Mixture
 from pyroflows.options import kind
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
+from pyroflows.training.objective import trained_parameters
 from pyroflows.transforms import Autoregressive, Inverse
-from pyroflows.transforms.normalization import trained_parameters
 
 
 class StudentAndTeacher:
@@ -41,7 +41,8 @@ class StudentAndTeacher:
         self.student = student
         self.teacher = teacher
         self.contexts = _contexts(student, teacher, context)
-        if isinstance(teacher, Flow) and self._is_new(teacher) and not self._is_new(student):
+        is_flow = isinstance(teacher, Flow) and not isinstance(teacher, Mixture) and bool(trained_parameters(teacher))
+        if is_flow and self._is_new(teacher) and not self._is_new(student):
             raise OptionError(
                 "the teacher is an untrained flow, the identity, and the student is not: they are swapped, since the "
                 "call is distill(student, teacher) and trains the student"
@@ -54,7 +55,7 @@ class StudentAndTeacher:
         return [] if contexts is None else [torch.randint(len(contexts), (count,), device=contexts.device)]
 
     @torch.no_grad()
-    def _is_new(self, flow: Flow) -> bool:
+    def _is_new(self, flow: Any) -> bool:
         """Tell whether a flow maps base values to themselves, up to their order, as one that was never trained does."""
         z = torch.linspace(-2, 2, 4 * flow.dim).to(next(flow.parameters(), torch.zeros(())))
         z = z.reshape(4, *flow.base_shape)

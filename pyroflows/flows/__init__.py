@@ -12,15 +12,14 @@ from pyroflows.flows.recipes import (
     MAF,
     NAF,
     NICE,
-    NSF,
     SOS,
-    CircularNSF,
     Gaussian,
     Planar,
     Radial,
     RealNVP,
     Sylvester,
 )
+from pyroflows.flows.spline_recipes import NSF, CircularNSF
 from pyroflows.flows.subvector import SubvectorDistribution
 
 __all__ = [

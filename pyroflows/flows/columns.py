@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyroflows.constraints import circular
+from pyroflows.constraints import circular, on_events, without_events
 from pyroflows.errors import ShapeError
 from pyroflows.flows.law import shapes_of_law
 
@@ -93,9 +93,8 @@ class Blocks(dist.TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        parts = [law.support for law in self.laws]
-        single = [part.base_constraint if isinstance(part, constraints.independent) else part for part in parts]
-        return constraints.independent(constraints.cat(single, -1, self.lengths), 1)
+        parts = [without_events(law.support) for law in self.laws]
+        return on_events(constraints.cat(parts, -1, self.lengths), 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Blocks":
         return Blocks([law.expand(batch_shape) for law in self.laws])

@@ -12,7 +12,7 @@ from pyroflows.compiling.eager import is_under_func
 from pyroflows.flows.law import shapes_of_law
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.binding import Binding, Places
-from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, point_inside
+from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, moved_inside
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.memory import Memory, are_equal, values_of
@@ -302,8 +302,7 @@ class FlowDistribution(TransformedDistribution):
         num_axes = len(base.event_shape)
         # Most laws know their density at the closed end of an interval, but torch's transforms have no value there.
         is_in = is_inside(support, z, num_axes) if _is_transformed(base) else is_met(support, z, num_axes)
-        other = point_inside(support, z, num_axes)
-        log_p = base.log_prob(torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), z, other))
+        log_p = base.log_prob(moved_inside(support, z, is_in, num_axes))
         return torch.where(is_in, log_p, -torch.inf)
 
     def _changed(self, **changes: Any) -> "FlowDistribution":

@@ -1,36 +1,30 @@
 """A flow: layers stacked on a base distribution."""
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, Distribution, Transform, biject_to, constraints
+from torch.distributions import Transform, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite, require_values
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite, require_one_index, require_values
 from pyroflows.compiling.eager import runs_in_python
-from pyroflows.constraints import angles_and_reals, angles_in, num_axes_of, of_scalars, without_angles
-from pyroflows.errors import FlowError, NotCalledError, OptionError, ShapeError, StateError
-from pyroflows.flows.angles import angles_of, check_base_of_angles
-from pyroflows.flows.base import Base, base_module, standard_normal
+from pyroflows.errors import NotCalledError, OptionError, ShapeError, StateError
+from pyroflows.flows.angles import check_base_of_angles
+from pyroflows.flows.assembly import assemble
+from pyroflows.flows.base import Base, base_module
 from pyroflows.flows.columns import standard_base
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
 from pyroflows.flows.subvector import SubvectorDistribution, subvector
-from pyroflows.options import kind
-from pyroflows.shapes import as_given, described
+from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
-from pyroflows.transforms.circle import WholeTurns
-from pyroflows.transforms.codomain import is_unbounded
 from pyroflows.transforms.compose import Compose
-from pyroflows.transforms.foreign import Foreign, Zuko, on_events
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import ContextScale, Standardize
 
@@ -97,30 +91,14 @@ class Flow(nn.Module):
         standardize: bool = True,
     ) -> None:
         super().__init__()
-        parts = list(_flattened([transforms] if isinstance(transforms, Transform) else transforms))
-        layers = list(_as_layers(parts, base))
-        base_shape, event_shape = layers[0].base_shape, layers[-1].event_shape
-        angles_at_base, angles = angles_of(layers)
-        rest = support if support is None else _beside_angles(support, angles)
-        if rest is not None and not is_unbounded(rest):
-            layers.append(_layer_onto(rest, layers, event_shape))
-        self._standardize_at = _place_of_standardize(layers) if standardize else None
-        if self._standardize_at is not None:
-            before = layers[: self._standardize_at]
-            shape = before[-1].event_shape if before else base_shape
-            layers.insert(self._standardize_at, Standardize(shape, angles=angles_of(before)[1] if before else None))
-        if any(angles_at_base):
-            layers.insert(0, WholeTurns(base_shape, angles_and_reals(angles_at_base, len(base_shape))))
-            self._standardize_at = None if self._standardize_at is None else self._standardize_at + 1
+        stack = assemble(transforms, base, support, standardize)
+        self._standardize_at = stack.standardize_at
+        context_shape = next((layer.context_shape for layer in stack.layers if layer.context_dim), torch.Size())
+        self.transform = Compose(stack.layers, ContextScale(context_shape) if standardize and context_shape else None)
+        base_shape, angles = self.transform.base_shape, stack.angles_at_base
+        self.base = base_module(standard_base(base_shape, angles) if base is None else base, base_shape)
         if any(angles):
-            on_circles = angles_and_reals(angles, len(event_shape))
-            layers.append(WholeTurns(event_shape, on_events(support or on_circles, len(event_shape))))
-        takes_context = any(layer.context_dim for layer in layers)
-        context_shape = next((layer.context_shape for layer in layers if layer.context_dim), torch.Size())
-        self.transform = Compose(layers, ContextScale(context_shape) if standardize and takes_context else None)
-        self.base = base_module(standard_base(base_shape, angles_at_base) if base is None else base, base_shape)
-        if any(angles_at_base):
-            check_base_of_angles(self.base, angles_at_base)
+            check_base_of_angles(self.base, angles)
         self._places: Places | None = None
         self._stateful = [
             layer
@@ -335,7 +313,7 @@ class Flow(nn.Module):
             ShapeError: if the rows or their contexts have another shape.
             OptionError: if the flow is on the meta device, where tensors have no values.
             DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
-                the support or outside it.
+                the support or outside it; or if frames have different indices.
 
         Example:
             >>> flow = pf.flows.MAF(2)
@@ -344,6 +322,7 @@ class Flow(nn.Module):
             tensor([1., 3.])
         """
         require_values(self)
+        require_one_index(x=x, context=context, weights=weights)
         like = floating_tensor(self)
         x = as_tensor("x", x, like)
         context = None if context is None else as_tensor("context", context, like)
@@ -385,151 +364,3 @@ def _register_parameters(flow: nn.Module) -> None:
                 )
             for name in module._parameters:
                 getattr(module, name)
-
-
-def _as_layers(parts: Sequence[Transform], base: Base) -> Iterator[FlowTransform]:
-    """Yield the transforms as layers; one of another library takes events of the shape that the layer before gives."""
-    first = next((part for part in parts if isinstance(part, FlowTransform)), None)
-    if isinstance(base, Distribution) and base.event_shape:
-        shape = base.event_shape
-    elif first is not None:
-        shape = first.base_shape
-    else:
-        raise ShapeError("the event size of a flow is unknown: none of its transforms has one, so give it a base")
-    for part in parts:
-        layer = part if isinstance(part, FlowTransform) else Foreign(part, shape)
-        shape = layer.event_shape
-        yield layer
-
-
-def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
-    """Return the place before the first layer whose values are bounded, or None if no layer is to be added."""
-    is_discrete = any(layer.domain.is_discrete or layer.codomain.is_discrete for layer in layers)
-    if is_discrete or any(isinstance(layer, Standardize) or _is_all_angles(layer) for layer in layers):
-        return None
-    return next((i for i, layer in enumerate(layers) if layer.is_bounding), len(layers))
-
-
-def _is_all_angles(layer: FlowTransform) -> bool:
-    return all(angles_in(layer.domain, layer.base_shape[-1]))
-
-
-def as_flow(flow: Any, dim: int) -> Flow:
-    """Return a :class:`Flow` made of a flow, a transform, a list of transforms, or a Zuko flow.
-
-    Args:
-        flow: any of these, without a context.
-        dim: the event size D that it must have.
-
-    Raises:
-        OptionError: if it is none of these.
-        ShapeError: if it has another event size, or takes a context.
-
-    Example:
-        >>> as_flow(torch.distributions.transforms.ExpTransform(), dim=2)().sample().shape
-        torch.Size([2])
-    """
-    zuko = sys.modules.get("zuko")
-    if zuko is not None and isinstance(flow, zuko.lazy.Flow):
-        flow = _from_zuko(flow)
-    elif not isinstance(flow, Flow):
-        parts = list(_flattened([flow] if isinstance(flow, Transform) else flow))
-        is_sized = any(isinstance(part, FlowTransform) for part in parts)
-        flow = Flow(parts, base=None if is_sized else standard_normal(torch.Size([dim])), standardize=False)
-    if flow.event_shape != (dim,) or flow.context_dim:
-        raise ShapeError(
-            f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
-            f"dimensions and context {described(flow.context_shape)}"
-        )
-    if any(angles_in(flow.transform.codomain, dim)):
-        raise OptionError("a flow of real numbers is needed, but this one is of angles: guides map angles themselves")
-    # Transforms of other libraries do not know their sizes, so a draw has to show whether they fit.
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            flow().sample()
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ShapeError(f"this flow does not map vectors of dim={dim}, or needs a context: {error}") from error
-    return flow
-
-
-def _from_zuko(flow: Any) -> Flow:
-    # The import of Zuko switches off argument validation in the whole process; this restores the setting of Pyro.
-    Distribution.set_default_validate_args(bool(dist.is_validation_enabled()))
-    return Flow(Zuko(flow.transform, flow.base().event_shape[-1]), base=flow.base, standardize=False)
-
-
-def _beside_angles(support: constraints.Constraint, angles: Sequence[bool]) -> constraints.Constraint:
-    """Return the support without that of the columns which the layers make angles."""
-    if not any(angles):
-        return support
-    if angles_in(support, len(angles)) != list(angles):
-        columns = [i for i, is_angle in enumerate(angles) if is_angle]
-        raise OptionError(
-            f"the layers make angles of columns {columns}, but the support is {support}: give it "
-            "pf.constraints.circular in these columns, and in no others"
-        )
-    return without_angles(support)
-
-
-def _layer_onto(support: constraints.Constraint, layers: Sequence[FlowTransform], shape: torch.Size) -> FlowTransform:
-    """Return the bijection of events of this shape onto a support."""
-    if any(layer.is_bounding for layer in layers):
-        raise OptionError("a flow whose transforms are bounded themselves cannot have a support as well: leave one out")
-    try:
-        support = of_scalars(support)
-        layer = Foreign(biject_to(support), shape, codomain=support)
-        # There are more rows than columns, so that the parts of a constraint along the wrong axis do not fit.
-        x, _ = layer.forward_and_ladj(torch.zeros(shape.numel() + 1, *shape))
-        layer.codomain.check(x)
-    except NotImplementedError:
-        given = kind(support) if isinstance(support, type) else str(support)
-        raise OptionError(f"support must be a constraint onto which biject_to has a bijection, got {given}") from None
-    except (FlowError, AssertionError, RuntimeError):
-        _refuse_dependent(support, shape)
-        raise ShapeError(
-            f"there is no bijection of R^{as_given(shape)} onto the support {support}: give one constraint for all "
-            "columns, or constraints.cat([...], dim=-1) with one for each"
-        ) from None
-    return layer
-
-
-def _refuse_dependent(support: constraints.Constraint, shape: torch.Size) -> None:
-    """Raise if columns on a support depend on each other, as those of a simplex do, the last of which is the rest."""
-    if isinstance(support, constraints.cat):
-        for part, length in zip(support.cseq, support.lengths, strict=True):
-            _refuse_dependent(part, torch.Size([length]))
-            if num_axes_of(part):
-                raise OptionError(
-                    f"{part} constrains whole vectors, so that torch cannot check it as a part of constraints.cat: map "
-                    "its columns by the inverse of torch.distributions.biject_to, and give constraints.real for them"
-                ) from None
-    if num_axes_of(support) > len(shape):
-        raise ShapeError(
-            f"the support {support} is one of matrices, but this flow has events of {described(shape)}: map the "
-            "matrices by torch.distributions.biject_to(support).inv, and give the vectors that result to a flow "
-            "without this support; TransformedDistribution(flow(), biject_to(support)) of pyro.distributions is then "
-            "the law of the matrices"
-        ) from None
-    try:
-        free = torch.Size(biject_to(support).inverse_shape(shape)).numel()
-    except (ValueError, RuntimeError, NotImplementedError):
-        return
-    if free < shape.numel():
-        raise ShapeError(
-            f"{shape.numel()} columns on the support {support} have only {free} free dimensions, so that they have no "
-            f"density in R^{shape.numel()}: map these columns by torch.distributions.biject_to(support).inv, and give "
-            f"the {free} that result to a flow without this support; TransformedDistribution(flow(), "
-            "biject_to(support)) of pyro.distributions is then the law of the columns themselves"
-        ) from None
-
-
-def _flattened(transforms: Any) -> Iterable[Transform]:
-    if not isinstance(transforms, Iterable):
-        raise OptionError(f"a flow is made of transforms, but got {kind(transforms)}")
-    for transform in transforms:
-        if isinstance(transform, ComposeTransform):
-            yield from _flattened(transform.parts)
-        elif isinstance(transform, Transform):
-            yield transform
-        else:
-            raise OptionError(f"a flow is made of transforms, but got {kind(transform)}")

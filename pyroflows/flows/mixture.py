@@ -3,7 +3,7 @@
 A single flow either misses some of these modes or connects them by bridges of mass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,13 @@ from pyroflows.flows.flow import Flow
 from pyroflows.flows.mixture_distribution import MixtureDistribution
 from pyroflows.flows.union import union_of
 from pyroflows.nets.mlp import MLP
+from pyroflows.options import kind
 from pyroflows.shapes import as_given, described, shape_of
 from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.held import is_validated
+from pyroflows.transforms.normalization import ContextScale
 
 
 class Mixture(Flow):
@@ -182,47 +184,35 @@ class Gate(nn.Module):
         tensor([0.5000, 0.5000], grad_fn=<SelectBackward0>)
     """
 
-    loc: Tensor
-    scale: Tensor
-    adapted: Tensor
-
     def __init__(self, value: Tensor, context_shape: torch.Size) -> None:
         super().__init__()
         self.value = nn.Parameter(value.detach().clone())
         self.context_shape = context_shape
         self.net = MLP(context_shape.numel(), len(value), hidden_dims=(64,)).to(value) if context_shape else None
-        if context_shape:
-            self.register_buffer("loc", value.new_zeros(context_shape))
-            self.register_buffer("scale", value.new_ones(context_shape))
-            self.register_buffer("adapted", torch.tensor(False))
+        self.context_scale = ContextScale(context_shape).to(value) if context_shape else None
 
     def forward(self, context: Tensor | None = None) -> Tensor:
-        if self.net is None:
+        if self.net is None or self.context_scale is None:
             return self.value.log_softmax(-1)
         if context is None:
             raise ShapeError(f"the weights of this mixture need a context of {described(self.context_shape)}")
-        given = (context - self.loc) / self.scale
+        given, _ = self.context_scale.inverse_and_ladj(context)
         return (self.value + self.net(given.flatten(-len(self.context_shape)))).log_softmax(-1)
 
     @property
     def adapts(self) -> bool:
         """Whether it learns location and scale of contexts before training."""
-        return self.net is not None
+        return self.context_scale is not None
 
     @property
     def is_adapted(self) -> bool:
         """Whether it has learned them; true if it never does."""
-        return not self.adapts or bool(self.adapted)
+        return self.context_scale is None or self.context_scale.is_adapted
 
-    @torch.no_grad()
     def adapt(self, context: Tensor, weights: Tensor) -> None:
-        """Store location and scale of contexts ``(n, *context_shape)`` whose rows have weights ``(n,)``."""
-        shares = (weights / weights.sum()).double().reshape(-1, *[1] * len(self.context_shape))
-        loc = (shares * context.double()).sum(0)
-        scale = (shares * (context.double() - loc) ** 2).sum(0).sqrt()
-        self.loc.copy_(loc)
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
-        self.adapted.fill_(True)
+        """Learn location and scale of contexts ``(n, *context_shape)`` whose rows have weights ``(n,)``."""
+        if self.context_scale is not None:
+            self.context_scale.adapt(context, None, weights)
 
 
 class _Components(nn.Module):
@@ -293,10 +283,12 @@ def _unbounded(flows: Sequence[Flow], x: Tensor) -> Tensor:
 
 
 def _checked(flows: Sequence[Flow]) -> list[Flow]:
+    if not isinstance(flows, Iterable):
+        raise OptionError(f"a mixture is made of a list of flows, such as [flow, other], but got {kind(flows)}")
     flows = list(flows)
     for flow in flows:
         if not isinstance(flow, Flow):
-            raise OptionError(f"a mixture is made of flows, but got {type(flow).__name__}")
+            raise OptionError(f"a mixture is made of flows, but got {kind(flow)}")
     shapes = {as_given(flow.event_shape): None for flow in flows}
     if len(shapes) != 1:
         raise ShapeError(f"a mixture needs one or more flows of one size, but got flows of sizes {list(shapes)}")

@@ -8,6 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroflows.arrays import as_tensor
 from pyroflows.compiling.eager import is_under_func, runs_in_python
 from pyroflows.flows.law import shapes_of_law
 from pyroflows.flows.union import union_of
@@ -107,21 +108,23 @@ class MixtureDistribution(TorchDistribution):
 
     def transport(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return draws themselves, as the mixture is its own base, and their log-densities."""
-        return z, self._log_prob(z)
+        return z, self._log_prob(z, self.log_weights())
 
     def latent(self, value: Tensor) -> Tensor:
         """Return the value itself, as the mixture is its own base."""
-        return value
+        return as_tensor("the value", value, self.log_weights())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-densities ``(...)`` of values ``(..., *event_shape)``."""
+        log_weights = self.log_weights()
+        value = as_tensor("the value", value, log_weights)
         if self._validate_args and value.numel() and not is_under_func():
             self._validate_sample(value)
-        return self._log_prob(value)
+        return self._log_prob(value, log_weights)
 
-    def _log_prob(self, value: Tensor) -> Tensor:
+    def _log_prob(self, value: Tensor, log_weights: Tensor) -> Tensor:
         parts = torch.broadcast_tensors(*(law.log_prob(value) for law in self.components))
-        log_prob = _log_sum_exp(torch.stack(parts, -1) + self.log_weights())
+        log_prob = _log_sum_exp(torch.stack(parts, -1) + log_weights)
         num_axes = value.dim() - len(self.event_shape)
         return log_prob.expand(torch.broadcast_shapes(value.shape[:num_axes], self.batch_shape))
 

@@ -14,15 +14,14 @@ from pyroflows.flows.recipes import (
     MAF,
     NAF,
     NICE,
-    NSF,
     SOS,
-    CircularNSF,
     Gaussian,
     Planar,
     Radial,
     RealNVP,
     Sylvester,
 )
+from pyroflows.flows.spline_recipes import NSF, CircularNSF
 
 # In more dimensions the score of an autoregressive layer, which goes dimension by dimension, costs more than it gains.
 MAX_AUTOREGRESSIVE_DIM = 64

@@ -1,82 +1,21 @@
 """The recipes of the literature: each class says which layer it stacks, and which of its directions are parallel.
 
-:class:`pyroflows.flows.stacking.StackedFlow` describes the arguments that they share.
+:class:`pyroflows.flows.stacking.StackedFlow` describes the arguments that they share. The recipes of splines stand in
+:mod:`pyroflows.flows.spline_recipes`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Unpack
 
 from torch.distributions import constraints
 
 from pyroflows import transforms
-from pyroflows.constraints import angles_in, circular
-from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
+from pyroflows.flows.factories import autoregressive, coupling, inverse_autoregressive
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
-from pyroflows.options import checked_int
-from pyroflows.transforms import Autoregressive, Coupling, Elementwise, FlowTransform, Triangular, masks
-from pyroflows.transforms.univariate import Affine, ByColumn, CircularSpline, Spline, Univariate
-
-# A factory of layers is called as ``factory(is_turned, context_dim)``, see StackedFlow.
-LayerFactory = Callable[[bool, int], FlowTransform]
-
-
-def _autoregressive(
-    dim: int,
-    univariate: str | Univariate,
-    hidden_dims: Sequence[int],
-    conditioner: Conditioner,
-    order: Sequence[int] | None,
-) -> LayerFactory:
-    dim = checked_int("dim", dim)
-
-    def layer(is_turned: bool, context_dim: int) -> FlowTransform:
-        turned = range(dim)[:: -1 if is_turned else 1] if order is None else order
-        return Autoregressive(dim, univariate, turned, conditioner, hidden_dims, context_dim)
-
-    return layer
-
-
-def _inverse_autoregressive(
-    dim: int,
-    univariate: str | Univariate,
-    hidden_dims: Sequence[int],
-    conditioner: Conditioner,
-    order: Sequence[int] | None,
-) -> LayerFactory:
-    layer = _autoregressive(dim, univariate, hidden_dims, conditioner, order)
-    return lambda is_turned, context_dim: layer(is_turned, context_dim).inv
-
-
-def _coupling(
-    dim: int, univariate: str | Univariate, hidden_dims: Sequence[int], conditioner: Conditioner
-) -> LayerFactory:
-    dim = checked_int("dim", dim)
-    half = masks.half(dim)
-
-    def layer(is_turned: bool, context_dim: int) -> FlowTransform:
-        # A single dimension has no other half.
-        mask = ~half if is_turned and dim > 1 else half
-        return Coupling(dim, univariate, mask, conditioner, hidden_dims, context_dim)
-
-    return layer
-
-
-def _spline_layers(
-    dim: int,
-    univariate: Univariate,
-    hidden_dims: Sequence[int],
-    conditioner: Conditioner | None,
-    autoregressive: bool,
-    order: Sequence[int] | None,
-) -> tuple[LayerFactory, int]:
-    """Return the layers of a spline flow, and the number of them between two that mix."""
-    if autoregressive:
-        return _inverse_autoregressive(dim, univariate, hidden_dims, conditioner or "made", order), 1
-    if order is not None:
-        raise OptionError("couplings have no order: give one with autoregressive=True only")
-    return _coupling(dim, univariate, hidden_dims, conditioner or "mlp"), 2
+from pyroflows.transforms import Elementwise, Triangular
+from pyroflows.transforms.univariate import Affine
 
 
 class IAF(StackedFlow):
@@ -101,7 +40,7 @@ class IAF(StackedFlow):
         order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_autoregressive(dim, "affine", hidden_dims, conditioner, order), num_layers, **options)
+        super().__init__(autoregressive(dim, "affine", hidden_dims, conditioner, order), num_layers, **options)
 
 
 class MAF(StackedFlow):
@@ -126,7 +65,7 @@ class MAF(StackedFlow):
         order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_inverse_autoregressive(dim, "affine", hidden_dims, conditioner, order), num_layers, **options)
+        super().__init__(inverse_autoregressive(dim, "affine", hidden_dims, conditioner, order), num_layers, **options)
 
 
 class NAF(StackedFlow):
@@ -152,7 +91,7 @@ class NAF(StackedFlow):
         **options: Unpack[StackOptions],
     ) -> None:
         super().__init__(
-            _inverse_autoregressive(dim, "monotone", hidden_dims, conditioner, order), num_layers, **options
+            inverse_autoregressive(dim, "monotone", hidden_dims, conditioner, order), num_layers, **options
         )
 
 
@@ -178,7 +117,7 @@ class SOS(StackedFlow):
         order: Sequence[int] | None = None,
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_inverse_autoregressive(dim, "sos", hidden_dims, conditioner, order), num_layers, **options)
+        super().__init__(inverse_autoregressive(dim, "sos", hidden_dims, conditioner, order), num_layers, **options)
 
 
 class NICE(StackedFlow):
@@ -204,7 +143,7 @@ class NICE(StackedFlow):
         **options: Unpack[StackOptions],
     ) -> None:
         scale = Elementwise(dim, Affine(None, None))
-        super().__init__(_coupling(dim, "additive", hidden_dims, conditioner), num_layers, 2, [scale], **options)
+        super().__init__(coupling(dim, "additive", hidden_dims, conditioner), num_layers, 2, [scale], **options)
 
 
 class RealNVP(StackedFlow):
@@ -229,97 +168,7 @@ class RealNVP(StackedFlow):
         conditioner: Conditioner = "mlp",
         **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(_coupling(dim, "affine", hidden_dims, conditioner), num_layers, 2, **options)
-
-
-class NSF(StackedFlow):
-    r"""The neural spline flow (Durkan et al. 2019, arXiv:1906.04032): layers of monotone rational-quadratic splines on
-    :math:`[-B, B]`, which are the identity outside and whose knots depend on other dimensions.
-
-    With couplings, sampling and scoring are parallel. With autoregressive layers, which are stronger, scoring is
-    parallel and sampling goes dimension by dimension. The other arguments are those of
-    :class:`pyroflows.flows.stacking.StackedFlow`.
-
-    Args:
-        conditioner: the network of each layer; None for "made" in autoregressive layers and "mlp" in couplings.
-        bins: number of bins of a spline, from 2 to 999.
-        bound: B > 0; each layer leaves values beyond it as they are, so most of the data should lie within.
-        autoregressive: whether the layers are inverses of autoregressive layers, rather than couplings.
-
-    Example:
-        >>> NSF(3, bins=4)().rsample((5,)).shape
-        torch.Size([5, 3])
-        >>> NSF(3, bins=4, autoregressive=True)().log_prob(torch.zeros(5, 3)).shape
-        torch.Size([5])
-    """
-
-    @spell_out_options
-    def __init__(
-        self,
-        dim: int,
-        num_layers: int = 5,
-        hidden_dims: Sequence[int] = (64, 64),
-        conditioner: Conditioner | None = None,
-        bins: int = 8,
-        bound: float = 5.0,
-        autoregressive: bool = False,
-        order: Sequence[int] | None = None,
-        **options: Unpack[StackOptions],
-    ) -> None:
-        spline = Spline(bins=bins, bound=bound)
-        layer, between = _spline_layers(dim, spline, hidden_dims, conditioner, autoregressive, order)
-        super().__init__(layer, num_layers, between, **options)
-
-
-class CircularNSF(StackedFlow):
-    r"""The neural spline flow on circles (Rezende et al. 2020, arXiv:2002.02428): layers of circular rational-quadratic
-    splines with a phase shift, whose parameters depend on the cosines and sines of other angles.
-
-    It is a density of angles in radians, from :math:`-\pi` to :math:`\pi`, that is continuous all around the circle or
-    torus, at first the uniform one. Other columns may be real or bounded, and then have the splines of :class:`NSF`
-    in the same layers. The other arguments are those of :class:`pyroflows.flows.stacking.StackedFlow`.
-
-    Args:
-        conditioner: the network of each layer; None for "made" in autoregressive layers and "mlp" in couplings.
-        bins: number of bins of a spline, from 2 to 999.
-        bound: of the splines of columns that are not angles, as in :class:`NSF`.
-        autoregressive: whether the layers are inverses of autoregressive layers, rather than couplings.
-        support: None if all columns are angles; otherwise ``constraints.cat([...], dim=-1, lengths=[...])`` with
-            ``pf.constraints.circular`` for those that are.
-
-    Raises:
-        OptionError: if no column is an angle, or if ``mixing`` would mix angles with other columns.
-
-    Example:
-        >>> flow = CircularNSF(2, bins=4)
-        >>> flow().sample((5,)).abs().max() <= torch.pi
-        tensor(True)
-        >>> columns = torch.distributions.constraints.cat([pf.constraints.circular, constraints.positive], dim=-1)
-        >>> (CircularNSF(2, bins=4, support=columns)().sample((5,))[:, 1] > 0).all()
-        tensor(True)
-    """
-
-    @spell_out_options
-    def __init__(
-        self,
-        dim: int,
-        num_layers: int = 5,
-        hidden_dims: Sequence[int] = (64, 64),
-        conditioner: Conditioner | None = None,
-        bins: int = 8,
-        bound: float = 5.0,
-        autoregressive: bool = False,
-        order: Sequence[int] | None = None,
-        **options: Unpack[StackOptions],
-    ) -> None:
-        support = options.get("support")
-        angles = angles_in(circular if support is None else support, dim)
-        if not any(angles):
-            raise OptionError(f"no column of the support {support} is an angle, pf.constraints.circular: use NSF")
-        kinds = {True: CircularSpline(bins), False: Spline(bins, bound)}
-        univariate = kinds[True] if all(angles) else ByColumn([kinds[is_angle] for is_angle in angles])
-        layer, between = _spline_layers(dim, univariate, hidden_dims, conditioner, autoregressive, order)
-        super().__init__(layer, num_layers, between, **options)
+        super().__init__(coupling(dim, "affine", hidden_dims, conditioner), num_layers, 2, **options)
 
 
 class Planar(StackedFlow):

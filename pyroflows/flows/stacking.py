@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from pyroflows.options import checked_int
 from pyroflows.transforms import LU, FlowTransform, Permutation
 
 Conditioner = str | ConditionerFactory
+# It is called as ``factory(is_turned, context_dim)``, see StackedFlow.
+LayerFactory = Callable[[bool, int], FlowTransform]
 Init = TypeVar("Init", bound=Callable[..., None])
 
 _MIXING: dict[str, Callable[[list[int]], FlowTransform]] = {
@@ -50,10 +53,10 @@ class StackedFlow(Flow):
         context_dim: size of the context, 0 for none.
         base: base distribution, see :class:`pyroflows.Flow`.
         support: the constraint that the data meet, see :class:`pyroflows.Flow`.
-        mixing: the kind of layer that mixes the dimensions between two layers, or between two pairs of couplings:
-            "permutation" for a fixed random permutation, "lu" for a :class:`pyroflows.transforms.LU` layer that starts
-            as one, or None. Without mixing and ``order``, every second autoregressive layer has the
-            reverse order.
+        mixing: the kind of layer that mixes the dimensions between two layers, and between two pairs of couplings, so
+            that one pair alone has none: "permutation" for a fixed random permutation, "lu" for a
+            :class:`pyroflows.transforms.LU` layer that starts as one, or None. Without mixing and ``order``, every
+            second autoregressive layer has the reverse order.
 
     Shapes: ``flow()`` has event shape ``(dim,)``; for a context ``(..., context_dim)``, ``flow(context)`` has batch
     shape ``(...)``.
@@ -70,7 +73,7 @@ class StackedFlow(Flow):
 
     def __init__(
         self,
-        layer: Callable[[bool, int], FlowTransform],
+        layer: LayerFactory,
         num_layers: int,
         between: int = 1,
         last: Sequence[FlowTransform] = (),
@@ -98,15 +101,26 @@ class StackedFlow(Flow):
 def spell_out_options(init: Init) -> Init:
     """Put the options of :class:`StackedFlow` into the signature of an ``__init__`` that passes ``**options`` to it.
 
-    Then ``help``, ``inspect.signature`` and completion show all arguments of a recipe, with their defaults.
+    Then ``help``, ``inspect.signature`` and completion show all arguments of a recipe, with their defaults, and an
+    argument that the recipe does not take is an error that names the recipe.
     """
     own = inspect.signature(init)
     *parameters, _ = own.parameters.values()
     options = [p for p in inspect.signature(StackedFlow.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    described: Any = init
+    signature = own.replace(parameters=[*parameters, *options])
+
+    @wraps(init)
+    def checked(self: Flow, *args: Any, **kwargs: Any) -> None:
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        if unknown:
+            names = ", ".join([*signature.parameters][1:])
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}: its arguments are {names}")
+        init(self, *args, **kwargs)
+
+    described: Any = checked
     described.__doc__ = "Make the flow; the arguments are described at :class:`pyroflows.flows.stacking.StackedFlow`."
-    described.__signature__ = own.replace(parameters=[*parameters, *options])
-    return init
+    described.__signature__ = signature
+    return described
 
 
 def _random_cycle(dim: int, seed: int) -> list[int]:

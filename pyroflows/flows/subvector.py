@@ -8,12 +8,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
-from pyroflows.arrays import require_finite
+from pyroflows.arrays import as_tensor, require_finite
 from pyroflows.compiling.eager import runs_in_python
+from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.law import shapes_of_law
-from pyroflows.transforms.codomain import is_inside, is_unbounded, point_inside
+from pyroflows.transforms.codomain import is_inside, is_unbounded, moved_inside
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.triangular.chain import (
@@ -91,13 +92,13 @@ class SubvectorDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-densities ``(...)`` of values ``(..., len(columns))``."""
+        value = as_tensor("the value", value, self._given)
         if self._validate_args and value.numel():
             self._validate_sample(value)
         if is_unbounded(self.support):
             return self._log_prob(value)
         is_in = is_inside(self.support, value, 1)
-        other = point_inside(self.support, value, 1)
-        return torch.where(is_in, self._log_prob(torch.where(is_in[..., None], value, other)), -torch.inf)
+        return torch.where(is_in, self._log_prob(moved_inside(self.support, value, is_in, 1)), -torch.inf)
 
     def _log_prob(self, value: Tensor) -> Tensor:
         z, log_slopes = self._inverse(value)
@@ -116,7 +117,7 @@ class SubvectorDistribution(TorchDistribution):
         Raises:
             NotImplementedError: if the base has no distribution function, such as Student's.
         """
-        z, _ = self._inverse(value)
+        z, _ = self._inverse(as_tensor("the value", value, self._given))
         level = self._call_scalars("cdf", z)
         return torch.where(self._increases(), level, 1 - level)[..., self.columns]
 
@@ -129,6 +130,7 @@ class SubvectorDistribution(TorchDistribution):
         Raises:
             NotImplementedError: if the base has no quantile function.
         """
+        level = as_tensor("the level", level, self._given)
         levels = level.new_full((*level.shape[:-1], self._law.event_shape[0]), 0.5)
         levels = _replaced(levels, self.columns, level)
         return self._forward(self._call_scalars("icdf", torch.where(self._increases(), levels, 1 - levels)))
@@ -250,13 +252,3 @@ def _replaced(x: Tensor, columns: Sequence[int], values: Tensor) -> Tensor:
     batch_shape = torch.broadcast_shapes(x.shape[:-1], values.shape[:-1])
     index = torch.as_tensor(columns, device=x.device)
     return x.expand(*batch_shape, -1).index_copy(-1, index, values.expand(*batch_shape, -1))
-
-
-def of_columns(support: constraints.Constraint, columns: Sequence[int]) -> constraints.Constraint:
-    """Return the constraint that a support puts on some columns."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    if not isinstance(support, constraints.cat):
-        return constraints.independent(support, 1) if support.event_dim == 0 else support
-    each = [part for part, length in zip(support.cseq, support.lengths, strict=True) for _ in range(length)]
-    return constraints.cat([each[j] for j in columns], dim=-1, lengths=[1] * len(columns))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.transforms.foreign import on_events
+from pyroflows.constraints import on_events, without_events
 
 Ends = tuple[Tensor, Tensor]
 
@@ -90,8 +90,7 @@ def _values(constraint: object) -> list[object]:
 
 def _ends(support: constraints.Constraint, event_shape: torch.Size) -> Ends | None:
     """Return the ends of a box, each of the event's shape and infinite where it has none; None for another support."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = without_events(support)
     if isinstance(support, constraints.cat):
         if not event_shape or support.dim != -1:
             return None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
-from pyroflows.flows.flow import as_flow
+from pyroflows.flows.conversion import as_flow
 from pyroflows.grad_mode import with_gradients
 from pyroflows.guides.left_out import with_left_out
 from pyroflows.guides.neutra import ToDeclaredSpace

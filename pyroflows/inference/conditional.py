@@ -8,9 +8,9 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
-from pyroflows.flows.subvector import of_columns
 from pyroflows.flows.union import Union
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.randomness import seeded

@@ -20,9 +20,9 @@ from torch.distributions import constraints as c
 from torch.distributions.utils import vec_to_tril_matrix
 from torch.nn import functional as F
 
-from pyroflows.constraints import is_angular, wrapped
+from pyroflows.constraints import is_angular, without_events, wrapped
 from pyroflows.models.edges import Logs, has_log_density
-from pyroflows.models.supports import is_circular, without_events
+from pyroflows.models.supports import is_circular
 from pyroflows.transforms.circle import Wrap
 
 HALF_LINES = (c.greater_than, c.greater_than_eq, c.less_than)

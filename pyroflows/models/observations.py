@@ -9,6 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroflows.constraints import without_events
 from pyroflows.errors import DataError
 
 
@@ -122,9 +123,7 @@ def _is_boolean(fn: Any) -> bool:
         support = fn.support
     except NotImplementedError:
         return False
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.boolean
+    return without_events(support) is constraints.boolean
 
 
 def named_type(value: Any) -> str:

@@ -6,6 +6,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.poutine import Trace
 
+from pyroflows.constraints import without_events
 from pyroflows.errors import DataError, FlowError, ModelError, OptionError
 from pyroflows.models.arguments import explain_failure, non_finite, require_finite
 from pyroflows.models.masks import require_same_mask
@@ -246,9 +247,7 @@ def _require_bijection(site: Site) -> None:
 
 
 def _is_sphere(support: constraints.Constraint | None) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.sphere
+    return support is not None and without_events(support) is constraints.sphere
 
 
 def _require_parallel_plates(site: Site) -> None:

@@ -19,7 +19,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import _InverseTransform
 
-from pyroflows.constraints import circular, is_angular
+from pyroflows.constraints import circular, is_angular, on_events, without_events
 
 CIRCULAR_FAMILIES = (torch.distributions.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
@@ -49,17 +49,17 @@ def support_of(fn: Any) -> constraints.Constraint | None:
         IndependentConstraint(Circular(), 1)
     """
     if is_circular(fn):
-        return _with_events(circular, fn.event_dim)
+        return on_events(circular, fn.event_dim)
     if isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
         support = support_of(fn.base_dist)
-        return support and _with_events(support, getattr(fn, "reinterpreted_batch_ndims", 0))
+        return support and on_events(support, support.event_dim + getattr(fn, "reinterpreted_batch_ndims", 0))
     if isinstance(fn, MixtureSameFamily):
         support = support_of(fn.component_distribution)
         # Where components have bounds of their own, the mixture's density is zero between them.
         return fn.support if support is None or any(isinstance(end, Tensor) for end in bounds(support)) else support
     if type(fn).support is TransformedDistribution.support:
         support = _image(support_of(fn.base_dist), fn.transforms)
-        return support and _with_events(support, fn.event_dim - support.event_dim)
+        return support and on_events(support, fn.event_dim)
     try:
         support = fn.support
     except NotImplementedError:
@@ -79,13 +79,6 @@ def has_declared_support(fn: Any) -> bool:
     while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
         fn = fn.base_dist
     return not is_circular(fn) and type(fn).support is not TransformedDistribution.support
-
-
-def without_events(support: constraints.Constraint) -> constraints.Constraint:
-    """The constraint of a single entry where a support is the same for entries by themselves."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def is_real(support: constraints.Constraint | None) -> bool:
@@ -117,11 +110,7 @@ def simplified(support: constraints.Constraint | None) -> constraints.Constraint
         return None
     lower = -math.inf if is_open[0].all() else inner.lower_bound
     upper = math.inf if is_open[1].all() else inner.upper_bound
-    return _with_events(_between(lower, upper), support.event_dim)
-
-
-def _with_events(support: constraints.Constraint, event_dim: int) -> constraints.Constraint:
-    return constraints.independent(support, event_dim) if event_dim else support
+    return on_events(_between(lower, upper), support.event_dim)
 
 
 def _image(support: constraints.Constraint | None, transforms: list[Transform]) -> constraints.Constraint | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.nets.perceptron import perceptron
+from pyroflows.options import as_int
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -195,9 +195,8 @@ def checked_widths(hidden_dims: Sequence[int], least: int = 1) -> list[int]:
     """
     if not isinstance(hidden_dims, Iterable) or isinstance(hidden_dims, str):
         raise OptionError(f"hidden_dims must be a sequence of widths, such as (64, 64), got {hidden_dims!r}")
-    widths = tuple(hidden_dims)
-    if len(widths) < least or any(
-        isinstance(width, bool) or not isinstance(width, Integral) or width < 1 for width in widths
-    ):
-        raise OptionError(f"hidden_dims must be one or more positive widths, which are integers, got {widths}")
-    return [int(width) for width in widths]
+    given = tuple(hidden_dims)
+    widths = [width for width in map(as_int, given) if width is not None and width > 0]
+    if len(widths) < max(least, len(given)):
+        raise OptionError(f"hidden_dims must be one or more positive widths, which are integers, got {given}")
+    return widths

@@ -144,6 +144,9 @@ def _gradients_by_autograd(
     """Return the gradients of all arguments of :func:`_by_columns`, through which gradients can flow again."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        # An argument may be computed from another one, as an offset from x; views part the ways that lead to each.
+        x, *parameters = (t.view_as(t) for t in (x, *parameters))
+        offset = None if offset is None else offset.view_as(offset)
         output = _by_columns(x, offset, factors, *parameters)
     arguments = (x, offset, None, *parameters)
     wanted = [t for t in arguments if t is not None and t.requires_grad]

@@ -9,17 +9,20 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from pyroflows.arrays import ArrayLike, as_numbers, require_values
-from pyroflows.constraints import is_angular, num_axes_of
+from pyroflows.arrays import ArrayLike, as_numbers, labels_of, require_one_index, require_values
+from pyroflows.constraints import is_angular, num_axes_of, parts_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
-from pyroflows.shapes import as_given, described, listed, places
+from pyroflows.shapes import as_given, counted, described, listed, places
 from pyroflows.transforms.wild import center_and_spread, wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset
+Labels: TypeAlias = list[Any] | None
 # A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
 # were rounded to a tenth of it were fitted as well as others, see :mod:`pyroflows.training.ill_posed`.
 MIN_RESOLUTION = 10
+# Elements that are hashed at once, so that little memory is needed; and an odd number whose bits are as if at random.
+NUM_HASHED, MULTIPLIER = 1_000_000, 0x1E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,21 @@ class Rows:
         weights: ``(n,)``, not negative.
         is_wild: which rows ``(n,)`` have a wild element in x or in their context, see
             :func:`pyroflows.transforms.wild.wild_elements`.
+        group: numbers ``(n,)`` that are the same for rows of equal x and context, see :func:`equal_rows`.
     """
 
     x: Tensor
     context: Tensor | None
     weights: Tensor
     is_wild: Tensor
+    group: Tensor
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, index: Any) -> "Rows":
         context = None if self.context is None else self.context[index]
-        return Rows(self.x[index], context, self.weights[index], self.is_wild[index])
+        return Rows(self.x[index], context, self.weights[index], self.is_wild[index], self.group[index])
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
 
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
-        DataError: if values cannot be used; the message names the row and the column.
+        DataError: if values cannot be used; the message names the row and the column. Also if frames have different
+            indices.
         OptionError: if ``x`` is a Dataset and ``context`` is given, or the flow is on the meta device.
 
     Example:
@@ -94,20 +100,51 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
         if context is not None:
             raise OptionError("the context of a Dataset comes with its items, (x, context), not as an argument")
         x, context = _read_all(x)
+    require_one_index(x=x, context=context, weights=weights)
     values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
-        raise DataError(f"x has {len(values)} row: a density needs more, at least 2 rows")
-    _refuse_outside(flow.support, values)
+        raise DataError(f"x has {counted(len(values), 'row')}: a density needs more, at least 2 rows")
+    _refuse_outside(flow.support, values, labels_of(x))
     contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
     # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
     is_wild = _wild_rows(flow.before_support(values), masses)
     if contexts is not None:
         is_wild = is_wild | _wild_rows(contexts, masses)
-    return Data(Rows(values, contexts, masses, is_wild), dataset)
+    # Equal rows of a discrete law are draws of one value, not repetitions of one draw.
+    group = torch.arange(len(values)).to(values.device) if flow.support.is_discrete else equal_rows(values, contexts)
+    return Data(Rows(values, contexts, masses, is_wild, group), dataset)
+
+
+def equal_rows(x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Return numbers ``(n,)``, from 0 on, that are the same for equal rows, and different for others.
+
+    Rows are compared by a hash of 64 bits, since a sort of many whole rows takes ten times as long.
+
+    Args:
+        x: rows ``(n, *event_shape)``.
+        context: rows ``(n, *context_shape)``, or None.
+
+    Example:
+        >>> equal_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))[[0, 2]].diff()
+        tensor([0])
+    """
+    rows = x.flatten(1) if context is None else torch.cat([x.flatten(1), context.flatten(1)], 1)
+    factors = torch.randint(2**62, rows.shape[1:], generator=torch.Generator().manual_seed(0)) * 2 + 1
+    hashes = []
+    for part in rows.split(max(1, NUM_HASHED // max(1, rows.shape[1]))):
+        # The sum gives -0.0 and 0.0 the same bits; shifts bring the leading bits, in which numbers differ, to others.
+        bits = (part.cpu().double() + 0.0).view(torch.int64)
+        bits = (bits ^ (bits >> 32)) * MULTIPLIER
+        hashes.append(((bits ^ (bits >> 29)) * factors).sum(1))
+    return torch.cat(hashes).unique(return_inverse=True)[1].to(x.device)
 
 
 def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     """Draw the indices of training rows and of validation rows; rows of weight zero are in neither.
+
+    Equal rows, such as those of a bootstrap or repeated measurements, are all on one side: what a flow has learned by
+    heart would look good on copies of it. A row that stands in the data more often than rows are to be validated with
+    is no repetition but a point mass of the law, and has copies on both sides.
 
     Args:
         rows: all rows.
@@ -125,13 +162,16 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     is_wild = rows.is_wild[used]
     ordinary, wild = used[~is_wild], used[is_wild]
     num_validation = min(round(validation * len(used)), len(ordinary))
+    ordinary, sizes = _shuffled_by_group(ordinary, rows.group[ordinary], num_validation)
+    ends = torch.cat([sizes.new_zeros(1), sizes.flip(0).cumsum(0)])
+    num_validation = int(ends[(ends - num_validation).abs().argmin()])
     num_training = len(used) - num_validation
     if num_validation < 1 or num_training < 2:
         raise DataError(
             f"validation={validation} of {len(used)} rows with a weight leaves {num_training} to train on and "
             f"{num_validation} to validate with: give more rows, or another fraction"
         )
-    training, held_out = _shuffled(ordinary).split([len(ordinary) - num_validation, num_validation])
+    training, held_out = ordinary.split([len(ordinary) - num_validation, num_validation])
     training = torch.cat([training, wild])
     x = rows.x[training]
     constant = places((x == x[0]).all(0))
@@ -181,6 +221,28 @@ class ShuffledBatches(Iterator[Tensor]):
         self._order, self._place = state["order"].to(self._index), state["place"]
 
 
+def _shuffled_by_group(index: Tensor, group: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Shuffle an index so that the members of a group stand together, where its first member comes to stand.
+
+    Without a second member of any group this is what :func:`_shuffled` returns.
+
+    Args:
+        index: ``(n,)``.
+        group: the groups ``(n,)`` of its entries; those of more than ``most`` members are taken apart.
+        most: the number of members.
+
+    Returns:
+        The index ``(n,)``, and the sizes of the groups in their new order.
+    """
+    place = torch.randperm(len(index)).argsort().to(index.device)
+    _, group, count = group.unique(return_inverse=True, return_counts=True)
+    own = torch.arange(len(index), device=index.device)
+    first = own.new_full(count.shape, len(index)).scatter_reduce(0, group, own, "amin")
+    leader = torch.where(count[group] <= most, first[group], own)
+    order = place[leader].argsort(stable=True)
+    return index[order], leader[order].unique_consecutive(return_counts=True)[1]
+
+
 def _shuffled(index: Tensor) -> Tensor:
     return index[torch.randperm(len(index)).to(index.device)]
 
@@ -210,7 +272,7 @@ def _x_and_context(batch: Any) -> tuple[Any, Any]:
 
 def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
     """Return values as a tensor ``(n, *shape)`` that is checked; messages call the elements of a row columns."""
-    is_series = hasattr(values, "to_frame")
+    is_series, labels = hasattr(values, "to_frame"), labels_of(values)
     given = as_numbers(name, values).detach()
     values = _cast(given, flow)
     if values.dim() == 2 and len(shape) == 1 and values.shape[1:] != shape:
@@ -220,8 +282,8 @@ def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
         hint = f": give {column}" if values.dim() == 1 and shape == (1,) else ""
         expected = ", ".join(map(str, shape))
         raise ShapeError(f"{name} must have shape (rows, {expected}), got {tuple(values.shape)}{hint}")
-    _refuse(~given.isfinite(), given, name, "NaN or infinite values")
-    _refuse(~values.isfinite(), given, name, f"values beyond the range of {values.dtype}")
+    _refuse(~given.isfinite(), given, name, "NaN or infinite values", labels)
+    _refuse(~values.isfinite(), given, name, f"values beyond the range of {values.dtype}", labels)
     _refuse_lost_digits(name, given, values)
     return values
 
@@ -291,13 +353,15 @@ def _refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
         )
 
 
-def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
+def _refuse_outside(support: constraints.Constraint, x: Tensor, labels: Labels) -> None:
     """Raise if a value is outside a support, or on its boundary, where the bijection onto it is not finite."""
-    for constraint, columns in _parts(support, slice(0, x.shape[-1])):
+    first = 0
+    for constraint, length in parts_of(support, x.shape[-1]):
+        columns, first = slice(first, first + length), first + length
         values = x[..., columns]
         is_inside = constraint.check(values)
         if num_axes_of(constraint):
-            _refuse(~is_inside, x, "x", f"values outside the support {constraint}")
+            _refuse(~is_inside, x, "x", f"values outside the support {constraint}", labels)
             continue
         is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
         # There is no bijection onto a discrete support, to which its bounds belong.
@@ -307,30 +371,30 @@ def _refuse_outside(support: constraints.Constraint, x: Tensor) -> None:
         is_bad[..., columns] = ~is_inside
         what = f"values outside the support {constraint} or on its boundary"
         if is_angular(constraint):
-            what = "angles outside of -pi to pi, which torch.remainder(x + pi, 2 * pi) - pi would mend,"
-        _refuse(is_bad, x, "x", what)
+            what = (
+                "angles outside of -pi to pi (make degrees radians by torch.deg2rad, "
+                "then take whole turns out by torch.remainder(x + pi, 2 * pi) - pi)"
+            )
+        _refuse(is_bad, x, "x", what, labels)
 
 
-def _parts(support: constraints.Constraint, columns: slice) -> Iterator[tuple[constraints.Constraint, slice]]:
-    """Split a support into constraints of scalars, each with the columns of the last axis that it constrains."""
-    if isinstance(support, constraints.independent):
-        yield from _parts(support.base_constraint, columns)
-    elif isinstance(support, constraints.cat):
-        first = columns.start
-        for part, length in zip(support.cseq, support.lengths, strict=True):
-            yield from _parts(part, slice(first, first + length))
-            first += length
-    else:
-        yield support, columns
+def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels = None) -> None:
+    """Raise if there is a bad value; the message names the first one, and says how many rows have one.
 
-
-def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str) -> None:
-    """Raise if there is a bad value; the message names the first one, and says how many rows have one."""
+    Args:
+        is_bad: booleans ``(n, ...)``.
+        values: the values, of the same shape.
+        name: what they are.
+        what: what is bad.
+        labels: the labels of the columns of a frame, or None.
+    """
     if not is_bad.any():
         return
     row, *column = is_bad.nonzero()[0].tolist()
     count = int(is_bad.reshape(len(values), -1).any(-1).sum())
     place = f"row {row}" + (f", column {as_given(torch.Size(column))}" if column else "")
+    if labels is not None and len(column) == 1:
+        place += f" ({labels[column[0]]!r})"
     first = values[row, *column]
     shown = listed([f"{value:.6g}" for value in first.flatten().tolist()]) if first.dim() else f"{first.item():.6g}"
     raise DataError(f"{name} has {what} in {count} of {len(values)} rows, the first is {shown} in {place}")

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from pyroflows.shapes import counted
+
 
 class History(Mapping[str, np.ndarray]):
     """A history maps the name of each figure that a fit recorded to its numbers, one for each step or epoch.
@@ -64,4 +66,4 @@ class History(Mapping[str, np.ndarray]):
         return len(self._records)
 
     def __repr__(self) -> str:
-        return f"History({self.num_steps} {self._unit}s: {', '.join(self)})"
+        return f"History({counted(self.num_steps, self._unit)}: {', '.join(self)})"

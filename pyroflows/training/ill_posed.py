@@ -12,11 +12,12 @@ from torch import Tensor
 from pyroflows.errors import DataError, warn
 from pyroflows.flows import Flow
 from pyroflows.flows.base import StudentT
-from pyroflows.shapes import as_given, listed
+from pyroflows.shapes import as_given, counted, listed, places
 from pyroflows.training.data import Rows
 from pyroflows.transforms import LU, Autoregressive, Coupling, Inverse
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.univariate import Additive, Affine
 from pyroflows.transforms.wild import MAX_SORTED, center_and_spread, wild_elements_among
@@ -36,6 +37,8 @@ MAX_AGREEING = 0.08
 MAX_AGREEING_INTEGERS = 0.04
 # A value that makes up this share of the rows, and this many times that of the others on average, is a point mass.
 MIN_POINT_MASS, MIN_POINT_RATIO = 0.05, 10
+# A bootstrap repeats a third of its rows; measurements that were rounded to many digits agree by chance, but rarely.
+MAX_REPEATED_SHARE = 0.1
 # Fewer values than these can hold no point mass among others.
 MIN_NUM_VALUES = 20
 # An image whose elements take no more values than these was not dequantised.
@@ -69,7 +72,10 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
     if not flow.support.is_discrete:
         _check_rank(rows[training])
         _warn_of_wild_rows(flow, rows)
-        _warn_of_repeated_values(rows.x[training])
+        # Where columns take few values, equal rows are no surprise.
+        if not _warn_of_repeated_values(rows.x[training]):
+            _warn_of_repeated_rows(rows.group[rows.weights > 0])
+    _warn_of_other_units(flow, rows[training])
     _warn_of_affine_maps(flow)
     _warn_of_size(flow, len(training))
 
@@ -196,7 +202,8 @@ def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
         center, spread = center_and_spread(values[used].flatten(1)[:, column : column + 1].double())
         distance = (values[row].flatten()[column].double() - center).abs() / spread
         value = given[row].flatten()[column].item()
-        others = f" (and {len(found) - 1} more rows are as far out)" if len(found) > 1 else ""
+        rest = len(found) - 1
+        others = f" (and {counted(rest, 'more row')} {'is' if rest == 1 else 'are'} as far out)" if rest else ""
         warn(
             f"row {row} of {name} has {value:.6g} in column {column}, {distance.item():.2g} "
             f"standard deviations of the others from their median{others}: location, scale and validation leave such "
@@ -206,14 +213,55 @@ def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
         return
 
 
-def _warn_of_repeated_values(x: Tensor) -> None:
-    """Warn of columns that take few values, or one value often, on which a flow puts spikes."""
+def _warn_of_other_units(flow: Flow, rows: Rows) -> None:
+    """Warn if a flow holds location and scale of other data than these, which a further fit does not change."""
+    x, of_context = flow.before_support(rows.x), flow.transform.context_scale
+    for name, layer, values in (("x", _location_and_scale(flow, rows.x), x), ("context", of_context, rows.context)):
+        if not isinstance(layer, Standardize) or values is None or not layer.adapted:
+            continue
+        if far := places(layer.far_columns(values, rows.weights)):
+            adapt = "flow.adapt(x)" if rows.context is None else "flow.adapt(x, context)"
+            warn(
+                f"columns {listed(far)} of {name} are far from the location and scale that this flow has from earlier "
+                f"data, by ten standard deviations or a factor of ten in scale, and a further fit keeps these: call "
+                f"{adapt} before it to give the flow those of the new rows"
+            )
+            return
+
+
+def _location_and_scale(flow: Flow, x: Tensor) -> Standardize | None:
+    """Return the layer of location and scale of a flow, or one with those of a mixture; None if it has none yet."""
+    layers = [part.standardization for part in flow.components]
+    adapted = [layer for layer in layers if layer is not None and layer.adapted]
+    # Components of different supports have their locations in different coordinates.
+    is_common = all(torch.equal(part.before_support(x), flow.before_support(x)) for part in flow.components)
+    if len(adapted) < len(layers) or not is_common:
+        return None
+    locs, scales = torch.stack([layer.loc for layer in adapted]), torch.stack([layer.scale for layer in adapted])
+    scale = (scales.square().mean(0) + locs.var(0, correction=0)).sqrt()
+    angles = None if adapted[0].angles is None else adapted[0].angles.tolist()
+    return Standardize(adapted[0].event_shape, locs.mean(0), scale, angles)
+
+
+def _warn_of_repeated_rows(group: Tensor) -> None:
+    """Warn if many rows repeat others, which then count as often as they stand there, but are no further draws."""
+    count = len(group) - len(group.unique())
+    if count > MAX_REPEATED_SHARE * len(group):
+        warn(
+            f"{count} of {len(group)} rows repeat others, and a density of such rows is one of spikes: leave the "
+            "repetitions out, and give numbers of copies as weights if they mean something; equal rows are kept "
+            "together, either to train on or to validate with"
+        )
+
+
+def _warn_of_repeated_values(x: Tensor) -> bool:
+    """Warn of columns that take few values, or one value often, on which a flow puts spikes; tell whether it did."""
     columns = x.flatten(1)
     count = min(len(columns), max(500, MAX_SORTED // columns.shape[1]))
     sample = columns[torch.linspace(0, len(columns) - 1, count).long().to(x.device)].cpu()
     if x.dim() > 2 and len(levels := sample.unique()) <= MAX_LEVELS < sample.numel() / 10:
-        _warn_of_few_values(f"x takes {len(levels)} values in all", levels)
-        return
+        _warn_of_few_values(f"x takes {len(levels)} values in all", "all columns", levels)
+        return True
     massive, coarse = [], []
     for j, column in enumerate(sample.T):
         values, counts = column.unique(return_counts=True)
@@ -233,16 +281,17 @@ def _warn_of_repeated_values(x: Tensor) -> None:
         )
     if coarse:
         j, values = coarse[0]
-        _warn_of_few_values(
-            f"columns {listed([j for j, _ in coarse])} of x take few values, column {j} takes {len(values)}", values
-        )
+        named = f"columns {listed([j for j, _ in coarse])}"
+        _warn_of_few_values(f"{named} of x take few values, column {j} takes {len(values)}", named, values)
+    return bool(massive or coarse)
 
 
-def _warn_of_few_values(what: str, values: Tensor) -> None:
+def _warn_of_few_values(what: str, columns: str, values: Tensor) -> None:
     step = values.diff().min().item()
     warn(
-        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them, that is add "
-        f"noise of the width of the rounding, such as {step:.3g} * (torch.rand_like(x) - 0.5), or leave out categories"
+        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them, that is make "
+        f"{columns} floating-point numbers, and add to each value its own noise of the width of the rounding, such as "
+        f"{step:.3g} times a uniform number from -0.5 to 0.5; or leave out categories"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyroflows.flows import Flow
-from pyroflows.transforms.normalization import trained_parameters
+from pyroflows.transforms import Standardize
 
 Figures = Mapping[str, Tensor]
 
@@ -126,3 +126,16 @@ class Objective:
             noise: the tensor that :meth:`noise` returned.
         """
         return self.flow.base().rsample((len(noise),)) if self._trains_base else noise
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a fit trains: all that are not frozen, except location and scale of data.
+
+    Example:
+        >>> flow = pf.Flow([Planar(2)])
+        >>> len(trained_parameters(flow)), len(list(flow.parameters()))
+        (1, 3)
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, Standardize)]
+    fixed = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in fixed]

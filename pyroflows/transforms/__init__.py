@@ -1,7 +1,7 @@
 """Layers: bijections from base to data with parameters that are trained."""
 
 from pyroflows.transforms import univariate
-from pyroflows.transforms.base import Cached, Conditioned, FlowTransform, Inverse
+from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.linear import LU, Permutation, Triangular
 from pyroflows.transforms.normalization import Standardize
@@ -9,6 +9,7 @@ from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
 from pyroflows.transforms.triangular import Autoregressive, Coupling, Elementwise, TriangularTransform, masks
+from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 __all__ = [
     "LU",

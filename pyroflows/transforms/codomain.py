@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyroflows.constraints import num_axes_of
+from pyroflows.constraints import num_axes_of, without_events
 
 # Instances of these have an attribute for each end. Torch gives the classes themselves no public names.
 _ABOVE = (constraints.greater_than, constraints.greater_than_eq)
@@ -20,8 +20,7 @@ def is_unbounded(constraint: constraints.Constraint) -> bool:
         >>> is_unbounded(constraints.real_vector), is_unbounded(constraints.positive)
         (True, False)
     """
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
+    constraint = without_events(constraint)
     if isinstance(constraint, constraints.cat):
         return all(is_unbounded(part) for part in constraint.cseq)
     return isinstance(constraint, type(constraints.real))
@@ -98,6 +97,23 @@ def _all(masks: Any) -> Tensor:
     for mask in others:
         first = first & mask
     return first
+
+
+def moved_inside(constraint: constraints.Constraint, x: Tensor, is_in: Tensor, num_axes: int) -> Tensor:
+    """Return events, with one event in the interior of a constraint in place of those that are outside.
+
+    Args:
+        constraint: a constraint on events or on their elements.
+        x: events with ``num_axes`` axes, after any others.
+        is_in: which of them are inside, of the shape of x without the axes of events.
+        num_axes: number of axes of an event.
+
+    Example:
+        >>> x = torch.tensor([[0.2, 0.3], [0.5, 7.0]])
+        >>> moved_inside(constraints.unit_interval, x, torch.tensor([True, False]), num_axes=1).tolist()[1]
+        [0.5, 0.5]
+    """
+    return torch.where(is_in.reshape(*is_in.shape, *[1] * num_axes), x, point_inside(constraint, x, num_axes))
 
 
 def point_inside(constraint: constraints.Constraint, x: Tensor, num_axes: int) -> Tensor:

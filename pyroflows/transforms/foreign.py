@@ -8,7 +8,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyroflows.constraints import num_axes_of
+from pyroflows.constraints import on_events
 from pyroflows.errors import InversionError, OptionError, ShapeError
 from pyroflows.shapes import as_given, shape_of
 from pyroflows.transforms.base import FlowTransform, Pair
@@ -137,12 +137,6 @@ class Zuko(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.transform().call_and_ladj(x)
-
-
-def on_events(constraint: constraints.Constraint, num_axes: int) -> constraints.Constraint:
-    """Return the constraint on events with this number of axes, each element of which meets the given constraint."""
-    rest = num_axes - num_axes_of(constraint)
-    return constraints.independent(constraint, rest) if rest else constraint
 
 
 def _image_of(transform: Transform, shape: torch.Size) -> torch.Size | None:

@@ -15,6 +15,8 @@ from pyroflows.transforms.wild import location_and_scale, wild_elements
 
 # The largest distance of a context from its mean, in units of its scale.
 MAX_CONTEXT = 10.0
+# Rows with a mean farther away, in units of the scale, or a scale larger or smaller by this factor, are other data.
+MAX_SHIFT, MAX_RATIO = 10.0, 10.0
 
 
 class Standardize(Constants, TriangularTransform):
@@ -119,6 +121,29 @@ class Standardize(Constants, TriangularTransform):
         self.relative_loc.copy_(mean / deviation)
         self.log_scale.copy_(deviation.log())
 
+    def far_columns(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Tell which columns of rows have another location or scale than the layer, by a factor of ten of the scale.
+
+        Args:
+            x: rows ``(n, *event_shape)``.
+            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
+
+        Returns:
+            Booleans of the event's shape: whether the mean is more than ten scales away from the location, or the
+            standard deviation is more than ten times larger or smaller than the scale. Angles and columns that are
+            constant are not.
+
+        Example:
+            >>> t = Standardize(2)
+            >>> t.far_columns(torch.tensor([[0.0, 500.0], [2.0, 502.0]]))
+            tensor([False,  True])
+        """
+        mean, deviation = (values.to(self.log_scale) for values in self._location_and_scale(x, weights))
+        ratio = deviation / self.scale
+        is_far = ((mean - self.loc).abs() > MAX_SHIFT * self.scale) | (ratio > MAX_RATIO) | (ratio < 1 / MAX_RATIO)
+        is_far = is_far & (deviation > 0)
+        return is_far if self.angles is None else is_far & ~self.angles
+
     @property
     def is_affine(self) -> bool:
         return True
@@ -181,16 +206,3 @@ class ContextScale(Standardize):
         # Rounding gives the mean of equal numbers a distance from them.
         is_constant = scale <= torch.finfo(x.dtype).eps * mean.abs()
         return mean, scale.masked_fill(is_constant | (scale == 0), 1.0)
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that a fit trains: all that are not frozen, except location and scale of data.
-
-    Example:
-        >>> flow = pf.Flow([Planar(2)])
-        >>> len(trained_parameters(flow)), len(list(flow.parameters()))
-        (1, 3)
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, Standardize)]
-    fixed = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    return [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in fixed]

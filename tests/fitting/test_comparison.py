@@ -63,9 +63,54 @@ def test_contexts_are_used():
     assert found.log_prob(name) > -1.0  # the entropy of x alone is 2.5 nats
 
 
+def fitted(flow, x):
+    pf.fit_density(flow, x, max_epochs=1, seed=0, progress_bar=False)
+    return flow
+
+
+def test_flows_that_have_seen_rows_are_refused():
+    """Their training rows may be test rows here, on which they would look better than they are."""
+    torch.manual_seed(0)
+    x, new, seen = bent(100), pf.flows.MAF(2, num_layers=1), pf.flows.MAF(2, num_layers=1)
+    seen.adapt(x)
+    loaded = pf.flows.Gaussian(2)
+    loaded.load_state_dict(fitted(pf.flows.Gaussian(2), x).state_dict())
+    mixtures = [
+        fitted(pf.flows.Mixture([pf.flows.Gaussian(2)]), x),
+        pf.flows.Mixture([pf.flows.Gaussian(2), seen]),
+        pf.flows.Mixture([pf.flows.Gaussian(2), pf.flows.Mixture([seen])]),
+    ]
+    for flow in (seen, loaded, *mixtures):
+        with pytest.raises(OptionError, match="flow 'q' was fitted or adapted to rows before.*: give a new one"):
+            compare({"new": new, "q": flow}, x)
+    assert not new.is_adapted
+
+
+def test_a_location_and_scale_that_were_given_are_not_learned():
+    given = pf.transforms.Standardize(2, torch.zeros(2), torch.ones(2))
+    flow = pf.Flow([pf.transforms.Triangular(2), given])
+    assert compare({"q": flow}, bent(100), max_epochs=1).best == "q"
+
+
+def test_flows_that_share_parameters_are_refused():
+    flow = pf.flows.MAF(2, num_layers=1)
+    for other in (flow, pf.flows.Mixture([flow, pf.flows.Gaussian(2)])):
+        with pytest.raises(OptionError, match="flows 'a' and 'b' have parameters in common.*make a flow for each name"):
+            compare({"a": flow, "b": other}, bent(100))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"flows": {}}, "at least one flow"), ({"test": 1.0}, "test must be a fraction of the rows")],
+    [
+        ({"flows": {}}, "at least one flow"),
+        ({"flows": [pf.flows.MAF(2)]}, "takes flows by name, such as .*, but got list"),
+        ({"flows": pf.flows.MAF(2)}, "takes flows by name, such as .*, but got MAF"),
+        ({"flows": {"q": pf.flows.MAF(2)()}}, "takes pyroflows.Flow objects by name, but 'q' is FlowDistribution"),
+        ({"flows": {"q": pf.flows.MAF}}, "'q' is the class MAF: make an instance first"),
+        ({"flows": {1: pf.flows.MAF(2)}}, "names of flows must be strings, got 1"),
+        ({"test": 1.0}, "test must be a fraction of the rows"),
+        ({"test": None}, "test must be a fraction of the rows"),
+    ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(OptionError, match=message):

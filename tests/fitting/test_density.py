@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -103,7 +104,8 @@ def test_weights_count_as_repeated_rows():
     for options in ({"weights": weights}, {"x": x.repeat_interleave(weights.long(), 0)}):
         flow = pf.Flow([Elementwise(1)])
         flow.adapt(x)
-        fit_quietly(flow, **{"x": x, **options}, max_epochs=10, optimizer=adam(0.02))
+        with nullcontext() if "weights" in options else pytest.warns(UserWarning, match="rows repeat others"):
+            fit_quietly(flow, **{"x": x, **options}, max_epochs=10, optimizer=adam(0.02))
         means.append(flow.transform(torch.zeros(1)).item())
     expected = (weights * x[:, 0]).sum() / weights.sum()  # about -0.7, and 0.5 without weights
     assert means == pytest.approx([expected.item()] * 2, abs=0.1)
@@ -304,11 +306,55 @@ def test_a_second_fit_goes_on_from_the_first():
     x, flow = banana(), MAF(2)
     first = fit_quietly(flow, x, max_epochs=3)
     standardize = copy.deepcopy(flow.transform.layers[-1].state_dict())
-    second = fit_quietly(flow, x + 1000, max_epochs=1, optimizer=adam(1e-9))
+    second = fit_quietly(flow, x + torch.tensor([300.0, 0.1]), max_epochs=1, optimizer=adam(1e-9))
     assert_same_state(flow.transform.layers[-1], standardize)
     third = fit_quietly(flow, x, max_epochs=3)
     # The same rows are held out, and the state before training counts.
     assert third.best_log_prob >= first.best_log_prob > second.best_log_prob
+
+
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [
+        (lambda x: x + torch.tensor([2000.0, 0.0]), r"\[0\]"),
+        (lambda x: x / 1000, r"\[0, 1\]"),
+        (lambda x: torch.stack([x[:, 0], 1000 * x[:, 1]], 1), r"\[1\]"),
+    ],
+    ids=["location", "scale", "one column"],
+)
+@pytest.mark.parametrize("kind", ["flow", "mixture"])
+def test_a_further_fit_to_data_of_another_scale_warns(kind, change, columns):
+    flow = MAF(2) if kind == "flow" else pf.flows.Mixture([MAF(2), MAF(2)])
+    x = banana(300)
+    fit_briefly(flow, x)
+    with pytest.warns(UserWarning, match=rf"columns {columns} of x are far from .*: call flow.adapt\(x\) before it"):
+        fit_briefly(flow, change(x))
+    flow.adapt(change(x))
+    fit_briefly(flow, change(x))
+
+
+def test_the_scale_of_bounded_data_is_that_before_the_map_onto_the_support():
+    flow, x = MAF(2, support=constraints.positive), torch.randn(300, 2).exp()
+    fit_briefly(flow, x)
+    fit_briefly(flow, 100 * x)  # a shift of 4.6 standard deviations of the logarithm
+    with pytest.warns(UserWarning, match=r"columns \[0, 1\] of x are far"):
+        fit_briefly(flow, 1e6 * x)
+
+
+def test_a_further_fit_with_contexts_of_another_scale_warns():
+    flow = pf.flows.MAF(1, num_layers=1, hidden_dims=(8,), context_dim=2)
+    x, context = conditional_data(300)
+    fit_briefly(flow, x, context)
+    with pytest.warns(UserWarning, match=r"columns \[1\] of context are far from .*: call flow.adapt\(x, context\)"):
+        fit_briefly(flow, x, context * torch.tensor([1.0, 100.0]))
+    fit_briefly(flow, x, context * torch.tensor([1.0, 0.0]))  # that of one group
+
+
+def test_angles_have_no_scale_to_warn_of():
+    support = constraints.cat([pf.constraints.circular, constraints.real], dim=-1)
+    flow = pf.flows.CircularNSF(2, num_layers=1, hidden_dims=(8,), support=support)
+    fit_briefly(flow, torch.randn(200, 2).clamp(-3, 3))
+    fit_briefly(flow, torch.stack([0.001 * torch.randn(200), torch.randn(200)], 1))
 
 
 def test_a_fitted_flow_loads_into_a_fresh_one():
@@ -480,6 +526,8 @@ def test_repr(fit):
         f"after epoch {fit.best_epoch};",
         f"a Gaussian has {fit.gaussian_log_prob:.4g})",
     ]
+    short = fit_quietly(MAF(2), torch.randn(300, 2), max_epochs=1)
+    assert repr(short).startswith("DensityFit(1 epoch, all of") and repr(short.history).startswith("History(1 epoch:")
     stopped = fit_quietly(MAF(2), torch.randn(300, 2), patience=1)
     assert stopped.stopped_early
     assert repr(stopped).startswith(f"DensityFit({stopped.history.num_steps} epochs, stopped early; best")
@@ -489,7 +537,7 @@ def test_a_fit_says_that_max_epochs_ended_it_while_it_improved_and_can_go_on():
     flow, x = MAF(2), banana(500)
     fit = fit_quietly(flow, x, max_epochs=6, batch_size=64)
     assert fit.still_improving and not fit.stopped_early
-    assert repr(fit).endswith("call fit_density again with the same seed to go on from here.")
+    assert " ".join(repr(fit).split()).endswith("call fit_density again with the same seed to go on from here.")
     further = fit_quietly(flow, x, max_epochs=6, batch_size=64)
     # Both have validated with the rows that the seed sets aside.
     assert held_out_log_prob(flow, x) == pytest.approx(further.best_log_prob, abs=1e-5)
@@ -525,6 +573,13 @@ def test_plot(fit):
         ({"validation": 1.0}, "between 0 and 1, got 1.0"),
         ({"validation": 50}, "between 0 and 1, got 50"),
         ({"validation": math.nan}, "between 0 and 1, got nan"),
+        ({"validation": None}, "between 0 and 1, got None"),
+        ({"validation": "0.1"}, "between 0 and 1, got str"),
+        ({"validation": torch.zeros(5, 2)}, "between 0 and 1, got Tensor"),
+        ({"seed": "a"}, "seed must be None or an integer that fits into 64 bits, got 'a'"),
+        ({"seed": 1.5}, "seed must be None or an integer that fits into 64 bits, got 1.5"),
+        ({"seed": 2**64}, "seed must be None or an integer that fits into 64 bits"),
+        ({"seed": torch.zeros(5)}, "64 bits, got Tensor"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_epochs": 0}, "max_epochs must be at least 1, got 0"),
         ({"patience": -1}, "patience must be at least 1, got -1"),

@@ -7,7 +7,7 @@ from torch.distributions import LogNormal, MultivariateNormal, constraints
 
 import pyroflows as pf
 from pyroflows.fitting.gaussian import gaussian_log_prob
-from pyroflows.training.data import Rows, load
+from pyroflows.training.data import load
 
 
 def rows_of(flow, x, context=None, weights=None):
@@ -76,11 +76,22 @@ def test_there_is_none_where_the_covariance_is_singular(x):
     assert gaussian_log_prob(flow, rows[:-2], rows[-2:]) is None
 
 
+def test_there_is_none_for_angles():
+    """A Gaussian is no density on a circle: for angles around pi it has the two ends far from their mean."""
+    x = torch.distributions.VonMises(torch.pi, 4.0).sample((100, 2))
+    mixed = constraints.cat([pf.constraints.circular, constraints.real], dim=-1)
+    for flow in (pf.flows.CircularNSF(2), pf.flows.CircularNSF(2, support=mixed)):
+        rows = rows_of(flow, x)
+        assert gaussian_log_prob(flow, rows[:-10], rows[-10:]) is None
+    fit = pf.fit_density(flow, x, max_epochs=1, progress_bar=False)
+    assert fit.gaussian_log_prob is None and "Gaussian" not in repr(fit)
+
+
 def test_events_of_another_shape_count_as_vectors():
     x = torch.randn(100, 6, dtype=torch.float64)
     flow, images = pf.flows.MAF(6), pf.Flow([pf.transforms.Standardize((2, 3))])
     found = [
-        gaussian_log_prob(f, *(Rows(part, None, torch.ones(len(part))) for part in values.split([90, 10])))
+        gaussian_log_prob(f, *(rows_of(f, part) for part in values.split([90, 10])))
         for f, values in ((flow, x), (images, x.unflatten(1, (2, 3))))
     ]
     assert found[0] == pytest.approx(found[1], abs=1e-9)

@@ -190,7 +190,11 @@ def test_base_without_period_is_refused(base):
         (lambda: pf.flows.CircularNSF(4, mixing="permutation", support=MIXED), "every layer must treat angles"),
         (lambda: pf.flows.CircularNSF(2, support=constraints.positive), "use NSF"),
         (lambda: pf.Flow([Elementwise(2, "circular_spline")], support=constraints.positive), "in no others"),
-        (lambda: pf.flows.Recipe("CircularNSF")(2) and pf.flows.flow.as_flow(pf.flows.CircularNSF(2), 2), "of angles"),
+        (
+            lambda: pf.flows.Recipe("CircularNSF")(2) and pf.flows.conversion.as_flow(pf.flows.CircularNSF(2), 2),
+            "of angles",
+        ),
+        (lambda: pf.flows.conversion.as_flow(pf.flows.Mixture([pf.flows.CircularNSF(2)]), 2), "of angles"),
     ],
 )
 def test_layers_and_supports_that_do_not_fit_are_refused(make, message):
@@ -200,11 +204,24 @@ def test_layers_and_supports_that_do_not_fit_are_refused(make, message):
 
 def test_angles_out_of_range_are_refused_with_the_remedy():
     degrees = torch.tensor([[0.0, 90.0], [10.0, 1.0]])
-    with pytest.raises(DataError, match=r"x has angles outside of -pi to pi, .*remainder.* in 2 of 2 rows"):
+    with pytest.raises(DataError, match=r"x has angles outside of -pi to pi .*deg2rad, then .*remainder.* in 2 of 2"):
         pf.fit_density(pf.flows.CircularNSF(2), degrees, **QUIET)
     with_ends = PI * (2 * torch.rand(80, 2) - 1)
     with_ends[:2] = torch.tensor([[PI, -PI], [-PI, PI]])
     pf.fit_density(pf.flows.CircularNSF(2, num_layers=1), with_ends, max_epochs=1, **QUIET)
+
+
+def test_angles_rounded_in_float32_are_taken_in_float64():
+    """The float32 number next to pi is beyond it, and a remainder may end one step farther out."""
+    ends = torch.tensor([[PI, -PI], [-PI, PI]], dtype=torch.float32)
+    x = torch.cat([PI * (2 * torch.rand(80, 2) - 1), ends, ends.nextafter(2 * ends)]).double()
+    assert (x.abs() > math.pi).any()
+    for flow in (pf.flows.CircularNSF(2, num_layers=1), pf.flows.NSF(2, num_layers=1, support=CIRCULAR)):
+        flow.double()
+        pf.fit_density(flow, x, max_epochs=1, **QUIET)
+        assert flow().log_prob(x).isfinite().all()
+        with pytest.raises(DataError, match="outside of -pi to pi"):
+            pf.fit_density(flow, x * (1 + 1e-5), max_epochs=1, **QUIET)
 
 
 def test_permutations_carry_angles_along():

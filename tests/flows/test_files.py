@@ -120,7 +120,7 @@ BASES = {
 
 
 def with_base(base):
-    return Flow([LU(2)], base=base.to_event(1) if not base.event_shape else base)
+    return Flow([LU(2)], base=base if base.event_shape else base.to_event(1))
 
 
 FLOWS = {

@@ -21,7 +21,7 @@ from torch.distributions import transforms as torch_transforms
 from pyroflows import flows
 from pyroflows.errors import InexactError, InversionError, OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
-from pyroflows.flows.flow import as_flow
+from pyroflows.flows.conversion import as_flow
 from pyroflows.transforms import Elementwise, FlowTransform, Planar, Standardize
 from pyroflows.transforms.memory import Memory
 from tests.transforms.examples import EstimatedScale

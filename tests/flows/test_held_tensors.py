@@ -16,8 +16,8 @@ from torch.distributions.utils import lazy_property
 from torch.func import functional_call
 
 import pyroflows as pf
+from pyroflows.training.objective import trained_parameters
 from pyroflows.transforms.held import Held
-from pyroflows.transforms.normalization import trained_parameters
 from tests.flows.distributions import EXAMPLES, NO_BASE, SUPPORTS, WITHOUT_EXAMPLE, chol, normal, v
 
 HERE, THERE = 0.5, 0.7

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -156,6 +157,15 @@ def test_dtype_and_weights_move_along():
     mixture = bent(torch.float32)
     assert mixture.double().gate().dtype == torch.float64
     assert mixture().sample((3,)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("values", [[[1.0, -6.0]], np.array([[1, -6]]), torch.tensor([[1.0, -6.0]]).double()])
+def test_values_are_cast(values):
+    mixture = bent(torch.float32)
+    x = torch.tensor([[1.0, -6.0]])
+    found = mixture().log_prob(values)
+    assert found.dtype == torch.float32 and torch.equal(found, mixture().log_prob(x))
+    assert torch.equal(mixture().latent(values), x)
 
 
 # In a guide

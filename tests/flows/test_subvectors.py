@@ -1,5 +1,6 @@
 """Conditional and marginal laws of columns, against exact laws, integrals and one another."""
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -43,6 +44,14 @@ def test_marginal_times_conditional_is_the_density(name, context_dim, base):
         rest = flow.conditional(x[:, ORDER[:k]], context)
         assert rest.columns == sorted(ORDER[k:]) and rest.batch_shape == (5,)
         torch.testing.assert_close(first + rest.log_prob(x[:, rest.columns]), q.log_prob(x))
+
+
+@pytest.mark.parametrize("values", [[[0.25, 0.5]], np.array([[0.25, 0.5]]), torch.tensor([[0.25, 0.5]])])
+def test_values_are_cast(values):
+    rest = moved(FLOWS["MAF"]()).conditional([0.5])
+    x = torch.tensor([[0.25, 0.5]]).double()
+    for method in (rest.log_prob, rest.conditional_cdf, rest.conditional_icdf):
+        assert torch.equal(method(values), method(x))
 
 
 @pytest.mark.parametrize("support", [None, constraints.positive, constraints.cat([constraints.unit_interval] * 3, -1)])

@@ -17,7 +17,7 @@ from torch.distributions import AffineTransform, ComposeTransform, SigmoidTransf
 import pyroflows as pf
 from pyroflows.errors import FlowError, InversionError, ShapeError
 from pyroflows.guides import AutoFlow
-from pyroflows.transforms.normalization import trained_parameters
+from pyroflows.training.objective import trained_parameters
 from tests.guides.models import (
     Y,
     assert_same_draws,
@@ -215,7 +215,7 @@ def test_zuko_leaves_validation_on_in_a_fresh_process():
     code = """
 import torch, zuko
 from pyro import distributions as dist
-from pyroflows.flows.flow import as_flow
+from pyroflows.flows.conversion import as_flow
 as_flow(zuko.flows.MAF(2), 2)
 dist.Normal(0.0, -1.0)
 """

@@ -22,10 +22,10 @@ from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe, model_parameters
 from pyroflows.training.history import History
 from pyroflows.training.loop import Trainer
+from pyroflows.training.objective import trained_parameters
 from pyroflows.training.schedules import Plateau
 from pyroflows.training.step import Step
 from pyroflows.transforms import Elementwise
-from pyroflows.transforms.normalization import trained_parameters
 from pyroflows.transforms.univariate import Affine
 
 NUM_PARTICLES = 16

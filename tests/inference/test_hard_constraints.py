@@ -142,7 +142,7 @@ SLOW = ("nan", "root", "corner", "residual", "uniform", "pareto")
 )
 def test_right_values(model, args, exact):
     mean, log_evidence = exact()
-    posterior = fit(model, *args, num_steps=None)
+    posterior = fit(model, *args, seed=1, num_steps=None)
     weighted = posterior.importance_sample(40_000)
     weights, a = weighted.weights.normalized, weighted.draws["a"].double()
     # The smoothing of the weights moves the mean by a little more than its standard error.
@@ -157,7 +157,7 @@ def test_right_values(model, args, exact):
 
 def test_chains_and_bridge():
     mean, log_evidence = on_square(of_cut)
-    posterior = fit(cut_by_factor, num_steps=100)
+    posterior = fit(cut_by_factor, seed=1, num_steps=100)
     chains = posterior.mcmc(100, seed=0, progress_bar=False)
     a, b = chains.draws["a"], chains.draws["b"]
     assert (a + b < 1).all()

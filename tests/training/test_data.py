@@ -3,15 +3,17 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from pyro import distributions as dist
 from pyro.distributions.constraints import ordered_vector, positive_ordered_vector
 from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pyroflows import DataError, Flow, OptionError, ShapeError, flows
 from pyroflows.training.data import ShuffledBatches, load, split
-from pyroflows.transforms import Planar
+from pyroflows.transforms import Permutation, Planar
 
 N, DIM, CONTEXT_DIM = 20, 3, 2
 
@@ -217,9 +219,9 @@ def test_context_of_another_shape(shape, message):
         load(conditional(), values(), torch.ones(shape))
 
 
-@pytest.mark.parametrize("num_rows", [0, 1])
-def test_too_few_rows(num_rows):
-    with pytest.raises(DataError, match=f"x has {num_rows} row: a density needs more"):
+@pytest.mark.parametrize(("num_rows", "words"), [(0, "0 rows"), (1, "1 row")])
+def test_too_few_rows(num_rows, words):
+    with pytest.raises(DataError, match=f"x has {words}: a density needs more"):
         load(plain(), values(num_rows))
 
 
@@ -260,6 +262,52 @@ def test_datasets_that_cannot_be_read(dataset, message):
 def test_context_beside_a_dataset():
     with pytest.raises(OptionError, match="the context of a Dataset comes with its items"):
         load(conditional(), TensorDataset(values()), values(N, CONTEXT_DIM))
+
+
+# Frames
+
+
+FRAME = pd.DataFrame(values().double().numpy(), columns=["a", "b", "age"])
+CONTEXTS = pd.DataFrame(values(N, CONTEXT_DIM).double().numpy(), columns=["u", "v"])
+
+
+def test_frames_of_different_indices():
+    """A shuffled frame beside another that was not would be paired with the wrong rows."""
+    other = CONTEXTS.sample(frac=1, random_state=0)
+    for x in (FRAME, FRAME["a"]):
+        with pytest.raises(DataError, match=r"x and context have different indices.*give context.loc\[x.index\] to"):
+            load(conditional(), x, other)
+    for weights in (FRAME["a"].abs().iloc[::-1], FRAME[["a"]].iloc[::-1]):
+        with pytest.raises(DataError, match="x and weights have different indices"):
+            load(plain(), FRAME, weights=weights)
+    with pytest.raises(DataError, match="context and weights have different indices"):
+        load(conditional(), FRAME.to_numpy(), other, weights=FRAME["a"].abs())
+    with pytest.raises(DataError, match="x and context have different indices"):
+        conditional().adapt(FRAME, other)
+
+
+def test_frames_that_are_paired():
+    shuffled = FRAME.sample(frac=1, random_state=0)
+    context = CONTEXTS.loc[shuffled.index]
+    for given in (context, context.to_numpy()):
+        rows = load(conditional(), shuffled, given, weights=shuffled["a"].abs()).rows
+        assert rows.context[0].tolist() == pytest.approx(CONTEXTS.loc[shuffled.index[0]].tolist())
+    load(conditional(), FRAME, CONTEXTS.set_axis([*range(N)]))
+    with pytest.raises(ShapeError, match="x has 20 rows, but context has 19"):
+        load(conditional(), FRAME, CONTEXTS[1:])
+
+
+def test_messages_name_the_columns_of_frames():
+    bad = FRAME.copy()
+    bad.iloc[4, 2] = np.nan
+    with pytest.raises(DataError, match=r"in row 4, column 2 \('age'\)"):
+        load(plain(), bad)
+    with pytest.raises(DataError, match=r"in row 4, column 2$"):
+        load(plain(), bad.set_axis([0, 1, 2], axis=1))
+    with pytest.raises(DataError, match=r"context has .* in row 3, column 1 \('v'\)"):
+        load(conditional(), FRAME, CONTEXTS.mask((CONTEXTS.index == 3)[:, None] & (CONTEXTS.columns == "v")))
+    with pytest.raises(DataError, match=r"outside the support .* column 1 \('b'\)"):
+        load(plain(constraints.positive), FRAME.abs().assign(b=-1.0))
 
 
 # The support
@@ -314,6 +362,68 @@ def test_split_takes_a_fraction_of_the_rows(validation, n, expected):
     assert len(held_out) == expected
     assert sorted([*training.tolist(), *held_out.tolist()]) == list(range(n))
     assert held_out.tolist() != split(rows(n), validation)[1].tolist()
+
+
+def test_without_equal_rows_the_split_is_a_shuffle():
+    """A seed of older fits means the same rows."""
+    data = rows(100)
+    torch.manual_seed(1)
+    training, held_out = split(data, 0.1)
+    torch.manual_seed(1)
+    order = torch.randperm(100)
+    assert torch.equal(torch.cat([training, held_out]), order)
+
+
+@pytest.mark.parametrize("conditional_on", [None, "one", "own"])
+def test_equal_rows_are_on_one_side(conditional_on):
+    """In any number, and of any sign of zero; rows of one x with other contexts are other rows."""
+    index = torch.randint(300, (1000,), generator=torch.Generator().manual_seed(0))
+    x = values(300)[index]
+    x[index == 7, 0], x[:500][index[:500] == 7, 0] = 0.0, -0.0
+    flow = plain() if conditional_on is None else conditional()
+    context = {None: None, "one": values(300, CONTEXT_DIM)[index], "own": values(1000, CONTEXT_DIM)}[conditional_on]
+    data = load(flow, x, context).rows
+    torch.manual_seed(0)
+    training, held_out = split(data, 0.1)
+    assert sorted([*training.tolist(), *held_out.tolist()]) == list(range(1000))
+    assert 96 <= len(held_out) <= 104
+    shared = {*index[training].tolist()} & {*index[held_out].tolist()}
+    assert len(data.group.unique()) == (1000 if conditional_on == "own" else len(index.unique()))
+    assert bool(shared) == (conditional_on == "own")
+
+
+def test_every_group_is_validated_with_equal_chance():
+    """A group that went to validation with its last member would come there the more often, the larger it is."""
+    x = torch.cat([values(500), values(500)[:100].repeat(5, 1)])
+    data = rows(x=x)
+    torch.manual_seed(0)
+    parts = [split(data, 0.1)[1] for _ in range(200)]
+    copies = torch.tensor([((part >= 500) | (part < 100)).float().mean() for part in parts])
+    # Of 1000 rows 600 are in groups of six.
+    assert abs(copies.mean() - 0.6) < 4 * copies.std() / len(parts) ** 0.5
+
+
+def test_a_row_repeated_very_often_is_on_both_sides():
+    """Half of the rows are one: it cannot be validated with alone, nor left out of validation."""
+    x = torch.cat([values(100), torch.ones(100, DIM)])
+    _, held_out = split(rows(x=x), 0.1)
+    assert len(held_out) == 20 and {*held_out.tolist()} & {*range(100)} and {*held_out.tolist()} - {*range(100)}
+
+
+class LearnedPoisson(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_rate = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self):
+        return dist.Poisson(self.log_rate.exp()).to_event(1)
+
+
+def test_equal_counts_are_draws_of_one_value():
+    swap = Permutation([1, 0])
+    swap.codomain = constraints.independent(constraints.nonnegative_integer, 1)
+    data = load(Flow([swap], base=LearnedPoisson()), torch.poisson(torch.ones(200, 2))).rows
+    assert torch.equal(data.group, torch.arange(200))
 
 
 def test_rows_without_weight_are_in_neither_part():

@@ -158,8 +158,8 @@ def test_wide_events_are_cheap_to_check():
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ((U > 0).float(), r"columns \[1\] of x take few values, column 1 takes 2.*such as 1 \*"),
-        (U.round(), r"columns \[1\] of x take few values, column 1 takes \d,.*: dequantise them.* such as 1 \*"),
+        ((U > 0).float(), r"columns \[1\] of x take few values, column 1 takes 2.*make columns \[1\] floating"),
+        (U.round(), r"columns \[1\] of x take few values, column 1 takes \d,.*: dequantise them.* such as 1 times"),
         (torch.poisson(torch.full((N, 1), 5.0), generator=torch.Generator().manual_seed(0)), "takes 1"),
         (torch.poisson(torch.full((N, 1), 30.0), generator=torch.Generator().manual_seed(0)), "takes [34]."),
         (U.clamp(min=0), r"columns \[1\] of x repeat one value, column 1 is 0 in (49|50|51)% of the rows"),
@@ -178,6 +178,19 @@ def test_images_of_few_levels_warn():
     with pytest.warns(UserWarning, match="x takes 25. values in all.*dequantise"):
         check(x, flow=flow)
     check(x + torch.rand(x.shape, generator=torch.Generator().manual_seed(1)), flow=flow)
+
+
+def test_repeated_rows_warn():
+    generator = torch.Generator().manual_seed(0)
+    x = normal(N, 2)
+    bootstrap = x[torch.randint(N, (N,), generator=generator)]
+    with pytest.warns(UserWarning, match=r"3\d\d of 1000 rows repeat others, .*: leave the repetitions out, and give"):
+        check(bootstrap)
+    check(bootstrap, normal(N, 1, seed=1))  # with contexts of their own they are other rows
+    weights = torch.ones(N)
+    weights[100:] = 0.0
+    x[200:] = x[200]
+    check(x, weights=weights)
 
 
 # Rows far out

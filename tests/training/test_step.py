@@ -12,10 +12,10 @@ from pyroflows.compiling.check import Compiler
 from pyroflows.fitting import ReverseKL
 from pyroflows.flows import IAF, Flow
 from pyroflows.training import Objective
+from pyroflows.training.objective import trained_parameters
 from pyroflows.training.schedules import Plateau
 from pyroflows.training.step import Step
 from pyroflows.transforms import Permutation
-from pyroflows.transforms.normalization import trained_parameters
 
 both = pytest.mark.parametrize("mode", ["trace", "none"])
 small_iaf = partial(IAF, num_layers=2, hidden_dims=(8,))

@@ -181,7 +181,7 @@ def test_memory_keeps_one_result_while_nothing_changes():
         lambda t, z: torch.nn.init.ones_(t.extra.parameters_of.value),
         lambda t, z: z.add_(1),
         lambda t, z: t.double(),
-        lambda t, z: t.loc.data.add_(1),
+        lambda t, z: t.extra.shift.data.add_(1),
         lambda t, z: t.extra.parameters_of.value.data.add_(1),
         lambda t, z: z.data.add_(1),
     ],

@@ -300,6 +300,24 @@ def test_gradients(name, direction, scale):
     assert torch.autograd.gradcheck(pair_of(name, direction), (value, theta), fast_mode=theta.numel() > 50)
 
 
+@all_maps
+@both_directions
+def test_derivatives_for_parameters_that_depend_on_the_value(name, direction):
+    """As in an autoregressive layer: derivatives by the value alone and through the parameters must not mix."""
+    value = torch.tensor([0.3, 0.4, -1.2], dtype=torch.float64, requires_grad=True)
+    theta = parameters(name, num=3)
+    map_of = pair_of(name, direction)
+
+    def total(value):
+        return map_of(value, theta + 0.1 * torch.sin(value.roll(1))[:, None])
+
+    def gradient(create_graph):
+        return torch.autograd.grad(sum(t.sin().sum() for t in total(value)), value, create_graph=create_graph)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+    assert torch.autograd.gradgradcheck(total, value, fast_mode=True, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", BY_ROOT_SEARCH)
 @both_directions
 def test_second_derivatives(name, direction):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
+from pyroflows.constraints import without_events
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 
@@ -160,6 +160,5 @@ def _spread_follows(of_site: Tensor, of_scale: Tensor) -> float:
 
 
 def _is_half_line(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = without_events(support)
     return hasattr(support, "lower_bound") and not hasattr(support, "upper_bound")

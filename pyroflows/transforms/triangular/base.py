@@ -5,7 +5,8 @@ The log-determinant is the sum of the logarithms on the diagonal.
 
 from torch import Tensor
 
-from pyroflows.transforms.base import FlowTransform, Inverse, Pair
+from pyroflows.transforms.base import FlowTransform, Pair
+from pyroflows.transforms.views import Inverse
 
 
 class TriangularTransform(FlowTransform):

@@ -146,6 +146,8 @@ class _Affine(torch.autograd.Function):
         value, theta, sigmoid, scale, z = ctx.saved_tensors
         is_inverse, bounds, order = ctx.arguments
         if torch.is_grad_enabled():  # by create_graph=True: the caller wants second derivatives
+            # Parameters that a network computes from the value lead back to it; views of both part the two ways.
+            value, theta = value.view_as(value), theta.view_as(theta)
             outputs = _recorded(is_inverse, value, theta, bounds)
             return None, *torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True), None
         g_result, g_ladj = g_result.permute(order), g_ladj.permute(order)

@@ -261,6 +261,8 @@ class _Analytic(torch.autograd.Function):
         value, theta, inside, ladj, *fields = ctx.saved_tensors
         direction, bins, bound, order = ctx.arguments
         if torch.is_grad_enabled():  # by create_graph=True: the caller wants second derivatives
+            # Parameters that a network computes from the value lead back to it; views of both part the two ways.
+            value, theta = value.view_as(value), theta.view_as(theta)
             outputs, *_ = _evaluate(direction, value, theta, bins, bound)
             gradients = torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True)
             return None, *gradients, None, None

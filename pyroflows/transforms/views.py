@@ -1,0 +1,190 @@
+"""Views of a layer, which are layers with the same parameters: its inverse, the layer at one context, and one that
+remembers.
+
+Methods of :class:`pyroflows.transforms.FlowTransform` make them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.memory import Memory
+
+
+class _View(FlowTransform):
+    """The base class of views: a layer that computes by another one and shares its parameters."""
+
+    def __init__(self, layer: FlowTransform, event_shape: torch.Size, context_dim: Any, base_shape: torch.Size) -> None:
+        super().__init__(event_shape, context_dim, base_shape)
+        self.layer = layer
+
+    @property
+    def ladj_is_exact(self) -> bool:
+        return self.layer.ladj_is_exact
+
+    # They are properties, since the bounds of a layer can be tensors that move, cast and load.
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.codomain
+
+    @property
+    def is_bounding(self) -> bool:
+        return self.layer.is_bounding
+
+    @property
+    def is_onto_reals(self) -> bool:
+        return self.layer.is_onto_reals
+
+
+class Inverse(_View):
+    r"""The inverse of a layer, with the same parameters: it maps z to :math:`t^{-1}(z)`. ``t.inv`` makes it.
+
+    It does not adapt to data, even if the layer does.
+
+    Args:
+        layer: the layer t.
+
+    Example:
+        >>> t = Planar(2)
+        >>> isinstance(t.inv, Inverse), t.inv.inv is t
+        (True, True)
+        >>> [name for name, _ in t.inv.named_parameters()]
+        ['layer.parameters_of.value']
+    """
+
+    def __init__(self, layer: FlowTransform) -> None:
+        super().__init__(layer, layer.base_shape, layer.context_shape, layer.event_shape)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layer.domain
+
+    is_bounding, is_onto_reals = FlowTransform.is_bounding, FlowTransform.is_onto_reals
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._inverse_and_ladj(z, context)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._forward_and_ladj(x, context)
+
+    def _exact(self) -> FlowTransform:
+        return self.layer.exact().inv
+
+    # These go through the layer's own calls, so that a cached layer remembers in both directions.
+    def _call(self, z: Tensor) -> Tensor:
+        return self.layer._inverse(z)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self.layer._call(x)
+
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return ``log |det dx/dz|``, which the layer's own forward direction gives at x."""
+        return -self.layer.log_abs_det_jacobian(x, z)
+
+    @property
+    def inv(self) -> FlowTransform:
+        return self.layer
+
+
+class Conditioned(_View):
+    """A layer at one context, which takes no context itself. ``t.condition(context)`` makes it.
+
+    Gradients flow into the context, which moves and casts with the layer.
+
+    Args:
+        layer: a layer that takes a context.
+        context: ``(..., *context_shape)``.
+
+    Example:
+        >>> t = Planar(2, context_dim=3).condition(torch.randn(5, 3))
+        >>> t(torch.zeros(2)).shape, t.context_dim
+        (torch.Size([5, 2]), 0)
+    """
+
+    context: Tensor
+
+    def __init__(self, layer: FlowTransform, context: Tensor) -> None:
+        super().__init__(layer, layer.event_shape, (), layer.base_shape)
+        if isinstance(context, nn.Parameter):
+            self.context = context
+        else:
+            # It moves and casts with the layer, but is not part of what the layer has learnt.
+            self.register_buffer("context", context, persistent=False)
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer.forward_and_ladj(z, self.context)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer.inverse_and_ladj(x, self.context)
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        return self.layer.forward_and_score(z, score, self.context)
+
+    def _exact(self) -> FlowTransform:
+        return self.layer.exact().condition(self.context)
+
+
+class Cached(_View):
+    """A view of a layer that remembers its last z, x and ``log |det dx/dz|``. ``t.with_cache()`` makes it.
+
+    Pyro's ``NeuTraReparam`` needs it. Deepcopy and pickle drop the memory, and it is not used after a value, a
+    parameter or a buffer has changed.
+
+    Args:
+        layer: the layer to call.
+
+    Example:
+        >>> t = Planar(2).with_cache()
+        >>> z = torch.randn(5, 2)
+        >>> t.inv(t(z)) is z  # without a root search
+        True
+    """
+
+    def __init__(self, layer: FlowTransform) -> None:
+        super().__init__(layer, layer.event_shape, layer.context_shape, layer.base_shape)
+        self._memory = Memory(layer)
+
+    def _call(self, z: Tensor) -> Tensor:
+        if (last := self._memory.recall(z, None, None)) is not None:
+            return last[1]
+        x, ladj = self.layer.forward_and_ladj(z)
+        self._memory.keep(z, x, ladj)
+        return x
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        if (last := self._memory.recall(None, x, None)) is not None:
+            return last[0]
+        z, ladj = self.layer.inverse_and_ladj(x)
+        self._memory.keep(z, x, -ladj)
+        return z
+
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
+        if (last := self._memory.recall(z, x, None)) is not None:
+            return last[2]
+        return self.layer.log_abs_det_jacobian(z, x)
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._forward_and_ladj(z, context)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        return self.layer._inverse_and_ladj(x, context)
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        return self.layer._forward_and_score(z, score, context)
+
+    def _exact(self) -> FlowTransform:
+        return Cached(self.layer.exact())
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        return self if cache_size else self.layer
