@@ -1,5 +1,8 @@
 """Divide rows of data into clusters, at which the components of a mixture start."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,9 @@ from torch import Tensor
 MAX_ROWS, NUM_STARTS, NUM_ITERATIONS = 10_000, 4, 20
 # A cluster of few rows, or with a constant column, has no scale: then all rows have this share of the weight.
 SHARE_OF_OTHERS = 0.1
+# A component that was fitted before explains a row, unless it is unlikelier than all but this share of its own draws.
+# Rows that no component explains count if they are so many times as many.
+UNLIKELY, TIMES = 0.001, 10
 
 
 def clusters_of(rows: Tensor, weights: Tensor, num_clusters: int) -> Tensor:
@@ -39,6 +45,31 @@ def clusters_of(rows: Tensor, weights: Tensor, num_clusters: int) -> Tensor:
     starts = [_centers(white[chosen], weights[chosen], num_clusters) for _ in range(NUM_STARTS)]
     best = min(starts, key=lambda centers: _cost(white[chosen], weights[chosen], centers))
     return _nearest(white, best)
+
+
+def unexplained(laws: Sequence[Any], x: Tensor, weights: Tensor) -> Tensor:
+    """Return the weights of rows that none of some fitted laws explains, for a further component to start at.
+
+    Args:
+        laws: laws with as many draws as rows where their batch shape is ``(n,)``, or without a batch shape.
+        x: rows ``(n, *event_shape)``.
+        weights: weights of the rows ``(n,)``, not negative.
+
+    Returns:
+        The weights ``(n,)`` with zeros for rows that are explained; all weights if nearly all rows are.
+
+    Example:
+        >>> x = torch.cat([torch.randn(200, 1), 50 + torch.randn(100, 1)])
+        >>> bool(unexplained([pf.flows.Gaussian(1)()], x, torch.ones(300))[200:].all())
+        True
+    """
+    rest = weights
+    for law in laws:
+        draws = law.sample(() if law.batch_shape else (len(x),))
+        least = law.log_prob(draws).quantile(UNLIKELY)
+        # What has no density is not explained either.
+        rest = torch.where(law.log_prob(x) >= least, 0.0, rest)
+    return rest if rest.sum() > TIMES * UNLIKELY * weights.sum() else weights
 
 
 def starting_weights(x: Tensor, is_member: Tensor, weights: Tensor) -> Tensor:

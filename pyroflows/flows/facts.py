@@ -23,6 +23,7 @@ _WRAPPINGS = {
     "Independent": "base_dist",
     "IndependentConstraint": "base_constraint",
 }
+_NAMES = {"codomain": "support", "held_codomain": "support", "flows": "components"}
 _SILENT = (*_WRAPPINGS.values(), "transform", "held", "layer")
 # Parts with more options, and longer sequences, are not written out in messages.
 _MOST_OPTIONS, _LONGEST = 5, 16
@@ -56,8 +57,9 @@ def _facts_of_part(part: Any, owners: tuple[int, ...]) -> Any:
     if isinstance(part, Held):
         return _facts_of_held(part, owners)
     cls = class_of(part)
-    # A recipe is a name for a stack of layers.
-    facts: dict[str, Any] = {"class": "Flow" if hasattr(part, "standardization") else cls.__name__}
+    facts: dict[str, Any] = {"class": cls.__name__}
+    if hasattr(part, "standardization"):
+        facts = _facts_of_flow(part, owners)
     if not isinstance(part, nn.Module) or is_from_library(cls):
         for name, attribute in attributes_of(part).items():
             if name != "training" and (not name.startswith("_") or isinstance(attribute, PARTS)):
@@ -65,6 +67,17 @@ def _facts_of_part(part: Any, owners: tuple[int, ...]) -> Any:
     if isinstance(part, nn.Module):
         facts |= {name: _facts(child, owners) for name, child in part._modules.items()}
     return {name: fact for name, fact in facts.items() if fact is not _NO_FACT}
+
+
+def _facts_of_flow(flow: Any, owners: tuple[int, ...]) -> dict[str, Any]:
+    """Return the facts that users know a flow by, which messages name before finer ones.
+
+    A recipe is no kind of flow, but a name for a stack of layers. The support of a mixture is that of its components.
+    """
+    is_mixture = hasattr(flow, "gate")
+    shapes = {name: list(getattr(flow, name)) for name in ("event_shape", "context_shape")}
+    support = {} if is_mixture else {"support": _facts(flow.support, owners)}
+    return {"class": "Mixture" if is_mixture else "Flow", **shapes, **support}
 
 
 def _facts_of_held(held: Held, owners: tuple[int, ...]) -> Any:
@@ -117,6 +130,7 @@ def require_same(saved: Facts, own: Facts) -> None:
     """
     if (found := _difference(saved, own, "")) is not None:
         place, theirs, ours = found
+        place = place or "the kind of flow"
         raise StateError(
             f"this state is of another flow: {place} is {theirs} in the state and {ours} in this flow; load it into a "
             "flow that is made with the same arguments"
@@ -129,18 +143,40 @@ def _difference(saved: Any, own: Any, place: str) -> tuple[str, str, str] | None
     if isinstance(saved, dict) and isinstance(own, dict):
         if saved.get("class") != own.get("class"):
             return here
+        if saved.get("class") == "_Components":  # They are the base of a mixture, to which users gave them as flows.
+            place = place.removeprefix("base").removeprefix(" of ")
         both = [name for name in saved if name in own]
         found = _first(_difference(saved[name], own[name], _place_of(name, place)) for name in both)
         return here if found and _is_flat(saved) else found
     if isinstance(saved, list) and isinstance(own, list):
         if _is_short(saved) and _is_short(own):
             return None if saved == own else here
+        if place.startswith("layers") and (numbers := _numbers_of_layers(saved, own)):
+            return f"the number of {place}", *numbers
         pairs = enumerate(zip(saved, own, strict=False))
         found = _first(_difference(a, b, _place_of_item(i, place, a, b)) for i, (a, b) in pairs)
         lengths = f"the number of {place}", str(len(saved)), str(len(own))
         return found or (None if len(saved) == len(own) else lengths)
     is_same = saved == own or (saved != saved and own != own)  # the latter for NaN
     return None if is_same else here
+
+
+def _numbers_of_layers(saved: list[Any], own: list[Any]) -> tuple[str, str] | None:
+    """Return how many layers of the commonest kind each flow stacks, if it is another number; None if one has none.
+
+    That is what users call the number of layers, whatever layers for mixing, scale and support stand between them.
+    """
+    if not saved or not all(isinstance(layer, dict) for layer in saved + own):
+        return None
+    kinds, own_kinds = [_kind(layer) for layer in saved], [_kind(layer) for layer in own]
+    commonest = max(kinds, key=kinds.count)
+    count, own_count = kinds.count(commonest), own_kinds.count(commonest)
+    return (str(count), str(own_count)) if own_count not in (0, count) else None
+
+
+def _kind(layer: dict[str, Any]) -> tuple[str, ...]:
+    """Return the class of a layer, after those of views of it, such as its inverse."""
+    return (str(layer.get("class")), *(_kind(layer["layer"]) if "layer" in layer else ()))
 
 
 def _first(found: Iterable[Any]) -> Any:
@@ -150,7 +186,7 @@ def _first(found: Iterable[Any]) -> Any:
 def _place_of(name: str, owner: str) -> str:
     if name in _SILENT:
         return owner
-    name = "support" if name in ("codomain", "held_codomain") else name.lstrip("_")
+    name = _NAMES.get(name, name.lstrip("_"))
     return f"{name} of {owner}" if owner else name
 
 
@@ -158,7 +194,8 @@ def _place_of_item(i: int, place: str, saved: Any, own: Any) -> str:
     """Return the words for an item of a list, such as "layer 2 (Coupling)" for one of "layers"."""
     kind, _, owner = place.partition(" of ")
     words = f"{kind.removesuffix('s')} {i}"
-    if isinstance(saved, dict) and isinstance(own, dict) and _written(saved) == _written(own):
+    is_same_kind = isinstance(saved, dict) and isinstance(own, dict) and _written(saved) == _written(own)
+    if is_same_kind and saved["class"] != "Flow":
         words += f" ({_written(saved)})"
     return f"{words} of {owner}" if owner else words
 

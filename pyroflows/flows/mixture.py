@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, biject_to, constraints
 
 from pyroflows.errors import DataError, OptionError, ShapeError
-from pyroflows.flows.clusters import clusters_of, starting_weights
+from pyroflows.flows.clusters import clusters_of, starting_weights, unexplained
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.mixture_distribution import MixtureDistribution
 from pyroflows.flows.union import union_of
@@ -33,8 +33,9 @@ class Mixture(Flow):
     :func:`pyroflows.fit_density` maximises the likelihood of the mixture over all components and weights. Before that,
     :meth:`adapt` divides the rows into K clusters, drawn from torch's global generator, and each component learns from
     those of one cluster, such as its location and scale. The weights become the shares of the clusters. Components that
-    have adapted before, such as flows that were fitted to other data, stay as they are while others have not, and then
-    the weights stay too. To keep the weights as they were given, call ``mixture.gate.requires_grad_(False)``.
+    have adapted before, such as flows that were fitted to other data, stay as they are while others have not, which
+    start at the rows that those do not explain; and then the weights stay too. To keep the weights as they were given,
+    call ``mixture.gate.requires_grad_(False)``.
 
     The density is positive where that of a component is: components may have different supports. Draws carry no
     gradients, as the choice of a component has none, so that a mixture is no flow for a guide that is to be trained.
@@ -141,6 +142,12 @@ class Mixture(Flow):
         learners = [flow for flow in flows if not flow.is_adapted] or flows
         if not learners:
             return
+        fitted = [flow for flow in flows if flow not in learners]
+        if fitted:
+            laws = [flow(context if flow.context_dim else None).estimated() for flow in fitted]
+            for law in laws:
+                law._validate_args = False
+            weights = unexplained(laws, x, weights)
         priority = torch.stack([self.gate.value[places[flow]].logsumexp(0) for flow in learners])
         clusters = _assigned(learners, priority, x, weights)
         for flow, is_member in zip(learners, clusters, strict=True):

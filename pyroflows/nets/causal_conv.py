@@ -73,7 +73,8 @@ class CausalConv(Constants):
             raise OptionError(
                 f"kernel_size must be at least 2 and dilation_cycle at least 1, got {kernel_size}, {dilation_cycle}"
             )
-        stream, total = checked_widths(hidden_dims)[0], sum(hidden_dims)
+        self.hidden_dims = checked_widths(hidden_dims)
+        stream, total = self.hidden_dims[0], sum(self.hidden_dims)
         self.order = list(order)
         context_shape = shape_of(context_dim) if context_dim else torch.Size()
         if len(context_shape) > 1 and context_shape[1:] != (len(order),):

@@ -94,12 +94,13 @@ class MADE(Constants):
     ) -> None:
         super().__init__()
         dim = len(order)
+        self.hidden_dims = checked_widths(hidden_dims)
         self.order = list(order)
         self.num_params = num_params
         self.features = features
         # Without a context a unit of degree 0 is a constant, which only D = 1 has to make do with.
         lowest = 0 if context_dim or dim == 1 else 1
-        widths = self._widths(checked_widths(hidden_dims))
+        widths = self._widths(self.hidden_dims)
         degrees = [_spread(lowest, dim - 1, width) for width in widths]
         self.units = [torch.bincount(d, minlength=dim).tolist() for d in degrees]
         self.known = [list(accumulate(units)) for units in self.units]

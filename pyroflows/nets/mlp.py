@@ -38,6 +38,7 @@ class MLP(nn.Sequential):
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
         super().__init__(*layers, zero_initialized(nn.Linear(widths[-1], out_dim)))
+        self.hidden_dims = widths[1:]
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self._linear
@@ -112,7 +113,8 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
         super().__init__()
-        width = checked_widths(hidden_dims)[0]
+        self.hidden_dims = checked_widths(hidden_dims)
+        width = self.hidden_dims[0]
         self.input = nn.Linear(in_dim, width)
         self.inner = nn.ModuleList(nn.Linear(width, inner) for inner in hidden_dims)
         self.outer = nn.ModuleList(nn.Linear(inner, width) for inner in hidden_dims)
@@ -185,7 +187,7 @@ def zero_initialized(layer: L) -> L:
     return layer
 
 
-def checked_widths(hidden_dims: Sequence[int], least: int = 1) -> Sequence[int]:
+def checked_widths(hidden_dims: Sequence[int], least: int = 1) -> list[int]:
     """Return the widths as integers if there are at least that many and all are positive.
 
     Raises:

@@ -85,8 +85,29 @@ def test_an_adapted_component_stays_while_another_starts():
     mixture = Mixture([fitted, fresh], torch.tensor([0.4, 0.6]).log())
     mixture.adapt(x)
     assert torch.equal(fitted.standardization.loc, before) and mixture.is_adapted
-    torch.testing.assert_close(fresh.standardization.loc, x.mean(0))
+    # The fresh one starts at the rows that the other does not explain.
+    torch.testing.assert_close(fresh.standardization.loc, x[x[:, 0] > 105].mean(0), rtol=0, atol=0.3)
     torch.testing.assert_close(mixture.gate().exp(), torch.tensor([0.4, 0.6]))
+
+
+@pytest.mark.parametrize("context_dim", [0, 1])
+@pytest.mark.parametrize("support", [None, constraints.positive])
+def test_a_new_component_starts_at_the_rows_that_a_fitted_one_does_not_explain(support, context_dim):
+    x, fitted = two_clusters(), NSF(2, num_layers=1, support=support, context_dim=context_dim)
+    context = torch.randn(len(x), 1) if context_dim else None
+    is_known = x[:, 0] > 105
+    fitted.adapt(x[is_known], None if context is None else context[is_known])
+    mixture = Mixture([fitted, Flow([Triangular(2)])])
+    mixture.adapt(x, context)
+    torch.testing.assert_close(locations(mixture)[1], x[~is_known].mean(0), rtol=0, atol=0.3)
+
+
+def test_a_new_component_starts_at_all_rows_if_a_fitted_one_explains_them():
+    x, fitted = torch.randn(2000, 2), Flow([Triangular(2)])
+    fitted.adapt(x)
+    mixture = Mixture([fitted, Flow([Triangular(2)])])
+    mixture.adapt(x)
+    torch.testing.assert_close(locations(mixture)[1], locations(mixture)[0])
 
 
 def test_the_same_flow_twice_has_one_cluster():

@@ -156,17 +156,38 @@ def mixture(*kinds):
     return flows.Mixture([kind(2, num_layers=1) for kind in kinds], torch.zeros(len(kinds)))
 
 
+NETWORKS = {
+    flows.RealNVP: ("mlp", "scaled_mlp", "residual"),
+    flows.MAF: ("made", "scaled_made", "residual", "causal_conv"),
+}
 SWAPS = {
-    "family": (flows.MAF(3), flows.NAF(3), r"univariate of layer 0 \(inverse of Autoregressive\) is Affine.*Monotone"),
+    "family": (
+        flows.MAF(3, 2),
+        flows.NAF(3, 2),
+        r"univariate of layer 0 \(inverse of Autoregressive\) is Affine.*Monotone",
+    ),
     "direction": (flows.MAF(3), flows.IAF(3), "layer 0 is inverse of Autoregressive in the state and Autoregressive"),
     "inverse": (Flow([Autoregressive(3)]), Flow([Autoregressive(3).inv]), "layer 0 is Autoregressive in the state"),
     "kind of layer": (flows.Planar(3), flows.Radial(3), "layer 0 is Planar in the state and Radial in this flow"),
     "places of layers": (Flow([Planar(2), LU(2)]), Flow([LU(2), Planar(2)]), "layer 0 is Planar in the state and LU"),
-    "number of layers": (flows.MAF(3, 2), flows.MAF(3, 3), "layer 2 is Standardize in the state"),
+    "number of layers": (flows.MAF(3, 2), flows.MAF(3, 3), "the number of layers is 2 in the state and 3 in"),
     "standardize": (Flow([LU(2)]), Flow([LU(2)], standardize=False), "the number of layers is 2 in the state and 1"),
     "dim": (flows.MAF(3), flows.MAF(4), r"event_shape is \[3\] in the state and \[4\] in this flow"),
     "context": (flows.MAF(3), flows.MAF(3, context_dim=2), r"context_shape is \[\] in the state and \[2\]"),
-    "hidden widths": (flows.RealNVP(4), flows.RealNVP(4, hidden_dims=(8, 8)), "out_features=64.* and .*out_features=8"),
+    "hidden widths": (
+        flows.RealNVP(4),
+        flows.RealNVP(4, hidden_dims=(8, 8)),
+        r"hidden_dims .* is \[64, 64\] .* and \[8, 8\]",
+    ),
+    **{
+        f"hidden widths of {name} in {recipe.__name__}": (
+            recipe(4, conditioner=name, hidden_dims=(8, 8)),
+            recipe(4, conditioner=name, hidden_dims=(8, 4)),
+            r"hidden_dims of conditioner of layer 0 .* is \[8, 8\] in the state and \[8, 4\]",
+        )
+        for recipe, names in NETWORKS.items()
+        for name in names
+    },
     "support": (flows.MAF(3), flows.MAF(3, support=constraints.positive), "support is real in the state and positive"),
     "bounds of a support": (
         flows.MAF(3, support=constraints.interval(0, 1)),
@@ -238,14 +259,34 @@ SWAPS = {
     "component": (
         mixture(flows.MAF, flows.MAF),
         mixture(flows.MAF, flows.NAF),
-        r"univariate of layer 0 .* of component 1 \(Flow\) of base is Affine",
+        r"univariate of layer 0 \(inverse of Autoregressive\) of component 1 is Affine",
     ),
     "number of components": (
         mixture(flows.MAF, flows.MAF),
         mixture(flows.MAF, flows.MAF, flows.MAF),
-        "the number of components of base is 2 in the state and 3",
+        "the number of components is 2 in the state and 3",
     ),
-    "mixture": (mixture(flows.MAF, flows.MAF), flows.MAF(2), "layer 0 is Permutation in the state and inverse"),
+    "mixture": (mixture(flows.MAF), flows.MAF(2), "the kind of flow is Mixture in the state and Flow in this flow"),
+    "widths in a component": (
+        flows.Mixture([flows.MAF(2), flows.NSF(2)]),
+        flows.Mixture([flows.MAF(2), flows.NSF(2, hidden_dims=(8,))]),
+        r"hidden_dims of conditioner of layer 0 \(Coupling\) of component 1 is \[64, 64\] in the state and \[8\]",
+    ),
+    "layers in a component": (
+        flows.Mixture([flows.MAF(2, 2)]),
+        flows.Mixture([flows.MAF(2, 3)]),
+        "the number of layers of component 0 is 2 in the state and 3",
+    ),
+    "component of a base": (
+        Flow([LU(2)], base=mixture(flows.MAF)),
+        Flow([LU(2)], base=mixture(flows.NAF)),
+        "of component 0 of base is Affine",
+    ),
+    "layers that mix": (
+        flows.NSF(3, 2, mixing="lu", autoregressive=True),
+        flows.NSF(3, 4, mixing="lu", autoregressive=True),
+        "the number of layers is 2 in the state and 4",
+    ),
 }
 all_swaps = pytest.mark.parametrize("swap", SWAPS)
 
