@@ -4,8 +4,8 @@ Each split sets a fifth of the rows aside and never shows them to a model. Ours 
 Zuko's NSF and MAF have three transforms and hidden widths (64, 64), Adam at 0.001 and batches of 64 rows, as in "Train
 from data"; that tutorial trains for 8 epochs of its 16,384 rows. Both are given here: its 8 epochs, and its 2048 steps
 where these are more. Zuko gets data standardised by the training rows, as it advises. What is printed is the mean over
-held-out rows of the log-density in nats a row, in units of the training rows' standard deviations for all models. Angles
-stay in radians; the first of ours is then CircularNSF, and Zuko's NCSF is there as well.
+held-out rows of the log-density in nats a row, in units of the training rows' standard deviations for all models.
+Angles stay in radians; the first of ours is then CircularNSF, and Zuko's NCSF is there as well.
 
     python -m benchmarks.real_data --splits 5 --data wine cancer torus housing
 
