@@ -121,7 +121,7 @@ def test_it_is_its_own_base():
         ([NSF(2, context_dim=3)], {"context_dim": 2}, ShapeError, r"one context, but have sizes \[3, 2\]"),
         ([Gaussian(2), Gaussian(2).double()], {}, OptionError, "float32 on cpu and torch.float64 on cpu"),
         ([Gaussian(2), Gaussian(2)()], {}, OptionError, "made of flows, but got FlowDistribution"),
-        ([Gaussian(2), Gaussian], {}, OptionError, "made of flows, but got type"),
+        ([Gaussian(2), Gaussian], {}, OptionError, "made of flows, but got the class Gaussian"),
     ],
 )
 def test_what_does_not_fit_raises(flows, options, error, message):
