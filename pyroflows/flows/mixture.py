@@ -33,9 +33,9 @@ class Mixture(Flow):
     :func:`pyroflows.fit_density` maximises the likelihood of the mixture over all components and weights. Before that,
     :meth:`adapt` divides the rows into K clusters, drawn from torch's global generator, and each component learns from
     those of one cluster, such as its location and scale. The weights become the shares of the clusters. Components that
-    have adapted before, such as flows that were fitted to other data, stay as they are while others have not, which
-    start at the rows that those do not explain; and then the weights stay too. To keep the weights as they were given,
-    call ``mixture.gate.requires_grad_(False)``.
+    have adapted before, such as flows that were fitted to other data, stay as they are while others have not: these
+    start at the rows that those do not explain, and the weights stay too. To keep the weights as they were given, call
+    ``mixture.gate.requires_grad_(False)``.
 
     The density is positive where that of a component is: components may have different supports. Draws carry no
     gradients, as the choice of a component has none, so that a mixture is no flow for a guide that is to be trained.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.constraints import on_events, without_events
+from pyroflows.transforms.codomain import is_unbounded
 
 Ends = tuple[Tensor, Tensor]
 
@@ -65,7 +66,7 @@ def union_of(supports: Sequence[constraints.Constraint], event_shape: torch.Size
 
 
 def _contains(outer: constraints.Constraint, inner: constraints.Constraint, event_shape: torch.Size) -> bool:
-    if _is_same(outer, inner):
+    if _is_same(outer, inner) or (is_unbounded(outer) and not inner.is_discrete):
         return True
     ends, inner_ends = _ends(outer, event_shape), _ends(inner, event_shape)
     if ends is None or inner_ends is None:

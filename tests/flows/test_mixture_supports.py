@@ -276,3 +276,9 @@ def test_predictive(parallel):
     share = (x > math.exp(0.6)).double().mean()
     expected = LOG_WEIGHTS.exp() @ (1 - dist.Normal(LOCS, SCALES).cdf(torch.tensor(0.6)))
     assert share.item() == pytest.approx(expected.item(), abs=4 * math.sqrt(0.25 / 700))
+
+
+def test_the_reals_contain_ordered_vectors():
+    parts = [dist.constraints.ordered_vector, dist.constraints.positive_ordered_vector]
+    mixture = Mixture([NSF(2, support=support) for support in [*parts, None]])
+    assert str(mixture.support) == "IndependentConstraint(Real(), 1)"
