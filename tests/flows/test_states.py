@@ -21,7 +21,7 @@ from pyroflows import StateError, fit_density, flows
 from pyroflows.flows import Flow
 from pyroflows.flows.facts import facts_of, require_same
 from pyroflows.guides import AutoFlow
-from pyroflows.transforms import LU, Autoregressive, Coupling, Planar, Triangular
+from pyroflows.transforms import LU, Autoregressive, Coupling, Permutation, Planar, Triangular
 from pyroflows.transforms.univariate import SOS, Affine
 
 DATA = 20 + 5 * torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
@@ -210,6 +210,16 @@ SWAPS = {
         r"mask 19 of layer 0 \(Coupling\) is True in the state and False",
     ),
     "axis": (Flow([Coupling((2, 2))]), Flow([Coupling((2, 2), axis=1)]), "axis of layer 0 .* is -2 in the state"),
+    "permutation": (
+        Flow([Autoregressive(3), Permutation([0, 2, 1])]),
+        Flow([Autoregressive(3), Permutation([1, 0, 2])]),
+        r"order of layer 1 \(Permutation\) is \[0, 2, 1\] in the state and \[1, 0, 2\]",
+    ),
+    "order of factors": (
+        Flow([LU(3, [0, 2, 1])]),
+        Flow([LU(3)]),
+        r"order of permutation of layer 0 \(LU\) is \[0, 2, 1\] in the state and \[0, 1, 2\]",
+    ),
     "order": (
         Flow([Autoregressive(3)]),
         Flow([Autoregressive(3, order=[2, 1, 0])]),
