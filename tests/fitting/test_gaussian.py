@@ -52,7 +52,7 @@ def test_contexts_that_depend_linearly_have_the_least_squares_solution():
 
 
 def test_on_a_bounded_support_it_is_the_image_of_a_gaussian():
-    x = torch.randn(400, 2, dtype=torch.float64).exp()
+    x = (2 + torch.randn(400, 2, dtype=torch.float64)).exp()
     flow = pf.flows.MAF(2, support=constraints.positive).double()
     rows = rows_of(flow, x)
     y = x[:300].log()
