@@ -66,17 +66,7 @@ def _facts_of_part(part: Any, owners: tuple[int, ...]) -> Any:
                 facts[name] = _facts(attribute, owners)
     if isinstance(part, nn.Module):
         facts |= {name: _facts(child, owners) for name, child in part._modules.items()}
-        if cls.__module__.startswith("pyroflows."):
-            facts |= _facts_of_indices(part)
     return {name: fact for name, fact in facts.items() if fact is not _NO_FACT}
-
-
-def _facts_of_indices(module: nn.Module) -> dict[str, list[Any]]:
-    """Return the integers that a module of this library keeps in its state, such as the order of a permutation."""
-    own = {name: t for name, t in module._buffers.items() if name not in module._non_persistent_buffers_set}
-    return {
-        name: t.tolist() for name, t in own.items() if t is not None and not t.is_floating_point() and not t.is_meta
-    }
 
 
 def _facts_of_flow(flow: Any, owners: tuple[int, ...]) -> dict[str, Any]:

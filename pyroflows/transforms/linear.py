@@ -44,6 +44,8 @@ class Permutation(FlowTransform):
         if sorted(indices.tolist()) != list(range(len(indices))):
             raise OptionError(f"order must be a permutation of 0 to {len(indices) - 1}, got {indices.tolist()}")
         super().__init__(len(indices))
+        # The list stays what the constructor got, whatever state is loaded, so that a state of another order is seen.
+        self.permutation: list[int] = indices.tolist()
         self.register_buffer("order", indices)
         self.register_buffer("inverse_order", indices.argsort())
 

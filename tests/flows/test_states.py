@@ -213,12 +213,12 @@ SWAPS = {
     "permutation": (
         Flow([Autoregressive(3), Permutation([0, 2, 1])]),
         Flow([Autoregressive(3), Permutation([1, 0, 2])]),
-        r"order of layer 1 \(Permutation\) is \[0, 2, 1\] in the state and \[1, 0, 2\]",
+        r"permutation of layer 1 \(Permutation\) is \[0, 2, 1\] in the state and \[1, 0, 2\]",
     ),
     "order of factors": (
         Flow([LU(3, [0, 2, 1])]),
         Flow([LU(3)]),
-        r"order of permutation of layer 0 \(LU\) is \[0, 2, 1\] in the state and \[0, 1, 2\]",
+        r"permutation of permutation of layer 0 \(LU\) is \[0, 2, 1\] in the state and \[0, 1, 2\]",
     ),
     "order": (
         Flow([Autoregressive(3)]),
