@@ -68,19 +68,21 @@ def plot_density_fit(history: History, best_epoch: int, gaussian: float | None =
     epochs = np.arange(1, len(curves) + 1)
     for values, name, color in zip(curves.T, ("training rows", "validation rows"), ("C0", "C1"), strict=True):
         axis.plot(epochs, values, color=color, label=name, marker="." if len(epochs) < 20 else None)
+    low, high = _robust_range(curves.ravel())
     if gaussian is not None:
-        axis.axhline(gaussian, color="C1", linestyle="--", linewidth=1.0, label="validation rows, a Gaussian")
+        # One further below would leave too little room for the curves, so that its value has to do.
+        is_shown = gaussian > 2 * low - high
+        label = "validation rows, a Gaussian" + ("" if is_shown else f": {gaussian:.4g}, below")
+        axis.axhline(gaussian, color="C1", linestyle="--", linewidth=1.0, label=label)
+        if is_shown:
+            margin = 0.05 * (high - low)
+            low, high = min(low, gaussian - margin), max(high, gaussian + margin)
     axis.axvline(best_epoch, color="black", linestyle=":", linewidth=1.0, label=f"kept: epoch {best_epoch}")
     rates = history["learning_rate"]
     num_constant = np.flatnonzero(np.isclose(rates, rates.max()))[-1] + 1
     if num_constant < len(epochs):
         label = "learning rate falls, from the best state"
         axis.axvspan(num_constant + 0.5, len(epochs) + 0.5, color="black", alpha=0.06, linewidth=0, label=label)
-    low, high = _robust_range(curves.ravel())
-    # A Gaussian further below would leave too little room for the curves.
-    if gaussian is not None and gaussian > 2 * low - high:
-        margin = 0.05 * (high - low)
-        low, high = min(low, gaussian - margin), max(high, gaussian + margin)
     axis.set_ylim(low, high)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.set_xlabel("epoch")

@@ -207,3 +207,14 @@ def test_pyroflows_itself_needs_no_matplotlib():
     code = "import sys; sys.modules['matplotlib'] = None; import pyroflows; print(pyroflows.FlowVI.__name__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "FlowVI"
+
+
+@pytest.mark.parametrize(("gaussian", "is_shown"), [(-3.4, True), (-2.0, True), (-9.0, False)])
+def test_a_gaussian_is_in_the_picture_or_its_value_in_the_legend(plt, gaussian, is_shown):
+    log_prob = -3.0 + 0.3 * np.sin(np.arange(40))
+    history = History({"log_prob": log_prob, "validation_log_prob": log_prob, "learning_rate": np.ones(40)})
+    (axis,) = plot_density_fit(history, best_epoch=30, gaussian=gaussian).axes
+    low, high = axis.get_ylim()
+    assert (low < gaussian < high) == is_shown
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert ("validation rows, a Gaussian: -9, below" in labels) != is_shown

@@ -149,8 +149,8 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     Args:
         rows: all rows.
         validation: the fraction of the rows to validate with, between 0 and 1. Rows with a wild element (see
-            :class:`Rows`) are trained on, but not validated with: the
-            log-density of a single one would outweigh that of all others.
+            :class:`Rows`) are trained on, but not validated with: the log-density of a single one would outweigh that
+            of all others.
 
     Returns:
         The indices ``(n,)`` of the training rows, and those ``(m,)`` of the validation rows.
