@@ -72,7 +72,7 @@ def plot_density_fit(history: History, best_epoch: int, gaussian: float | None =
     if gaussian is not None:
         # One further below would leave too little room for the curves, so that its value has to do.
         is_shown = gaussian > 2 * low - high
-        label = "validation rows, a Gaussian" + ("" if is_shown else f": {gaussian:.4g}, below")
+        label = "validation rows, a Gaussian" if is_shown else f"a Gaussian: {gaussian:.4g}, below"
         axis.axhline(gaussian, color="C1", linestyle="--", linewidth=1.0, label=label)
         if is_shown:
             margin = 0.05 * (high - low)

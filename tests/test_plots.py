@@ -217,4 +217,4 @@ def test_a_gaussian_is_in_the_picture_or_its_value_in_the_legend(plt, gaussian, 
     low, high = axis.get_ylim()
     assert (low < gaussian < high) == is_shown
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert ("validation rows, a Gaussian: -9, below" in labels) != is_shown
+    assert ("a Gaussian: -9, below" in labels) != is_shown
