@@ -1,0 +1,1 @@
+"""Layers of images: events of shape (channels, height, width)."""
