@@ -3,6 +3,7 @@
 from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.image import Conv1x1, Multiscale, Squeeze
 from pyroflows.transforms.linear import LU, Permutation, Triangular
 from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.planar import Planar
@@ -17,13 +18,16 @@ __all__ = [
     "Cached",
     "Compose",
     "Conditioned",
+    "Conv1x1",
     "Coupling",
     "Elementwise",
     "FlowTransform",
     "Inverse",
+    "Multiscale",
     "Permutation",
     "Planar",
     "Radial",
+    "Squeeze",
     "Standardize",
     "Sylvester",
     "Triangular",

@@ -17,12 +17,15 @@ from pyroflows.transforms import (
     LU,
     Autoregressive,
     Compose,
+    Conv1x1,
     Coupling,
     Elementwise,
     FlowTransform,
+    Multiscale,
     Permutation,
     Planar,
     Radial,
+    Squeeze,
     Standardize,
     Sylvester,
     Triangular,
@@ -122,6 +125,18 @@ def _compose_images(shape: Shape, context_dim: int) -> Compose:
             _ordered(shape, 0).inv,
         ]
     )
+
+
+def _multiscale(shape: Shape, context_dim: int) -> Multiscale:
+    """Two levels, with a permutation of channels and a coupling at each."""
+    levels = []
+    for _ in range(2):
+        squeeze = Squeeze(shape)
+        mixing = Conv1x1(squeeze.base_shape, order=_shuffled(squeeze.base_shape[0]), context_dim=context_dim)
+        coupling = Coupling(squeeze.base_shape, conditioner="conv", hidden_dims=(4,), context_dim=context_dim)
+        levels.append(Compose([coupling, mixing, squeeze]))
+        shape = (squeeze.base_shape[0] // 2, *squeeze.base_shape[1:])
+    return Multiscale(levels[::-1], context_dim)
 
 
 @dataclass(frozen=True)
@@ -230,6 +245,27 @@ LAYERS: dict[str, Entry] = {
     "coupling-of-image": images(_factory(_checkerboard), shapes=((2, 3, 2),), usual=(2, 3, 2), context=(1, 3, 2)),
     "coupling-of-sequence": sequences(
         _factory(_coupling, conditioner="conv"), shapes=((2, 5),), usual=(2, 5), context=(3, 5)
+    ),
+    "squeeze": fixed(
+        lambda shape, _: Squeeze(shape),
+        shapes=((1, 2, 4), (3, 4, 2)),
+        usual=(2, 2, 4),
+        is_identity_at_start=False,
+        preserves_volume=True,
+    ),
+    "squeeze-by-three": fixed(
+        lambda shape, _: Squeeze(shape, factor=3),
+        shapes=((1, 3, 6),),
+        usual=(2, 3, 3),
+        is_identity_at_start=False,
+        preserves_volume=True,
+    ),
+    "conv1x1": images(_factory(Conv1x1)),
+    "conv1x1-permuted": images(
+        _factory(Conv1x1, order=lambda shape: _shuffled(shape[0])), shapes=((5, 2, 3),), is_identity_at_start=False
+    ),
+    "multiscale": images(
+        _multiscale, shapes=((1, 4, 8), (2, 4, 4)), usual=(1, 4, 8), is_identity_at_start=False
     ),
     "autoregressive-of-columns": images(_factory(_ordered, axis=-1)),
     "autoregressive-of-rows-by-passes": images(_factory(_ordered, axis=-2, conditioner=lambda _: Plain)),
