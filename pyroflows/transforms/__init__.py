@@ -3,8 +3,9 @@
 from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.image import Conv1x1, Multiscale, Squeeze
 from pyroflows.transforms.linear import LU, Permutation, Triangular
-from pyroflows.transforms.normalization import Standardize
+from pyroflows.transforms.normalization import ActNorm, Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
@@ -13,17 +14,21 @@ from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 __all__ = [
     "LU",
+    "ActNorm",
     "Autoregressive",
     "Cached",
     "Compose",
     "Conditioned",
+    "Conv1x1",
     "Coupling",
     "Elementwise",
     "FlowTransform",
     "Inverse",
+    "Multiscale",
     "Permutation",
     "Planar",
     "Radial",
+    "Squeeze",
     "Standardize",
     "Sylvester",
     "Triangular",

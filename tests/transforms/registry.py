@@ -15,14 +15,18 @@ from torch.distributions import ReshapeTransform
 from pyroflows.shapes import shape_of
 from pyroflows.transforms import (
     LU,
+    ActNorm,
     Autoregressive,
     Compose,
+    Conv1x1,
     Coupling,
     Elementwise,
     FlowTransform,
+    Multiscale,
     Permutation,
     Planar,
     Radial,
+    Squeeze,
     Standardize,
     Sylvester,
     Triangular,
@@ -109,6 +113,11 @@ def _ordered(shape: Shape, axis: int, conditioner: Any = Stepwise, **options: An
     return Autoregressive(shape, conditioner=conditioner, order=_shuffled(shape[axis]), axis=axis, **options)
 
 
+def _checkerboard(shape: Shape, **options: Any) -> Coupling:
+    mask = masks.checkerboard(*shape[1:])
+    return Coupling(shape, mask=mask, conditioner="conv", hidden_dims=(8,), **options)
+
+
 def _compose_images(shape: Shape, context_dim: int) -> Compose:
     return Compose(
         [
@@ -117,6 +126,18 @@ def _compose_images(shape: Shape, context_dim: int) -> Compose:
             _ordered(shape, 0).inv,
         ]
     )
+
+
+def _multiscale(shape: Shape, context_dim: int) -> Multiscale:
+    """Two levels, with a permutation of channels and a coupling at each."""
+    levels = []
+    for _ in range(2):
+        squeeze = Squeeze(shape)
+        mixing = Conv1x1(squeeze.base_shape, order=_shuffled(squeeze.base_shape[0]), context_dim=context_dim)
+        coupling = Coupling(squeeze.base_shape, conditioner="conv", hidden_dims=(4,), context_dim=context_dim)
+        levels.append(Compose([coupling, mixing, squeeze]))
+        shape = (squeeze.base_shape[0] // 2, *squeeze.base_shape[1:])
+    return Multiscale(levels[::-1], context_dim)
 
 
 @dataclass(frozen=True)
@@ -186,6 +207,8 @@ LAYERS: dict[str, Entry] = {
         is_identity_at_start=False,
     ),
     "standardize-of-sequences": fixed(lambda shape, _: Standardize(shape), shapes=SEQUENCES, usual=(2, 3)),
+    "act-norm": Entry(ActNorm),
+    "act-norm-of-images": images(ActNorm),
     "reshape": fixed(
         lambda shape, _: Foreign(ReshapeTransform((math.prod(shape),), shape), math.prod(shape)),
         shapes=SEQUENCES,
@@ -212,6 +235,40 @@ LAYERS: dict[str, Entry] = {
     "coupling-of-columns": images(_factory(_coupling, axis=-1)),
     "coupling-convolution": images(
         _factory(Coupling, conditioner=lambda _: convolution, hidden_dims=(8,)), shapes=((2, 1, 3), (3, 4, 2))
+    ),
+    "coupling-conv": images(_factory(Coupling, conditioner="conv", hidden_dims=(8, 8))),
+    "coupling-residual-conv-of-image": images(
+        _factory(Coupling, conditioner="residual_conv", hidden_dims=(8,)),
+        shapes=((3, 4, 2),),
+        usual=(3, 4, 2),
+        context=(2, 4, 2),
+    ),
+    "coupling-of-places": images(_factory(_checkerboard, univariate="spline")),
+    "coupling-of-places-circular": images(_factory(_checkerboard, univariate="circular_spline"), shapes=((1, 3, 2),)),
+    "coupling-of-image": images(_factory(_checkerboard), shapes=((2, 3, 2),), usual=(2, 3, 2), context=(1, 3, 2)),
+    "coupling-of-sequence": sequences(
+        _factory(_coupling, conditioner="conv"), shapes=((2, 5),), usual=(2, 5), context=(3, 5)
+    ),
+    "squeeze": fixed(
+        lambda shape, _: Squeeze(shape),
+        shapes=((1, 2, 4), (3, 4, 2)),
+        usual=(2, 2, 4),
+        is_identity_at_start=False,
+        preserves_volume=True,
+    ),
+    "squeeze-by-three": fixed(
+        lambda shape, _: Squeeze(shape, factor=3),
+        shapes=((1, 3, 6),),
+        usual=(2, 3, 3),
+        is_identity_at_start=False,
+        preserves_volume=True,
+    ),
+    "conv1x1": images(_factory(Conv1x1)),
+    "conv1x1-permuted": images(
+        _factory(Conv1x1, order=lambda shape: _shuffled(shape[0])), shapes=((5, 2, 3),), is_identity_at_start=False
+    ),
+    "multiscale": images(
+        _multiscale, shapes=((1, 4, 8), (2, 4, 4)), usual=(1, 4, 8), is_identity_at_start=False
     ),
     "autoregressive-of-columns": images(_factory(_ordered, axis=-1)),
     "autoregressive-of-rows-by-passes": images(_factory(_ordered, axis=-2, conditioner=lambda _: Plain)),
