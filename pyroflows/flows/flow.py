@@ -21,6 +21,7 @@ from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
 from pyroflows.flows.subvector import SubvectorDistribution, subvector
+from pyroflows.randomness import seeded
 from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
@@ -28,6 +29,8 @@ from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import ContextScale, Standardize
 
+# The number of draws of the base that layers learn from where there are no data.
+NUM_DRAWS = 1000
 # What a flow is asked for by users who take it for its distribution.
 _OF_DISTRIBUTIONS = frozenset(name for name in dir(FlowDistribution) if not name.startswith("_")) - {
     *dir(nn.Module),
@@ -332,6 +335,67 @@ class Flow(nn.Module):
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         self.transform.adapt(x, context, weights)
+
+    def adapt_to_draws(self, context: ArrayLike | None = None) -> None:
+        """Let layers learn from draws of the base where there are no data, going from base to data.
+
+        Guides call it when they build a flow. Layers that have adapted before, to draws or to data, stay as they are,
+        and so do those that learn from data alone, such as the flow's location and scale. The draws are the same at
+        each call, and leave the random state as it was.
+
+        Args:
+            context: rows ``(n, *context_shape)``, if the flow takes one; a draw is made for each.
+
+        Raises:
+            ShapeError: if the rows have another shape.
+            OptionError: if the flow is on the meta device, where tensors have no values.
+
+        Example:
+            >>> flow = pf.Flow([pf.transforms.ActNorm(2)], base="student_t", standardize=False)
+            >>> flow.adapt_to_draws()
+            >>> flow().sample((10_000,)).std(0).round()
+            tensor([1., 1.])
+        """
+        require_values(self)
+        context = None if context is None else as_tensor("context", context, floating_tensor(self))
+        # The base may be made of flows, as that of a mixture is.
+        for flow in reversed([module for module in self.modules() if isinstance(module, Flow)]):
+            flow._adapt_to_draws(context if flow.context_dim else None)
+
+    def _adapt_to_draws(self, context: Tensor | None) -> None:
+        if self.transform.is_adapted_to_draws:
+            return
+        with seeded(0), torch.no_grad():
+            z = self.base().sample((NUM_DRAWS if context is None else len(context),))
+        self.transform.adapt_to_draws(z, context)
+
+    @property
+    def observes(self) -> bool:
+        """Whether a layer keeps statistics of data up to date during training."""
+        return self.transform.observes
+
+    def observe(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
+        """Bring the statistics of layers such as ``BatchNorm`` up to date with a batch, going from data to base.
+
+        :func:`pyroflows.fit_density` does so before each step. Training loops of your own call it before they compute
+        the loss of the batch.
+
+        Args:
+            x: a batch ``(n, *event_shape)``.
+            context: its contexts ``(n, *context_shape)``, if the flow takes one.
+            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
+
+        Raises:
+            ShapeError: if the rows or their contexts have another shape.
+        """
+        like = floating_tensor(self)
+        x = as_tensor("x", x, like)
+        context = None if context is None else as_tensor("context", context, like)
+        weights = None if weights is None else as_tensor("weights", weights, like)
+        self._observe(x, context, weights)
+
+    def _observe(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+        self.transform.observe(x, context, weights)
 
     @torch.no_grad()
     def before_support(self, x: Tensor) -> Tensor:

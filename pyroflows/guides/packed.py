@@ -41,6 +41,8 @@ NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model'
 def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
     r"""Build the flow of a guide, :math:`x = \mu + S\, T(z)`, where T is the flow that a function makes.
 
+    Layers of T that learn before training, such as :class:`pyroflows.transforms.ActNorm`, learn from draws.
+
     Args:
         flow_fn: ``latent_dim -> flow``, which makes T.
         loc: :math:`\mu`, ``(latent_dim,)``; the flow gets its dtype and device.
@@ -62,7 +64,10 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
         last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
     else:
         last = Triangular(dim, loc=loc, scale_tril=scale)
-    return Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+    flow = Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+    if not loc.is_meta:
+        flow.adapt_to_draws()
+    return flow
 
 
 def _point_mass(site: Site, value: Tensor, ladj: Tensor) -> Distribution:

@@ -4,7 +4,7 @@ from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.linear import LU, Permutation, Triangular
-from pyroflows.transforms.normalization import Standardize
+from pyroflows.transforms.normalization import ActNorm, Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
@@ -13,6 +13,7 @@ from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 __all__ = [
     "LU",
+    "ActNorm",
     "Autoregressive",
     "Cached",
     "Compose",

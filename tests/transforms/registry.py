@@ -15,6 +15,7 @@ from torch.distributions import ReshapeTransform
 from pyroflows.shapes import shape_of
 from pyroflows.transforms import (
     LU,
+    ActNorm,
     Autoregressive,
     Compose,
     Coupling,
@@ -186,6 +187,8 @@ LAYERS: dict[str, Entry] = {
         is_identity_at_start=False,
     ),
     "standardize-of-sequences": fixed(lambda shape, _: Standardize(shape), shapes=SEQUENCES, usual=(2, 3)),
+    "act-norm": Entry(ActNorm),
+    "act-norm-of-images": images(ActNorm),
     "reshape": fixed(
         lambda shape, _: Foreign(ReshapeTransform((math.prod(shape),), shape), math.prod(shape)),
         shapes=SEQUENCES,

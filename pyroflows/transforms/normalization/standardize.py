@@ -1,4 +1,4 @@
-"""Layers that learn the location and scale of data before training."""
+"""Layers that hold the location and scale of data or contexts, which they learn before training."""
 
 from collections.abc import Sequence
 
