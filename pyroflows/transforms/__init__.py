@@ -3,6 +3,7 @@
 from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.image import EmergingConv
 from pyroflows.transforms.linear import LU, Permutation, Triangular
 from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.planar import Planar
@@ -19,6 +20,7 @@ __all__ = [
     "Conditioned",
     "Coupling",
     "Elementwise",
+    "EmergingConv",
     "FlowTransform",
     "Inverse",
     "Permutation",
