@@ -5,6 +5,7 @@ The output layer of every conditioner starts at zero, so that a layer starts at 
 
 from pyroflows.nets.angles import AngleFeatures, OnAngles
 from pyroflows.nets.causal_conv import CausalConv
+from pyroflows.nets.conv import Conv, ResidualConv
 from pyroflows.nets.incremental import GradientSteps, Incremental, IncrementalGradient, ParameterSteps
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE, ScaledMADE
 from pyroflows.nets.mlp import MLP, Parameters, Pointwise, ResidualMLP, ScaledMLP
@@ -14,6 +15,7 @@ __all__ = [
     "MLP",
     "AngleFeatures",
     "CausalConv",
+    "Conv",
     "GradientSteps",
     "Incremental",
     "IncrementalGradient",
@@ -23,6 +25,7 @@ __all__ = [
     "Parameters",
     "Pointwise",
     "ResMADE",
+    "ResidualConv",
     "ResidualMLP",
     "ScaledMADE",
     "ScaledMLP",

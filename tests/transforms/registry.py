@@ -109,6 +109,11 @@ def _ordered(shape: Shape, axis: int, conditioner: Any = Stepwise, **options: An
     return Autoregressive(shape, conditioner=conditioner, order=_shuffled(shape[axis]), axis=axis, **options)
 
 
+def _checkerboard(shape: Shape, **options: Any) -> Coupling:
+    mask = masks.checkerboard(*shape[1:])
+    return Coupling(shape, mask=mask, conditioner="conv", hidden_dims=(8,), **options)
+
+
 def _compose_images(shape: Shape, context_dim: int) -> Compose:
     return Compose(
         [
@@ -212,6 +217,19 @@ LAYERS: dict[str, Entry] = {
     "coupling-of-columns": images(_factory(_coupling, axis=-1)),
     "coupling-convolution": images(
         _factory(Coupling, conditioner=lambda _: convolution, hidden_dims=(8,)), shapes=((2, 1, 3), (3, 4, 2))
+    ),
+    "coupling-conv": images(_factory(Coupling, conditioner="conv", hidden_dims=(8, 8))),
+    "coupling-residual-conv-of-image": images(
+        _factory(Coupling, conditioner="residual_conv", hidden_dims=(8,)),
+        shapes=((3, 4, 2),),
+        usual=(3, 4, 2),
+        context=(2, 4, 2),
+    ),
+    "coupling-of-places": images(_factory(_checkerboard, univariate="spline")),
+    "coupling-of-places-circular": images(_factory(_checkerboard, univariate="circular_spline"), shapes=((1, 3, 2),)),
+    "coupling-of-image": images(_factory(_checkerboard), shapes=((2, 3, 2),), usual=(2, 3, 2), context=(1, 3, 2)),
+    "coupling-of-sequence": sequences(
+        _factory(_coupling, conditioner="conv"), shapes=((2, 5),), usual=(2, 5), context=(3, 5)
     ),
     "autoregressive-of-columns": images(_factory(_ordered, axis=-1)),
     "autoregressive-of-rows-by-passes": images(_factory(_ordered, axis=-2, conditioner=lambda _: Plain)),

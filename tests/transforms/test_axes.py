@@ -106,6 +106,64 @@ def test_one_axis_may_be_counted_from_either_end():
     assert Coupling(SHAPE, axis=1).mask == Coupling(SHAPE, axis=-2).mask == [True, True, False, False]
 
 
+@pytest.mark.parametrize("conditioner", ["conv", "residual_conv"])
+def test_convolutions_see_the_places_around(conditioner):
+    """Parameters depend on all channels that pass, at distances of up to two places along each axis."""
+    shape = (3, 9, 7)
+    t = perturb(Coupling(shape, mask=masks.half(3), conditioner=conditioner, hidden_dims=(8,)).double())
+    z = torch.randn(shape, dtype=torch.float64)
+    reach = 2 if conditioner == "conv" else 3
+    for i, j in ((4, 3), (0, 6)):
+        gradient = torch.autograd.functional.jacobian(lambda z, i=i, j=j: t(z)[1, i, j], z)
+        near = [(torch.arange(size) - k).abs() <= reach for size, k in ((9, i), (7, j))]
+        assert torch.equal(gradient[0] != 0, near[0][:, None] & near[1])
+        assert gradient[1:].count_nonzero() == 1
+
+
+def test_checkerboard_passes_the_squares_of_one_colour():
+    """Those of the other colour depend on themselves and on those that pass, in all channels."""
+    mask = masks.checkerboard(4, 2)[0]
+    t = perturb(Coupling(SHAPE, mask=mask[None], conditioner="conv", hidden_dims=(8,)).double())
+    z, _ = inputs(t)
+    matrix = torch.autograd.functional.jacobian(t, z)
+    assert torch.equal(t(z)[:, mask], z[:, mask]) and (t(z)[:, ~mask] != z[:, ~mask]).all()
+    others = matrix[:, ~mask][:, :, :, ~mask].reshape(12, 12)
+    assert torch.equal(others, others.diag().diag())
+    # Squares in neighbouring rows and columns.
+    assert (matrix[0, 0, 0, :, 0, 1] != 0).all() and (matrix[0, 0, 0, :, 1, 0] != 0).all()
+
+
+@pytest.mark.parametrize("mask", [masks.half(3), masks.checkerboard(4, 2)], ids=["channels", "places"])
+def test_image_as_context_is_seen_place_by_place(mask):
+    t = perturb(Coupling(SHAPE, mask=mask, conditioner="conv", hidden_dims=(), context_dim=(2, 4, 2)).double())
+    z, context = inputs(t)
+    gradient = torch.autograd.functional.jacobian(lambda context: t.condition(context)(z)[2, 0, 0], context)
+    near = torch.tensor([[1, 1], [1, 1], [0, 0], [0, 0]]).bool()
+    assert torch.equal(gradient != 0, near.expand(2, 4, 2))
+
+
+def test_vector_as_context_is_an_image_of_equal_places():
+    options = {"conditioner": "conv", "hidden_dims": (8,)}
+    vector, image = Coupling(SHAPE, context_dim=5, **options), Coupling(SHAPE, context_dim=(5, 4, 2), **options)
+    image.load_state_dict(perturb(vector).state_dict())
+    z, context = torch.randn(6, 1, *SHAPE), torch.randn(7, 5)
+    torch.testing.assert_close(
+        vector.forward_and_ladj(z, context), image.forward_and_ladj(z, context[..., None, None].expand(7, 5, 4, 2))
+    )
+
+
+def test_context_of_the_places_of_some_axes_is_repeated_along_the_others():
+    """A film ``(time, channels, height, width)`` that is conditioned on one image."""
+    shape = (3, 2, 4, 5)
+    film = Coupling(shape, axis=1, conditioner="conv", hidden_dims=(8,), context_dim=(1, 4, 5))
+    image = Coupling(shape[1:], conditioner="conv", hidden_dims=(8,), context_dim=(1, 4, 5))
+    image.load_state_dict(perturb(film).state_dict())
+    z, context = torch.randn(7, *shape), torch.randn(7, 1, 4, 5)
+    x, ladj = film.forward_and_ladj(z, context)
+    expected, ladj_of_images = image.forward_and_ladj(z, context[:, None])
+    torch.testing.assert_close((x, ladj), (expected, ladj_of_images.sum(-1)))
+
+
 # The inverse
 
 
@@ -191,9 +249,38 @@ def test_masks_that_do_nothing_raise():
         Coupling(SHAPE, mask=[False] * 2, axis=2)
 
 
-def test_context_of_couplings_is_a_vector():
-    with pytest.raises(OptionError, match=r"Coupling takes a vector as context, but got context_dim=\(2, 4\)"):
+def test_contexts_of_other_places_raise():
+    message = r"Coupling with events of shape \(3, 4, 2\) is a vector or has the shape \(channels, 4, 2\).*=\(2, 4\)"
+    with pytest.raises(OptionError, match=message):
         Coupling(SHAPE, context_dim=(2, 4))
+    with pytest.raises(OptionError, match=r"Coupling with events of size 3 is a vector, but got context_dim=\(2, 4\)"):
+        Coupling(3, context_dim=(2, 4))
+
+
+def test_convolutions_need_axes_after_the_masked_one():
+    for dim in (5, (2, 2, 2, 2, 2)):
+        with pytest.raises(
+            OptionError, match=r"conv\' convolves over one to three axes after the masked one.* have [04]"
+        ):
+            Coupling(dim, conditioner="conv")
+
+
+def test_masks_of_places_need_a_conditioner_that_looks_at_other_places():
+    with pytest.raises(OptionError, match=r"looks at other places, but 'mlp' treats.*'conv', 'residual_conv'"):
+        Coupling(SHAPE, mask=masks.checkerboard(4, 2))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 4, 2).bool(), torch.zeros(1, 4, 2).bool()], ids=["all", "none"])
+def test_masks_of_places_that_do_nothing_raise(mask):
+    with pytest.raises(OptionError, match=r"shape \(3, 4, 2\).* for some places"):
+        Coupling(SHAPE, mask=mask, conditioner="conv")
+
+
+def test_mask_of_other_places_raises():
+    with pytest.raises(
+        OptionError, match=r"3 booleans.* or booleans of shape \(1, 4, 2\), true for the places that do"
+    ):
+        Coupling(SHAPE, mask=masks.checkerboard(2, 4), conditioner="conv")
 
 
 def test_conditioner_that_gives_another_shape_raises():

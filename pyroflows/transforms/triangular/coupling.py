@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MLP, AngleFeatures, Parameters, Pointwise, ResidualMLP, ScaledMLP
+from pyroflows.nets import MLP, AngleFeatures, Conv, Parameters, Pointwise, ResidualConv, ResidualMLP, ScaledMLP
 from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
 from pyroflows.nets.constants import Constants
 from pyroflows.shapes import axis_from_the_end, described
@@ -17,14 +17,16 @@ from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import UnivariateLike, univariate_named
 from pyroflows.transforms.univariate.by_column import checked_columns, of_columns
 
-_CONDITIONERS: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP, "scaled_mlp": ScaledMLP}
+_POINTWISE: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP, "scaled_mlp": ScaledMLP}
+_CONVOLUTIONAL: dict[str, ConditionerFactory] = {"conv": Conv, "residual_conv": ResidualConv}
 
 
 class Coupling(Constants, FlowTransform):
     r"""The coupling :math:`x_A = z_A, \; x_B = T(z_B; \theta(z_A, c))`, where the mask marks A.
 
     Part A passes unchanged and determines the parameters of the map of part B. A and B are parts of the dimensions of a
-    vector, or of the indices of one axis of an event with more axes, such as the channels of an image ``(C, H, W)``.
+    vector, or of the indices of one axis of an event with more axes, such as the channels of an image ``(C, H, W)``, or
+    of the places of the axes after it, such as the squares of a checkerboard.
 
     The log-determinant is :math:`\sum_{j \in B} \log T'(z_j; \theta_j)`. Both directions are parallel and cost one pass
     of the conditioner each. With the additive map this is a layer of NICE (Dinh et al. 2015, arXiv:1410.8516), with the
@@ -35,27 +37,33 @@ class Coupling(Constants, FlowTransform):
         univariate: the map T: "additive", "affine", "spline", "circular_spline", "sos", "monotone", or an instance; or
             a list of these, one for each dimension of a vector.
         mask: one boolean for each index of the masked axis, true for those that pass, see
-            :mod:`pyroflows.transforms.masks`; None lets the first half pass, which is nothing if there is one index.
-        conditioner: "mlp", "scaled_mlp", "residual", or a factory that is called as
+            :mod:`pyroflows.transforms.masks`; None lets the first half pass, which is nothing if there is one index. Or
+            booleans ``(1, *rest)``, where ``rest`` are the axes after the masked one: those places pass for all
+            indices, as with :func:`pyroflows.transforms.masks.checkerboard`.
+        conditioner: "mlp", "scaled_mlp", "residual", "conv", "residual_conv", or a factory that is called as
             ``factory(in_dim, out_dim, hidden_dims)``. Its module maps :math:`z_A` and the context, one after the other
             along the masked axis, to the parameters; angles are replaced by their cosines, and their sines follow. If
-            there is neither, each element has parameters of its own, without a network. The named networks act along
-            the masked axis and treat all places of the other axes alike, as 1 x 1 convolutions do.
+            there is neither, each element has parameters of its own, without a network. The first three named networks
+            act along the masked axis and treat all places of the other axes alike, as 1 x 1 convolutions do. The last
+            two are convolutions over ``rest``, :class:`pyroflows.nets.Conv` and :class:`pyroflows.nets.ResidualConv`.
         hidden_dims: widths of the conditioner's hidden layers.
-        context_dim: size of the context vector c, 0 for none; the conditioner sees it at all places.
+        context_dim: size of the context vector c, 0 for none; the conditioner sees it at all places. Or the shape
+            ``(channels, *rest)`` of a context that it sees place by place, such as an image.
         axis: the masked axis of the event.
 
-    Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., context_dim)``. The conditioner maps
-    ``(..., in_dim)`` to ``(..., out_dim)``. If the event has axes after the masked one, ``rest``, it maps
+    Shapes: z and x are ``(..., *event_shape)``, a context is ``(..., *context_shape)``. The conditioner maps
+    ``(..., in_dim)`` to ``(..., out_dim)``. If the event has axes after the masked one, it maps
     ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, as convolutions do; N counts all places of the axes before the
     masked one, those of the batch and those of the event. ``in_dim`` is the number of indices that pass, of which
-    angles count twice, plus ``context_dim``. ``out_dim`` is the number of indices that are transformed times the number
-    of parameters of T; the first parameter of all these indices comes before the second.
+    angles count twice, plus the size of a context vector or the channels of a context. ``out_dim`` is the number of
+    indices that are transformed times the number of parameters of T; the first parameter of all these indices comes
+    before the second. With a mask of places all indices count in both, and the conditioner sees zeros at the places
+    that are transformed.
 
     Raises:
         OptionError: if the mask does not fit or leaves nothing to pass or to transform, if the event has no such axis,
-            if a name is unknown, if the context is not a vector, or if the conditioner contains dropout or batch
-            normalisation.
+            if a name is unknown, or of a network that cannot act there, if the context has another shape, or if the
+            conditioner contains dropout or batch normalisation.
         ShapeError: at a call, if the conditioner gives parameters of another shape.
 
     Example:
@@ -64,10 +72,12 @@ class Coupling(Constants, FlowTransform):
         >>> x = t(z)
         >>> torch.equal(x[:, ::2], z[:, ::2]), torch.allclose(t.inv(x), z, atol=1e-5)
         (True, True)
-        >>> def convolutions(in_dim, out_dim, hidden_dims):
-        ...     return torch.nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1)
-        >>> Coupling((4, 8, 8), mask=masks.half(4), conditioner=convolutions)(torch.randn(5, 4, 8, 8)).shape
-        torch.Size([5, 4, 8, 8])
+        >>> images = torch.randn(5, 4, 8, 6)
+        >>> Coupling((4, 8, 6), mask=masks.half(4), conditioner="conv")(images).shape
+        torch.Size([5, 4, 8, 6])
+        >>> t = Coupling((4, 8, 6), mask=masks.checkerboard(8, 6), conditioner="conv", context_dim=(1, 8, 6))
+        >>> t.condition(torch.randn(5, 1, 8, 6))(images).shape
+        torch.Size([5, 4, 8, 6])
     """
 
     passing: Tensor
@@ -81,37 +91,63 @@ class Coupling(Constants, FlowTransform):
         mask: Sequence[bool] | Tensor | None = None,
         conditioner: str | ConditionerFactory = "mlp",
         hidden_dims: Sequence[int] = (64, 64),
-        context_dim: int = 0,
+        context_dim: int | Sequence[int] = 0,
         axis: int = 0,
     ) -> None:
         super().__init__(dim, context_dim)
-        if isinstance(conditioner, str) and conditioner not in _CONDITIONERS:
-            raise OptionError(f"conditioner must be one of {sorted(_CONDITIONERS)} or a factory, got {conditioner!r}")
-        if len(self.context_shape) > 1:
-            raise OptionError(f"Coupling takes a vector as context, but got context_dim={context_dim}")
         self.univariate = univariate_named(univariate)
         angles = checked_columns(self.univariate, self.event_shape, "Coupling")
         self.declare_angles(angles)
         self.axis = axis_from_the_end(axis, self.event_shape, "Coupling")
         size = self.event_shape[self.axis]
-        self.mask = _checked_mask(half(size) if mask is None else torch.as_tensor(mask), self.event_shape, self.axis)
+        self.rest = self.event_shape[len(self.event_shape) + self.axis + 1 :]
+        if len(self.context_shape) > 1 and self.context_shape[1:] != self.rest:
+            raise OptionError(_wrong_context(self.context_shape, self.event_shape, self.rest))
+        mask = half(size) if mask is None else torch.as_tensor(mask)
+        self.mask = _checked_mask(mask, self.event_shape, self.axis)
+        self.masks_places = mask.dim() > 1
+        # Parts of the places are parts of one axis, once the axes after the masked one are flattened.
+        self.split_axis = -1 if self.masks_places else self.axis
         self.register_constants()
         self.num_blocks = 1 + sum(a != b for a, b in pairwise(self.mask))
-        self.event_axes = tuple(range(-len(self.event_shape), 0))
+        num_axes = len(self.event_shape) - (len(self.rest) - 1 if self.masks_places else 0)
+        self.event_axes = tuple(range(-num_axes, 0))
         # The masked axis is the last one wherever some columns are angles and others are not.
-        given = [all(angles) or (any(angles) and angles[i]) for i in self.passing.tolist()]
+        seen = range(size) if self.masks_places else self.passing.tolist()
+        given = [all(angles) or (any(angles) and angles[i]) for i in seen]
         self.features = AngleFeatures(given, self.axis) if any(given) else None
         self.univariate_of_b = of_columns(self.univariate, self.transformed.tolist())
 
-        self.rest = self.event_shape[len(self.event_shape) + self.axis + 1 :]
-        in_dim = len(self.passing) + sum(given) + self.context_dim
-        out_dim = len(self.transformed) * self.univariate_of_b.num_params
-        self.theta_shape = (out_dim, *self.rest)
+        self.context_channels = self.context_shape[0] if self.context_shape else 0
+        self.in_dim = len(given) + sum(given) + self.context_channels
+        num_transformed = size if self.masks_places else len(self.transformed)
+        self.theta_shape = (num_transformed * self.univariate_of_b.num_params, *self.rest)
         self.conditioner = (
-            _network(conditioner, in_dim, out_dim, hidden_dims, len(self.rest))
-            if in_dim
-            else Parameters(torch.zeros(self.theta_shape))
+            self._network(conditioner, hidden_dims) if self.in_dim else Parameters(torch.zeros(self.theta_shape))
         )
+
+    def _network(self, conditioner: str | ConditionerFactory, hidden_dims: Sequence[int]) -> nn.Module:
+        """Return the network of a factory or a name."""
+        sizes, num_axes = (self.in_dim, self.theta_shape[0], hidden_dims), len(self.rest)
+        if not isinstance(conditioner, str):
+            return checked_conditioner(conditioner(*sizes))
+        if conditioner not in {**_POINTWISE, **_CONVOLUTIONAL}:
+            names = sorted([*_POINTWISE, *_CONVOLUTIONAL])
+            raise OptionError(f"conditioner must be one of {names} or a factory, got {conditioner!r}")
+        if conditioner in _POINTWISE and self.masks_places:
+            raise OptionError(
+                f"Coupling with a mask of places needs a conditioner that looks at other places, but {conditioner!r} "
+                f"treats each alone: use one of {sorted(_CONVOLUTIONAL)}, or a factory"
+            )
+        if conditioner in _CONVOLUTIONAL:
+            if not 1 <= num_axes <= 3:
+                raise OptionError(
+                    f"Coupling with conditioner={conditioner!r} convolves over one to three axes after the masked one, "
+                    f"but events of {described(self.event_shape)} have {num_axes}"
+                )
+            return _CONVOLUTIONAL[conditioner](*sizes, num_axes)
+        net = _POINTWISE[conditioner](*sizes)
+        return Pointwise(net, num_axes) if num_axes else net
 
     def constants(self) -> dict[str, Tensor | None]:
         mask = torch.tensor(self.mask)
@@ -140,19 +176,26 @@ class Coupling(Constants, FlowTransform):
 
     def _theta(self, z_a: Tensor, context: Tensor | None) -> Tensor:
         """Return the parameters of T at z_B, ``(*z_b.shape, num_params)``."""
-        given = z_a if self.features is None else self.features(z_a)
-        given = given if context is None else torch.cat([given, self._at_all_places(context, z_a)], self.axis)
-        theta = self._parameters_at(given) if len(self.mask) > 1 or context is not None else self.conditioner()
+        theta = self._parameters_at(self._seen(z_a, context)) if self.in_dim else self.conditioner()
+        axis = self.axis
+        if self.masks_places:
+            theta, axis = theta.flatten(axis + 1).index_select(-1, self.transformed), axis + len(self.rest) - 1
         # Memory stays parameter-major, so that each parameter is one contiguous block over the elements.
-        return theta.unflatten(self.axis, (self.univariate_of_b.num_params, -1)).movedim(self.axis - 1, -1)
+        return theta.unflatten(axis, (self.univariate_of_b.num_params, -1)).movedim(axis - 1, -1)
 
-    def _at_all_places(self, context: Tensor, z_a: Tensor) -> Tensor:
-        """Return the context along the masked axis, repeated at each place of the other axes."""
-        if len(self.event_shape) > 1:
-            others = [1] * (len(self.event_shape) - 1)
-            others.insert(self.axis + len(self.event_shape), self.context_dim)
-            context = context.reshape(*context.shape[:-1], *others)
-        return context.expand(*z_a.shape[: self.axis], self.context_dim, *self.rest)
+    def _seen(self, z_a: Tensor, context: Tensor | None) -> Tensor:
+        """Return what the conditioner sees, ``(..., in_dim, *rest)``."""
+        if self.masks_places:
+            z_a = self._join(z_a, z_a.new_zeros(*z_a.shape[:-1], len(self.transformed)))
+        seen = z_a if self.features is None else self.features(z_a)
+        if context is None:
+            return seen
+        # A vector is repeated at all places of the axes after the masked one; both, at those of the axes before it.
+        num_before = len(self.event_shape) - 1 - len(self.rest)
+        by_place = context.shape[context.dim() - len(self.context_shape) + 1 :] or (1,) * len(self.rest)
+        batch_shape = context.shape[: context.dim() - len(self.context_shape)]
+        context = context.reshape(*batch_shape, *[1] * num_before, self.context_channels, *by_place)
+        return torch.cat([seen, context.expand(*seen.shape[: self.axis], -1, *self.rest)], self.axis)
 
     def _parameters_at(self, given: Tensor) -> Tensor:
         """Return what the conditioner computes, ``(..., out_dim, *rest)``."""
@@ -165,16 +208,21 @@ class Coupling(Constants, FlowTransform):
 
     # If A and B are one block each, split and cat take half the time of selection by index.
     def _split(self, z: Tensor) -> Pair:
+        axis = self.split_axis
+        if self.masks_places:
+            z = z.flatten(self.axis + 1)
         if self.num_blocks > 2:
-            return z.index_select(self.axis, self.passing), z.index_select(self.axis, self.transformed)
+            return z.index_select(axis, self.passing), z.index_select(axis, self.transformed)
         sizes = [len(self.passing), len(self.transformed)]
         if self.mask[0]:
-            z_a, z_b = z.split(sizes, self.axis)
+            z_a, z_b = z.split(sizes, axis)
         else:
-            z_b, z_a = z.split(sizes[::-1], self.axis)
+            z_b, z_a = z.split(sizes[::-1], axis)
         return z_a, z_b
 
     def _join(self, z_a: Tensor, x_b: Tensor) -> Tensor:
+        if self.masks_places:
+            return torch.cat([z_a, x_b], -1).index_select(-1, self.place).unflatten(-1, self.rest)
         if self.num_blocks > 2:
             return torch.cat([z_a, x_b], self.axis).index_select(self.axis, self.place)
         parts = [z_a, x_b] if self.mask[0] else [x_b, z_a]
@@ -183,28 +231,30 @@ class Coupling(Constants, FlowTransform):
         return torch.cat(parts, self.axis)
 
 
-def _network(
-    conditioner: str | ConditionerFactory, in_dim: int, out_dim: int, hidden_dims: Sequence[int], num_axes: int
-) -> nn.Module:
-    """Return the network of a factory or a name; a named one acts at each place of the axes after the masked one."""
-    if not isinstance(conditioner, str):
-        return checked_conditioner(conditioner(in_dim, out_dim, hidden_dims))
-    net = _CONDITIONERS[conditioner](in_dim, out_dim, hidden_dims)
-    return Pointwise(net, num_axes) if num_axes else net
+def _wrong_context(context_shape: torch.Size, event_shape: torch.Size, rest: torch.Size) -> str:
+    """Return the message for contexts that are neither vectors nor have the places of an event."""
+    fitting = f" or has the shape (channels, {', '.join(map(str, rest))})" if rest else ""
+    return (
+        f"a context of Coupling with events of {described(event_shape)} is a vector{fitting}, but got "
+        f"context_dim={tuple(context_shape)}"
+    )
 
 
 def _checked_mask(mask: Tensor, event_shape: torch.Size, axis: int) -> list[bool]:
-    """Return the mask as a list if it has a boolean for each index and lets some pass, but not all."""
-    values, size = mask.tolist(), event_shape[axis]
-    num_axes = len(event_shape)
+    """Return the mask as a list if it fits, has a boolean for each index or place, and lets some pass, but not all."""
+    size, num_axes = event_shape[axis], len(event_shape)
+    rest = event_shape[num_axes + axis + 1 :]
+    values = mask.flatten().tolist()
     where = "dimensions" if num_axes == 1 else f"indices of axis {num_axes + axis}"
     layer = f"Coupling with events of {described(event_shape)}"
-    if mask.dtype != torch.bool or mask.shape != (size,):
+    if mask.dtype != torch.bool or mask.shape not in ((size,), (1, *rest) if rest else (size,)):
         what = f"{size} booleans, true for the {where} that pass unchanged"
-        raise OptionError(f"{layer}: the mask must be {what}, got {values}")
+        places = f", or booleans of shape {(1, *rest)}, true for the places that do" if rest else ""
+        raise OptionError(f"{layer}: the mask must be {what}{places}, got {mask.tolist()}")
+    where = where if mask.dim() == 1 else "places"
     if all(values):
         raise OptionError(f"{layer}: a mask that is true everywhere transforms nothing: make it false for some {where}")
-    if size > 1 and not any(values):
+    if len(values) > 1 and not any(values):
         raise OptionError(
             f"{layer}: a mask that is false everywhere leaves nothing to condition on: make it true for some {where}, "
             "or use Elementwise"

@@ -1,7 +1,8 @@
 """Masks of coupling layers: boolean tensors, true for the dimensions that pass unchanged.
 
 A coupling with ``~mask`` transforms what one with ``mask`` passes. ``dim`` is the number of dimensions of a vector, or
-of indices of the axis that a coupling masks, such as the channels of an image. If ``dim`` is 1, nothing passes.
+of indices of the axis that a coupling masks, such as the channels of an image. If ``dim`` is 1, nothing passes. The
+mask of a checkerboard is one of the places of an image.
 """
 
 import torch
@@ -52,6 +53,24 @@ def channelwise(channels: int, height: int, width: int) -> Tensor:
         tensor([ True,  True, False, False])
     """
     return half(channels).repeat_interleave(height * width)
+
+
+def checkerboard(*sizes: int) -> Tensor:
+    """Let every second place pass, like the black squares of a board, for the places of an image or of a sequence.
+
+    Args:
+        sizes: the sizes of the axes after the channels, such as the height and the width of an image.
+
+    Returns:
+        Booleans ``(1, *sizes)``, which are the same for all channels.
+
+    Example:
+        >>> checkerboard(2, 3)
+        tensor([[[False,  True, False],
+                 [ True, False,  True]]])
+    """
+    indices = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
+    return (torch.stack(indices).sum(0) % 2 == 1)[None]
 
 
 def growing(dim: int, num_masks: int) -> list[Tensor]:

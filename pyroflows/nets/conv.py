@@ -1,0 +1,98 @@
+"""Convolutional conditioners, whose parameters at each place depend on the places around it."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyroflows.errors import OptionError
+from pyroflows.nets.mlp import checked_widths, zero_initialized
+
+
+class Conv(nn.Sequential):
+    """Convolutions with SiLU activations, whose output layer starts at zero, as in Glow (Kingma and Dhariwal 2018,
+    arXiv:1807.03039).
+
+    The first and the last convolution have three taps along each axis, and those between the hidden layers have one, so
+    that the parameters at a place depend on the places at a distance of up to two. Places beyond the border are zero.
+
+    Args:
+        in_dim: number of channels of the input.
+        out_dim: number of channels of the output.
+        hidden_dims: channels of the hidden layers; if there is none, the network is one convolution.
+        num_axes: the number of axes after the channels, from 1 to 3; 2 for an image ``(C, H, W)``.
+
+    Shapes: it maps ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, where ``rest`` has ``num_axes`` axes.
+
+    Raises:
+        OptionError: if a width is not positive, or there is another number of axes.
+
+    Example:
+        >>> Conv(3, 8, hidden_dims=(16, 16))(torch.randn(5, 3, 4, 6)).shape
+        torch.Size([5, 8, 4, 6])
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64), num_axes: int = 2) -> None:
+        self.hidden_dims = checked_widths(hidden_dims, least=0)
+        convolution = _convolution(num_axes)
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise([in_dim, *self.hidden_dims])):
+            layers += [convolution(a, b, 1) if i else convolution(a, b, 3, padding=1), nn.SiLU()]
+        last = self.hidden_dims[-1] if self.hidden_dims else in_dim
+        super().__init__(*layers, zero_initialized(convolution(last, out_dim, 3, padding=1)))
+
+
+class ResidualConv(nn.Module):
+    r"""A residual network of convolutions whose output layer starts at zero (He et al. 2016, arXiv:1603.05027), as in
+    RealNVP (Dinh et al. 2017, arXiv:1605.08803).
+
+    Starting from :math:`h_0 = W * x + b`, each width in ``hidden_dims`` adds a block,
+
+    .. math:: h_k = h_{k-1} + W_k' * \sigma(W_k * \sigma(h_{k-1}) + b_k) + b_k',
+
+    where :math:`*` is a convolution with three taps along each axis and :math:`\sigma` is SiLU; the output is linear in
+    :math:`\sigma(h)` at each place. All :math:`h_k` have the first width; the hidden layer inside block k has the k-th.
+    So each block lets the parameters at a place depend on places that are farther away by two. Places beyond the border
+    are zero.
+
+    Args:
+        in_dim: number of channels of the input.
+        out_dim: number of channels of the output.
+        hidden_dims: one or more widths, a block of two convolutions for each.
+        num_axes: the number of axes after the channels, from 1 to 3; 2 for an image ``(C, H, W)``.
+
+    Shapes: it maps ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, where ``rest`` has ``num_axes`` axes.
+
+    Raises:
+        OptionError: if there is no hidden layer, a width is not positive, or there is another number of axes.
+
+    Example:
+        >>> ResidualConv(3, 8, hidden_dims=(16, 16))(torch.randn(5, 3, 4, 6)).shape
+        torch.Size([5, 8, 4, 6])
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (32, 32), num_axes: int = 2) -> None:
+        super().__init__()
+        self.hidden_dims = checked_widths(hidden_dims)
+        convolution = _convolution(num_axes)
+        width = self.hidden_dims[0]
+        self.input = convolution(in_dim, width, 3, padding=1)
+        self.inner = nn.ModuleList(convolution(width, inner, 3, padding=1) for inner in self.hidden_dims)
+        self.outer = nn.ModuleList(convolution(inner, width, 3, padding=1) for inner in self.hidden_dims)
+        self.output = zero_initialized(convolution(width, out_dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.input(x)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            h = h + outer(F.silu(inner(F.silu(h))))
+        return self.output(F.silu(h))
+
+
+def _convolution(num_axes: int) -> Any:
+    """Return torch's class of convolutions along that many axes."""
+    classes = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    if num_axes not in classes:
+        raise OptionError(f"a convolutional conditioner needs one to three axes after the channels, got {num_axes}")
+    return classes[num_axes]
