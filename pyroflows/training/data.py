@@ -112,7 +112,7 @@ def load(
     values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
         raise DataError(f"x has {counted(len(values), 'row')}: a density needs more, at least 2 rows")
-    contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
+    contexts, masses = contexts_of(context, len(values), flow), _weights(weights, len(values), flow)
     if are_integers:
         refuse_fractions(values, labels_of(x))
         y = dequantized(values, uniform_noise(values))
@@ -334,7 +334,13 @@ def context_rows(context: Any, flow: Flow) -> Tensor:
     return _rows("context", context, flow.context_shape, flow)
 
 
-def _contexts(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
+def contexts_of(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
+    """Read the contexts of so many rows, as :func:`context_rows` does; None for a flow that takes none.
+
+    Raises:
+        ShapeError: if the flow needs a context and gets none, or the other way round, or their number does not fit.
+        DataError: if values cannot be used; the message names the row and the column.
+    """
     if context is None and not flow.context_dim:
         return None
     if context is None:
