@@ -66,8 +66,8 @@ def bits_per_dim(
         raise OptionError(f"bits_per_dim takes a pyroflows.Flow, got {kind(flow)}")
     if flow.support.is_discrete:
         raise OptionError(
-            "this flow is a law of integers itself, and its log_prob(x) the logarithm of the probability of x: the bits "
-            "per dimension are -flow().log_prob(x).mean() / (flow.dim * math.log(2))"
+            "this flow is a law of integers itself, whose log_prob(x) is exact: the bits per dimension are "
+            "-flow().log_prob(x).mean() / (flow.dim * math.log(2))"
         )
     require_values(flow)
     levels, num_samples = checked_int("levels", levels, least=2), checked_int("num_samples", num_samples)

@@ -49,7 +49,7 @@ class VariationalDequantization(MaximumLikelihood):
 
     def __init__(self, flow: Flow, noise: Flow, data: Data, index: Tensor, batch_size: int) -> None:
         super().__init__(flow, data, index, batch_size)
-        self.own_parameters = trained_parameters(noise)
+        self.own_parameters += trained_parameters(noise)
         self._noise = noise
         self._of_noise = Objective(noise)
         self._seed = int(torch.randint(2**31, ()))
@@ -154,7 +154,7 @@ def check_noise(flow: Flow, noise: Flow) -> None:
     if noise.event_shape != shape or noise.context_shape != shape:
         context = f"contexts of {described(noise.context_shape)}" if noise.context_dim else "no context"
         raise ShapeError(
-            f"the noise for integers of {described(shape)} is a flow with events and contexts of that shape, but this one "
+            f"the noise for integers of {described(shape)} must have events and contexts of that shape, but this flow "
             f"has events of {described(noise.event_shape)} and {context}: use pf.flows.Dequantizer({as_given(shape)})"
         )
     if any(_ends(part) != (0.0, 1.0) for part, _ in parts_of(noise.support, shape[-1])):

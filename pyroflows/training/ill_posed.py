@@ -307,9 +307,9 @@ def _warn_of_few_values(what: str, columns: str, values: Tensor, are_integers: b
     step = values.diff().min().item()
     in_the_fit = ' (give dequantization="uniform" to fit_density)' if are_integers else ""
     warn(
-        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them{in_the_fit}, that "
-        f"is make {columns} floating-point numbers, and add to each value its own noise of the width of the rounding, "
-        f"such as {step:.3g} times a uniform number from -0.5 to 0.5; or leave out categories"
+        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them{in_the_fit}, "
+        f"that is make {columns} floating-point numbers, and add to each value its own noise of the width of the "
+        f"rounding, such as {step:.3g} times a uniform number from -0.5 to 0.5; or leave out categories"
     )
 
 
