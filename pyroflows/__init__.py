@@ -16,7 +16,15 @@ from pyroflows.errors import (
     StateError,
     UntraceableError,
 )
-from pyroflows.fitting import DensityComparison, DensityFit, Distillation, compare_densities, distill, fit_density
+from pyroflows.fitting import (
+    DensityComparison,
+    DensityFit,
+    Distillation,
+    bits_per_dim,
+    compare_densities,
+    distill,
+    fit_density,
+)
 from pyroflows.flows import Flow, load_flow
 from pyroflows.inference import FlowVI, Posterior, importance_sample, load_posterior, sample_conditional, to_arviz
 from pyroflows.training import Objective, Trainer, train
@@ -45,6 +53,7 @@ __all__ = [
     "StateError",
     "Trainer",
     "UntraceableError",
+    "bits_per_dim",
     "compare_densities",
     "constraints",
     "distill",

@@ -1,5 +1,6 @@
 """Fit flows to data, to other flows, and to log-densities."""
 
+from pyroflows.fitting.bits import bits_per_dim
 from pyroflows.fitting.comparison import DensityComparison, compare_densities
 from pyroflows.fitting.density import DensityFit, fit_density
 from pyroflows.fitting.distillation import Distillation, distill
@@ -10,6 +11,7 @@ __all__ = [
     "DensityFit",
     "Distillation",
     "ReverseKL",
+    "bits_per_dim",
     "compare_densities",
     "distill",
     "fit_density",

@@ -12,6 +12,7 @@ import torch
 from pyroflows.arrays import ArrayLike
 from pyroflows.errors import OptionError
 from pyroflows.fitting.density import DensityFit, fit_density
+from pyroflows.fitting.maximum_likelihood import log_probs
 from pyroflows.flows import Flow
 from pyroflows.options import checked_fraction, kind
 from pyroflows.randomness import seeded
@@ -94,7 +95,8 @@ def compare_densities(
         weights: weights of the rows ``(n,)``, not negative; None for equal weights.
         test: fraction of the rows that is set aside for the comparison, between 0 and 1.
         seed: as for :func:`pyroflows.fit_density`; None to draw one.
-        options: options of :func:`pyroflows.fit_density`.
+        options: options of :func:`pyroflows.fit_density`. Of integers, ``dequantization="uniform"`` gives the test rows
+            the same noise under all flows.
 
     Raises:
         OptionError: if there is no flow, or one is not new, or stands under two names; or if an option is outside its
@@ -111,18 +113,30 @@ def compare_densities(
     """
     _check_flows(flows)
     checked_fraction("test", test)
+    are_integers = _checked_dequantization(options.get("dequantization")) is not None
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    fits, log_probs, held_out_weights = {}, {}, np.empty(0)
+    fits, scores, held_out_weights = {}, {}, np.empty(0)
     for name, flow in flows.items():
         with seeded(seed):
-            rows = load(flow, x, context, weights).rows
+            rows = load(flow, x, context, weights, are_integers).rows
             training, held_out = (rows[index] for index in split(rows, test))
-        fits[name] = fit_density(flow, training.x, training.context, training.weights, seed=seed, **options)
-        with torch.no_grad(), pyro.validation_enabled(False):
-            log_prob = flow(held_out.context).log_prob(held_out.x)
-        log_probs[name] = log_prob.double().cpu().numpy()
+        # A fit adds noise of its own to integers.
+        given = training.x.floor() if are_integers else training.x
+        fits[name] = fit_density(flow, given, training.context, training.weights, seed=seed, **options)
+        with pyro.validation_enabled(False):
+            scores[name] = log_probs(flow, held_out).double().cpu().numpy()
         held_out_weights = held_out.weights.double().cpu().numpy()
-    return DensityComparison(fits, log_probs, held_out_weights)
+    return DensityComparison(fits, scores, held_out_weights)
+
+
+def _checked_dequantization(dequantization: Any) -> Any:
+    """Return the option if it is the same for each flow; a flow that draws noise is trained for one density alone."""
+    if isinstance(dequantization, Flow):
+        raise OptionError(
+            'compare_densities compares flows under the same noise, dequantization="uniform": of fits with a noise of '
+            "their own, compare pf.bits_per_dim on rows that none of them has seen"
+        )
+    return dequantization
 
 
 def _check_flows(flows: Mapping[str, Flow]) -> None:

@@ -11,6 +11,7 @@ import torch
 from pyroflows.arrays import ArrayLike
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, OptionError, warn
+from pyroflows.fitting.dequantization import VariationalDequantization, adapt_noise, check_dequantization
 from pyroflows.fitting.gaussian import gaussian_log_prob
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
@@ -33,8 +34,6 @@ STEPS_PER_EPOCH = 8
 MIN_BATCH_SIZE, MAX_BATCH_SIZE = 32, 256
 # Precision of the normal prior on the parameters, whose weight beside the likelihood falls as one over the rows.
 PRIOR_PRECISION = 3.0
-# Number of rows that are scored at once where no gradient is needed.
-NUM_SCORED = 4096
 # Tracing costs as much time as it saves in 60 to 130 steps, and generating machine code as much as in thousands.
 MIN_STEPS = {"trace": 200, "inductor": 10_000}
 
@@ -55,6 +54,8 @@ class DensityFit:
         gaussian_log_prob: mean log-density that a Gaussian of full covariance, which has the moments of the training
             rows, gives to the validation rows; with contexts, its mean is linear in them. None if there is none, as for
             angles and counts.
+        noise: the flow that draws the noise of integers, trained in place too; None if there is none. Of integers with
+            noise, all log-densities are bounds of the log-probability of the integers.
 
     Example:
         >>> flow = pf.flows.MAF(2, num_layers=2, hidden_dims=(16,))
@@ -73,6 +74,7 @@ class DensityFit:
     stopped_early: bool
     still_improving: bool
     gaussian_log_prob: float | None
+    noise: Flow | None = None
 
     def plot(self) -> Any:
         """Plot the log-density of training and validation rows over the epochs, beside that of a Gaussian.
@@ -114,6 +116,7 @@ def fit_density(
     compile: str = "auto",
     seed: int | None = None,
     progress_bar: bool = True,
+    dequantization: str | Flow | None = None,
 ) -> DensityFit:
     r"""Fit a flow to data by maximum likelihood.
 
@@ -127,6 +130,16 @@ def fit_density(
     data need a flow with a ``support``. Location and scale of contexts are stored in the same way.
     ``flow(context).latent(x)`` gives the latent codes of data.
 
+    Integers x have no density. With ``dequantization`` the flow is the density p of x + u, where u is noise between 0
+    and 1 that is drawn afresh for each batch. What is maximised, and reported for the validation rows with one fixed
+    draw of their noise, is a lower bound of the log-probability of the integers,
+
+    .. math:: \log P(x \mid c) = \log \int_{[0, 1]^D} p(x + u \mid c) \, du
+        \ge E_{q(u \mid x)}[\log p(x + u \mid c) - \log q(u \mid x)],
+
+    with uniform q (Theis et al. 2016, arXiv:1511.01844), or with a flow q that is trained beside p (Ho et al. 2019,
+    arXiv:1902.00275). :func:`pyroflows.bits_per_dim` estimates P itself; ``flow().sample().floor()`` are integers.
+
     Rows are looked at before the fit. Columns that depend linearly on others have no density, which is an error; there
     is a warning of few or repeated values, of rows far out, and of flows that do not suit the data.
 
@@ -134,7 +147,7 @@ def fit_density(
         flow: the flow to train.
         x: rows ``(n, *event_shape)``: a tensor, a NumPy array, lists, a pandas frame, or a Dataset whose items are
             ``x`` or ``(x, context)``. Items of a Dataset are read anew for each training batch, so that an augmentation
-            such as dequantisation is drawn afresh; all of them are held in memory once.
+            is drawn afresh; all of them are held in memory once.
         context: rows ``(n, *context_shape)``, if the flow takes a context.
         weights: weights of the rows ``(n,)``, not negative, of which only the ratios count; None for equal weights.
         validation: fraction of the rows that is set aside for validation, between 0 and 1.
@@ -148,6 +161,9 @@ def fit_density(
         seed: makes the fit reproducible and leaves the global generator as it was; None to draw from the global one.
             The flow draws its initial parameters when it is made: call ``pyro.set_rng_seed`` before that.
         progress_bar: whether to show a progress bar.
+        dequantization: None for continuous data; for integers "uniform", or a flow with support (0, 1) that draws the
+            noise and takes x as context, such as :class:`pyroflows.flows.Dequantizer`. A bounded ``support`` of the
+            flow must leave room for the noise: from 0 to 256 for bytes.
 
     Raises:
         ShapeError: if numbers of rows or columns of the data do not fit.
@@ -166,25 +182,35 @@ def fit_density(
         (torch.Size([2000]), torch.Size([2000, 2]))
     """
     _check_options(flow, validation, batch_size, max_epochs, patience)
+    check_dequantization(flow, dequantization)
+    noise = dequantization if isinstance(dequantization, Flow) else None
     compiler = Compiler(compile)
     # The guard handles values that are not finite; torch's validation would raise at them.
     with seeded(seed), pyro.validation_enabled(False):
-        data = load(flow, x, context, weights)
+        data = load(flow, x, context, weights, are_integers=dequantization is not None)
         training, held_out = split(data.rows, validation)
         check_density(flow, data.rows, training)
         if not flow.is_adapted:
             rows = data.rows[training]
             flow.adapt(rows.x, rows.context, rows.weights)
+        if noise is not None:
+            require_trainable(noise)
+            adapt_noise(noise, data.rows[training])
         if batch_size is None:
             batch_size = min(max(len(training) // STEPS_PER_EPOCH, MIN_BATCH_SIZE), MAX_BATCH_SIZE)
         batch_size = min(batch_size, len(training))
         steps_per_epoch = len(training) // batch_size
         compiler = _worthwhile(compiler, max_epochs * steps_per_epoch)
-        objective = MaximumLikelihood(flow, data, training, batch_size)
+        objective = (
+            MaximumLikelihood(flow, data, training, batch_size)
+            if noise is None
+            else VariationalDequantization(flow, noise, data, training, batch_size)
+        )
+        trained = [flow] if noise is None else [flow, noise]
         schedule = EarlyStopping(
             objective.monitor,
-            partial(_mean_log_prob, flow, data.rows[held_out]),
-            [*flow.parameters(), *flow.buffers()],
+            partial(_mean_log_prob, objective, data.rows[held_out]),
+            [tensor for part in trained for tensor in (*part.parameters(), *part.buffers())],
             steps_per_epoch,
             max_epochs,
             patience,
@@ -210,6 +236,7 @@ def fit_density(
         stopped_early,
         schedule.still_growing,
         gaussian,
+        noise,
     )
 
 
@@ -226,13 +253,8 @@ def _worthwhile(compiler: Compiler, num_steps: int) -> Compiler:
     return compiler
 
 
-@torch.no_grad()
-def _mean_log_prob(flow: Flow, rows: Rows) -> float:
-    total = 0.0
-    for i in range(0, len(rows), NUM_SCORED):
-        part = rows[i : i + NUM_SCORED]
-        total += torch.dot(part.weights, flow(part.context).log_prob(part.x)).item()
-    return total / rows.weights.sum().item()
+def _mean_log_prob(objective: MaximumLikelihood, rows: Rows) -> float:
+    return torch.dot(rows.weights, objective.log_prob(rows)).item() / rows.weights.sum().item()
 
 
 def _check_options(flow: Flow, validation: float, batch_size: int | None, max_epochs: int, patience: int) -> None:

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyroflows.flows import Flow
-from pyroflows.training.data import Data, ShuffledBatches
+from pyroflows.training.data import Data, Rows, ShuffledBatches
 from pyroflows.training.objective import Figures, Objective
+
+# Where no gradient is needed, this many rows are scored at once, or as many as have this many elements.
+MAX_SCORED, MAX_SCORED_ELEMENTS = 4096, 2**18
 
 
 class MaximumLikelihood(Objective):
@@ -52,6 +56,10 @@ class MaximumLikelihood(Objective):
         log_prob = (weights * self.flow(*context).estimated().log_prob(x)).mean()
         return -log_prob, {"log_prob": log_prob}
 
+    def log_prob(self, rows: Rows) -> Tensor:
+        """Return the exact log-densities ``(n,)`` of rows, without gradients; few rows are scored at once."""
+        return log_probs(self.flow, rows)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the shuffled data."""
         return self._batches.state_dict()
@@ -59,3 +67,32 @@ class MaximumLikelihood(Objective):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned."""
         self._batches.load_state_dict(state)
+
+
+@torch.no_grad()
+def log_probs(flow: Flow, rows: Rows) -> Tensor:
+    """Return the log-densities ``(n,)`` of rows under a flow, of which few are scored at once.
+
+    Example:
+        >>> from pyroflows.training.data import load
+        >>> flow = pf.flows.MAF(2)
+        >>> log_probs(flow, load(flow, torch.randn(10, 2)).rows).shape
+        torch.Size([10])
+    """
+    return torch.cat([flow(part.context).log_prob(part.x) for part in parts(rows, flow.dim)])
+
+
+def parts(rows: Rows, dim: int) -> list[Rows]:
+    """Divide rows of ``dim`` elements into parts that can be scored at once."""
+    size = num_scored(dim)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def num_scored(dim: int) -> int:
+    """Return how many rows of ``dim`` elements are scored at once, so that networks on images need little memory.
+
+    Example:
+        >>> num_scored(2), num_scored(3 * 32 * 32)
+        (4096, 85)
+    """
+    return max(1, min(MAX_SCORED, MAX_SCORED_ELEMENTS // dim))

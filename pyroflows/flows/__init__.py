@@ -1,6 +1,7 @@
 """Flows: layers stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
 from pyroflows.flows.columns import Blocks, CircularUniform
+from pyroflows.flows.dequantizer import Dequantizer
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.files import load_flow
 from pyroflows.flows.flow import Flow
@@ -32,6 +33,7 @@ __all__ = [
     "Blocks",
     "CircularNSF",
     "CircularUniform",
+    "Dequantizer",
     "Flow",
     "FlowDistribution",
     "Gaussian",

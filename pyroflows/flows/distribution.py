@@ -10,6 +10,7 @@ from torch.distributions import Distribution, Independent, constraints
 from pyroflows.arrays import as_tensor, floating_tensor
 from pyroflows.compiling.eager import is_under_func
 from pyroflows.flows.law import shapes_of_law
+from pyroflows.flows.temperature import sample_at
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside, is_met, is_unbounded, moved_inside
@@ -256,10 +257,26 @@ class FlowDistribution(TransformedDistribution):
         self._memory.keep(x, log_q)
         return x
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = torch.Size(), temperature: float = 1.0) -> Tensor:  # noqa: B008
+        r"""Return draws ``(*sample_shape, *batch_shape, *event_shape)`` without gradients.
+
+        Args:
+            sample_shape: the shape of the sample.
+            temperature: the factor T, at least 0, of the standard deviations of a normal base: z is drawn from
+                :math:`N(\mu, T^2 \Sigma)` instead of :math:`N(\mu, \Sigma)`. Below 1 draws lie closer to the image of
+                the mean :math:`\mu`, and at 0 they are that image; they do not follow q, unless T is 1.
+
+        Raises:
+            OptionError: if the temperature is below 0 or not finite, or is not 1 where the base is not normal.
+
+        Example:
+            >>> q = pf.flows.NSF(2)()
+            >>> torch.equal(q.sample(temperature=0.0), q.transport(torch.zeros(2))[0])
+            True
+        """
         transform, base = self._bound()
         with torch.no_grad():
-            z = self._expanded(base).sample(torch.Size(sample_shape))
+            z = sample_at(self._expanded(base), torch.Size(sample_shape), temperature)
             return transform.forward_and_ladj(z, self.context)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyroflows.arrays import as_tensor
 from pyroflows.compiling.eager import is_under_func, runs_in_python
 from pyroflows.flows.law import shapes_of_law
+from pyroflows.flows.temperature import sample_at
 from pyroflows.flows.union import union_of
 
 
@@ -70,8 +71,17 @@ class MixtureDistribution(TorchDistribution):
         return law
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Return draws ``(*sample_shape, *batch_shape, *event_shape)`` without gradients."""
+    def sample(self, sample_shape: Any = torch.Size(), temperature: float = 1.0) -> Tensor:  # noqa: B008
+        """Return draws ``(*sample_shape, *batch_shape, *event_shape)`` without gradients.
+
+        Args:
+            sample_shape: the shape of the sample.
+            temperature: the temperature at which each component draws, see :meth:`FlowDistribution.sample`; the weights
+                stay as they are.
+
+        Raises:
+            OptionError: if a component cannot draw at this temperature.
+        """
         shape = torch.Size(sample_shape) + self.batch_shape
         # Axes that an expansion added are further draws from the same laws.
         is_own = self.batch_shape[len(self.batch_shape) - len(self._own_shape) :] == self._own_shape
@@ -82,10 +92,10 @@ class MixtureDistribution(TorchDistribution):
         which = (log_weights - torch.log(-torch.log(torch.rand_like(log_weights)))).argmax(-1)
         x = log_weights.new_zeros(count, *own, *self.event_shape)
         for k, law in enumerate(self.components):
-            x = self._filled(x, which == k, law.expand(own))
+            x = self._filled(x, which == k, law.expand(own), temperature)
         return x.reshape(shape + self.event_shape)
 
-    def _filled(self, x: Tensor, is_here: Tensor, law: Any) -> Tensor:
+    def _filled(self, x: Tensor, is_here: Tensor, law: Any, temperature: float) -> Tensor:
         """Return x ``(n, *batch, *event_shape)`` with draws from a law ``(*batch)`` at the places of a mask.
 
         Each cell of the batch takes as many draws in turn as it needs, and all cells draw as many as the neediest.
@@ -94,7 +104,7 @@ class MixtureDistribution(TorchDistribution):
         num_draws = int(order.amax()) if runs_in_python() and order.numel() else len(x)
         if not num_draws:
             return x
-        draws = law.sample((num_draws,))
+        draws = sample_at(law, torch.Size([num_draws]), temperature)
         is_here, index = (t[(..., *[None] * len(self.event_shape))] for t in (is_here, (order - 1).clamp_min(0)))
         return torch.where(is_here, draws.gather(0, index.expand_as(x)), x)
 

@@ -6,21 +6,17 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from pyroflows.arrays import ArrayLike, as_numbers, labels_of, require_one_index, require_values
-from pyroflows.constraints import is_angular, num_axes_of, parts_of
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
-from pyroflows.shapes import as_given, counted, described, listed, places
-from pyroflows.transforms.wild import center_and_spread, wild_elements_among
+from pyroflows.shapes import counted, described, listed, places
+from pyroflows.training.integers import dequantized, refuse_fractions, uniform_noise
+from pyroflows.training.refusals import refuse, refuse_lost_digits, refuse_outside
+from pyroflows.transforms.wild import wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset
-Labels: TypeAlias = list[Any] | None
-# A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
-# were rounded to a tenth of it were fitted as well as others, see :mod:`pyroflows.training.ill_posed`.
-MIN_RESOLUTION = 10
 # Elements that are hashed at once, so that little memory is needed; and an odd number whose bits are as if at random.
 NUM_HASHED, MULTIPLIER = 1_000_000, 0x1E3779B97F4A7C15
 
@@ -30,7 +26,7 @@ class Rows:
     """Rows are n events with their contexts and weights; an index of rows gives the rows there.
 
     Args:
-        x: events ``(n, *event_shape)``.
+        x: events ``(n, *event_shape)``; of integers it is the integers plus noise between 0 and 1.
         context: contexts ``(n, *context_shape)``, or None.
         weights: ``(n,)``, not negative.
         is_wild: which rows ``(n,)`` have a wild element in x or in their context, see
@@ -60,21 +56,32 @@ class Data:
         rows: all rows.
         dataset: the Dataset that training batches are read from, so that an augmentation is drawn afresh; None to take
             them from ``rows``.
+        are_integers: whether x are integers, to which each batch has noise of its own.
     """
 
     rows: Rows
     dataset: Dataset | None
+    are_integers: bool = False
 
     def batch(self, index: Tensor) -> Rows:
         """Return the rows at an index ``(B,)`` to train on."""
         rows = self.rows[index]
-        if self.dataset is None:
-            return rows
-        x, context = _read(self.dataset, index)
-        return replace(rows, x=x.to(rows.x), context=None if context is None else context.to(rows.x))
+        if self.dataset is not None:
+            x, context = _read(self.dataset, index)
+            rows = replace(rows, x=x.to(rows.x), context=None if context is None else context.to(rows.x))
+        if self.are_integers:
+            integers = rows.x.floor()
+            rows = replace(rows, x=dequantized(integers, uniform_noise(integers)))
+        return rows
 
 
-def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> Data:
+def load(
+    flow: Flow,
+    x: DataLike,
+    context: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    are_integers: bool = False,
+) -> Data:
     """Read data for a flow, and check each row.
 
     Args:
@@ -82,6 +89,7 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
         x: rows ``(n, *event_shape)``, n at least 2, or a Dataset whose items are ``x`` or ``(x, context)``.
         context: rows ``(n, *context_shape)`` if the flow takes a context and ``x`` is not a Dataset.
         weights: weights of the rows ``(n,)``, not negative; None for equal weights.
+        are_integers: whether x are integers that the flow sees with uniform noise between 0 and 1.
 
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
@@ -104,15 +112,24 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
     values = _rows("x", x, flow.event_shape, flow)
     if len(values) < 2:
         raise DataError(f"x has {counted(len(values), 'row')}: a density needs more, at least 2 rows")
-    _refuse_outside(flow.support, values, labels_of(x))
-    contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
-    # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
-    is_wild = _wild_rows(flow.before_support(values), masses, is_by_channel(flow))
+    contexts, masses = contexts_of(context, len(values), flow), _weights(weights, len(values), flow)
+    if are_integers:
+        refuse_fractions(values, labels_of(x))
+        y = dequantized(values, uniform_noise(values))
+        refuse_outside(flow.support, y, labels_of(x), "x plus noise between 0 and 1")
+        # Noise would give a spread to columns in which nearly all integers agree, and make the others wild.
+        is_wild = _wild_rows(values, masses, is_by_channel(flow))
+    else:
+        y = values
+        refuse_outside(flow.support, y, labels_of(x))
+        # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
+        is_wild = _wild_rows(flow.before_support(y), masses, is_by_channel(flow))
     if contexts is not None:
         is_wild = is_wild | _wild_rows(contexts, masses)
-    # Equal rows of a discrete law are draws of one value, not repetitions of one draw.
-    group = torch.arange(len(values)).to(values.device) if flow.support.is_discrete else equal_rows(values, contexts)
-    return Data(Rows(values, contexts, masses, is_wild, group), dataset)
+    # Equal rows of a discrete law are draws of one value, not repetitions of one draw. Images are too large for that.
+    is_discrete = flow.support.is_discrete or (are_integers and len(flow.event_shape) == 1)
+    group = torch.arange(len(y)).to(y.device) if is_discrete else equal_rows(values, contexts)
+    return Data(Rows(y, contexts, masses, is_wild, group), dataset, are_integers)
 
 
 def is_by_channel(flow: Flow) -> bool:
@@ -182,9 +199,10 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     x = rows.x[training]
     constant = places((x == x[0]).all(0))
     if constant:
+        advice = ', or give dequantization="uniform" to fit_density' if torch.equal(x, x.round()) else ""
         raise DataError(
             f"columns {listed(constant)} of x are constant in all {num_training} training rows, in {x.dtype}, so that "
-            "the density is unbounded: leave them out"
+            f"the density is unbounded: leave them out{advice}"
         )
     return training, held_out
 
@@ -288,10 +306,24 @@ def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
         hint = f": give {column}" if values.dim() == 1 and shape == (1,) else ""
         expected = ", ".join(map(str, shape))
         raise ShapeError(f"{name} must have shape (rows, {expected}), got {tuple(values.shape)}{hint}")
-    _refuse(~given.isfinite(), given, name, "NaN or infinite values", labels)
-    _refuse(~values.isfinite(), given, name, f"values beyond the range of {values.dtype}", labels)
-    _refuse_lost_digits(name, given, values)
+    refuse(~given.isfinite(), given, name, "NaN or infinite values", labels)
+    refuse(~values.isfinite(), given, name, f"values beyond the range of {values.dtype}", labels)
+    refuse_lost_digits(name, given, values)
     return values
+
+
+def event_rows(x: Any, flow: Flow) -> Tensor:
+    """Read events ``(n, *event_shape)`` for a flow, and check that they are finite numbers.
+
+    Args:
+        x: a tensor, an array or a frame of these rows.
+        flow: the flow.
+
+    Raises:
+        ShapeError: if the shape of the events does not fit.
+        DataError: if values cannot be used; the message names the row and the column.
+    """
+    return _rows("x", x, flow.event_shape, flow)
 
 
 def context_rows(context: Any, flow: Flow) -> Tensor:
@@ -308,7 +340,13 @@ def context_rows(context: Any, flow: Flow) -> Tensor:
     return _rows("context", context, flow.context_shape, flow)
 
 
-def _contexts(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
+def contexts_of(context: Any, num_rows: int, flow: Flow) -> Tensor | None:
+    """Read the contexts of so many rows, as :func:`context_rows` does; None for a flow that takes none.
+
+    Raises:
+        ShapeError: if the flow needs a context and gets none, or the other way round, or their number does not fit.
+        DataError: if values cannot be used; the message names the row and the column.
+    """
     if context is None and not flow.context_dim:
         return None
     if context is None:
@@ -326,7 +364,7 @@ def _weights(weights: Any, num_rows: int, flow: Flow) -> Tensor:
     values = _cast(given.detach(), flow)
     if values.shape != (num_rows,):
         raise ShapeError(f"weights must have shape ({num_rows},), one a row of x, got {tuple(values.shape)}")
-    _refuse(~(values.isfinite() & (values >= 0)), values, "weights", "negative, NaN or infinite values")
+    refuse(~(values.isfinite() & (values >= 0)), values, "weights", "negative, NaN or infinite values")
     return values
 
 
@@ -336,71 +374,3 @@ def _wild_rows(values: Tensor, weights: Tensor, by_channel: bool = False) -> Ten
 
 def _cast(values: Tensor, flow: Flow) -> Tensor:
     return values.to(next(flow.parameters()))
-
-
-def _refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
-    """Raise if numbers lose so many digits in the dtype of the flow that rows differ in little else.
-
-    Half of the rows are rounded by more than a quarter of the spacing of numbers there, which is compared with the
-    spread of the rows. To subtract the location in the dtype of the data would give the right density, but draws of
-    the flow would be rounded all the same.
-    """
-    dtype = cast.dtype
-    if given.dtype == dtype or not len(given):
-        return
-    given, cast = given.cpu().double(), cast.cpu().double()
-    _, spread = center_and_spread(given)
-    spacing, _ = center_and_spread((given - cast).abs())
-    lost = places((MIN_RESOLUTION * 4 * spacing > spread) & (spread > 0))
-    if lost:
-        raise DataError(
-            f"columns {listed(lost)} of {name} lose the digits in which their rows differ, since the flow rounds them "
-            f"to {dtype}: fit flow.double(), or subtract an origin from them first"
-        )
-
-
-def _refuse_outside(support: constraints.Constraint, x: Tensor, labels: Labels) -> None:
-    """Raise if a value is outside a support, or on its boundary, where the bijection onto it is not finite."""
-    first = 0
-    for constraint, length in parts_of(support, x.shape[-1]):
-        columns, first = slice(first, first + length), first + length
-        values = x[..., columns]
-        is_inside = constraint.check(values)
-        if num_axes_of(constraint):
-            _refuse(~is_inside, x, "x", f"values outside the support {constraint}", labels)
-            continue
-        is_inside = is_inside.reshape(*is_inside.shape, *[1] * (x.dim() - is_inside.dim()))
-        # There is no bijection onto a discrete support, to which its bounds belong.
-        for bound in () if constraint.is_discrete else ("lower_bound", "upper_bound"):
-            is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
-        is_bad = torch.zeros_like(x, dtype=torch.bool)
-        is_bad[..., columns] = ~is_inside
-        what = f"values outside the support {constraint} or on its boundary"
-        if is_angular(constraint):
-            what = (
-                "angles outside of -pi to pi (make degrees radians by torch.deg2rad, "
-                "then take whole turns out by torch.remainder(x + pi, 2 * pi) - pi)"
-            )
-        _refuse(is_bad, x, "x", what, labels)
-
-
-def _refuse(is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels = None) -> None:
-    """Raise if there is a bad value; the message names the first one, and says how many rows have one.
-
-    Args:
-        is_bad: booleans ``(n, ...)``.
-        values: the values, of the same shape.
-        name: what they are.
-        what: what is bad.
-        labels: the labels of the columns of a frame, or None.
-    """
-    if not is_bad.any():
-        return
-    row, *column = is_bad.nonzero()[0].tolist()
-    count = int(is_bad.reshape(len(values), -1).any(-1).sum())
-    place = f"row {row}" + (f", column {as_given(torch.Size(column))}" if column else "")
-    if labels is not None and len(column) == 1:
-        place += f" ({labels[column[0]]!r})"
-    first = values[row, *column]
-    shown = listed([f"{value:.6g}" for value in first.flatten().tolist()]) if first.dim() else f"{first.item():.6g}"
-    raise DataError(f"{name} has {what} in {count} of {len(values)} rows, the first is {shown} in {place}")

@@ -280,8 +280,9 @@ def _warn_of_repeated_values(x: Tensor) -> bool:
     columns = x.flatten(1)
     count = min(len(columns), max(500, MAX_SORTED // columns.shape[1]))
     sample = columns[torch.linspace(0, len(columns) - 1, count).long().to(x.device)].cpu()
+    are_integers = torch.equal(sample, sample.round())
     if x.dim() > 2 and len(levels := sample.unique()) <= MAX_LEVELS < sample.numel() / 10:
-        _warn_of_few_values(f"x takes {len(levels)} values in all", "all columns", levels)
+        _warn_of_few_values(f"x takes {len(levels)} values in all", "all columns", levels, are_integers)
         return True
     massive, coarse = [], []
     for j, column in enumerate(sample.T):
@@ -303,16 +304,19 @@ def _warn_of_repeated_values(x: Tensor) -> bool:
     if coarse:
         j, values = coarse[0]
         named = f"columns {listed([j for j, _ in coarse])}"
-        _warn_of_few_values(f"{named} of x take few values, column {j} takes {len(values)}", named, values)
+        _warn_of_few_values(
+            f"{named} of x take few values, column {j} takes {len(values)}", named, values, are_integers
+        )
     return bool(massive or coarse)
 
 
-def _warn_of_few_values(what: str, columns: str, values: Tensor) -> None:
+def _warn_of_few_values(what: str, columns: str, values: Tensor, are_integers: bool) -> None:
     step = values.diff().min().item()
+    in_the_fit = ' (give dequantization="uniform" to fit_density)' if are_integers else ""
     warn(
-        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them, that is make "
-        f"{columns} floating-point numbers, and add to each value its own noise of the width of the rounding, such as "
-        f"{step:.3g} times a uniform number from -0.5 to 0.5; or leave out categories"
+        f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them{in_the_fit}, "
+        f"that is make {columns} floating-point numbers, and add to each value its own noise of the width of the "
+        f"rounding, such as {step:.3g} times a uniform number from -0.5 to 0.5; or leave out categories"
     )
 
 
