@@ -5,6 +5,7 @@ from pyroflows.flows.dequantizer import Dequantizer
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.files import load_flow
 from pyroflows.flows.flow import Flow
+from pyroflows.flows.image_recipes import Glow, MultiscaleRealNVP
 from pyroflows.flows.law import Law
 from pyroflows.flows.mixture import Mixture
 from pyroflows.flows.named import Recipe
@@ -37,8 +38,10 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "Gaussian",
+    "Glow",
     "Law",
     "Mixture",
+    "MultiscaleRealNVP",
     "Planar",
     "Radial",
     "RealNVP",

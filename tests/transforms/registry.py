@@ -268,9 +268,7 @@ LAYERS: dict[str, Entry] = {
     "conv1x1-permuted": images(
         _factory(Conv1x1, order=lambda shape: _shuffled(shape[0])), shapes=((5, 2, 3),), is_identity_at_start=False
     ),
-    "multiscale": images(
-        _multiscale, shapes=((1, 4, 8), (2, 4, 4)), usual=(1, 4, 8), is_identity_at_start=False
-    ),
+    "multiscale": images(_multiscale, shapes=((1, 4, 8), (2, 4, 4)), usual=(1, 4, 8), is_identity_at_start=False),
     "autoregressive-of-columns": images(_factory(_ordered, axis=-1)),
     "autoregressive-of-rows-by-passes": images(_factory(_ordered, axis=-2, conditioner=lambda _: Plain)),
     "autoregressive-of-columns-circular": images(_factory(_ordered, axis=-1, univariate="circular_spline")),

@@ -44,9 +44,7 @@ class Squeeze(FlowTransform):
                 f"Squeeze cannot divide images of shape {(channels, height, width)} into blocks of {factor} x {factor} "
                 f"pixels: their height and width must be multiples of {factor}; pad the images"
             )
-        super().__init__(
-            (channels, height, width), base_dim=(channels * factor**2, height // factor, width // factor)
-        )
+        super().__init__((channels, height, width), base_dim=(channels * factor**2, height // factor, width // factor))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self._taken_apart(z), z.new_zeros(z.shape[:-3])
