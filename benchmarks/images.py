@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyroflows as pf
 from benchmarks.timing import in_turn, milliseconds, ratio, recorded_step
-from examples.glow_images import num_parameters, of_size, patches
+from examples.glow_images import halves, num_parameters, of_size, patches
 
 BATCH = 64
 PEER = "Glow, normflows"
@@ -90,12 +90,12 @@ def flows(rows: Tensor, num_levels: int, num_steps: int, width: int) -> dict[str
     shape = rows.shape[1:]
 
     def ours(family: Callable[..., pf.Flow], width: int, **options: str) -> pf.Flow:
-        return family(shape, num_levels=num_levels, num_steps=num_steps, hidden_dims=(width, width), **options)
+        return family(shape, num_levels=num_levels, num_steps=num_steps, hidden_dims=halves(width), **options)
 
-    glow = ours(pf.flows.Glow, width)
+    glow = ours(pf.flows.Glow, 2 * width)
     others: dict[str, Callable[[int], nn.Module]] = {
         "emerging Glow": partial(ours, pf.flows.Glow, convolution="emerging"),
-        "RealNVP": partial(ours, pf.flows.MultiscaleRealNVP),
+        "RealNVP": partial(ours, pf.flows.MultiscaleRealNVP, conditioner="conv"),
         PEER: partial(Peer, rows, num_levels, num_steps),
     }
     found = {"Glow": glow, **{name: of_size(make, size_of(glow), size_of) for name, make in others.items()}}

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -88,8 +89,8 @@ def windows(images: Tensor, size: int, stride: int) -> Tensor:
 
 DATA: dict[str, Callable[[], Images]] = {"digits": digits, "patches": patches}
 FAMILIES: dict[str, Callable[..., pf.Flow]] = {
-    "RealNVP": pf.flows.MultiscaleRealNVP,
-    "emerging Glow": lambda *args, **options: pf.flows.Glow(*args, convolution="emerging", **options),
+    "RealNVP": partial(pf.flows.MultiscaleRealNVP, conditioner="conv"),
+    "emerging Glow": partial(pf.flows.Glow, convolution="emerging"),
     "Glow": pf.flows.Glow,
 }
 
@@ -101,8 +102,8 @@ def num_parameters(flow: nn.Module) -> int:
 def of_size(
     make: Callable[[int], nn.Module], size: int, count: Callable[[nn.Module], int] = num_parameters
 ) -> nn.Module:
-    """The module whose number of parameters is nearest to the size, by the width of its hidden layers."""
-    low, high = 1, 2
+    """The module whose number of parameters is nearest to the size, by a width that ``make`` takes."""
+    low, high = 2, 4
     while count(make(high)) < size:
         low, high = high, 2 * high
     while high - low > 1:
@@ -111,15 +112,20 @@ def of_size(
     return min((make(low), make(high)), key=lambda module: abs(count(module) - size))
 
 
+def halves(width: int) -> tuple[int, int]:
+    """The widths of two hidden layers, which can differ by one so that sizes come nearer to each other."""
+    return width // 2, (width + 1) // 2
+
+
 def flow_of(family: str, images: Images, args: argparse.Namespace) -> pf.Flow:
     """A flow of the family with as many parameters as the Glow of the hidden width asked for."""
     options = {"num_levels": args.levels, "num_steps": args.steps, "context_dim": images.num_classes}
 
     def make(family: str, width: int) -> pf.Flow:
-        return FAMILIES[family](images.shape, hidden_dims=(width, width), **options)
+        return FAMILIES[family](images.shape, hidden_dims=halves(width), **options)
 
     torch.manual_seed(args.seed)
-    size = num_parameters(make("Glow", args.width))
+    size = num_parameters(make("Glow", 2 * args.width))
     return of_size(lambda width: make(family, width), size)
 
 
@@ -174,13 +180,12 @@ def reconstructions(flow: pf.Flow, images: Images, count: int = 3) -> list[tuple
     classes = row_classes(images)
     x, _ = pairs(images, classes)
     law = flow(images.one_hot(classes))
-    multiscale = flow.transforms[0]
-    levels = multiscale.split(law.latent(x))
+    levels = flow.multiscale.split(law.latent(x))
     blocks = [("held out", x[:, None])]
     for kept in range(1, len(levels)):
         drawn = [[z if i < kept else torch.randn(z.shape) for i, z in enumerate(levels)] for _ in range(count)]
-        again = torch.stack([law.transport(multiscale.join(parts))[0] for parts in drawn], 1)
-        share = sum(z.shape[-1] for z in levels[:kept]) / math.prod(images.shape)
+        again = torch.stack([law.transport(flow.multiscale.join(parts))[0] for parts in drawn], 1)
+        share = sum(z[0].numel() for z in levels[:kept]) / math.prod(images.shape)
         blocks.append((f"{share:.0%} of the latents kept", again))
     return blocks
 
