@@ -75,8 +75,8 @@ class MultiscaleFlow(Flow):
             height, width = (size // 2**most for size in sizes[1:])
             use = f"use num_levels={most}, or pad the images" if most else "pad the images"
             raise OptionError(
-                f"{name} with images of shape {tuple(sizes)} cannot have {num_levels} levels: Squeeze halves height and "
-                f"width at each, and after {most} they are {height} and {width}; {use}"
+                f"{name} with images of shape {tuple(sizes)} cannot have {num_levels} levels: Squeeze halves height "
+                f"and width at each, and after {most} they are {height} and {width}; {use}"
             )
         return sizes
 
