@@ -63,8 +63,9 @@ class Flow(nn.Module):
             ``biject_to`` has for it follows the transforms. With one constraint for each column it is
             ``constraints.cat([...], dim=-1)``, with ``pf.constraints.circular`` for angles. None if the transforms map
             onto the support themselves.
-        standardize: whether the flow has the layer of location and scale, and one for contexts. It never has the
-            first if a transform is a ``Standardize`` itself or if events are discrete.
+        standardize: whether the flow has the layer of location and scale, and one for contexts. The flow adds no layer
+            of the first kind if a transform is a ``Standardize`` itself, such as one by channel, or if events are
+            discrete.
 
     Shapes: ``flow()`` has the event shape of the last layer, ``(dim,)`` for vectors; ``flow(context)`` also has the
     batch shape of the context, which is its shape without the axes of ``context_shape``.
@@ -196,7 +197,10 @@ class Flow(nn.Module):
 
     @property
     def standardization(self) -> Standardize | None:
-        """The layer of location and scale that the flow itself added at the data end, or None."""
+        """The layer of location and scale at the data end, or None.
+
+        It is the one that the flow itself added, or a transform that had no location and scale yet.
+        """
         return None if self._standardize_at is None else self.transform.layers[self._standardize_at]
 
     @property

@@ -107,12 +107,18 @@ def load(flow: Flow, x: DataLike, context: ArrayLike | None = None, weights: Arr
     _refuse_outside(flow.support, values, labels_of(x))
     contexts, masses = _contexts(context, len(values), flow), _weights(weights, len(values), flow)
     # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
-    is_wild = _wild_rows(flow.before_support(values), masses)
+    is_wild = _wild_rows(flow.before_support(values), masses, is_by_channel(flow))
     if contexts is not None:
         is_wild = is_wild | _wild_rows(contexts, masses)
     # Equal rows of a discrete law are draws of one value, not repetitions of one draw.
     group = torch.arange(len(values)).to(values.device) if flow.support.is_discrete else equal_rows(values, contexts)
     return Data(Rows(values, contexts, masses, is_wild, group), dataset)
+
+
+def is_by_channel(flow: Flow) -> bool:
+    """Tell whether a flow, or each component of a mixture, has one location and scale for all places of a channel."""
+    layers = [part.standardization for part in flow.components]
+    return all(layer is not None and layer.by_channel for layer in layers)
 
 
 def equal_rows(x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -324,8 +330,8 @@ def _weights(weights: Any, num_rows: int, flow: Flow) -> Tensor:
     return values
 
 
-def _wild_rows(values: Tensor, weights: Tensor) -> Tensor:
-    return wild_elements_among(values, weights > 0).flatten(1).any(1)
+def _wild_rows(values: Tensor, weights: Tensor, by_channel: bool = False) -> Tensor:
+    return wild_elements_among(values, weights > 0, by_channel).flatten(1).any(1)
 
 
 def _cast(values: Tensor, flow: Flow) -> Tensor:
