@@ -3,7 +3,7 @@
 from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
-from pyroflows.transforms.image import Conv1x1, Multiscale, Squeeze
+from pyroflows.transforms.image import Conv1x1, EmergingConv, Multiscale, Squeeze
 from pyroflows.transforms.linear import LU, Permutation, Triangular
 from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
 from pyroflows.transforms.planar import Planar
@@ -23,6 +23,7 @@ __all__ = [
     "Conv1x1",
     "Coupling",
     "Elementwise",
+    "EmergingConv",
     "FlowTransform",
     "Inverse",
     "Multiscale",

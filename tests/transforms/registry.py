@@ -22,6 +22,7 @@ from pyroflows.transforms import (
     Conv1x1,
     Coupling,
     Elementwise,
+    EmergingConv,
     FlowTransform,
     Multiscale,
     Permutation,
@@ -286,6 +287,9 @@ LAYERS: dict[str, Entry] = {
     ),
     "autoregressive-of-channels-spline": images(_factory(_ordered, axis=0, univariate="spline")),
     "causal-conv-time-first": sequences(_factory(_causal_conv, axis=0)),
+    "emerging": images(lambda shape, context_dim: EmergingConv(shape, 3, context_dim)),
+    "emerging-wide": images(lambda shape, context_dim: EmergingConv(shape, 5, context_dim)),
+    "emerging-of-one-pixel": images(lambda shape, context_dim: EmergingConv(shape, 1, context_dim)),
     "compose-of-images": images(_compose_images),
 }
 

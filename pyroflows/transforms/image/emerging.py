@@ -1,0 +1,150 @@
+"""Emerging convolutions: invertible convolutions made of two autoregressive ones."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyroflows.errors import OptionError, ShapeError
+from pyroflows.nets import MLP
+from pyroflows.options import as_int
+from pyroflows.shapes import described
+from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.image.causal_solve import solve_causal
+from pyroflows.transforms.linear.lu import lu_factors
+
+
+class EmergingConv(FlowTransform):
+    r"""An invertible d x d convolution, as two masked ones in opposite orders (Hoogeboom et al. 2019,
+    arXiv:1901.11137, section 3.1).
+
+    From data to base it is :math:`z = (I + B)\, L U\, (I + A)\, x`. With :math:`k = (d + 1) / 2`, a k x k convolution
+    A reads the pixels above and to the left of each pixel, and B those below and to the right,
+
+    .. math:: (A x)_{ij} = \sum_{(a, b) \ne (0, 0)} A_{ab}\, x_{i-a,\, j-b}, \qquad
+        (B x)_{ij} = \sum_{(a, b) \ne (0, 0)} B_{ab}\, x_{i+a,\, j+b}, \qquad 0 \le a, b < k,
+
+    where images are zero outside of their borders. Together they read exactly the d x d pixels around each pixel. The
+    triangular matrices L and U, as those of :class:`~pyroflows.transforms.LU`, mix the channels of a pixel: the paper
+    has them as the central taps of the two convolutions. A and B start at zero, and L and U at I.
+
+    Both Jacobians, of :math:`I + A` and :math:`I + B`, are triangular with ones on their diagonals, in opposite orders
+    of the pixels. So the log-determinant of data to base is :math:`H W \sum_c \log u_{cc}`.
+
+    From data to base the layer is parallel, two convolutions. From base to data it takes H + W - 1 steps for each of
+    the two, one for each anti-diagonal of the image, whose pixels are found together.
+
+    Args:
+        shape: the event shape ``(C, H, W)``.
+        kernel_size: the odd number d; 1 gives a 1 x 1 convolution.
+        context_dim: size of the context that the convolutions depend on, 0 for none.
+
+    Shapes: z and x are ``(..., C, H, W)``, a context is ``(..., context_dim)``.
+
+    Raises:
+        OptionError: if ``kernel_size`` is not a positive odd number.
+        ShapeError: if the event shape does not have three axes.
+
+    Example:
+        >>> t = EmergingConv((3, 8, 6))
+        >>> x = torch.randn(5, 3, 8, 6)
+        >>> t.inv(x).shape, torch.allclose(t(t.inv(x)), x, atol=1e-5)
+        (torch.Size([5, 3, 8, 6]), True)
+    """
+
+    def __init__(self, shape: Sequence[int], kernel_size: int = 3, context_dim: int = 0) -> None:
+        super().__init__(shape, context_dim)
+        if len(self.event_shape) != 3:
+            raise ShapeError(
+                f"EmergingConv maps images (C, H, W), but got the event shape {described(self.event_shape)}"
+            )
+        size = as_int(kernel_size)
+        if size is None or size < 1 or size % 2 == 0:
+            raise OptionError(
+                f"EmergingConv needs an odd kernel_size, since its pixels lie around a central one, got {kernel_size!r}"
+            )
+        self.kernel_size = size
+        self.num_taps = (size + 1) ** 2 // 4 - 1
+        channels = self.event_shape[0]
+        # The first matrix holds L and U, and the others the taps of A and then of B, each by the order of a
+        # convolution's weight, from the farthest pixel to the nearest one.
+        self.matrices = nn.Parameter(torch.zeros(1 + 2 * self.num_taps, channels, channels))
+        self.net = MLP(context_dim, self.matrices.numel(), hidden_dims=(64,)) if context_dim else None
+
+    def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return L, U, the taps of A and of B, and the log-determinant from data to base."""
+        raw = self.matrices
+        if self.net is not None:
+            # Outputs of order one would make convolutions whose inverses grow exponentially with the image.
+            offset = self.net(context).unflatten(-1, raw.shape)
+            raw = raw + offset / math.sqrt(raw.shape[-1] * (1 + self.num_taps))
+        lower, upper, scale = lu_factors(raw[..., 0, :, :])
+        a, b = raw[..., 1 : 1 + self.num_taps, :, :], raw[..., 1 + self.num_taps :, :, :]
+        _, height, width = self.event_shape
+        return lower, upper, a, b, height * width * scale.log().sum(-1)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        lower, upper, a, b, ladj = self._factors(context)
+        center = (lower @ upper)[..., None, :, :]
+        z = self._convolved(self._convolved(x, center @ _with_center(a)), _with_center(b), is_turned=True)
+        return z, ladj.expand(x.shape[:-3])
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        lower, upper, a, b, ladj = self._factors(context)
+        return self._solved(z, lower, upper, a, b), -ladj.expand(z.shape[:-3])
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        """The map is linear, so the score is multiplied by the transpose of the map from data to base."""
+        lower, upper, a, b, ladj = self._factors(context)
+        with torch.no_grad():
+            center = (lower @ upper)[..., None, :, :]
+            score = self._convolved(score, _with_center(b).mT)
+            score = self._convolved(score, (center @ _with_center(a)).mT, is_turned=True)
+        return self._solved(z, lower, upper, a, b), -ladj.expand(z.shape[:-3]), score
+
+    def _convolved(self, x: Tensor, taps: Tensor, is_turned: bool = False) -> Tensor:
+        """Return the convolution with these taps, the central one last; turned, it reads below and to the right."""
+        size = math.isqrt(taps.shape[-3])
+        margin = (0, size - 1, 0, size - 1) if is_turned else (size - 1, 0, size - 1, 0)
+        weight = (taps.flip(-3) if is_turned else taps).movedim(-3, -1)
+        images = F.pad(x.reshape(-1, *self.event_shape), margin)
+        if taps.dim() == 3:
+            return F.conv2d(images, weight.unflatten(-1, (size, size))).reshape(x.shape)
+        # Each image has its own taps.
+        weight = weight.flatten(-2).expand(*x.shape[:-3], -1, -1).flatten(0, -3)
+        return (weight @ F.unfold(images, size)).reshape(x.shape)
+
+    def _solved(self, z: Tensor, lower: Tensor, upper: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        r"""Return :math:`(I + A)^{-1} U^{-1} L^{-1} (I + B)^{-1} z`."""
+        batch_shape, is_shared = z.shape[:-3], a.dim() == 3
+        # There is no triangular solve in half precision.
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        # Images that share their matrices are one group, whose images stand in the last axis.
+        rows = z.reshape(-1, self.dim).to(dtype)
+        rows = rows.T.contiguous()[None] if is_shared else rows[..., None]
+        lower, upper, a, b = (
+            value[None] if is_shared else value.expand(*batch_shape, *value.shape[-num_axes:]).flatten(0, -1 - num_axes)
+            for value, num_axes in ((lower.to(dtype), 2), (upper.to(dtype), 2), (a.to(dtype), 3), (b.to(dtype), 3))
+        )
+        images = rows.unflatten(1, self.event_shape)
+        y = solve_causal(images.flip(2, 3), b).flip(2, 3).flatten(2)
+        # The matrices are small, and pixels are many: one product is several times as fast as solves for the pixels.
+        y = _inverse(lower, upper) @ y
+        x = solve_causal(y.reshape(images.shape), a).flatten(1, 3)
+        return (x[0].T if is_shared else x).reshape(z.shape).to(z.dtype)
+
+
+def _inverse(lower: Tensor, upper: Tensor) -> Tensor:
+    r"""Return :math:`U^{-1} L^{-1}`, where L has ones on its diagonal."""
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    y = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(upper, y, upper=True)
+
+
+def _with_center(taps: Tensor) -> Tensor:
+    """Return taps ``(..., k^2 - 1, C, C)`` with the identity as the central one."""
+    channels = taps.shape[-1]
+    center = torch.eye(channels, dtype=taps.dtype, device=taps.device)
+    return torch.cat([taps, center.expand(*taps.shape[:-3], 1, channels, channels)], -3)
