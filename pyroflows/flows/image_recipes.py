@@ -10,7 +10,18 @@ from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner
 from pyroflows.options import checked_int
-from pyroflows.transforms import ActNorm, Compose, Conv1x1, Coupling, FlowTransform, Multiscale, Squeeze, masks
+from pyroflows.transforms import (
+    ActNorm,
+    Compose,
+    Conv1x1,
+    Coupling,
+    EmergingConv,
+    FlowTransform,
+    Multiscale,
+    Squeeze,
+    Standardize,
+    masks,
+)
 from pyroflows.transforms.image.shape import image_shape
 
 # It makes the layers of a level, from data to base, and is called with the shape of its images.
@@ -57,13 +68,14 @@ class MultiscaleFlow(Flow):
         support: constraints.Constraint | None,
     ) -> None:
         shape = self._checked_shape(shape, num_levels)
+        standardize = Standardize(shape, by_channel=True)
         levels: list[FlowTransform] = []
         for _ in range(num_levels):
             layers = level(shape)
             levels.append(Compose(layers[::-1]))
             channels, height, width = layers[-1].base_shape
             shape = torch.Size((channels // 2, height, width))
-        super().__init__([Multiscale(levels[::-1], context_dim)], base, support)
+        super().__init__([Multiscale(levels[::-1], context_dim), standardize], base, support)
 
     def _checked_shape(self, shape: Sequence[int], num_levels: int) -> torch.Size:
         """Return the shape of images that can be halved as often as there are levels."""
@@ -75,8 +87,8 @@ class MultiscaleFlow(Flow):
             height, width = (size // 2**most for size in sizes[1:])
             use = f"use num_levels={most}, or pad the images" if most else "pad the images"
             raise OptionError(
-                f"{name} with images of shape {tuple(sizes)} cannot have {num_levels} levels: Squeeze halves height and "
-                f"width at each, and after {most} they are {height} and {width}; {use}"
+                f"{name} with images of shape {tuple(sizes)} cannot have {num_levels} levels: Squeeze halves height "
+                f"and width at each, and after {most} they are {height} and {width}; {use}"
             )
         return sizes
 
@@ -130,7 +142,7 @@ class Glow(MultiscaleFlow):
                 mask = masks.half(shape[0]) if i % 2 == 0 else ~masks.half(shape[0])
                 layers += [
                     ActNorm(shape),
-                    *_CONVOLUTIONS[convolution](shape),
+                    _CONVOLUTIONS[convolution](shape),
                     Coupling(shape, "affine", mask, conditioner, hidden_dims, context_dim),
                 ]
             return layers
@@ -184,11 +196,7 @@ class MultiscaleRealNVP(MultiscaleFlow):
         super().__init__(shape, level, num_levels, context_dim, base, support)
 
 
-def _conv1x1(shape: torch.Size) -> list[FlowTransform]:
-    return [Conv1x1(shape)]
-
-
-_CONVOLUTIONS: dict[str, Callable[[torch.Size], list[FlowTransform]]] = {"1x1": _conv1x1}
+_CONVOLUTIONS: dict[str, Callable[[torch.Size], FlowTransform]] = {"1x1": Conv1x1, "emerging": EmergingConv}
 
 
 def _times_halved(size: int) -> int:

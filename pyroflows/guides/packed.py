@@ -18,6 +18,7 @@ from torch import Tensor
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.conversion import as_flow
+from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.grad_mode import with_gradients
 from pyroflows.guides.left_out import with_left_out
 from pyroflows.guides.neutra import ToDeclaredSpace
@@ -49,7 +50,7 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
         scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``.
 
     Raises:
-        OptionError: if S is not lower triangular with a positive diagonal.
+        OptionError: if S is not lower triangular with a positive diagonal, or a layer keeps running statistics of data.
         ShapeError: if ``flow_fn`` gives a flow of another dimension.
 
     Example:
@@ -59,6 +60,7 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
     """
     dim = len(loc)
     flow = as_flow(flow_fn(dim), dim)
+    require_no_statistics(flow, "a guide")
     last: FlowTransform
     if scale.dim() == 1:
         last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))

@@ -43,6 +43,9 @@ class Conv(nn.Sequential):
         last = self.hidden_dims[-1] if self.hidden_dims else in_dim
         super().__init__(*layers, zero_initialized(convolution(last, out_dim, 3, padding=1)))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1).contiguous().movedim(-1, 1))
+
 
 class ResidualConv(nn.Module):
     r"""A residual network of convolutions whose output layer starts at zero (He et al. 2016, arXiv:1603.05027), as in

@@ -5,7 +5,7 @@ from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.image import Conv1x1, EmergingConv, Multiscale, Squeeze
 from pyroflows.transforms.linear import LU, Permutation, Triangular
-from pyroflows.transforms.normalization import ActNorm, Standardize
+from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
@@ -16,6 +16,7 @@ __all__ = [
     "LU",
     "ActNorm",
     "Autoregressive",
+    "BatchNorm",
     "Cached",
     "Compose",
     "Conditioned",

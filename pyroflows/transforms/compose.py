@@ -202,7 +202,7 @@ class Compose(FlowTransform):
             if layer is observers[-1]:
                 observers.pop().observe(x, _given_to(layer, context), weights)
             if observers:
-                x = layer.base_value(x, _given_to(layer, context))
+                x, _ = layer.inverse_and_ladj(x, _given_to(layer, context))
 
 
 def _given_to(layer: FlowTransform, context: Tensor | None) -> Tensor | None:

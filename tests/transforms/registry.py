@@ -17,6 +17,7 @@ from pyroflows.transforms import (
     LU,
     ActNorm,
     Autoregressive,
+    BatchNorm,
     Compose,
     Conv1x1,
     Coupling,
@@ -210,6 +211,8 @@ LAYERS: dict[str, Entry] = {
     "standardize-of-sequences": fixed(lambda shape, _: Standardize(shape), shapes=SEQUENCES, usual=(2, 3)),
     "act-norm": Entry(ActNorm),
     "act-norm-of-images": images(ActNorm),
+    "batch-norm": Entry(_factory(BatchNorm)),
+    "batch-norm-of-images": images(_factory(BatchNorm)),
     "reshape": fixed(
         lambda shape, _: Foreign(ReshapeTransform((math.prod(shape),), shape), math.prod(shape)),
         shapes=SEQUENCES,

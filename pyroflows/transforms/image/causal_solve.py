@@ -1,6 +1,7 @@
 """The solve of a causal convolution for its input, along the anti-diagonals of the image."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,40 +89,42 @@ def _product(g: Tensor, x: Tensor, a: int, b: int) -> Tensor:
 
 
 def _by_diagonals(y: Tensor, taps: Tensor) -> Tensor:
-    r"""Return the solution, one anti-diagonal after the other.
+    """Return the solution, one anti-diagonal after the other.
 
-    Memory holds a block of C rows for each anti-diagonal s and each shift a < k. Its columns are the image rows i (and
-    the images of the group), and it holds :math:`x_{i-a,\, s-i+a}`, or zero outside of the image. So all values that
-    the pixels of one anti-diagonal depend on, in the 2k - 2 anti-diagonals before it, are one matrix.
+    Memory holds a block of C rows for each anti-diagonal s. Its columns are the rows i of the images (and in them the
+    images of the group), and it holds the pixels (i, s - i), or zero outside of the image. So what the pixels of one
+    anti-diagonal read in the image rows that lie a above them is a slice of k neighbouring blocks, and a shift by a
+    rows is a shift of columns.
     """
     num_groups, channels, height, width, num_images = y.shape
     size = math.isqrt(taps.shape[1] + 1)
-    num_diagonals, num_before = height + width - 1, 2 * size - 2
-    weight = y.new_zeros(num_groups, channels, num_before, size, channels)
-    for index, (a, b) in enumerate(offsets(taps.shape[1])):
-        weight[:, :, -a - b, a] = taps[:, index]
-    # Of the earliest anti-diagonal, only the last shift has a weight.
-    weight = weight.flatten(2)[:, :, (size - 1) * channels :].contiguous()
-
-    # The anti-diagonals before the first one, and the rows after the last one, are zero.
-    blocks = y.new_zeros(num_groups, num_before + num_diagonals, size, channels, (height + size - 1) * num_images)
-    per_group, per_diagonal, per_shift, per_channel, _ = blocks.stride()
+    num_above, num_before, num_diagonals = size - 1, 2 * size - 2, height + width - 1
+    # There are zeros above the first image row and before the first anti-diagonal.
+    blocks = y.new_zeros(num_groups, num_before + num_diagonals, channels, (num_above + height) * num_images)
+    per_group, per_diagonal, per_channel, _ = blocks.stride()
     image = blocks.as_strided(
         (num_groups, channels, height, width, num_images),
         (per_group, per_channel, per_diagonal + num_images, per_diagonal, 1),
-        num_before * per_diagonal,
+        num_before * per_diagonal + num_above * num_images,
     )
     image.copy_(y)
-    rows = blocks.flatten(1, 3)
+    # A product of two matrices takes less time to start than a batch of one, and a view by strides less than a slice.
+    batch, strides = ((num_groups,), (per_group, per_channel, 1)) if num_groups > 1 else ((), (per_channel, 1))
+    weights = taps.transpose(1, 2).reshape(*batch, channels, -1)
+    subtract_product = partial(torch.baddbmm if num_groups > 1 else torch.addmm, alpha=-1)
+    # The taps of each shift a, the largest one first, and how many places before a pixel they start to read.
+    by_shift = [
+        (weight, weight.shape[-1], (a + num_above) * per_diagonal + a * num_images)
+        for a, weight in zip(range(num_above, -1, -1), weights.split(size * channels, -1), strict=True)
+    ]
     for s in range(num_diagonals):
-        first, last = max(0, s - width + 1) * num_images, min(height, s + 1) * num_images
-        start = (s + num_before) * size * channels
-        x = rows[:, start : start + channels, first:last]
-        before = rows[:, (s * size + size - 1) * channels : start, first:last]
-        x.baddbmm_(weight, before, alpha=-1)
-        for a in range(1, size):
-            shift = a * num_images
-            rows[:, start + a * channels : start + (a + 1) * channels, first + shift : last + shift] = x
+        first, last = max(0, s - width + 1), min(height, s + 1)
+        length = (last - first) * num_images
+        here = (s + num_before) * per_diagonal + (first + num_above) * num_images
+        x = blocks.as_strided((*batch, channels, length), strides, here)
+        for weight, num_rows, distance in by_shift:
+            before = blocks.as_strided((*batch, num_rows, length), strides, here - distance)
+            subtract_product(x, weight, before, out=x)
     return image.contiguous()
 
 

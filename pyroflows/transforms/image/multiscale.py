@@ -57,7 +57,7 @@ class Multiscale(Compose):
         shape = coarsest.base_shape
         self.latent_shapes = [list(shape)]
         layers: list[FlowTransform] = [
-            Foreign(ReshapeTransform((shape.numel(),), shape), shape.numel()),
+            Foreign(ReshapeTransform(torch.Size((shape.numel(),)), shape), shape.numel()),
             Elementwise(shape, context_dim=context_dim),
             coarsest,
         ]

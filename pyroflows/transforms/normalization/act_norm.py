@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from pyroflows.nets import Parameters
-from pyroflows.transforms.base import Pair, Triple
-from pyroflows.transforms.normalization.channels import scaled_moments
-from pyroflows.transforms.triangular.base import TriangularTransform
+from pyroflows.transforms.base import Pair
+from pyroflows.transforms.normalization.channels import ChannelAffine, scaled_moments
 
 
-class ActNorm(TriangularTransform):
+class ActNorm(ChannelAffine):
     r"""The layer of activation normalisation (Kingma and Dhariwal 2018, arXiv:1807.03039, section 3.1).
 
     .. math:: x = \sigma_c \, (m_c + z), \qquad
@@ -55,44 +54,6 @@ class ActNorm(TriangularTransform):
         mean, deviation = scaled_moments(z, weights, "ActNorm")
         self.parameters_of.value.copy_(torch.stack([-mean, -deviation.log()]))
 
-    @property
-    def is_affine(self) -> bool:
-        return True
-
-    def _parameters_at(self, context: Tensor | None) -> Pair:
-        """Return location, in units of the scale, and log-scale, both ``(..., C, *places)`` with one for all places."""
-        theta = self.parameters_of(context)
-        num_axes = len(self.event_shape) - 1
-        loc, log_scale = theta.reshape(theta.shape + (1,) * num_axes).unbind(-2 - num_axes)
+    def _channels(self, context: Tensor | None) -> Pair:
+        loc, log_scale = self.parameters_of(context).unbind(-2)
         return loc, log_scale
-
-    def _summed_over_places(self, log_scale: Tensor, rows: Tensor) -> Tensor:
-        """Return the log-determinant of each row, without a sum over its places."""
-        num_axes = len(self.event_shape)
-        num_places = self.dim // self.event_shape[0]
-        ladj = num_places * log_scale.sum(tuple(range(-num_axes, 0)))
-        return ladj.expand(rows.shape[: rows.dim() - num_axes])
-
-    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        loc, log_scale = self._parameters_at(context)
-        scale = log_scale.exp()
-        return torch.addcmul(loc * scale, scale, z), log_scale.expand_as(z)
-
-    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        loc, log_scale = self._parameters_at(context)
-        return torch.addcmul(-loc, (-log_scale).exp(), x), -log_scale.expand_as(x)
-
-    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        loc, log_scale = self._parameters_at(context)
-        scale = log_scale.exp()
-        return torch.addcmul(loc * scale, scale, z), self._summed_over_places(log_scale, z)
-
-    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        loc, log_scale = self._parameters_at(context)
-        return torch.addcmul(-loc, (-log_scale).exp(), x), self._summed_over_places(-log_scale, x)
-
-    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        loc, log_scale = self._parameters_at(context)
-        scale = log_scale.exp()
-        x, ladj = torch.addcmul(loc * scale, scale, z), self._summed_over_places(log_scale, z)
-        return x, ladj, score * (-log_scale.detach()).exp()

@@ -1,11 +1,12 @@
-"""Location and scale of channels, which are the indices along the first axis of an event."""
+"""Layers and statistics of channels, which are the indices along the first axis of an event."""
 
 import torch
 from torch import Tensor
 
 from pyroflows.errors import DataError
 from pyroflows.shapes import places
-from pyroflows.transforms.base import Pair
+from pyroflows.transforms.base import Pair, Triple
+from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.wild import location_and_scale
 
 
@@ -48,7 +49,71 @@ def scaled_moments(x: Tensor, weights: Tensor | None, layer: str) -> Pair:
             f"channels {places(is_bad)} of what arrives at a layer {layer} have no finite mean and standard deviation: "
             "look for rows outside of the flow's support, and for numbers that are not finite or very large"
         )
+    return mean, deviation.masked_fill(constant_channels(mean.to(x.dtype), deviation.to(x.dtype)), 1.0)
+
+
+def constant_channels(mean: Tensor, deviation: Tensor) -> Tensor:
+    """Return which channels hold equal numbers, up to rounding.
+
+    Example:
+        >>> constant_channels(torch.tensor([0.1, 0.1]), torch.tensor([1e-9, 1e-5]))
+        tensor([ True, False])
+    """
+    precision = torch.finfo(mean.dtype)
     # Rounding gives the mean of equal numbers a distance from them.
-    precision = torch.finfo(x.dtype)
-    is_constant = deviation <= (precision.eps * mean.abs()).clamp(min=precision.tiny)
-    return mean, deviation.masked_fill(is_constant, 1.0)
+    return deviation <= (precision.eps * mean.abs()).clamp(min=precision.tiny)
+
+
+class ChannelAffine(TriangularTransform):
+    r"""The base class of layers :math:`x = \sigma_c (m_c + z)` with a location and a scale for each channel c.
+
+    A subclass writes ``_channels``. The log-determinant is :math:`P \sum_c \log \sigma_c` for P places, the same for
+    all rows of one context. The arguments are those of :class:`pyroflows.transforms.FlowTransform`.
+
+    Shapes: z and x are ``(..., channels, *places)``.
+    """
+
+    def _channels(self, context: Tensor | None) -> Pair:
+        """Return location, in units of the scale, and log-scale, both ``(..., channels)``."""
+        raise NotImplementedError
+
+    @property
+    def is_affine(self) -> bool:
+        return True
+
+    def _parameters_at(self, context: Tensor | None) -> Pair:
+        """Return location, in units of the scale, and log-scale, both ``(..., C, *places)`` with one for all places."""
+        loc, log_scale = self._channels(context)
+        places = (1,) * (len(self.event_shape) - 1)
+        return loc.reshape(loc.shape + places), log_scale.reshape(log_scale.shape + places)
+
+    def _summed_over_places(self, log_scale: Tensor, rows: Tensor) -> Tensor:
+        """Return the log-determinant of each row, without a sum over its places."""
+        num_axes = len(self.event_shape)
+        num_places = self.dim // self.event_shape[0]
+        ladj = num_places * log_scale.sum(tuple(range(-num_axes, 0)))
+        return ladj.expand(rows.shape[: rows.dim() - num_axes])
+
+    def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
+        loc, log_scale = self._parameters_at(context)
+        scale = log_scale.exp()
+        return torch.addcmul(loc * scale, scale, z), log_scale.expand_as(z)
+
+    def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
+        loc, log_scale = self._parameters_at(context)
+        return torch.addcmul(-loc, (-log_scale).exp(), x), -log_scale.expand_as(x)
+
+    def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
+        loc, log_scale = self._parameters_at(context)
+        scale = log_scale.exp()
+        return torch.addcmul(loc * scale, scale, z), self._summed_over_places(log_scale, z)
+
+    def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
+        loc, log_scale = self._parameters_at(context)
+        return torch.addcmul(-loc, (-log_scale).exp(), x), self._summed_over_places(-log_scale, x)
+
+    def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
+        loc, log_scale = self._parameters_at(context)
+        scale = log_scale.exp()
+        x, ladj = torch.addcmul(loc * scale, scale, z), self._summed_over_places(log_scale, z)
+        return x, ladj, score * (-log_scale.detach()).exp()
