@@ -11,7 +11,12 @@ import torch
 from pyroflows.arrays import ArrayLike
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, OptionError, warn
-from pyroflows.fitting.dequantization import VariationalDequantization, adapt_noise, check_dequantization
+from pyroflows.fitting.dequantization import (
+    VariationalDequantization,
+    adapt_noise,
+    adapt_to_integers,
+    check_dequantization,
+)
 from pyroflows.fitting.gaussian import gaussian_log_prob
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
@@ -189,8 +194,10 @@ def fit_density(
     with seeded(seed), pyro.validation_enabled(False):
         data = load(flow, x, context, weights, are_integers=dequantization is not None)
         training, held_out = split(data.rows, validation)
-        check_density(flow, data.rows, training)
-        if not flow.is_adapted:
+        check_density(flow, data.rows, training, data.are_integers)
+        if data.are_integers:
+            adapt_to_integers(flow, data.rows[training])
+        elif not flow.is_adapted:
             rows = data.rows[training]
             flow.adapt(rows.x, rows.context, rows.weights)
         if noise is not None:

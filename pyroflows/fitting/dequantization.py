@@ -17,6 +17,8 @@ from pyroflows.shapes import as_given, described
 from pyroflows.training.data import Data, Rows
 from pyroflows.training.integers import dequantized, uniform_noise
 from pyroflows.training.objective import Figures, Objective, trained_parameters
+from pyroflows.transforms import Standardize
+from pyroflows.transforms.wild import location_and_scale, wild_elements_among
 
 
 class VariationalDequantization(MaximumLikelihood):
@@ -110,6 +112,27 @@ def log_weights(flow: Flow, noise: Flow | None, x: Tensor, context: Tensor | Non
         return flow(context).log_prob(dequantized(x, u))
     u, log_q = noise(x).rsample_and_log_prob((num_samples,))
     return flow(context).log_prob(dequantized(x, u)) - log_q
+
+
+@torch.no_grad()
+def adapt_to_integers(flow: Flow, rows: Rows) -> None:
+    """Let the layers of a flow learn from integers with noise, unless they have learned before.
+
+    Where nearly all integers of a column agree, such as those of a pixel at the border of images, the noise alone gives
+    the column its spread, and the other integers are far out, see :func:`pyroflows.transforms.wild.wild_elements`. They
+    count for location and scale all the same, unless they are far out among the integers themselves.
+
+    Args:
+        flow: the flow.
+        rows: the rows to learn from.
+    """
+    layer = flow.standardization
+    if layer is not None and not layer.is_adapted and layer.log_scale.shape == layer.event_shape:
+        is_wild = wild_elements_among(rows.x.floor(), rows.weights > 0)
+        loc, scale = location_and_scale(flow.before_support(rows.x), rows.weights, is_wild)
+        layer.load_state_dict(Standardize(layer.event_shape, loc, scale).state_dict())
+    if not flow.is_adapted:
+        flow.adapt(rows.x, rows.context, rows.weights)
 
 
 @torch.no_grad()

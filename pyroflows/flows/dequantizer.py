@@ -62,7 +62,7 @@ def _masks(shape: torch.Size) -> list[Tensor]:
     """Return the masks of couplings that take turns, without those that would let all pass."""
     size, *rest = shape
     first = masks.checkerboard(*rest) if rest else masks.alternating(size)
-    turns = [first, ~first]
+    others = [~first]
     if rest and size > 1:
-        turns += [masks.half(size), ~masks.half(size)]
-    return [mask for mask in turns if not mask.all()]
+        others += [masks.half(size), ~masks.half(size)]
+    return [first, *(mask for mask in others if not mask.all())]

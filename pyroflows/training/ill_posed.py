@@ -51,13 +51,14 @@ MAX_LEVELS = 256
 MAX_PARAMETERS_PER_ROW = 2000
 
 
-def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
+def check_density(flow: Flow, rows: Rows, training: Tensor, are_integers: bool = False) -> None:
     """Raise if rows have no density, and warn of what makes a fit to them worse than one may expect.
 
     Args:
         flow: the flow to be fitted.
         rows: all rows.
         training: indices ``(n,)`` of the rows to train on.
+        are_integers: whether x are integers with noise.
 
     Raises:
         DataError: if a column of x is a linear function of others.
@@ -78,7 +79,7 @@ def check_density(flow: Flow, rows: Rows, training: Tensor) -> None:
         # Where columns take few values, equal rows are no surprise.
         if not _warn_of_repeated_values(rows.x[training]):
             _warn_of_repeated_rows(rows.group[rows.weights > 0])
-    _warn_of_other_units(flow, rows[training])
+    _warn_of_other_units(flow, rows[training], are_integers)
     _warn_of_affine_maps(flow)
     _warn_of_size(flow, len(training))
 
@@ -233,13 +234,17 @@ def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
         return
 
 
-def _warn_of_other_units(flow: Flow, rows: Rows) -> None:
+def _warn_of_other_units(flow: Flow, rows: Rows, are_integers: bool) -> None:
     """Warn if a flow holds location and scale of other data than these, which a further fit does not change."""
     x, of_context = flow.before_support(rows.x), flow.transform.context_scale
     for name, layer, values in (("x", _location_and_scale(flow, rows.x), x), ("context", of_context, rows.context)):
         if not isinstance(layer, Standardize) or values is None or not layer.adapted:
             continue
-        if far := places(layer.far_columns(values, rows.weights)):
+        is_far = layer.far_columns(values, rows.weights)
+        if are_integers and name == "x":
+            # Noise alone gives columns in which nearly all integers agree their spread, without the rare other ones.
+            is_far = is_far & layer.far_columns(flow.before_support(rows.x.floor()), rows.weights)
+        if far := places(is_far):
             kind = "channels" if layer.by_channel else "columns"
             adapt = "flow.adapt(x)" if rows.context is None else "flow.adapt(x, context)"
             warn(

@@ -14,7 +14,8 @@ def uniform_noise(x: Tensor) -> Tensor:
         >>> bool((u > 0).all() and (u < 1).all())
         True
     """
-    return torch.rand_like(x).clamp_min(torch.finfo(x.dtype).eps)
+    # Not rand_like, which draws in the order of memory, and that of a frame is by column.
+    return torch.rand(x.shape, dtype=x.dtype, device=x.device).clamp_min(torch.finfo(x.dtype).eps)
 
 
 def dequantized(x: Tensor, u: Tensor) -> Tensor:

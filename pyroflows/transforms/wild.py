@@ -97,12 +97,13 @@ def _last_ordinary(distance: Tensor, limit: Tensor) -> Tensor:
     return ordered[:-1].where(is_gap, torch.inf).amin()
 
 
-def location_and_scale(rows: Tensor, weights: Tensor | None) -> Pair:
+def location_and_scale(rows: Tensor, weights: Tensor | None, is_wild: Tensor | None = None) -> Pair:
     """Return mean and standard deviation of each column in float64, without wild elements.
 
     Args:
         rows: ``(n, *shape)``.
         weights: weights of the rows ``(n,)``, not negative; None for equal weights.
+        is_wild: which elements ``(n, *shape)`` to leave out; None for those that :func:`wild_elements` finds.
 
     Example:
         >>> location_and_scale(torch.tensor([[0.0, 1.0], [2.0, 5.0]]), None)
@@ -112,7 +113,8 @@ def location_and_scale(rows: Tensor, weights: Tensor | None) -> Pair:
     rows = rows.cpu().double()
     weights = rows.new_ones(len(rows)) if weights is None else weights.cpu().double()
     share = weights.reshape(-1, *[1] * (rows.dim() - 1))
-    if (is_wild := wild_elements_among(rows, weights > 0)).any():
+    is_wild = wild_elements_among(rows, weights > 0) if is_wild is None else is_wild.cpu()
+    if is_wild.any():
         rows, share = rows.masked_fill(is_wild, 0.0), share * ~is_wild
     share = share / share.sum(0)
     mean = (share * rows).sum(0)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import pyroflows as pf
 from pyroflows.errors import DataError, DivergedError, OptionError
-from pyroflows.fitting import density
+from pyroflows.fitting import density, maximum_likelihood
 from pyroflows.randomness import seeded
 from pyroflows.training.data import load, split
 from pyroflows.transforms import Elementwise
@@ -130,7 +130,7 @@ def test_only_ratios_of_weights_count():
 
 def test_the_score_is_the_weighted_mean_over_the_rows_held_out(monkeypatch):
     """In parts of few rows, as it is in parts of many."""
-    monkeypatch.setattr(density, "NUM_SCORED", 7)
+    monkeypatch.setattr(maximum_likelihood, "MAX_SCORED", 7)
     x, weights, flow = banana(300), torch.rand(300) ** 4, MAF(2)
     fit = fit_briefly(flow, x, weights=weights)
     with seeded(0), torch.no_grad():
@@ -138,6 +138,18 @@ def test_the_score_is_the_weighted_mean_over_the_rows_held_out(monkeypatch):
         rows = rows[split(rows, 0.1)[1]]
         expected = (rows.weights * flow().log_prob(rows.x)).sum() / rows.weights.sum()
     assert fit.best_log_prob == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_fewer_large_events_are_scored_at_once(monkeypatch):
+    counts = []
+    monkeypatch.setattr(maximum_likelihood, "MAX_SCORED_ELEMENTS", 64)
+    flow = pf.Flow([Elementwise((2, 3, 4))])
+    law = type(flow())
+    log_prob = law.log_prob
+    monkeypatch.setattr(law, "log_prob", lambda self, x: counts.append(len(x)) or log_prob(self, x))
+    rows = load(flow, torch.randn(5, 2, 3, 4)).rows
+    assert torch.allclose(maximum_likelihood.log_probs(flow, rows), log_prob(flow(), rows.x))
+    assert counts == [2, 2, 1]
 
 
 def test_rows_without_weight_are_as_if_they_were_not_there():
@@ -250,9 +262,9 @@ def kept(monkeypatch):
     """The state at each validation, by its score."""
     states = {}
 
-    def scored(flow, rows):
-        score = score_of(flow, rows)
-        states[score] = copy.deepcopy(flow.state_dict())
+    def scored(objective, rows):
+        score = score_of(objective, rows)
+        states[score] = copy.deepcopy(objective.flow.state_dict())
         return score
 
     score_of = density._mean_log_prob
