@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms import LU, Permutation
-from pyroflows.transforms.linear import MIN_SCALE
+from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE
 from tests.transforms.registry import CONTEXT_DIM, jacobian, perturb, points
 
 ORDER = [2, 0, 3, 1]
