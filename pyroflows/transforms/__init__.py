@@ -8,12 +8,20 @@ from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
-from pyroflows.transforms.triangular import Autoregressive, Coupling, Elementwise, TriangularTransform, masks
+from pyroflows.transforms.triangular import (
+    Autoregressive,
+    BlockAutoregressive,
+    Coupling,
+    Elementwise,
+    TriangularTransform,
+    masks,
+)
 from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 __all__ = [
     "LU",
     "Autoregressive",
+    "BlockAutoregressive",
     "Cached",
     "Compose",
     "Conditioned",

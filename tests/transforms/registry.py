@@ -16,6 +16,7 @@ from pyroflows.shapes import shape_of
 from pyroflows.transforms import (
     LU,
     Autoregressive,
+    BlockAutoregressive,
     Compose,
     Coupling,
     Elementwise,
@@ -175,6 +176,8 @@ LAYERS: dict[str, Entry] = {
     "elementwise-by-column": Entry(_factory(Elementwise, univariate=_angles_and_reals)),
     "coupling-by-column": Entry(_factory(_coupling, univariate=_angles_and_reals, mask=masks.alternating)),
     "autoregressive-by-column": Entry(_factory(_autoregressive, univariate=_angles_and_reals, order=_shuffled)),
+    "block-autoregressive": Entry(_factory(BlockAutoregressive, hidden_dims=(5, 4))),
+    "block-autoregressive-shuffled": Entry(_factory(BlockAutoregressive, order=_shuffled, hidden_dims=(6,))),
     "lu": Entry(_factory(LU)),
     "lu-permuted": Entry(_factory(LU, order=_shuffled), is_identity_at_start=False),
     "triangular": Entry(_factory(Triangular)),
