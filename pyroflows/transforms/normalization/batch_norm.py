@@ -70,9 +70,9 @@ class BatchNorm(ChannelAffine):
     def _observe(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         rows = x.double().reshape(len(x), x.shape[1], self.dim // x.shape[1])
         share = rows.new_ones(len(x)) if weights is None else weights.to(rows)
-        share = share[:, None, None] / (share.sum() * rows.shape[-1])
-        mean = (share * rows).sum((0, 2))
-        var = (share * (rows - mean[:, None]).square()).sum((0, 2))
+        share, total = share[:, None, None], share.sum() * rows.shape[-1]
+        mean = (share * rows).sum((0, 2)) / total
+        var = (share * (rows - mean[:, None]).square()).sum((0, 2)) / total
         # A batch that says nothing about a channel leaves its statistics as they are, without a look at the values.
         is_bad = ~(mean.isfinite() & var.isfinite())
         is_constant = are_constant(mean, var.sqrt(), x.dtype)
