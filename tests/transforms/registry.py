@@ -15,11 +15,16 @@ from torch.distributions import ReshapeTransform
 from pyroflows.shapes import shape_of
 from pyroflows.transforms import (
     LU,
+    QR,
     Autoregressive,
     Compose,
     Coupling,
+    Diagonal,
     Elementwise,
     FlowTransform,
+    LeakyReLU,
+    LowRank,
+    Orthogonal,
     Permutation,
     Planar,
     Radial,
@@ -50,7 +55,17 @@ _autoregressive: Callable[..., FlowTransform] = partial(Autoregressive, hidden_d
 _causal_conv: Callable[..., FlowTransform] = partial(Autoregressive, conditioner="causal_conv", hidden_dims=(8, 6, 7))
 
 STRUCTURES = {"elementwise": Elementwise, "coupling": _coupling, "autoregressive": _autoregressive}
-UNIVARIATES = ("additive", "affine", "spline", "circular_spline", "sos", "monotone")
+UNIVARIATES = (
+    "additive",
+    "scale",
+    "affine",
+    "leaky_relu",
+    "sinh_arcsinh",
+    "spline",
+    "circular_spline",
+    "sos",
+    "monotone",
+)
 TRIANGULAR = [f"{structure}-{univariate}" for structure, univariate in product(STRUCTURES, UNIVARIATES)]
 
 
@@ -178,6 +193,15 @@ LAYERS: dict[str, Entry] = {
     "lu": Entry(_factory(LU)),
     "lu-permuted": Entry(_factory(LU, order=_shuffled), is_identity_at_start=False),
     "triangular": Entry(_factory(Triangular)),
+    "diagonal": Entry(Diagonal),
+    "diagonal-of-images": images(Diagonal),
+    "leaky-relu": Entry(LeakyReLU),
+    "orthogonal": Entry(_factory(Orthogonal), preserves_volume=True),
+    "orthogonal-of-two-reflections": Entry(_factory(Orthogonal, num_reflections=2), preserves_volume=True),
+    "orthogonal-matrix-exp": Entry(_factory(Orthogonal, parametrization="matrix_exp"), preserves_volume=True),
+    "orthogonal-cayley": Entry(_factory(Orthogonal, parametrization="cayley"), preserves_volume=True),
+    "qr": Entry(_factory(QR)),
+    "low-rank": Entry(lambda dim, context_dim: LowRank(dim, min(dim, 3), context_dim)),
     "triangular-whitening": Entry(
         _factory(Triangular, loc=_location, scale_tril=_cholesky_factor), is_identity_at_start=False
     ),

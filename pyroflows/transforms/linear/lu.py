@@ -11,6 +11,7 @@ from pyroflows.nets import MLP
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.linear.permutation import Permutation
 from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
+from pyroflows.transforms.linear.products import multiply
 from pyroflows.transforms.linear.solves import solve
 
 
@@ -63,8 +64,7 @@ class LU(FlowTransform):
         return self._forward(z, *self._factors(context))
 
     def _forward(self, z: Tensor, lower: Tensor, upper: Tensor, scale: Tensor) -> Pair:
-        rows = z[..., None, :] @ upper.mT @ lower.mT
-        x, _ = self.permutation._forward_and_ladj(rows.squeeze(-2), None)
+        x, _ = self.permutation._forward_and_ladj(multiply(lower, multiply(upper, z)), None)
         return x, scale.log().sum(-1).expand(z.shape[:-1])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:

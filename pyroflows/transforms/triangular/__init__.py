@@ -4,6 +4,6 @@ from pyroflows.transforms.triangular import masks
 from pyroflows.transforms.triangular.autoregressive import Autoregressive
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.coupling import Coupling
-from pyroflows.transforms.triangular.elementwise import Elementwise
+from pyroflows.transforms.triangular.elementwise import Diagonal, Elementwise, LeakyReLU
 
-__all__ = ["Autoregressive", "Coupling", "Elementwise", "TriangularTransform", "masks"]
+__all__ = ["Autoregressive", "Coupling", "Diagonal", "Elementwise", "LeakyReLU", "TriangularTransform", "masks"]
