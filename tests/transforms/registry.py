@@ -147,6 +147,7 @@ class Entry:
         has_parameters: whether there is something to train.
         preserves_volume: whether the log-determinant is zero whatever the parameters are.
         is_exact: whether its own log-determinant is exact; the laws ask for the exact view in any case.
+        bends_all: whether its parameters move each event, unlike rectifiers, which let positive numbers pass.
     """
 
     make: Callable[[Any, int], FlowTransform]
@@ -157,6 +158,7 @@ class Entry:
     has_parameters: bool = True
     preserves_volume: bool = False
     is_exact: bool = True
+    bends_all: bool = True
 
 
 SEQUENCES = ((1, 1), (3, 2), (2, 5))
@@ -175,6 +177,7 @@ LAYERS: dict[str, Entry] = {
         name: Entry(
             _factory(STRUCTURES[name.split("-")[0]], univariate=name.split("-")[1]),
             preserves_volume=name.endswith("-additive"),
+            bends_all=not name.endswith("-leaky_relu"),
         )
         for name in TRIANGULAR
     },
@@ -195,7 +198,7 @@ LAYERS: dict[str, Entry] = {
     "triangular": Entry(_factory(Triangular)),
     "diagonal": Entry(Diagonal),
     "diagonal-of-images": images(Diagonal),
-    "leaky-relu": Entry(LeakyReLU),
+    "leaky-relu": Entry(LeakyReLU, bends_all=False),
     "orthogonal": Entry(_factory(Orthogonal), preserves_volume=True),
     "orthogonal-of-two-reflections": Entry(_factory(Orthogonal, num_reflections=2), preserves_volume=True),
     "orthogonal-matrix-exp": Entry(_factory(Orthogonal, parametrization="matrix_exp"), preserves_volume=True),

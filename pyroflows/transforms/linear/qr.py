@@ -7,7 +7,7 @@ from pyroflows.nets import Parameters
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.linear.matrix_parameters import MatrixParameters
 from pyroflows.transforms.linear.orthogonal import checked_reflections
-from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
+from pyroflows.transforms.linear.positive_diagonal import positive_diagonal, with_diagonal
 from pyroflows.transforms.linear.products import multiply
 from pyroflows.transforms.linear.reflections import paired_directions, reflections
 from pyroflows.transforms.linear.solves import solve
@@ -48,27 +48,27 @@ class QR(FlowTransform):
         # It holds R above its diagonal, and the a_i on it.
         self.triangle_of = MatrixParameters(torch.zeros(dim, dim), context_dim)
 
-    def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return R and its diagonal."""
+    def _raw(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return a matrix with R above its diagonal, and the diagonal of R."""
         raw = self.triangle_of(context)
-        scale = positive_diagonal(raw)
-        return raw.triu(1) + torch.diag_embed(scale), scale
+        return raw, positive_diagonal(raw)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        r, scale = self._factor(context)
-        return reflections(self.directions_of(context)).times(multiply(r, z)), _ladj(scale, z)
+        raw, scale = self._raw(context)
+        q = reflections(self.directions_of(context))
+        return q.times(multiply(raw.triu(1), z) + scale * z), _ladj(scale, z)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        r, scale = self._factor(context)
+        raw, scale = self._raw(context)
         y = reflections(self.directions_of(context)).transpose_times(x)
-        return solve(r, y, upper=True), -_ladj(scale, x)
+        return solve(with_diagonal(raw, scale), y, upper=True), -_ladj(scale, x)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        r, scale = self._factor(context)
+        raw, scale = self._raw(context)
         q = reflections(self.directions_of(context))
         with torch.no_grad():
-            score = q.times(solve(r.mT, score, upper=False))  # J^-T = Q R^-T
-        return q.times(multiply(r, z)), _ladj(scale, z), score
+            score = q.times(solve(with_diagonal(raw, scale).mT, score, upper=False))  # J^-T = Q R^-T
+        return q.times(multiply(raw.triu(1), z) + scale * z), _ladj(scale, z), score
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_reflections={len(self.directions_of.value)}"
