@@ -19,7 +19,7 @@ from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.triangular.base import TriangularTransform
-from pyroflows.transforms.univariate import Additive, Affine
+from pyroflows.transforms.univariate import AffineMap
 from pyroflows.transforms.wild import MAX_SORTED, center_and_spread, wild_elements_among
 
 # The rank of wider events is not checked, since its cost grows with the cube of their size.
@@ -342,7 +342,7 @@ def _warn_of_affine_maps(flow: Flow) -> None:
 def _is_affine(layer: FlowTransform) -> bool:
     """Tell whether a layer of a single variable is an affine map; one with a context or more variables need not be."""
     if isinstance(layer, Coupling):
-        return isinstance(layer.univariate, Additive | Affine)
+        return isinstance(layer.univariate, AffineMap)
     return isinstance(layer, LU) or (isinstance(layer, TriangularTransform) and layer.is_affine)
 
 

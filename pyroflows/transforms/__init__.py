@@ -4,7 +4,7 @@ from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.image import Conv1x1, EmergingConv, Multiscale, Squeeze
-from pyroflows.transforms.linear import LU, Permutation, Triangular
+from pyroflows.transforms.linear import LU, QR, LowRank, Orthogonal, Permutation, Triangular
 from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
@@ -13,7 +13,9 @@ from pyroflows.transforms.triangular import (
     Autoregressive,
     BlockAutoregressive,
     Coupling,
+    Diagonal,
     Elementwise,
+    LeakyReLU,
     TriangularTransform,
     masks,
 )
@@ -21,6 +23,7 @@ from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 __all__ = [
     "LU",
+    "QR",
     "ActNorm",
     "Autoregressive",
     "BatchNorm",
@@ -30,11 +33,15 @@ __all__ = [
     "Conditioned",
     "Conv1x1",
     "Coupling",
+    "Diagonal",
     "Elementwise",
     "EmergingConv",
     "FlowTransform",
     "Inverse",
+    "LeakyReLU",
+    "LowRank",
     "Multiscale",
+    "Orthogonal",
     "Permutation",
     "Planar",
     "Radial",

@@ -8,6 +8,7 @@ from pyroflows.errors import OptionError
 from pyroflows.nets import Parameters
 from pyroflows.options import checked_int
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.linear.reflections import unit_vectors
 from pyroflows.transforms.planar import above_minus_one, tanh_root
 
 
@@ -57,7 +58,7 @@ class Sylvester(FlowTransform):
         """Return the unit vectors of the reflections, R, R~, b, and the constrained diagonal of R R~."""
         raw = self.parameters_of(context)
         v, r, r_tilde, b = raw.split(self._sizes, dim=-1)
-        v = _unit(v.unflatten(-1, (self.rank, self.dim)))
+        v = unit_vectors(v.unflatten(-1, (self.rank, self.dim)))
         r, r_tilde = (m.unflatten(-1, (self.rank, self.rank)) for m in (r, r_tilde))
         diagonal_tilde = 0.1 + F.softplus(r_tilde.diagonal(dim1=-2, dim2=-1))
         product = above_minus_one(r.diagonal(dim1=-2, dim2=-1) * diagonal_tilde)
@@ -114,12 +115,6 @@ class Sylvester(FlowTransform):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
-
-
-def _unit(v: Tensor) -> Tensor:
-    """Return vectors scaled to length one; zero stays zero. They are scaled twice, since small squares underflow."""
-    tiny = torch.finfo(v.dtype).tiny
-    return F.normalize(v / v.detach().abs().amax(-1, keepdim=True).clamp_min(tiny), dim=-1, eps=tiny)
 
 
 def _reflect(unit: Tensor, z: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.distributions import ReshapeTransform
 from pyroflows.shapes import shape_of
 from pyroflows.transforms import (
     LU,
+    QR,
     ActNorm,
     Autoregressive,
     BatchNorm,
@@ -22,10 +23,14 @@ from pyroflows.transforms import (
     Compose,
     Conv1x1,
     Coupling,
+    Diagonal,
     Elementwise,
     EmergingConv,
     FlowTransform,
+    LeakyReLU,
+    LowRank,
     Multiscale,
+    Orthogonal,
     Permutation,
     Planar,
     Radial,
@@ -57,7 +62,17 @@ _autoregressive: Callable[..., FlowTransform] = partial(Autoregressive, hidden_d
 _causal_conv: Callable[..., FlowTransform] = partial(Autoregressive, conditioner="causal_conv", hidden_dims=(8, 6, 7))
 
 STRUCTURES = {"elementwise": Elementwise, "coupling": _coupling, "autoregressive": _autoregressive}
-UNIVARIATES = ("additive", "affine", "spline", "circular_spline", "sos", "monotone")
+UNIVARIATES = (
+    "additive",
+    "scale",
+    "affine",
+    "leaky_relu",
+    "sinh_arcsinh",
+    "spline",
+    "circular_spline",
+    "sos",
+    "monotone",
+)
 TRIANGULAR = [f"{structure}-{univariate}" for structure, univariate in product(STRUCTURES, UNIVARIATES)]
 
 
@@ -156,6 +171,7 @@ class Entry:
         has_parameters: whether there is something to train.
         preserves_volume: whether the log-determinant is zero whatever the parameters are.
         is_exact: whether its own log-determinant is exact; the laws ask for the exact view in any case.
+        bends_all: whether its parameters move each event, unlike rectifiers, which let positive numbers pass.
     """
 
     make: Callable[[Any, int], FlowTransform]
@@ -166,6 +182,7 @@ class Entry:
     has_parameters: bool = True
     preserves_volume: bool = False
     is_exact: bool = True
+    bends_all: bool = True
 
 
 SEQUENCES = ((1, 1), (3, 2), (2, 5))
@@ -184,6 +201,7 @@ LAYERS: dict[str, Entry] = {
         name: Entry(
             _factory(STRUCTURES[name.split("-")[0]], univariate=name.split("-")[1]),
             preserves_volume=name.endswith("-additive"),
+            bends_all=not name.endswith("-leaky_relu"),
         )
         for name in TRIANGULAR
     },
@@ -204,6 +222,15 @@ LAYERS: dict[str, Entry] = {
     "lu": Entry(_factory(LU)),
     "lu-permuted": Entry(_factory(LU, order=_shuffled), is_identity_at_start=False),
     "triangular": Entry(_factory(Triangular)),
+    "diagonal": Entry(Diagonal),
+    "diagonal-of-images": images(Diagonal),
+    "leaky-relu": Entry(LeakyReLU, bends_all=False),
+    "orthogonal": Entry(_factory(Orthogonal), preserves_volume=True),
+    "orthogonal-of-two-reflections": Entry(_factory(Orthogonal, num_reflections=2), preserves_volume=True),
+    "orthogonal-matrix-exp": Entry(_factory(Orthogonal, parametrization="matrix_exp"), preserves_volume=True),
+    "orthogonal-cayley": Entry(_factory(Orthogonal, parametrization="cayley"), preserves_volume=True),
+    "qr": Entry(_factory(QR)),
+    "low-rank": Entry(lambda dim, context_dim: LowRank(dim, min(dim, 3), context_dim)),
     "triangular-whitening": Entry(
         _factory(Triangular, loc=_location, scale_tril=_cholesky_factor), is_identity_at_start=False
     ),

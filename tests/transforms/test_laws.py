@@ -264,7 +264,7 @@ def test_gradients_reach_the_context(name, direction):
     assert torch.autograd.gradcheck(pair_of(t, direction), (value, context), fast_mode=True)
     result, ladj = pair_of(t.condition(context), direction)(value)
     (gradient,) = torch.autograd.grad(result.sum() + ladj.sum(), context)
-    assert (gradient != 0).flatten(1).any(-1).all()
+    assert_in_each_event(name, gradient != 0)
 
 
 @volume_changing_layers
@@ -372,7 +372,13 @@ def test_context_matters(name):
     t = conditional(name)
     z = values_for(t)
     a, b = (t.condition(context_for(t))(z) for _ in range(2))
-    assert ((a - b).abs() > 1e-6).flatten(1).any(-1).all()
+    assert_in_each_event(name, (a - b).abs() > 1e-6)
+
+
+def assert_in_each_event(name, found):
+    """In each event, or in some if the layer lets others pass."""
+    found = found.flatten(1).any(-1)
+    assert found.all() if LAYERS[name].bends_all else found.any()
 
 
 @conditional_layers

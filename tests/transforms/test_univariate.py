@@ -9,14 +9,30 @@ from numpy.polynomial import Polynomial
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
-from pyroflows.transforms.univariate import SOS, Additive, Affine, CircularSpline, Monotone, Spline, univariate_named
+from pyroflows.transforms.univariate import (
+    SOS,
+    Additive,
+    Affine,
+    CircularSpline,
+    LeakyReLU,
+    Monotone,
+    Scale,
+    SinhArcsinh,
+    Spline,
+    univariate_named,
+)
 from pyroflows.transforms.univariate.affine import _Affine, _recorded
 
 # A new map enters by one line, and by one in NAMES, OPTIONS and REPRS below.
 MAPS = {
     "additive": Additive(),
+    "scale": Scale(),
+    "scale-unclamped": Scale(None, None),
     "affine": Affine(),
     "affine-unclamped": Affine(max_contraction=None, max_expansion=None),
+    "leaky_relu": LeakyReLU(),
+    "leaky_relu-unclamped": LeakyReLU(None, None),
+    "sinh_arcsinh": SinhArcsinh(),
     "spline": Spline(),
     "circular_spline": CircularSpline(),
     "circular_spline-least": CircularSpline(bins=2),
@@ -29,7 +45,10 @@ MAPS = {
 }
 NAMES = {
     "additive": Additive,
+    "scale": Scale,
     "affine": Affine,
+    "leaky_relu": LeakyReLU,
+    "sinh_arcsinh": SinhArcsinh,
     "spline": Spline,
     "circular_spline": CircularSpline,
     "sos": SOS,
@@ -44,6 +63,9 @@ OPTIONS = {
     "no units": lambda: Monotone(num_units=0),
 }
 REPRS = {
+    "scale": "Scale(max_contraction=4.0, max_expansion=2.0)",
+    "leaky_relu": "LeakyReLU(max_contraction=4.0, max_expansion=2.0)",
+    "sinh_arcsinh": "SinhArcsinh()",
     "sos": "SOS(num_polynomials=2, degree=3, bound=3.0)",
     "monotone": "Monotone(num_units=8)",
 }
@@ -56,7 +78,14 @@ BENDING = [
 BY_ROOT_SEARCH = ["sos", "sos-many", "monotone", "monotone-many"]
 # Of the parameters. An exponential of ten is extreme enough.
 EXTREME = {torch.float64: 1e4, torch.float32: 1e2}
-EXTREME_OF_LOGS = {"affine-unclamped": 10, "spline": 10, "circular_spline": 10, "circular_spline-least": 10}
+EXTREME_OF_LOGS = {
+    "scale-unclamped": 10,
+    "affine-unclamped": 10,
+    "leaky_relu-unclamped": 10,
+    "spline": 10,
+    "circular_spline": 10,
+    "circular_spline-least": 10,
+}
 NEAR = [0.0, 1e-6, -1e-6, 0.3, -1.0, 2.0, -3.0, 3.0, 10.0, -10.0]
 FAR = [50.0, -50.0, 1e3, -1e3, 1e4, -1e4, 1e6, -1e6]
 
@@ -294,7 +323,8 @@ def test_density_integrates_to_one(name, direction):
 @pytest.mark.parametrize("scale", ["zero", "random"])
 def test_gradients(name, direction, scale):
     """Of both results, with respect to value and parameters; those of a root search are implicit."""
-    value = torch.tensor([0.0, 0.4, -1.2, 7.0, -20.0], dtype=torch.float64, requires_grad=True)
+    least = 0.1 if name.startswith("leaky_relu") else 0.0  # zero is its corner
+    value = torch.tensor([least, 0.4, -1.2, 7.0, -20.0], dtype=torch.float64, requires_grad=True)
     theta = parameters(name, scale, num=5).requires_grad_()
     # Of many parameters a random projection of the Jacobian is checked.
     assert torch.autograd.gradcheck(pair_of(name, direction), (value, theta), fast_mode=theta.numel() > 50)

@@ -10,7 +10,8 @@ from pyroflows.errors import OptionError
 from pyroflows.nets import MLP
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.linear.permutation import Permutation
-from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
+from pyroflows.transforms.linear.positive_diagonal import positive_diagonal, with_diagonal
+from pyroflows.transforms.linear.products import multiply
 from pyroflows.transforms.linear.solves import solve
 
 
@@ -51,34 +52,35 @@ class LU(FlowTransform):
         self.matrix = nn.Parameter(torch.zeros(dim, dim))
         self.net = MLP(context_dim, dim * dim, hidden_dims=(64,)) if context_dim else None
 
-    def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return L, U and the diagonal of U."""
+    def _raw(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the matrix that holds both factors, and the diagonal of U."""
         raw = self.matrix
         if self.net is not None:
             # D x D outputs of order one would make triangular factors whose inverses grow like 2^D.
             raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
-        return lu_factors(raw)
+        return raw, positive_diagonal(raw)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        return self._forward(z, *self._factors(context))
+        return self._forward(z, *self._raw(context))
 
-    def _forward(self, z: Tensor, lower: Tensor, upper: Tensor, scale: Tensor) -> Pair:
-        rows = z[..., None, :] @ upper.mT @ lower.mT
-        x, _ = self.permutation._forward_and_ladj(rows.squeeze(-2), None)
+    def _forward(self, z: Tensor, raw: Tensor, scale: Tensor) -> Pair:
+        y = multiply(raw.triu(1), z) + scale * z
+        x, _ = self.permutation._forward_and_ladj(multiply(raw.tril(-1), y) + y, None)
         return x, scale.log().sum(-1).expand(z.shape[:-1])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, scale = self._factors(context)
+        raw, scale = self._raw(context)
         y, _ = self.permutation._inverse_and_ladj(x, None)
-        z = solve(upper, solve(lower, y, upper=False), upper=True)
+        # Solves read one triangle each, so that L need not be copied.
+        z = solve(with_diagonal(raw, scale), solve(raw, y, upper=False, is_unit=True), upper=True)
         return z, -scale.log().sum(-1).expand(x.shape[:-1])
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        lower, upper, scale = self._factors(context)
+        raw, scale = self._raw(context)
         with torch.no_grad():
-            y = solve(lower.mT, solve(upper.mT, score, upper=False), upper=True)
-            score, _ = self.permutation._forward_and_ladj(y, None)
-        return *self._forward(z, lower, upper, scale), score
+            y = solve(with_diagonal(raw, scale).mT, score, upper=False)
+            score, _ = self.permutation._forward_and_ladj(solve(raw.mT, y, upper=True, is_unit=True), None)
+        return *self._forward(z, raw, scale), score
 
 
 def lu_factors(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,5 +89,4 @@ def lu_factors(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     They hold L below the diagonal, U above it, and on it what becomes the positive diagonal of U.
     """
     scale = positive_diagonal(raw)
-    lower = raw.tril(-1) + torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
-    return lower, raw.triu(1) + torch.diag_embed(scale), scale
+    return with_diagonal(raw.tril(), torch.ones_like(scale)), with_diagonal(raw.triu(), scale), scale

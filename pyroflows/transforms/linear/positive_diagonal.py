@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,3 +13,8 @@ _SHIFT = math.log(math.expm1(1 - MIN_SCALE))
 def positive_diagonal(raw: Tensor) -> Tensor:
     """Return the diagonal of a factor, which is positive, and one where the raw matrix is zero."""
     return MIN_SCALE + F.softplus(raw.diagonal(dim1=-2, dim2=-1) + _SHIFT)
+
+
+def with_diagonal(raw: Tensor, diagonal: Tensor) -> Tensor:
+    """Return matrices ``(..., n, n)`` with another diagonal ``(..., n)``."""
+    return torch.diagonal_scatter(raw, diagonal, dim1=-2, dim2=-1)

@@ -9,6 +9,7 @@ from pyroflows.errors import OptionError
 from pyroflows.nets import MLP
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
+from pyroflows.transforms.linear.products import multiply
 from pyroflows.transforms.linear.solves import solve
 from pyroflows.transforms.triangular.base import TriangularTransform
 
@@ -94,8 +95,8 @@ class Triangular(TriangularTransform):
         return True
 
     def _forward(self, z: Tensor, shift: Tensor, factor: Tensor, ladj: Tensor) -> Pair:
-        y = shift + (z @ factor.mT if factor.dim() == 2 else (z[..., None, :] @ factor.mT).squeeze(-2))
-        return self.loc + y @ self.scale_tril.mT, ladj.expand(z.shape[:-1])
+        y = shift + multiply(factor, z)
+        return self.loc + multiply(self.scale_tril, y), ladj.expand(z.shape[:-1])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         shift, factor, ladj = self._learned(context)

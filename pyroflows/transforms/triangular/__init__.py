@@ -5,6 +5,15 @@ from pyroflows.transforms.triangular.autoregressive import Autoregressive
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.block_autoregressive import BlockAutoregressive
 from pyroflows.transforms.triangular.coupling import Coupling
-from pyroflows.transforms.triangular.elementwise import Elementwise
+from pyroflows.transforms.triangular.elementwise import Diagonal, Elementwise, LeakyReLU
 
-__all__ = ["Autoregressive", "BlockAutoregressive", "Coupling", "Elementwise", "TriangularTransform", "masks"]
+__all__ = [
+    "Autoregressive",
+    "BlockAutoregressive",
+    "Coupling",
+    "Diagonal",
+    "Elementwise",
+    "LeakyReLU",
+    "TriangularTransform",
+    "masks",
+]

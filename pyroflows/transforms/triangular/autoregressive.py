@@ -14,7 +14,7 @@ from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
-from pyroflows.transforms.univariate import Additive, Affine, UnivariateLike, univariate_named
+from pyroflows.transforms.univariate import AffineMap, UnivariateLike, univariate_named
 from pyroflows.transforms.univariate.by_column import checked_columns, of_column
 
 _CONDITIONERS: dict[str, ConditionerFactory] = {
@@ -41,8 +41,8 @@ class Autoregressive(TriangularTransform):
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T: "additive", "affine", "spline", "circular_spline", "sos", "monotone", or an instance; or
-            a list of these, one for each dimension of a vector.
+        univariate: the map T: "additive", "scale", "affine", "leaky_relu", "sinh_arcsinh", "spline", "circular_spline",
+            "sos", "monotone", or an instance; or a list of these, one for each dimension of a vector.
         order: a permutation of ``range(D)``, or of the indices of the ordered axis; ``order[i]`` is the index at
             place i, and its parameters depend on those at the places before. None for ascending order.
         conditioner: "made", "scaled_made" or "residual" for vectors, "causal_conv" for vectors and events with two
@@ -140,7 +140,7 @@ class Autoregressive(TriangularTransform):
 
     @property
     def is_affine(self) -> bool:
-        return isinstance(self.univariate, Additive | Affine)
+        return isinstance(self.univariate, AffineMap)
 
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
         x, log_slopes = self._forward_along_last_axis(self._axis_last(z), context)

@@ -34,8 +34,8 @@ class Coupling(Constants, FlowTransform):
 
     Args:
         dim: the event size D, or the event shape.
-        univariate: the map T: "additive", "affine", "spline", "circular_spline", "sos", "monotone", or an instance; or
-            a list of these, one for each dimension of a vector.
+        univariate: the map T: "additive", "scale", "affine", "leaky_relu", "sinh_arcsinh", "spline", "circular_spline",
+            "sos", "monotone", or an instance; or a list of these, one for each dimension of a vector.
         mask: one boolean for each index of the masked axis, true for those that pass, see
             :mod:`pyroflows.transforms.masks`; None lets the first half pass, which is nothing if there is one index. Or
             booleans ``(1, *rest)``, where ``rest`` are the axes after the masked one: those places pass for all

@@ -14,28 +14,38 @@ from pyroflows.transforms.univariate.by_column import ByColumn
 from pyroflows.transforms.univariate.circular_spline import CircularSpline
 from pyroflows.transforms.univariate.monotone import Monotone
 from pyroflows.transforms.univariate.polynomial import SOS
+from pyroflows.transforms.univariate.scale import LeakyReLU, Scale
+from pyroflows.transforms.univariate.sinh_arcsinh import SinhArcsinh
 from pyroflows.transforms.univariate.spline import Spline
 
 __all__ = [
     "SOS",
     "Additive",
     "Affine",
+    "AffineMap",
     "ByColumn",
     "CircularSpline",
+    "LeakyReLU",
     "Monotone",
+    "Scale",
+    "SinhArcsinh",
     "Spline",
     "Univariate",
     "UnivariateLike",
     "univariate_named",
 ]
 
+AffineMap = Additive | Affine | Scale
 UnivariateLike = str | Univariate | Sequence[str | Univariate]
 
 _NAMES: dict[str, Callable[[], Univariate]] = {
     "additive": Additive,
     "affine": Affine,
     "circular_spline": CircularSpline,
+    "leaky_relu": LeakyReLU,
     "monotone": Monotone,
+    "scale": Scale,
+    "sinh_arcsinh": SinhArcsinh,
     "sos": SOS,
     "spline": Spline,
 }

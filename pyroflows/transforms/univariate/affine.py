@@ -1,19 +1,15 @@
 """Affine and additive maps."""
 
-import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
-from pyroflows.errors import OptionError
 from pyroflows.transforms.univariate.base import Pair
+from pyroflows.transforms.univariate.clamp import Bounds, checked_bounds, soft_clamped
 from pyroflows.transforms.univariate.layout import memory_order, restored
-
-# The bounds on contraction and expansion.
-Bounds: TypeAlias = tuple[float | None, float | None]
 
 
 class Additive:
@@ -65,15 +61,7 @@ class Affine:
     num_params = 2
 
     def __init__(self, max_contraction: float | None = 4.0, max_expansion: float | None = 2.0) -> None:
-        bounds = (max_contraction, max_expansion)
-        if (max_contraction is None) != (max_expansion is None) or any(
-            b is not None and not 0 < b < math.inf for b in bounds
-        ):
-            raise OptionError(
-                f"the bounds of an affine map must be both positive and finite, or both None, got {bounds}"
-            )
-        self.max_contraction = max_contraction
-        self.max_expansion = max_expansion
+        self.max_contraction, self.max_expansion = checked_bounds("an affine map", max_contraction, max_expansion)
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
         return self._map(False, z, theta)
@@ -95,11 +83,7 @@ class Affine:
 def _recorded(is_inverse: bool, value: Tensor, theta: Tensor, bounds: Bounds) -> Pair:
     """Return the map's value and log-derivative by operations that autograd records."""
     shift, log_scale = theta.unbind(-1)
-    max_contraction, max_expansion = bounds
-    if max_contraction is not None and max_expansion is not None:
-        middle, half = (max_expansion + max_contraction) / 2, (max_expansion - max_contraction) / 2
-        bound = middle + half * torch.sign(log_scale.detach())
-        log_scale = bound * torch.tanh(log_scale / bound)
+    log_scale = soft_clamped(log_scale, bounds)
     if is_inverse:
         ladj = -log_scale
         return (value - shift) * torch.exp(ladj), ladj.expand_as(value)
@@ -109,8 +93,8 @@ def _recorded(is_inverse: bool, value: Tensor, theta: Tensor, bounds: Bounds) ->
 class _Affine(torch.autograd.Function):
     r"""The map with soft-clamped log-scale and its gradient written out.
 
-    With c the bound on the side of :math:`s_0`, the clamp is :math:`s = 2c\,(\sigma - 	frac12)` where
-    :math:`\sigma = 1 / (1 + e^{-2 s_0 / c})`, since :math:`	anh u = 2\, \sigma(2u) - 1`; the logistic function is
+    With c the bound on the side of :math:`s_0`, the clamp is :math:`s = 2c\,(\sigma - \tfrac12)` where
+    :math:`\sigma = 1 / (1 + e^{-2 s_0 / c})`, since :math:`\tanh u = 2\, \sigma(2u) - 1`; the logistic function is
     several times as fast as tanh. Its derivative is :math:`ds / ds_0 = 4\, \sigma (1 - \sigma)`.
 
     Let G and L be the gradients by the value and by the log-derivative. Forward, :math:`x = t + e^s z` and
