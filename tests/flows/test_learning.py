@@ -298,9 +298,6 @@ def test_a_fit_with_running_statistics_fits():
     found = {}
     for norm in (ActNorm, BatchNorm):
         torch.manual_seed(2)
-        layers = [pf.transforms.Autoregressive(2, hidden_dims=(16,)).inv, norm(2)] * 1
-        layers += [pf.transforms.Autoregressive(2, hidden_dims=(16,)).inv, norm(2)]
-        found[norm] = fit(
-            Flow(layers), x, max_epochs=40, optimizer=lambda p: torch.optim.Adam(p, lr=0.01)
-        ).best_log_prob
+        layers = [layer for _ in range(2) for layer in (Autoregressive(2, hidden_dims=(16,)).inv, norm(2))]
+        found[norm] = fit(Flow(layers), x, max_epochs=30, optimizer=partial(torch.optim.Adam, lr=0.01)).best_log_prob
     assert found[BatchNorm] > found[ActNorm] - 0.1
