@@ -135,6 +135,9 @@ class EmergingConv(FlowTransform):
         x = solve_causal(y.reshape(images.shape), a).flatten(1, 3)
         return (x[0].T if is_shared else x).reshape(z.shape).to(z.dtype)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}"
+
 
 def _inverse(lower: Tensor, upper: Tensor) -> Tensor:
     r"""Return :math:`U^{-1} L^{-1}`, where L has ones on its diagonal."""
