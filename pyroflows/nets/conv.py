@@ -15,8 +15,9 @@ class Conv(nn.Sequential):
     """Convolutions with SiLU activations, whose output layer starts at zero, as in Glow (Kingma and Dhariwal 2018,
     arXiv:1807.03039).
 
-    The hidden layers start as those of He et al. (2015, arXiv:1502.01852), with features of order one. The first and the last convolution have three taps along each axis, and those between the hidden layers have one, so
-    that the parameters at a place depend on the places at a distance of up to two. Places beyond the border are zero.
+    The hidden layers start as those of He et al. (2015, arXiv:1502.01852), with features of order one. The first and
+    the last convolution have three taps along each axis, and those between the hidden layers have one, so that the
+    parameters at a place depend on the places at a distance of up to two. Places beyond the border are zero.
 
     Args:
         in_dim: number of channels of the input.
