@@ -24,8 +24,8 @@ from pyroflows.transforms import (
 )
 from pyroflows.transforms.image.shape import image_shape
 
-# It makes the layers of a level, from data to base, and is called with the shape of its images.
-LevelFactory = Callable[[torch.Size], list[FlowTransform]]
+# It makes the layers of a level, from data to base, and is called with the shape of its images and the level's number.
+LevelFactory = Callable[[torch.Size, int], list[FlowTransform]]
 
 
 class MultiscaleFlow(Flow):
@@ -70,8 +70,8 @@ class MultiscaleFlow(Flow):
         shape = self._checked_shape(shape, num_levels)
         standardize = Standardize(shape, by_channel=True)
         levels: list[FlowTransform] = []
-        for _ in range(num_levels):
-            layers = level(shape)
+        for i in range(num_levels):
+            layers = level(shape, i)
             levels.append(Compose(layers[::-1]))
             channels, height, width = layers[-1].base_shape
             shape = torch.Size((channels // 2, height, width))
@@ -103,8 +103,13 @@ class Glow(MultiscaleFlow):
     invertible convolution and an affine coupling of the channels.
 
     With ``convolution="emerging"`` the convolutions see the neighbouring pixels as well (Hoogeboom et al. 2019,
-    arXiv:1901.11137), :class:`pyroflows.transforms.EmergingConv`. Sampling and scoring are parallel; emerging
-    convolutions sample along diagonals, one after the other. The other arguments are those of
+    arXiv:1901.11137), by a :class:`pyroflows.transforms.EmergingConv` after each 1 x 1 convolution.
+
+    The first 1 x 1 convolution of each level starts at the Haar wavelets of blocks of 2 x 2 pixels, since neighbouring
+    pixels are much alike. The others start at random rotations, the same for all flows of equal arguments.
+
+    Sampling and scoring are parallel; emerging convolutions sample along diagonals, one after the other. The other
+    arguments are those of
     :class:`pyroflows.flows.image_recipes.MultiscaleFlow`.
 
     Args:
@@ -131,20 +136,20 @@ class Glow(MultiscaleFlow):
         base: Base = None,
         support: constraints.Constraint | None = None,
     ) -> None:
-        if convolution not in _CONVOLUTIONS:
-            raise OptionError(f"convolution must be one of {sorted(_CONVOLUTIONS)}, got {convolution!r}")
+        if convolution not in ("1x1", "emerging"):
+            raise OptionError(f'convolution must be "1x1" or "emerging", got {convolution!r}')
         num_steps = checked_int("num_steps", num_steps)
 
-        def level(shape: torch.Size) -> list[FlowTransform]:
+        def level(shape: torch.Size, number: int) -> list[FlowTransform]:
             layers: list[FlowTransform] = [Squeeze(shape)]
             shape = layers[0].base_shape
+            mask = masks.half(shape[0])
             for i in range(num_steps):
-                mask = masks.half(shape[0]) if i % 2 == 0 else ~masks.half(shape[0])
-                layers += [
-                    ActNorm(shape),
-                    _CONVOLUTIONS[convolution](shape),
-                    Coupling(shape, "affine", mask, conditioner, hidden_dims, context_dim),
-                ]
+                mixing = _rotation(shape[0], seed=number * num_steps + i) if i else _haar(shape[0])
+                layers += [ActNorm(shape), Conv1x1.starting_at(mixing, shape)]
+                if convolution == "emerging":
+                    layers.append(EmergingConv(shape))
+                layers.append(Coupling(shape, "affine", mask, conditioner, hidden_dims, context_dim))
             return layers
 
         super().__init__(shape, level, num_levels, context_dim, base, support)
@@ -188,7 +193,7 @@ class MultiscaleRealNVP(MultiscaleFlow):
                 layers += [ActNorm(shape), coupling]
             return layers
 
-        def level(shape: torch.Size) -> list[FlowTransform]:
+        def level(shape: torch.Size, number: int) -> list[FlowTransform]:
             squeeze = Squeeze(shape)
             of_squares = steps(shape, masks.checkerboard(*shape[1:]))
             return [*of_squares, squeeze, *steps(squeeze.base_shape, masks.half(squeeze.base_shape[0]))]
@@ -196,7 +201,25 @@ class MultiscaleRealNVP(MultiscaleFlow):
         super().__init__(shape, level, num_levels, context_dim, base, support)
 
 
-_CONVOLUTIONS: dict[str, Callable[[torch.Size], FlowTransform]] = {"1x1": Conv1x1, "emerging": EmergingConv}
+def _rotation(channels: int, seed: int) -> torch.Tensor:
+    """Return a random orthogonal matrix; torch's own random state is neither read nor changed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))[0]
+
+
+def _haar(channels: int) -> torch.Tensor:
+    """Return the orthogonal matrix that takes squeezed blocks of 2 x 2 pixels to their Haar wavelets.
+
+    The means of all blocks come first, then the differences of columns, of rows, and across.
+
+    Example:
+        >>> (2 * _haar(4)).round().int().tolist()
+        [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    """
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
+    wavelets = torch.kron(pair, pair)
+    # Squeeze has the four pixels of a block side by side.
+    return torch.einsum("bp,cd->bcdp", wavelets, torch.eye(channels // 4)).reshape(channels, channels)
 
 
 def _times_halved(size: int) -> int:

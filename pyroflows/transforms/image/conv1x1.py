@@ -8,6 +8,7 @@ from torch import Tensor
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import LU
+from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE, raw_diagonal
 
 
 class Conv1x1(FlowTransform):
@@ -39,6 +40,32 @@ class Conv1x1(FlowTransform):
     def __init__(self, shape: Sequence[int], order: Sequence[int] | None = None, context_dim: int = 0) -> None:
         super().__init__(image_shape(shape, "Conv1x1"), context_dim)
         self.lu = LU(self.event_shape[0], order, context_dim)
+
+    @classmethod
+    def starting_at(cls, matrix: Tensor, shape: Sequence[int], context_dim: int = 0) -> "Conv1x1":
+        """Return a layer that starts at a matrix, up to the signs of the matrix's rows.
+
+        A positive diagonal of U leaves the signs no choice; the order P is that of the matrix's own decomposition.
+
+        Args:
+            matrix: an invertible matrix ``(C, C)`` of ordinary scale, such as an orthogonal one.
+            shape: the shape (C, H, W) of an image.
+            context_dim: size of the context, 0 for none.
+
+        Example:
+            >>> rotation, _ = torch.linalg.qr(torch.randn(3, 3))
+            >>> t, x = Conv1x1.starting_at(rotation, (3, 4, 2)), torch.randn(3, 4, 2)
+            >>> torch.allclose(t.inv(x).flatten(1).abs(), (rotation @ x.flatten(1)).abs(), atol=1e-4)
+            True
+        """
+        permutation, lower, upper = torch.linalg.lu(matrix.double())
+        signs = upper.diagonal().sign()
+        lower, upper = signs[:, None] * lower * signs, signs[:, None] * upper
+        layer = cls(shape, permutation.argmax(1).tolist(), context_dim)
+        diagonal = raw_diagonal(upper.diagonal().clamp(min=2 * MIN_SCALE))
+        with torch.no_grad():
+            layer.lu.matrix.copy_(lower.tril(-1) + upper.triu(1) + torch.diag(diagonal))
+        return layer
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         lower, upper, scale = self.lu._factors(context)

@@ -18,3 +18,8 @@ def positive_diagonal(raw: Tensor) -> Tensor:
 def with_diagonal(raw: Tensor, diagonal: Tensor) -> Tensor:
     """Return matrices ``(..., n, n)`` with another diagonal ``(..., n)``."""
     return torch.diagonal_scatter(raw, diagonal, dim1=-2, dim2=-1)
+
+
+def raw_diagonal(diagonal: Tensor) -> Tensor:
+    """Return the raw numbers from which :func:`positive_diagonal` makes these, which are larger than ``MIN_SCALE``."""
+    return torch.log(torch.expm1(diagonal - MIN_SCALE)) - _SHIFT
