@@ -1,4 +1,4 @@
-"""The block autoregressive layer: one masked network in place of a univariate map and the conditioner of its parameters.
+"""The block autoregressive layer: one masked network in place of a univariate map and a conditioner.
 
 Tensors are by place in the order here, and the rows of a batch are their last axis: z and x are ``(D, N)``, what
 belongs to the hidden units of a layer is ``(D, units, N)``, or ``(D, units, 1)`` if it is the same for all rows.
@@ -145,7 +145,8 @@ class BlockAutoregressive(Constants, TriangularTransform):
         z_by_place = self._by_place(z)
 
         def below(k: int, inputs: Tensor) -> Tensor:
-            return (hidden[k] @ inputs.flatten(0, -2)).unflatten(0, (self.dim, -1))
+            bias = units.bias[k].flatten(0, 1)
+            return torch.addmm(bias, hidden[k], inputs.flatten(0, -2)).unflatten(0, (self.dim, -1))
 
         value, slope, activations = _network(units, z_by_place, below)
         known = torch.cat([z_by_place, activations[-1].flatten(0, 1)])
@@ -161,7 +162,10 @@ class BlockAutoregressive(Constants, TriangularTransform):
         log_slopes = []
         for i, x_i in enumerate(x_by_place):
             units = units_of_all.at(i)
-            below = [weight[i, :, : len(inputs)] @ inputs for weight, inputs in zip(hidden, known, strict=False)]
+            below = [
+                torch.addmm(bias, weight[i, :, : len(inputs)], inputs)
+                for bias, weight, inputs in zip(units.bias, hidden, known, strict=False)
+            ]
             on_z, on_activations = last[i, :i], last[i, self.dim : self.dim + len(known[-1])]
             rest = x_i - units.shift - on_z @ known[0] - on_activations @ known[-1]
             z_i, slope, activations = _solved(units, rest * (-units.log_scale).exp(), below)
@@ -233,17 +237,22 @@ def _network(units: _Units, z: Tensor, below: Callable[[int, Tensor], Tensor]) -
         units: the parameters.
         z: ``(D, N)``, or ``(N,)`` for one dimension.
         below: a function of the number of a hidden layer and its inputs, z or the activations of the layer before,
-            which returns what earlier dimensions add to the layer.
+            which returns the biases of the layer with what earlier dimensions add to them.
     """
-    h, s, inputs = z.unsqueeze(-2), torch.ones_like(z).unsqueeze(-2), z
-    activations = []
-    for k, (sharpness, bias) in enumerate(zip(units.sharpness, units.bias, strict=True)):
-        if k:
-            h, s = units.mixing[k - 1] @ h, units.mixing[k - 1] @ s
-        t = torch.tanh(sharpness * h + bias + below(k, inputs))
-        h, s, inputs = t / sharpness, (1 - t * t) * s, t
+    t, s, activations = z, z, []
+    for k, sharpness in enumerate(units.sharpness):
+        offsets = below(k, t)
+        h = units.mixing[k - 1] @ (t / units.sharpness[k - 1]) if k else z.unsqueeze(-2)
+        t = torch.tanh(torch.addcmul(offsets, sharpness, h))
+        s = (1 - t * t) * (units.mixing[k - 1] @ s) if k else 1 - t * t
         activations.append(t)
-    return z + (units.heights * h).sum(-2), 1 + (units.heights * s).sum(-2), activations
+    value = z + _weighted_sum(units.heights / units.sharpness[-1], t)
+    return value, 1 + _weighted_sum(units.heights, s), activations
+
+
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """Return the sums over units; where all rows have the same weights, a product of matrices reads values once."""
+    return (weights.mT @ values).squeeze(-2) if weights.shape[-1] == 1 else (weights * values).sum(-2)
 
 
 def _solved(units: _Units, y: Tensor, below: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
