@@ -34,7 +34,7 @@ def by_loops(layer, z):
     t, h, s = {}, {}, {}
     for j in range(len(order)):
         for k, width in enumerate(widths):
-            weight = layer.below[k].weight
+            weight = layer.weights[k].weight
             for u in range(width):
                 row = weight[j * width + u]
                 if k == 0:
@@ -49,7 +49,7 @@ def by_loops(layer, z):
                 t[j, k, u] = torch.tanh(sharpness[k][j, u] * own + biases[k][j, u] + earlier)
                 h[j, k, u] = t[j, k, u] / sharpness[k][j, u]
                 s[j, k, u] = (1 - t[j, k, u] ** 2) * slope
-    units, top, last = widths[-1], len(widths) - 1, layer.below[-1].weight
+    units, top, last = widths[-1], len(widths) - 1, layer.weights[-1].weight
     shifted = math.log(math.expm1(1 - 1e-3))
     x, log_slopes = torch.zeros(2, len(order), dtype=z.dtype)
     for j in range(len(order)):
