@@ -89,6 +89,7 @@ def models(dim: int) -> dict[str, Callable[[], nn.Module]]:
         "NSF": lambda: pf.flows.NSF(dim, num_layers=NUM_LAYERS, autoregressive=True, **ours),
         "NSF, coupling": lambda: pf.flows.NSF(dim, num_layers=NUM_COUPLINGS, **ours),
         "NAF": lambda: pf.flows.NAF(dim, num_layers=3, **ours),
+        "BNAF": lambda: pf.flows.BNAF(dim, num_layers=3, hidden_dims=(32,)),  # units of each dimension
     }
 
 

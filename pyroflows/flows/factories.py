@@ -35,7 +35,7 @@ def inverse_autoregressive(
 
 
 def inverse_block_autoregressive(dim: int, hidden_dims: Sequence[int], order: Sequence[int] | None) -> LayerFactory:
-    """Return a factory of inverses of block autoregressive layers, of this order or ascending and descending by turns."""
+    """Return a factory of inverses of block autoregressive layers; orders are those of :func:`autoregressive`."""
     dim = checked_int("dim", dim)
     return lambda is_turned, context_dim: (
         BlockAutoregressive(dim, _turned(dim, order, is_turned), hidden_dims, context_dim).inv

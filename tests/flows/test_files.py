@@ -47,7 +47,20 @@ def recipe(name, options):
 
 RECIPES = {
     f"{name}, {options}": lambda name=name, options=options: recipe(name, options)
-    for name in ("Gaussian", "IAF", "MAF", "NAF", "NICE", "NSF", "Planar", "Radial", "RealNVP", "SOS", "Sylvester")
+    for name in (
+        "BNAF",
+        "Gaussian",
+        "IAF",
+        "MAF",
+        "NAF",
+        "NICE",
+        "NSF",
+        "Planar",
+        "Radial",
+        "RealNVP",
+        "SOS",
+        "Sylvester",
+    )
     for options in (
         {},
         {"context_dim": 2},

@@ -12,7 +12,7 @@ from pyroflows import flows
 from pyroflows.errors import OptionError
 from pyroflows.flows import Recipe
 
-NAMES = ["IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radial", "RealNVP", "Sylvester"]
+NAMES = ["BNAF", "IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radial", "RealNVP", "Sylvester"]
 
 
 def sizes(flow):

@@ -10,7 +10,7 @@ import torch
 from pyroflows import flows
 from pyroflows.errors import OptionError
 from pyroflows.nets import MLP, ResidualMLP, ResMADE
-from pyroflows.transforms import LU, Autoregressive, Coupling, Elementwise, Inverse, Permutation
+from pyroflows.transforms import LU, Autoregressive, BlockAutoregressive, Coupling, Elementwise, Inverse, Permutation
 from pyroflows.transforms.univariate import SOS, Additive, Affine, Monotone, Spline
 from tests.flows.test_flow import cell_masses
 from tests.transforms.registry import jacobian, perturb
@@ -28,10 +28,11 @@ AUTOREGRESSIVE = {
     "sos": (flows.SOS, SOS),
     "nsf-autoregressive": (partial(flows.NSF, autoregressive=True), Spline),
 }
-RECIPES = COUPLING | AUTOREGRESSIVE
+WITH_CONDITIONER = COUPLING | AUTOREGRESSIVE
+RECIPES = WITH_CONDITIONER | {"bnaf": (flows.BNAF, None)}
 DENSE = {"planar": flows.Planar, "radial": flows.Radial, "sylvester": flows.Sylvester}
 MIXING = [None, "permutation", "lu"]
-NAMES = ["IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radial", "RealNVP", "Sylvester"]
+NAMES = ["BNAF", "IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radial", "RealNVP", "Sylvester"]
 
 all_recipes = pytest.mark.parametrize("recipe", RECIPES)
 coupling_recipes = pytest.mark.parametrize("recipe", COUPLING)
@@ -146,7 +147,7 @@ def test_all_parameters_are_trained_by_either_direction(recipe, dim, mixing):
         gradients = torch.autograd.grad(loss, list(flow.parameters()))
         for (name, _), gradient in zip(flow.named_parameters(), gradients, strict=True):
             # A masked network of one dimension sees the context alone.
-            sees_nothing = dim == 1 and name.endswith("conditioner.input.weight")
+            sees_nothing = dim == 1 and (name.endswith("conditioner.input.weight") or ".weights." in name)
             assert gradient.isfinite().all() and (gradient != 0).any() != sees_nothing
 
 
@@ -167,7 +168,7 @@ def test_every_dimension_bends_and_sees_the_others(recipe, dim, mixing):
 # What is stacked
 
 
-@all_recipes
+@pytest.mark.parametrize("recipe", WITH_CONDITIONER)
 @all_mixing
 def test_layers_are_as_many_as_told_and_of_the_right_kind(recipe, mixing):
     flow = make(recipe, 4, num_layers=5, mixing=mixing)
@@ -232,6 +233,20 @@ def test_direction_that_needs_one_pass(recipe, monkeypatch):
         sequential()
 
 
+def test_bnaf_scores_by_one_pass_with_orders_that_turn(monkeypatch):
+    flow = perturbed("bnaf", 3)
+    assert [layer.order for layer in layers(flow, BlockAutoregressive)] == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+    assert [layer.order for layer in layers(make("bnaf", 3, order=[1, 2, 0]), BlockAutoregressive)] == [[1, 2, 0]] * 3
+
+    def called(*_):
+        raise AssertionError("a dimension after the other")
+
+    monkeypatch.setattr(BlockAutoregressive, "_inverse_and_log_slopes", called)
+    flow().log_prob(torch.randn(5, 3, dtype=torch.float64))
+    with pytest.raises(AssertionError):
+        flow().rsample()
+
+
 def test_nice_keeps_volumes_up_to_its_rescaling():
     flow = perturbed("nice", 5)
     (rescaling,) = layers(flow, Elementwise)
@@ -287,7 +302,7 @@ def test_unknown_mixing_raises(recipe, mixing):
         make(recipe, mixing=mixing)
 
 
-@all_recipes
+@pytest.mark.parametrize("recipe", WITH_CONDITIONER)
 def test_unknown_conditioner_raises(recipe):
     with pytest.raises(OptionError, match="conditioner must be one of.*residual.*got 'transformer'"):
         make(recipe, conditioner="transformer")

@@ -174,6 +174,16 @@ SWAPS = {
     "standardize": (Flow([LU(2)]), Flow([LU(2)], standardize=False), "the number of layers is 2 in the state and 1"),
     "dim": (flows.MAF(3), flows.MAF(4), r"event_shape is \[3\] in the state and \[4\] in this flow"),
     "context": (flows.MAF(3), flows.MAF(3, context_dim=2), r"context_shape is \[\] in the state and \[2\]"),
+    "units of blocks": (
+        flows.BNAF(3, hidden_dims=(8, 4)),
+        flows.BNAF(3, hidden_dims=(8, 5)),
+        r"hidden_dims of layer 0 \(inverse of BlockAutoregressive\) is \[8, 4\] in the state and \[8, 5\]",
+    ),
+    "order of blocks": (
+        flows.BNAF(3, order=[0, 1, 2]),
+        flows.BNAF(3, order=[0, 2, 1]),
+        r"order of layer 0 .* is \[0, 1, 2\] in the state and \[0, 2, 1\]",
+    ),
     "hidden widths": (
         flows.RealNVP(4),
         flows.RealNVP(4, hidden_dims=(8, 8)),

@@ -27,6 +27,7 @@ FLOWS = {
     "IAF": lambda **kwargs: pf.flows.IAF(3, 3, (16,), order=ORDER, **kwargs),
     "NSF": lambda **kwargs: pf.flows.NSF(3, 3, (16,), autoregressive=True, order=ORDER, **kwargs),
     "NAF": lambda **kwargs: pf.flows.NAF(3, 2, (16,), order=ORDER, **kwargs),
+    "BNAF": lambda **kwargs: pf.flows.BNAF(3, 2, (8,), order=ORDER, **kwargs),
     "SOS": lambda **kwargs: pf.flows.SOS(3, 2, (16,), order=ORDER, **kwargs),
 }
 

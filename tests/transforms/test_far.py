@@ -5,12 +5,17 @@ import pytest
 import torch
 
 import pyroflows as pf
+from pyroflows.transforms import BlockAutoregressive
 from pyroflows.transforms.univariate import SOS, Monotone
 
 DIM = 3
 FAMILIES = {
     "sos": lambda **options: pf.flows.SOS(DIM, num_layers=2, **options),
     "monotone": lambda **options: pf.flows.NAF(DIM, num_layers=2, **options),
+    "block autoregressive": lambda **options: pf.flows.BNAF(DIM, num_layers=2, **options),
+    "block autoregressive, scored by its inverse": lambda **options: pf.Flow(
+        [BlockAutoregressive(DIM, order, (8, 8), **options) for order in ([0, 1, 2], [2, 1, 0])]
+    ),
     "spline": lambda **options: pf.flows.NSF(DIM, num_layers=3, **options),
     "affine": lambda **options: pf.flows.MAF(DIM, num_layers=3, **options),
     "affine coupling": lambda **options: pf.flows.RealNVP(DIM, num_layers=3, **options),
@@ -77,7 +82,9 @@ def test_densities_far_from_the_data(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "sos" in name or "monotone" in name])
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if any(kind in name for kind in ("sos", "monotone", "block"))]
+)
 def test_gradients_at_any_distance(family, dtype):
     check_density(made(family, dtype), rows_at(1e20, dtype))
 

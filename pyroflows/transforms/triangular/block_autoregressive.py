@@ -1,4 +1,4 @@
-"""The block autoregressive layer: one masked network in place of a univariate map and the conditioner of its parameters.
+"""The block autoregressive layer: one masked network in place of a univariate map and a conditioner.
 
 Tensors are by place in the order here, and the rows of a batch are their last axis: z and x are ``(D, N)``, what
 belongs to the hidden units of a layer is ``(D, units, N)``, or ``(D, units, 1)`` if it is the same for all rows.
@@ -6,7 +6,7 @@ belongs to the hidden units of a layer is ``(D, units, N)``, or ``(D, units, 1)`
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from pyroflows.transforms.univariate.overflow import bounded_coefficients
 GAIN = 5.0
 MAX_LOG_SHARPNESS = 4.0
 MAX_LOG_SCALE = 2.0
-# Units of the first layer start with centres spread over (-2, 2), so that their gradients differ.
+# Units start with centres spread over (-2, 2), so that their gradients differ.
 SPREAD = 2.0
 
 
@@ -113,15 +113,14 @@ class BlockAutoregressive(Constants, TriangularTransform):
         self.hidden_dims = checked_widths(hidden_dims)
         self.register_constants()
         *hidden, last = self._masks()
-        self.below = nn.ModuleList([*map(_random, hidden), zero_initialized(_weight(last))])
+        self.weights = nn.ModuleList([*map(_random, hidden), zero_initialized(_weight(last))])
         self.mixing = nn.ParameterList(torch.randn(self.dim, b, a) for a, b in pairwise(self.hidden_dims))
-        # Log-sharpnesses and biases of each layer, heights, shifts, and log-scales.
-        biases = [-SPREAD * (2 * torch.arange(units) + 1 - units) / units for units in self.hidden_dims]
-        values = [
-            *(v for b in biases for v in (torch.zeros_like(b), b)),
-            torch.zeros_like(biases[-1]),
-            *torch.zeros(2, 1),
-        ]
+        # Each dimension has log-sharpnesses and biases of its units, layer by layer, heights, a shift and a log-scale.
+        values = []
+        for units in self.hidden_dims:
+            centers = SPREAD * (2 * torch.arange(units) + 1 - units) / units
+            values += [torch.zeros(units), -centers]
+        values += [torch.zeros(self.hidden_dims[-1]), torch.zeros(1), torch.zeros(1)]
         self._sizes = [len(value) for value in values]
         self.parameters_of = Parameters(torch.cat(values).repeat(self.dim, 1), context_dim)
 
@@ -133,7 +132,7 @@ class BlockAutoregressive(Constants, TriangularTransform):
 
     def constants(self) -> dict[str, Tensor | None]:
         index_of_place = torch.tensor(self.order)
-        masks = {f"below.{k}.mask": mask for k, mask in enumerate(self._masks())}
+        masks = {f"weights.{k}.mask": mask for k, mask in enumerate(self._masks())}
         return {"index_of_place": index_of_place, "place_of_index": index_of_place.argsort(), **masks}
 
     @property
@@ -141,11 +140,12 @@ class BlockAutoregressive(Constants, TriangularTransform):
         return tuple(self.order)
 
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        units, (*hidden, last) = self._units(z, context), self._weights()
+        units, (*hidden, last) = self._units(z, context), self._masked_weights()
         z_by_place = self._by_place(z)
 
         def below(k: int, inputs: Tensor) -> Tensor:
-            return (hidden[k] @ inputs.flatten(0, -2)).unflatten(0, (self.dim, -1))
+            bias = units.bias[k].flatten(0, 1)
+            return torch.addmm(bias, hidden[k], inputs.flatten(0, -2)).unflatten(0, (self.dim, -1))
 
         value, slope, activations = _network(units, z_by_place, below)
         known = torch.cat([z_by_place, activations[-1].flatten(0, 1)])
@@ -153,7 +153,7 @@ class BlockAutoregressive(Constants, TriangularTransform):
         return self._by_index(x, z), self._by_index(units.log_scale + slope.log(), z)
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        units_of_all, (*hidden, last) = self._units(x, context), self._weights()
+        units_of_all, (*hidden, last) = self._units(x, context), self._masked_weights()
         hidden = [weight.unflatten(0, (self.dim, -1)) for weight in hidden]
         x_by_place = self._by_place(x)
         # This is what the steps have computed: z, and the activations of each layer.
@@ -161,7 +161,10 @@ class BlockAutoregressive(Constants, TriangularTransform):
         log_slopes = []
         for i, x_i in enumerate(x_by_place):
             units = units_of_all.at(i)
-            below = [weight[i, :, : len(inputs)] @ inputs for weight, inputs in zip(hidden, known, strict=False)]
+            below = [
+                torch.addmm(bias, weight[i, :, : len(inputs)], inputs)
+                for bias, weight, inputs in zip(units.bias, hidden, known, strict=False)
+            ]
             on_z, on_activations = last[i, :i], last[i, self.dim : self.dim + len(known[-1])]
             rest = x_i - units.shift - on_z @ known[0] - on_activations @ known[-1]
             z_i, slope, activations = _solved(units, rest * (-units.log_scale).exp(), below)
@@ -196,8 +199,9 @@ class BlockAutoregressive(Constants, TriangularTransform):
             _soft_clamped(log_scale.squeeze(1), MAX_LOG_SCALE),
         )
 
-    def _weights(self) -> list[Tensor]:
-        return [layer.masked_weight for layer in self.below]
+    def _masked_weights(self) -> list[Tensor]:
+        layers: Any = self.weights
+        return [layer.masked_weight for layer in layers]
 
     def _by_place(self, t: Tensor) -> Tensor:
         """Return what has the shape of z as ``(D, N)``, by place."""
@@ -223,7 +227,8 @@ class _Units(NamedTuple):
 
     def at(self, i: int) -> "_Units":
         """Return those of the dimension at place i."""
-        return _Units(*([t[i] for t in field] if isinstance(field, list) else field[i] for field in self))
+        sharpness, bias, mixing = ([t[i] for t in ts] for ts in (self.sharpness, self.bias, self.mixing))
+        return _Units(sharpness, bias, mixing, self.heights[i], self.shift[i], self.log_scale[i])
 
 
 def _network(units: _Units, z: Tensor, below: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -233,17 +238,22 @@ def _network(units: _Units, z: Tensor, below: Callable[[int, Tensor], Tensor]) -
         units: the parameters.
         z: ``(D, N)``, or ``(N,)`` for one dimension.
         below: a function of the number of a hidden layer and its inputs, z or the activations of the layer before,
-            which returns what earlier dimensions add to the layer.
+            which returns the biases of the layer with what earlier dimensions add to them.
     """
-    h, s, inputs = z.unsqueeze(-2), torch.ones_like(z).unsqueeze(-2), z
-    activations = []
-    for k, (sharpness, bias) in enumerate(zip(units.sharpness, units.bias, strict=True)):
-        if k:
-            h, s = units.mixing[k - 1] @ h, units.mixing[k - 1] @ s
-        t = torch.tanh(sharpness * h + bias + below(k, inputs))
-        h, s, inputs = t / sharpness, (1 - t * t) * s, t
+    t, s, activations = z, z, []
+    for k, sharpness in enumerate(units.sharpness):
+        offsets = below(k, t)
+        h = units.mixing[k - 1] @ (t / units.sharpness[k - 1]) if k else z.unsqueeze(-2)
+        t = torch.tanh(torch.addcmul(offsets, sharpness, h))
+        s = (1 - t * t) * (units.mixing[k - 1] @ s) if k else 1 - t * t
         activations.append(t)
-    return z + (units.heights * h).sum(-2), 1 + (units.heights * s).sum(-2), activations
+    value = z + _weighted_sum(units.heights / units.sharpness[-1], t)
+    return value, 1 + _weighted_sum(units.heights, s), activations
+
+
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """Return the sums over units; where all rows have the same weights, a product of matrices reads values once."""
+    return (weights.mT @ values).squeeze(-2) if weights.shape[-1] == 1 else (weights * values).sum(-2)
 
 
 def _solved(units: _Units, y: Tensor, below: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
