@@ -24,8 +24,8 @@ from pyroflows.transforms import (
 )
 from pyroflows.transforms.image.shape import image_shape
 
-# It makes the layers of a level, from data to base, and is called with the shape of its images.
-LevelFactory = Callable[[torch.Size], list[FlowTransform]]
+# It makes the layers of a level, from data to base, and is called with the shape of its images and the level's number.
+LevelFactory = Callable[[torch.Size, int], list[FlowTransform]]
 
 
 class MultiscaleFlow(Flow):
@@ -70,8 +70,8 @@ class MultiscaleFlow(Flow):
         shape = self._checked_shape(shape, num_levels)
         standardize = Standardize(shape, by_channel=True)
         levels: list[FlowTransform] = []
-        for _ in range(num_levels):
-            layers = level(shape)
+        for i in range(num_levels):
+            layers = level(shape, i)
             levels.append(Compose(layers[::-1]))
             channels, height, width = layers[-1].base_shape
             shape = torch.Size((channels // 2, height, width))
@@ -131,20 +131,19 @@ class Glow(MultiscaleFlow):
         base: Base = None,
         support: constraints.Constraint | None = None,
     ) -> None:
-        if convolution not in _CONVOLUTIONS:
-            raise OptionError(f"convolution must be one of {sorted(_CONVOLUTIONS)}, got {convolution!r}")
+        if convolution not in ("1x1", "emerging"):
+            raise OptionError(f'convolution must be "1x1" or "emerging", got {convolution!r}')
         num_steps = checked_int("num_steps", num_steps)
 
-        def level(shape: torch.Size) -> list[FlowTransform]:
+        def level(shape: torch.Size, number: int) -> list[FlowTransform]:
             layers: list[FlowTransform] = [Squeeze(shape)]
             shape = layers[0].base_shape
+            mask = masks.half(shape[0])
             for i in range(num_steps):
-                mask = masks.half(shape[0]) if i % 2 == 0 else ~masks.half(shape[0])
-                layers += [
-                    ActNorm(shape),
-                    _CONVOLUTIONS[convolution](shape),
-                    Coupling(shape, "affine", mask, conditioner, hidden_dims, context_dim),
-                ]
+                layers += [ActNorm(shape), Conv1x1.rotation(shape, seed=number * num_steps + i)]
+                if convolution == "emerging":
+                    layers.append(EmergingConv(shape))
+                layers.append(Coupling(shape, "affine", mask, conditioner, hidden_dims, context_dim))
             return layers
 
         super().__init__(shape, level, num_levels, context_dim, base, support)
@@ -188,15 +187,12 @@ class MultiscaleRealNVP(MultiscaleFlow):
                 layers += [ActNorm(shape), coupling]
             return layers
 
-        def level(shape: torch.Size) -> list[FlowTransform]:
+        def level(shape: torch.Size, number: int) -> list[FlowTransform]:
             squeeze = Squeeze(shape)
             of_squares = steps(shape, masks.checkerboard(*shape[1:]))
             return [*of_squares, squeeze, *steps(squeeze.base_shape, masks.half(squeeze.base_shape[0]))]
 
         super().__init__(shape, level, num_levels, context_dim, base, support)
-
-
-_CONVOLUTIONS: dict[str, Callable[[torch.Size], FlowTransform]] = {"1x1": Conv1x1, "emerging": EmergingConv}
 
 
 def _times_halved(size: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import LU
+from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE, raw_diagonal
 
 
 class Conv1x1(FlowTransform):
@@ -39,6 +40,34 @@ class Conv1x1(FlowTransform):
     def __init__(self, shape: Sequence[int], order: Sequence[int] | None = None, context_dim: int = 0) -> None:
         super().__init__(image_shape(shape, "Conv1x1"), context_dim)
         self.lu = LU(self.event_shape[0], order, context_dim)
+
+    @classmethod
+    def rotation(cls, shape: Sequence[int], seed: int, context_dim: int = 0) -> "Conv1x1":
+        """Return a layer that starts at a random orthogonal matrix, as those of Glow do, which mixes all channels.
+
+        Args:
+            shape: the shape (C, H, W) of an image.
+            seed: the seed of the matrix; torch's own random state is neither read nor changed.
+            context_dim: size of the context, 0 for none.
+
+        Example:
+            >>> t = Conv1x1.rotation((3, 4, 2), seed=0)
+            >>> x = torch.randn(3, 4, 2)
+            >>> torch.allclose(t.inv(x).norm(dim=0), x.norm(dim=0), atol=1e-5)
+            True
+        """
+        channels = image_shape(shape, cls.__name__)[0]
+        generator = torch.Generator().manual_seed(seed)
+        rotation, _ = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        # The signs of U's diagonal move to the rows of the product, which stays orthogonal.
+        signs = upper.diagonal().sign()
+        lower, upper = signs[:, None] * lower * signs, signs[:, None] * upper
+        layer = cls(shape, permutation.argmax(1).tolist(), context_dim)
+        diagonal = raw_diagonal(upper.diagonal().clamp(min=2 * MIN_SCALE))
+        with torch.no_grad():
+            layer.lu.matrix.copy_(lower.tril(-1) + upper.triu(1) + torch.diag(diagonal))
+        return layer
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         lower, upper, scale = self.lu._factors(context)
