@@ -8,7 +8,7 @@ from torch import Tensor
 from pyroflows.errors import OptionError
 from pyroflows.nets import Parameters
 from pyroflows.transforms.base import Pair
-from pyroflows.transforms.normalization.channels import ChannelAffine, constant_channels, scaled_moments
+from pyroflows.transforms.normalization.channels import ChannelAffine, are_constant, scaled_moments
 
 
 class BatchNorm(ChannelAffine):
@@ -68,14 +68,15 @@ class BatchNorm(ChannelAffine):
         self.running_var.copy_(deviation.square())
 
     def _observe(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
-        share = x.new_ones(len(x)) if weights is None else weights.to(x)
-        rows = x.flatten(2) if x.dim() > 2 else x[..., None]
-        share = share[:, None, None] / (share.sum() * rows.shape[-1])
-        mean = (share * rows).sum((0, 2))
-        var = (share * (rows - mean[:, None]).square()).sum((0, 2))
+        rows = x.double().reshape(len(x), x.shape[1], self.dim // x.shape[1])
+        share = rows.new_ones(len(x)) if weights is None else weights.to(rows)
+        share, total = share[:, None, None], share.sum() * rows.shape[-1]
+        mean = (share * rows).sum((0, 2)) / total
+        var = (share * (rows - mean[:, None]).square()).sum((0, 2)) / total
         # A batch that says nothing about a channel leaves its statistics as they are, without a look at the values.
         is_bad = ~(mean.isfinite() & var.isfinite())
-        is_constant = constant_channels(mean, var.sqrt())
+        is_constant = are_constant(mean, var.sqrt(), x.dtype)
+        mean, var = mean.to(self.running_mean), var.to(self.running_var)
         self.running_mean.lerp_(torch.where(is_bad, self.running_mean, mean), self.momentum)
         self.running_var.lerp_(torch.where(is_bad | is_constant, self.running_var, var), self.momentum)
 

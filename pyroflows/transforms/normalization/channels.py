@@ -49,19 +49,25 @@ def scaled_moments(x: Tensor, weights: Tensor | None, layer: str) -> Pair:
             f"channels {places(is_bad)} of what arrives at a layer {layer} have no finite mean and standard deviation: "
             "look for rows outside of the flow's support, and for numbers that are not finite or very large"
         )
-    return mean, deviation.masked_fill(constant_channels(mean.to(x.dtype), deviation.to(x.dtype)), 1.0)
+    return mean, deviation.masked_fill(are_constant(mean, deviation, x.dtype), 1.0)
 
 
-def constant_channels(mean: Tensor, deviation: Tensor) -> Tensor:
-    """Return which channels hold equal numbers, up to rounding.
+def are_constant(mean: Tensor, deviation: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return where numbers are equal, up to rounding, from their mean and standard deviation in float64.
+
+    Args:
+        mean: means of any shape.
+        deviation: standard deviations of the same shape.
+        dtype: the dtype of the numbers, and of the scale that is to be made of the standard deviation.
 
     Example:
-        >>> constant_channels(torch.tensor([0.1, 0.1]), torch.tensor([1e-9, 1e-5]))
+        >>> mean, deviation = torch.tensor([0.1, 0.1]).double(), torch.tensor([1e-17, 1e-9]).double()
+        >>> are_constant(mean, deviation, torch.float32)
         tensor([ True, False])
     """
-    precision = torch.finfo(mean.dtype)
-    # Rounding gives the mean of equal numbers a distance from them.
-    return deviation <= (precision.eps * mean.abs()).clamp(min=precision.tiny)
+    # Rounding gives the mean of equal numbers a distance of a few units in the last place from them.
+    rounding = 16 * torch.finfo(torch.float64).eps * mean.abs()
+    return deviation <= rounding.clamp(min=torch.finfo(dtype).tiny)
 
 
 class ChannelAffine(TriangularTransform):

@@ -10,7 +10,7 @@ from pyroflows.errors import DataError, OptionError
 from pyroflows.nets.constants import Constants
 from pyroflows.shapes import described, places
 from pyroflows.transforms.base import Pair, Triple
-from pyroflows.transforms.normalization.channels import moments_of_channels
+from pyroflows.transforms.normalization.channels import are_constant, moments_of_channels
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.wild import location_and_scale, wild_elements
 
@@ -128,7 +128,7 @@ class Standardize(Constants, TriangularTransform):
             is_angle = self.angles.cpu()
             mean, deviation = torch.where(is_angle, 0.0, mean), torch.where(is_angle, 1.0, deviation)
         loc, scale = mean.to(self.log_scale), deviation.to(self.log_scale)
-        is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
+        is_bad = ~(loc.isfinite() & scale.isfinite()) | are_constant(mean, deviation, scale.dtype).to(loc.device)
         if is_bad.any():
             found, kind = (is_bad.flatten(), "channels") if self.by_channel else (is_bad, "columns")
             raise DataError(
