@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyroflows.errors import OptionError, ShapeError
+from pyroflows.errors import OptionError
 from pyroflows.nets import MLP
 from pyroflows.options import as_int
-from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.causal_solve import solve_causal
+from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import lu_factors
 
 
@@ -44,8 +44,7 @@ class EmergingConv(FlowTransform):
     Shapes: z and x are ``(..., C, H, W)``, a context is ``(..., context_dim)``.
 
     Raises:
-        OptionError: if ``kernel_size`` is not a positive odd number.
-        ShapeError: if the event shape does not have three axes.
+        OptionError: if the shape is not that of an image, or ``kernel_size`` is not a positive odd number.
 
     Example:
         >>> t = EmergingConv((3, 8, 6))
@@ -55,11 +54,7 @@ class EmergingConv(FlowTransform):
     """
 
     def __init__(self, shape: Sequence[int], kernel_size: int = 3, context_dim: int = 0) -> None:
-        super().__init__(shape, context_dim)
-        if len(self.event_shape) != 3:
-            raise ShapeError(
-                f"EmergingConv maps images (C, H, W), but got the event shape {described(self.event_shape)}"
-            )
+        super().__init__(image_shape(shape, "EmergingConv"), context_dim)
         size = as_int(kernel_size)
         if size is None or size < 1 or size % 2 == 0:
             raise OptionError(
@@ -134,6 +129,9 @@ class EmergingConv(FlowTransform):
         y = _inverse(lower, upper) @ y
         x = solve_causal(y.reshape(images.shape), a).flatten(1, 3)
         return (x[0].T if is_shared else x).reshape(z.shape).to(z.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}"
 
 
 def _inverse(lower: Tensor, upper: Tensor) -> Tensor:
