@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import pyro.distributions as dist
 import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_images
@@ -191,6 +192,19 @@ def test_location_and_scale_are_in_the_flow():
     assert torch.allclose(flow.standardization.scale.double(), deviation, atol=0.1)
 
 
+@pytest.mark.parametrize("dequantization", ["uniform", Noise(2)], ids=["uniform", "learned"])
+def test_weights_of_rows_count(dequantization):
+    """Half of the rows come from another law, and have no weight, or nearly all."""
+    x, others = counts(500), counts(500) + 30
+    rows = torch.cat([x, others])
+    is_first = torch.arange(1000) < 500
+    for used, left_out, weights in ((x, others, is_first.float()), (others, x, 99.0 * ~is_first + 1.0)):
+        flow = NSF(2)
+        fit = fit_briefly(flow, rows, weights=weights, dequantization=copy.deepcopy(dequantization), max_epochs=8)
+        assert pf.bits_per_dim(flow, used, 90, noise=fit.noise) < 4.0
+        assert pf.bits_per_dim(flow, left_out, 90, noise=fit.noise) > 6.0
+
+
 # What a fit keeps, draws and reports
 
 
@@ -321,3 +335,23 @@ def test_the_flow_itself_is_no_noise():
 def test_continuous_data_are_refused():
     with pytest.raises(DataError, match="values that are no integers .* or leave dequantization out"):
         fit_briefly(NSF(2), torch.randn(100, 2), dequantization="uniform")
+
+
+class Counting(pf.transforms.FlowTransform):
+    """The identity on counts, a layer of discrete events."""
+
+    domain = codomain = constraints.independent(constraints.nonnegative_integer, 1)
+
+    def _forward_and_ladj(self, z, context):
+        return z, z.new_zeros(z.shape[:-1])
+
+    _inverse_and_ladj = _forward_and_ladj
+
+
+def test_a_law_of_integers_needs_no_noise():
+    flow = pf.Flow([Counting(2)], base=dist.Poisson(torch.ones(2)).to_event(1))
+    flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(())))
+    with pytest.raises(OptionError, match="a law of integers itself: leave dequantization out"):
+        fit_briefly(flow, counts(100), dequantization="uniform")
+    with pytest.raises(OptionError, match=r"whose log_prob\(x\) is exact"):
+        pf.bits_per_dim(flow, counts(100), 30)
