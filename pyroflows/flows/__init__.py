@@ -10,6 +10,7 @@ from pyroflows.flows.law import Law
 from pyroflows.flows.mixture import Mixture
 from pyroflows.flows.named import Recipe
 from pyroflows.flows.recipes import (
+    BNAF,
     IAF,
     MAF,
     NAF,
@@ -25,6 +26,7 @@ from pyroflows.flows.spline_recipes import NSF, CircularNSF
 from pyroflows.flows.subvector import SubvectorDistribution
 
 __all__ = [
+    "BNAF",
     "IAF",
     "MAF",
     "NAF",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pyroflows.flows.stacking import Conditioner, LayerFactory
 from pyroflows.options import checked_int
-from pyroflows.transforms import Autoregressive, Coupling, FlowTransform, masks
+from pyroflows.transforms import Autoregressive, BlockAutoregressive, Coupling, FlowTransform, masks
 from pyroflows.transforms.univariate import Univariate
 
 
@@ -17,12 +17,9 @@ def autoregressive(
 ) -> LayerFactory:
     """Return a factory of autoregressive layers, of this order or ascending and descending by turns."""
     dim = checked_int("dim", dim)
-
-    def layer(is_turned: bool, context_dim: int) -> FlowTransform:
-        turned = range(dim)[:: -1 if is_turned else 1] if order is None else order
-        return Autoregressive(dim, univariate, turned, conditioner, hidden_dims, context_dim)
-
-    return layer
+    return lambda is_turned, context_dim: Autoregressive(
+        dim, univariate, _turned(dim, order, is_turned), conditioner, hidden_dims, context_dim
+    )
 
 
 def inverse_autoregressive(
@@ -35,6 +32,19 @@ def inverse_autoregressive(
     """Return a factory of inverses of the layers of :func:`autoregressive`."""
     layer = autoregressive(dim, univariate, hidden_dims, conditioner, order)
     return lambda is_turned, context_dim: layer(is_turned, context_dim).inv
+
+
+def inverse_block_autoregressive(dim: int, hidden_dims: Sequence[int], order: Sequence[int] | None) -> LayerFactory:
+    """Return a factory of inverses of block autoregressive layers, of this order or ascending and descending by turns."""
+    dim = checked_int("dim", dim)
+    return lambda is_turned, context_dim: (
+        BlockAutoregressive(dim, _turned(dim, order, is_turned), hidden_dims, context_dim).inv
+    )
+
+
+def _turned(dim: int, order: Sequence[int] | None, is_turned: bool) -> Sequence[int]:
+    """Return the order that all layers have, if there is one, or the ascending or descending one."""
+    return range(dim)[:: -1 if is_turned else 1] if order is None else order
 
 
 def coupling(

@@ -10,6 +10,7 @@ from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.recipes import (
+    BNAF,
     IAF,
     MAF,
     NAF,
@@ -50,7 +51,7 @@ def default_flow(dim: int, base: Base = None, scaled: bool = False) -> Flow:
     return RealNVP(dim, conditioner="scaled_mlp" if scaled else "mlp", base=base)
 
 
-_CLASSES = (IAF, MAF, NAF, NICE, NSF, SOS, CircularNSF, Gaussian, Planar, Radial, RealNVP, Sylvester)
+_CLASSES = (BNAF, IAF, MAF, NAF, NICE, NSF, SOS, CircularNSF, Gaussian, Planar, Radial, RealNVP, Sylvester)
 _RECIPES: dict[str, Callable[..., Flow]] = {"default": default_flow, **{flow.__name__: flow for flow in _CLASSES}}
 
 

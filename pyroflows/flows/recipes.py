@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroflows import transforms
 from pyroflows.flows.base import Base
-from pyroflows.flows.factories import autoregressive, coupling, inverse_autoregressive
+from pyroflows.flows.factories import autoregressive, coupling, inverse_autoregressive, inverse_block_autoregressive
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner, StackedFlow, StackOptions, spell_out_options
 from pyroflows.transforms import Elementwise, Triangular
@@ -93,6 +93,33 @@ class NAF(StackedFlow):
         super().__init__(
             inverse_autoregressive(dim, "monotone", hidden_dims, conditioner, order), num_layers, **options
         )
+
+
+class BNAF(StackedFlow):
+    r"""The block neural autoregressive flow (De Cao et al. 2019, arXiv:1904.04676): layers in which one masked network
+    computes :math:`z_j` from :math:`x_{\le j}`, increasing in :math:`x_j`, see
+    :class:`pyroflows.transforms.BlockAutoregressive`.
+
+    It has far fewer parameters than a :class:`NAF`, whose networks compute the parameters of other networks. Scoring is
+    parallel, so it suits a likelihood; sampling goes dimension by dimension, with a root search in each. The arguments
+    are those of :class:`pyroflows.flows.stacking.StackedFlow`, except that ``hidden_dims`` are the numbers of hidden
+    units that each dimension has: a layer of the network is D times as wide.
+
+    Example:
+        >>> BNAF(3, num_layers=2)().log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+
+    @spell_out_options
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 3,
+        hidden_dims: Sequence[int] = (32,),
+        order: Sequence[int] | None = None,
+        **options: Unpack[StackOptions],
+    ) -> None:
+        super().__init__(inverse_block_autoregressive(dim, hidden_dims, order), num_layers, **options)
 
 
 class SOS(StackedFlow):

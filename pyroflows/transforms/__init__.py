@@ -9,7 +9,14 @@ from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
-from pyroflows.transforms.triangular import Autoregressive, Coupling, Elementwise, TriangularTransform, masks
+from pyroflows.transforms.triangular import (
+    Autoregressive,
+    BlockAutoregressive,
+    Coupling,
+    Elementwise,
+    TriangularTransform,
+    masks,
+)
 from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "ActNorm",
     "Autoregressive",
     "BatchNorm",
+    "BlockAutoregressive",
     "Cached",
     "Compose",
     "Conditioned",

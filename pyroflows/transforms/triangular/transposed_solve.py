@@ -82,17 +82,36 @@ def _by_substitution(
 def _by_iteration(
     z: Tensor, theta: Tensor, gradient: Tensor, slope: Tensor, x_by_theta: Tensor, by_theta: Tensor
 ) -> Tensor:
-    """Solve by fixed-point iteration: each backward pass of the whole network makes one more place exact.
+    """Solve by fixed-point iteration, with a backward pass of the whole network in each."""
 
-    The iteration ends as soon as nothing changes by more than rounding. If later places depend on earlier ones weakly,
-    that is long before the last place.
+    def through_network(v: Tensor) -> Tensor:
+        return pull_back((theta,), (torch.addcmul(by_theta, v[..., None], x_by_theta),), (z,))[0]
+
+    return solved_by_iteration(through_network, slope, gradient)
+
+
+def solved_by_iteration(above_diagonal: Callable[[Tensor], Tensor], diagonal: Tensor, right: Tensor) -> Tensor:
+    r"""Solve :math:`d \odot v + f(v) = r` where :math:`f(v)_j` depends on the :math:`v_k` at later places k > j alone.
+
+    Each iteration makes one more place exact. They end as soon as nothing changes by more than rounding. If later
+    places depend on earlier ones weakly, that is long before the last place.
+
+    Args:
+        above_diagonal: f, affine in v.
+        diagonal: d, positive, ``(..., D)``.
+        right: r, ``(..., D)``.
+
+    Example:
+        >>> upper = torch.tensor([[0.0, 3.0], [0.0, 0.0]])
+        >>> solved_by_iteration(lambda v: v @ upper.T, torch.tensor([2.0, 1.0]), torch.tensor([5.0, 1.0]))
+        tensor([1., 1.])
     """
-    v = gradient / slope
+    v = right / diagonal
     rounding = 4 * torch.finfo(v.dtype).eps
-    for _ in range(z.shape[-1] - 1):
-        (share,) = pull_back((theta,), (torch.addcmul(by_theta, v[..., None], x_by_theta),), (z,))
-        last, v = v, (gradient - share) / slope
-        if runs_in_python() and ((v - last).abs() <= rounding * (gradient.abs() + share.abs()) / slope).all():
+    for _ in range(v.shape[-1] - 1):
+        share = above_diagonal(v)
+        last, v = v, (right - share) / diagonal
+        if runs_in_python() and ((v - last).abs() <= rounding * (right.abs() + share.abs()) / diagonal).all():
             break
     return v
 
