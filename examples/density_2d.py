@@ -66,6 +66,7 @@ FAMILIES: dict[str, Callable[[], pf.Flow]] = {
     "NSF": lambda: pf.flows.NSF(2, num_layers=4),
     "SOS": lambda: pf.flows.SOS(2, num_layers=4),
     "NAF": lambda: pf.flows.NAF(2, num_layers=4),
+    "BNAF": lambda: pf.flows.BNAF(2, num_layers=4),
 }
 
 

@@ -164,11 +164,16 @@ def interpolations(flow: pf.Flow, images: Images, count: int = 8) -> list[tuple[
 
 
 def pairs(images: Images, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Two held-out images for each row, all different, in the middle of their levels' cells."""
+    """Two held-out images for each row, all different, in the middle of their levels' cells.
+
+    Of each class those half of the images are shown in which levels vary most: much of one photograph is sky.
+    """
     taken = [0] * images.num_classes
+    varied = images.held_out.float().flatten(1).std(1)
     found = []
     for k in classes.tolist():
-        of_class = images.held_out[images.held_out_classes == k]
+        is_own = images.held_out_classes == k
+        of_class = images.held_out[is_own & (varied > varied[is_own].median())]
         found.append(of_class[taken[k] : taken[k] + 2] + 0.5)
         taken[k] += 2
     a, b = torch.stack(found, 1)

@@ -4,6 +4,7 @@ import importlib.util
 import runpy
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,6 +159,32 @@ def test_example_runs(wavenet, tmp_path, capsys, from_folder):
 
 
 # Arguments that make an example small, some of what it prints, and its pictures.
+def test_no_pixel_of_a_photograph_is_both_trained_on_and_held_out(monkeypatch):
+    images = example("glow_images")
+    photographs = np.arange(2 * 427 * 640 * 3).reshape(2, 427, 640, 3)
+    monkeypatch.setattr(images, "load_sample_images", lambda: SimpleNamespace(images=list(photographs)))
+    found = images.patches()
+    assert found.x.shape[1:] == found.held_out.shape[1:] == (3, 16, 16)
+    trained, held_out = (set(x.flatten().tolist()) for x in (found.x, found.held_out))
+    assert not trained & held_out
+    # Held-out patches share no pixels, and each has the class of its photograph.
+    assert len(held_out) == found.held_out.numel()
+    assert (found.held_out.flatten(1).amin(1) // photographs[0].size == found.held_out_classes).all()
+    # A row of a patch is a row of its photograph.
+    assert (found.x.diff(dim=3) == 3).all() and (found.x.diff(dim=2) == 3 * 640).all()
+
+
+def test_widths_are_found_that_give_flows_of_a_size():
+    images = example("glow_images")
+    sizes = [2, 4, 7, 12, 20, 33]
+
+    def make(width):
+        return torch.nn.Linear(width, width, bias=False)
+
+    for size in sizes:
+        assert images.of_size(make, size**2 + 1).in_features == size
+
+
 RUNS = {
     "density_2d": (
         ["--families", "RealNVP", "NSF", "--shapes", "moons", "rings", "--num-rows", "600", "--max-epochs", "2"],
@@ -178,6 +205,11 @@ RUNS = {
         ["--num-steps", "20", "--num-particles", "8"],
         ["log evidence", "k-hat", "most of that difference is noise"],
         ["eight_schools_pairs", "eight_schools_elbo"],
+    ),
+    "glow_images": (
+        ["--data", "digits", "--steps", "1", "--width", "4", "--max-epochs", "1", "--threads", "1"],
+        ["300 held out", "RealNVP", "emerging Glow", "bits per dimension"],
+        ["glow_samples", "glow_interpolations", "glow_reconstructions"],
     ),
     "logistic_regression": (
         ["--num-steps", "20", "--num-particles", "8"],
