@@ -68,15 +68,15 @@ class Conv1x1(FlowTransform):
         return layer
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, scale = self.lu._factors(context)
+        lower, upper, scale = self.lu.factors(context)
         return _product(self._inverse_matrix(lower, upper), z), self._ladj(z, scale)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, scale = self.lu._factors(context)
+        lower, upper, scale = self.lu.factors(context)
         return _product(self._matrix(lower, upper), x), -self._ladj(x, scale)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        lower, upper, scale = self.lu._factors(context)
+        lower, upper, scale = self.lu.factors(context)
         with torch.no_grad():
             score = _product(self._matrix(lower, upper).mT, score)
         return _product(self._inverse_matrix(lower, upper), z), self._ladj(z, scale), score

@@ -60,6 +60,10 @@ class LU(FlowTransform):
             raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
         return raw, positive_diagonal(raw)
 
+    def factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return L, U and the diagonal of U, at a context ``(..., context_dim)`` if the layer takes one."""
+        return lu_factors(self._raw(context)[0])
+
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return self._forward(z, *self._raw(context))
 
