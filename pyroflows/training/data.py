@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
-from pyroflows.arrays import ArrayLike, as_numbers, labels_of, require_one_index, require_values
+from pyroflows.arrays import ArrayLike, as_numbers, floating_tensor, labels_of, require_one_index, require_values
 from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.shapes import counted, described, listed, places
@@ -373,4 +373,5 @@ def _wild_rows(values: Tensor, weights: Tensor, by_channel: bool = False) -> Ten
 
 
 def _cast(values: Tensor, flow: Flow) -> Tensor:
-    return values.to(next(flow.parameters()))
+    like = floating_tensor(flow)
+    return values.to(torch.get_default_dtype() if like is None else like)

@@ -173,3 +173,9 @@ def test_a_flow_on_a_bounded_support_scores_all_levels():
     x = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     probabilities = [2 ** (-2 * pf.bits_per_dim(flow, row[None], 4, num_samples=4000, seed=0).item()) for row in x]
     assert sum(probabilities) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_flow_without_parameters_scores_as_others_do():
+    base = dist.Uniform(torch.zeros(3), 8 * torch.ones(3)).to_event(1)
+    flow = pf.Flow([pf.transforms.Permutation([1, 0, 2])], base=base, standardize=False)
+    assert pf.bits_per_dim(flow, torch.randint(8, (50, 3)), 8).item() == pytest.approx(3.0, abs=1e-5)
