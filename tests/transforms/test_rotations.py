@@ -1,5 +1,6 @@
 """Rotations, QR and low-rank layers against their matrices."""
 
+import copy
 import math
 
 import pytest
@@ -34,6 +35,12 @@ def triangle(raw):
     """The upper triangular factor with its positive diagonal, as the docstrings have it."""
     scale = MIN_SCALE + F.softplus(raw.diagonal() + math.log(math.expm1(1 - MIN_SCALE)))
     return raw.triu(1) + scale.diag()
+
+
+def scaled_triangle(raw):
+    """The factor of QR layers, whose columns are scaled."""
+    scale = triangle(raw).diagonal()
+    return (raw.triu(1) + torch.eye(len(raw))) @ scale.diag()
 
 
 def matrix_of(t):
@@ -152,7 +159,7 @@ def test_wrong_parametrisations_raise():
 
 def test_qr_is_the_product_of_its_factors():
     t = perturb(QR(4).double())
-    expected = householder(t.directions_of.value.detach()) @ triangle(t.triangle_of.value.detach())
+    expected = householder(t.directions_of.value.detach()) @ scaled_triangle(t.triangle_of.value.detach())
     torch.testing.assert_close(matrix_of(t), expected)
     z = points((7,), 4)
     torch.testing.assert_close(t.inv(z), z @ torch.linalg.inv(expected).T)
@@ -163,7 +170,7 @@ def test_qr_depends_on_its_context():
     t = perturb(QR(4, context_dim=CONTEXT_DIM).double())
     context = torch.randn(CONTEXT_DIM, dtype=torch.float64)
     q = householder((t.directions_of.value + t.directions_of.net(context).reshape(4, 4)).detach())
-    r = triangle((t.triangle_of.value + t.triangle_of.net(context).reshape(4, 4) / 2).detach())
+    r = scaled_triangle((t.triangle_of.value + t.triangle_of.net(context).reshape(4, 4) / 2).detach())
     torch.testing.assert_close(matrix_of(t.condition(context)), q @ r)
 
 
@@ -178,6 +185,27 @@ def test_qr_and_low_rank_stay_invertible(value):
         x, ladj = t.forward_and_ladj(z)
         torch.testing.assert_close(t.inv(x), z)
         assert (ladj >= len(matrix) * math.log(MIN_SCALE) * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("layer", [QR, pf.transforms.LU, lambda dim: Orthogonal(dim, 32), lambda dim: LowRank(dim, 24)])
+def test_large_products_and_their_gradients(layer):
+    """Large matrices in float32 are multiplied by another library, with gradients that are written out."""
+    torch.manual_seed(0)
+    t = layer(300)
+    with torch.no_grad():
+        for parameter in t.parameters():
+            parameter.add_(0.3 / 300**0.5 * torch.randn_like(parameter))
+    z = torch.randn(2, 200, 300)
+    found, expected = [], []
+    for results, view, value in ((found, t, z), (expected, copy.deepcopy(t).double(), z.double())):
+        value.requires_grad_()
+        x = view(value)
+        results += [x, view.inv(value)]
+        leaves = [value, *view.parameters()]
+        results += torch.autograd.grad(x.sin().sum() + x.cos().mean(), leaves, create_graph=True)
+        results += torch.autograd.grad(results[2].square().sum(), leaves, allow_unused=True, materialize_grads=True)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-4 * (1 + b.norm())
 
 
 # Low rank
