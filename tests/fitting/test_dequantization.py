@@ -24,6 +24,7 @@ from tests.transforms.registry import perturb
 
 NSF = partial(pf.flows.NSF, num_layers=2, hidden_dims=(16,))
 Noise = partial(pf.flows.Dequantizer, num_layers=2, hidden_dims=(16,))
+SUPPORTED = partial(pf.Flow, support=constraints.unit_interval)
 fit_quietly = partial(pf.fit_density, seed=0, progress_bar=False)
 fit_briefly = partial(fit_quietly, max_epochs=3, batch_size=64)
 
@@ -267,6 +268,35 @@ def test_a_traced_step_is_the_same_step(flow):
     assert fits[0].best_log_prob == pytest.approx(fits[1].best_log_prob, abs=1e-3)
 
 
+class Drifting(pf.transforms.FlowTransform):
+    """x = z + (s - 6) / 2, where s is the number of steps so far."""
+
+    def __init__(self):
+        super().__init__(2, context_dim=2)
+        self.register_buffer("num_steps", torch.zeros(()))
+
+    def before_step(self):
+        self.num_steps += 1
+
+    def _forward_and_ladj(self, z, context):
+        return z + (self.num_steps - 6) / 2, z.new_zeros(z.shape[:-1])
+
+    def _inverse_and_ladj(self, x, context):
+        return x - (self.num_steps - 6) / 2, x.new_zeros(x.shape[:-1])
+
+
+@pytest.mark.filterwarnings("ignore:compile")
+def test_the_noise_keeps_up_its_state_in_plain_and_traced_steps():
+    flow, noise = NSF(2, num_layers=1), SUPPORTED([Drifting(), Elementwise(2, context_dim=2)])
+    log_probs = []
+    for mode in ("none", "trace"):
+        own = copy.deepcopy(noise)
+        fit = fit_briefly(copy.deepcopy(flow), counts(200), dequantization=own, compile=mode)
+        assert own.transform.layers[0].num_steps == 2 * fit.best_epoch > 0  # two batches of 64 of 180 rows
+        log_probs.append(fit.history["log_prob"])
+    assert log_probs[0] == pytest.approx(log_probs[1], abs=1e-3)
+
+
 def test_noise_with_a_trained_base_is_trained_too():
     noise = pf.Flow([Elementwise(2, context_dim=2)], base="student_t", support=constraints.unit_interval)
     before = [p.detach().clone() for p in noise.base.parameters()]
@@ -292,9 +322,6 @@ def test_comparisons_give_all_flows_the_same_noise():
 
 
 # What is refused
-
-
-SUPPORTED = partial(pf.Flow, support=constraints.unit_interval)
 
 
 @pytest.mark.parametrize(
