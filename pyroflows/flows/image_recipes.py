@@ -103,8 +103,13 @@ class Glow(MultiscaleFlow):
     invertible convolution and an affine coupling of the channels.
 
     With ``convolution="emerging"`` the convolutions see the neighbouring pixels as well (Hoogeboom et al. 2019,
-    arXiv:1901.11137), :class:`pyroflows.transforms.EmergingConv`. Sampling and scoring are parallel; emerging
-    convolutions sample along diagonals, one after the other. The other arguments are those of
+    arXiv:1901.11137), by a :class:`pyroflows.transforms.EmergingConv` after each 1 x 1 convolution.
+
+    The first 1 x 1 convolution of each level starts at the Haar wavelets of blocks of 2 x 2 pixels, since neighbouring
+    pixels are much alike. The others start at random rotations, the same for all flows of equal arguments.
+
+    Sampling and scoring are parallel; emerging convolutions sample along diagonals, one after the other. The other
+    arguments are those of
     :class:`pyroflows.flows.image_recipes.MultiscaleFlow`.
 
     Args:
@@ -140,7 +145,8 @@ class Glow(MultiscaleFlow):
             shape = layers[0].base_shape
             mask = masks.half(shape[0])
             for i in range(num_steps):
-                layers += [ActNorm(shape), Conv1x1.rotation(shape, seed=number * num_steps + i)]
+                mixing = _rotation(shape[0], seed=number * num_steps + i) if i else _haar(shape[0])
+                layers += [ActNorm(shape), Conv1x1.starting_at(mixing, shape)]
                 if convolution == "emerging":
                     layers.append(EmergingConv(shape))
                 layers.append(Coupling(shape, "affine", mask, conditioner, hidden_dims, context_dim))
@@ -193,6 +199,27 @@ class MultiscaleRealNVP(MultiscaleFlow):
             return [*of_squares, squeeze, *steps(squeeze.base_shape, masks.half(squeeze.base_shape[0]))]
 
         super().__init__(shape, level, num_levels, context_dim, base, support)
+
+
+def _rotation(channels: int, seed: int) -> torch.Tensor:
+    """Return a random orthogonal matrix; torch's own random state is neither read nor changed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))[0]
+
+
+def _haar(channels: int) -> torch.Tensor:
+    """Return the orthogonal matrix that takes squeezed blocks of 2 x 2 pixels to their Haar wavelets.
+
+    The means of all blocks come first, then the differences of columns, of rows, and across.
+
+    Example:
+        >>> (2 * _haar(4)).round().int().tolist()
+        [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    """
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
+    wavelets = torch.kron(pair, pair)
+    # Squeeze has the four pixels of a block side by side.
+    return torch.einsum("bp,cd->bcdp", wavelets, torch.eye(channels // 4)).reshape(channels, channels)
 
 
 def _times_halved(size: int) -> int:

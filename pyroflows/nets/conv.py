@@ -15,8 +15,9 @@ class Conv(nn.Sequential):
     """Convolutions with SiLU activations, whose output layer starts at zero, as in Glow (Kingma and Dhariwal 2018,
     arXiv:1807.03039).
 
-    The first and the last convolution have three taps along each axis, and those between the hidden layers have one, so
-    that the parameters at a place depend on the places at a distance of up to two. Places beyond the border are zero.
+    The hidden layers start as those of He et al. (2015, arXiv:1502.01852), with features of order one. The first and
+    the last convolution have three taps along each axis, and those between the hidden layers have one, so that the
+    parameters at a place depend on the places at a distance of up to two. Places beyond the border are zero.
 
     Args:
         in_dim: number of channels of the input.
@@ -39,12 +40,12 @@ class Conv(nn.Sequential):
         convolution = _convolution(num_axes)
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise([in_dim, *self.hidden_dims])):
-            layers += [convolution(a, b, 1) if i else convolution(a, b, 3, padding=1), nn.SiLU()]
+            layers += [_he_initialized(convolution(a, b, 1) if i else convolution(a, b, 3, padding=1)), nn.SiLU()]
         last = self.hidden_dims[-1] if self.hidden_dims else in_dim
         super().__init__(*layers, zero_initialized(convolution(last, out_dim, 3, padding=1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1).contiguous().movedim(-1, 1))
+        return super().forward(_channels_last(x))
 
 
 class ResidualConv(nn.Module):
@@ -58,7 +59,7 @@ class ResidualConv(nn.Module):
     where :math:`*` is a convolution with three taps along each axis and :math:`\sigma` is SiLU; the output is linear in
     :math:`\sigma(h)` at each place. All :math:`h_k` have the first width; the hidden layer inside block k has the k-th.
     So each block lets the parameters at a place depend on places that are farther away by two. Places beyond the border
-    are zero.
+    are zero. The hidden layers start as those of :class:`Conv`.
 
     Args:
         in_dim: number of channels of the input.
@@ -81,13 +82,13 @@ class ResidualConv(nn.Module):
         self.hidden_dims = checked_widths(hidden_dims)
         convolution = _convolution(num_axes)
         width = self.hidden_dims[0]
-        self.input = convolution(in_dim, width, 3, padding=1)
-        self.inner = nn.ModuleList(convolution(width, inner, 3, padding=1) for inner in self.hidden_dims)
-        self.outer = nn.ModuleList(convolution(inner, width, 3, padding=1) for inner in self.hidden_dims)
+        self.input = _he_initialized(convolution(in_dim, width, 3, padding=1))
+        self.inner = nn.ModuleList(_he_initialized(convolution(width, h, 3, padding=1)) for h in self.hidden_dims)
+        self.outer = nn.ModuleList(_he_initialized(convolution(h, width, 3, padding=1)) for h in self.hidden_dims)
         self.output = zero_initialized(convolution(width, out_dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.input(x)
+        h = self.input(_channels_last(x))
         for inner, outer in zip(self.inner, self.outer, strict=True):
             h = h + outer(F.silu(inner(F.silu(h))))
         return self.output(F.silu(h))
@@ -99,3 +100,18 @@ def _convolution(num_axes: int) -> Any:
     if num_axes not in classes:
         raise OptionError(f"a convolutional conditioner needs one to three axes after the channels, got {num_axes}")
     return classes[num_axes]
+
+
+def _he_initialized(layer: Any) -> Any:
+    """Draw the weights of a layer such that it keeps the size of its input, and set its bias to zero.
+
+    Torch's own start is smaller by far, and the zero output layer learns at the speed of what it sees.
+    """
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return the tensor with the channels of a place side by side in memory, where processors convolve faster."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -96,9 +96,7 @@ def test_log_density_is_that_of_the_jacobian(recipe):
 def test_new_flow_preserves_volume(recipe):
     """So that a deep stack starts at its base: its layers are permutations of elements and rotations of channels."""
     flow, x = make(recipe), torch.randn(5, *SHAPE)
-    torch.testing.assert_close(
-        flow().log_prob(x), dist.Normal(0.0, 1.0).log_prob(x).sum((1, 2, 3)), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(flow().log_prob(x), dist.Normal(0.0, 1.0).log_prob(x).sum((1, 2, 3)), rtol=1e-4, atol=0)
 
 
 def test_steps_of_glow():
@@ -107,6 +105,15 @@ def test_steps_of_glow():
     assert kinds == 3 * ["Coupling", "EmergingConv", "Conv1x1", "ActNorm"] + ["Squeeze"]
     assert not any(isinstance(module, EmergingConv) for module in make().modules())
     assert isinstance(flow.standardization, Standardize) and flow.standardization.by_channel
+
+
+def test_glow_starts_with_wavelets():
+    """The first step of a level takes blocks of 2 x 2 pixels to their means, which pass, and to differences."""
+    flow = make(num_levels=1, num_steps=1).double()
+    x = torch.randn(5, 3, 4, 8, dtype=torch.float64).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    (z,) = flow.multiscale.split(flow().latent(x))
+    torch.testing.assert_close(z[:, 3:], torch.zeros_like(z[:, 3:]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z[:, :3].abs(), 2 * x[:, :, ::2, ::2].abs(), atol=1e-5, rtol=1e-5)
 
 
 def test_steps_of_realnvp():
@@ -260,7 +267,11 @@ def test_images_under_nested_plates(of_classes):
 @pytest.mark.parametrize(
     ("shape", "num_levels", "message"),
     [
-        ((3, 12, 8), 3, r"images of shape \(3, 12, 8\) cannot have 3 levels: .* after 2 they are 3 and 2; use num_levels=2"),
+        (
+            (3, 12, 8),
+            3,
+            r"images of shape \(3, 12, 8\) cannot have 3 levels: .* after 2 they are 3 and 2; use num_levels=2",
+        ),
         ((1, 7, 8), 1, r"images of shape \(1, 7, 8\) cannot have 1 levels.*after 0 they are 7 and 8; pad the images"),
         ((8, 8), 1, r"needs the shape of an image, \(channels, height, width\), got \(8, 8\)"),
         (64, 1, r"needs the shape of an image"),

@@ -42,25 +42,23 @@ class Conv1x1(FlowTransform):
         self.lu = LU(self.event_shape[0], order, context_dim)
 
     @classmethod
-    def rotation(cls, shape: Sequence[int], seed: int, context_dim: int = 0) -> "Conv1x1":
-        """Return a layer that starts at a random orthogonal matrix, as those of Glow do, which mixes all channels.
+    def starting_at(cls, matrix: Tensor, shape: Sequence[int], context_dim: int = 0) -> "Conv1x1":
+        """Return a layer that starts at a matrix, up to the signs of the matrix's rows.
+
+        A positive diagonal of U leaves the signs no choice; the order P is that of the matrix's own decomposition.
 
         Args:
+            matrix: an invertible matrix ``(C, C)`` of ordinary scale, such as an orthogonal one.
             shape: the shape (C, H, W) of an image.
-            seed: the seed of the matrix; torch's own random state is neither read nor changed.
             context_dim: size of the context, 0 for none.
 
         Example:
-            >>> t = Conv1x1.rotation((3, 4, 2), seed=0)
-            >>> x = torch.randn(3, 4, 2)
-            >>> torch.allclose(t.inv(x).norm(dim=0), x.norm(dim=0), atol=1e-5)
+            >>> rotation, _ = torch.linalg.qr(torch.randn(3, 3))
+            >>> t, x = Conv1x1.starting_at(rotation, (3, 4, 2)), torch.randn(3, 4, 2)
+            >>> torch.allclose(t.inv(x).flatten(1).abs(), (rotation @ x.flatten(1)).abs(), atol=1e-4)
             True
         """
-        channels = image_shape(shape, cls.__name__)[0]
-        generator = torch.Generator().manual_seed(seed)
-        rotation, _ = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))
-        permutation, lower, upper = torch.linalg.lu(rotation)
-        # The signs of U's diagonal move to the rows of the product, which stays orthogonal.
+        permutation, lower, upper = torch.linalg.lu(matrix.double())
         signs = upper.diagonal().sign()
         lower, upper = signs[:, None] * lower * signs, signs[:, None] * upper
         layer = cls(shape, permutation.argmax(1).tolist(), context_dim)
