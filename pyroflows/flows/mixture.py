@@ -87,6 +87,7 @@ class Mixture(Flow):
         super().__init__([identity], standardize=False)
         # The base of another flow takes no context, and is checked by a call without one.
         self.base = _Components(flows, log_weights, of_weights)
+        self._note_stateful_layers()
         self._context_shape = shape
 
     @property

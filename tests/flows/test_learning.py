@@ -301,3 +301,47 @@ def test_a_fit_with_running_statistics_fits():
         layers = [layer for _ in range(2) for layer in (Autoregressive(2, hidden_dims=(16,)).inv, norm(2))]
         found[norm] = fit(Flow(layers), x, max_epochs=30, optimizer=partial(torch.optim.Adam, lr=0.01)).best_log_prob
     assert found[BatchNorm] > found[ActNorm] - 0.1
+
+
+def test_components_of_a_mixture_bring_their_state_up_to_date():
+    class Counting(Planar):
+        def __init__(self, dim):
+            super().__init__(dim)
+            self.register_buffer("num_steps", torch.tensor(0))
+
+        def before_step(self):
+            self.num_steps += 1
+
+    mixture = Mixture([Flow([Counting(2)]), Flow([Compose([Counting(2)])])])
+    mixture.before_step()
+    assert [layer.num_steps.item() for layer in mixture.modules() if isinstance(layer, Counting)] == [1, 1]
+
+
+# Laws of some columns
+
+
+def test_normalised_columns_are_independent():
+    torch.manual_seed(0)
+    layers = [ActNorm(3), BatchNorm(3), ActNorm(3).inv, Compose([BatchNorm(3).inv])]
+    flow = Flow(layers, standardize=False).double()
+    for parameter in flow.parameters():
+        parameter.data.normal_()
+    for layer in flow.modules():
+        if isinstance(layer, BatchNorm):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2.0)
+    x = flow().sample((5,))
+    parts = flow.marginal([2]).log_prob(x[:, 2:]) + flow.conditional(x[:, 2:], columns=[2]).log_prob(x[:, :2])
+    torch.testing.assert_close(parts, flow().log_prob(x))
+    loc, scale = flow().transport(torch.zeros(3).double())[0], flow().transport(torch.ones(3).double())[0]
+    expected = dist.Normal(loc[1], (scale - loc)[1].abs()).log_prob(x[:, 1])
+    torch.testing.assert_close(flow.marginal([1]).log_prob(x[:, 1:2]), expected)
+
+
+def test_distillation_in_closed_form_passes_through_act_norm():
+    torch.manual_seed(0)
+    teacher = Flow([ActNorm(2), Autoregressive(2, hidden_dims=(8,)).inv], standardize=False)
+    teacher.transform.layers[0].parameters_of.value.data.normal_()
+    student = Flow([Elementwise(2), ActNorm(2)], standardize=False)
+    kl = pf.distill(student, teacher, num_steps=300, estimator="closed_form", seed=0, progress_bar=False).kl
+    assert kl == pytest.approx(0.0, abs=1e-3)
