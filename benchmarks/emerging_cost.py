@@ -2,7 +2,7 @@
 
 Eight channels, a 3 x 3 kernel, images of 8 x 8 to 64 x 64. All run in turn in one process; milliseconds of the
 processor, medians. The loop takes one product of matrices for each pixel and each of the two convolutions, on memory
-that is laid out for it. The training step is the log-density's: data to base, and the gradients of all.
+that is laid out for it. The steps are with gradients, for the layer's input and all of its parameters.
 
     python -m benchmarks.emerging_cost --rounds 15 --threads 1
 """
@@ -53,12 +53,14 @@ def forward_by_pixels(t: EmergingConv, z: Tensor) -> Tensor:
     return solved_by_pixels(y, a).permute(2, 3, 0, 1)
 
 
+@torch.enable_grad()
 def training_step(t: EmergingConv, x: Tensor) -> None:
     x = x.detach().requires_grad_()
     z, ladj = t.inverse_and_ladj(x)
     torch.autograd.grad(z.square().sum() / 2 - ladj.sum(), [x, *t.parameters()])
 
 
+@torch.enable_grad()
 def sampling_step(t: EmergingConv, z: Tensor) -> None:
     z = z.detach().requires_grad_()
     x, ladj = t.forward_and_ladj(z)
@@ -85,13 +87,12 @@ def row(num_images: int, rounds: int) -> list[tuple[str, ...]]:
         z = t.inv(x)
         torch.testing.assert_close(t(z), x, rtol=0, atol=1e-5)
         torch.testing.assert_close(forward_by_pixels(t, z), x, rtol=0, atol=1e-5)
-        enabled = torch.enable_grad()
         functions |= {
             f"to base {size}": lambda t=t, x=x: t.inv(x),
             f"to data {size}": lambda t=t, z=z: t(z),
             f"by pixels {size}": lambda t=t, z=z: forward_by_pixels(t, z),
-            f"step to base {size}": lambda t=t, x=x: enabled(training_step)(t, x),
-            f"step to data {size}": lambda t=t, z=z: enabled(sampling_step)(t, z),
+            f"step to base {size}": lambda t=t, x=x: training_step(t, x),
+            f"step to data {size}": lambda t=t, z=z: sampling_step(t, z),
             f"to data, with a context {size}": lambda t=conditional, z=z: t(z),
         }
     found = medians(functions, rounds)

@@ -129,6 +129,20 @@ def test_solve_by_iteration_is_that_by_anti_diagonals(shape, kernel_size):
     torch.testing.assert_close(_iterated(y, taps), solve_causal(y, taps))
 
 
+@pytest.mark.parametrize("kernel_size", [2, 3, 4])
+@pytest.mark.parametrize("shape", GROUPED_PROBLEMS, ids=str)
+def test_solve_reads_no_memory_that_it_did_not_write(shape, kernel_size):
+    """With deterministic algorithms, torch fills new memory with NaN."""
+    y, taps = problem(shape, kernel_size)
+    expected = solve_causal(y, taps)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        torch.testing.assert_close(solve_causal(y, taps), expected, rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("kernel_size", [2, 3])
 @pytest.mark.parametrize("shape", GROUPED_PROBLEMS, ids=str)
 def test_first_and_second_derivatives_of_the_solve(shape, kernel_size):

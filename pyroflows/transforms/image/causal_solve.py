@@ -91,22 +91,23 @@ def _product(g: Tensor, x: Tensor, a: int, b: int) -> Tensor:
 def _by_diagonals(y: Tensor, taps: Tensor) -> Tensor:
     """Return the solution, one anti-diagonal after the other.
 
-    Memory holds a block of C rows for each anti-diagonal s. Its columns are the rows i of the images (and in them the
-    images of the group), and it holds the pixels (i, s - i), or zero outside of the image. So what the pixels of one
-    anti-diagonal read in the image rows that lie a above them is a slice of k neighbouring blocks, and a shift by a
-    rows is a shift of columns.
+    Memory holds the image, with k - 1 rows of zeros above it and as many columns to its left, as a block of C rows for
+    each anti-diagonal. The columns of a block are the image rows (and in each the images of the group). So what the
+    pixels of an anti-diagonal read in the image rows that lie a above their own is one slice of neighbouring blocks.
     """
     num_groups, channels, height, width, num_images = y.shape
     size = math.isqrt(taps.shape[1] + 1)
     num_above, num_before, num_diagonals = size - 1, 2 * size - 2, height + width - 1
-    # There are zeros above the first image row and before the first anti-diagonal.
-    blocks = y.new_zeros(num_groups, num_before + num_diagonals, channels, (num_above + height) * num_images)
+    blocks = y.new_empty(num_groups, num_before + num_diagonals, channels, (num_above + height) * num_images)
     per_group, per_diagonal, per_channel, _ = blocks.stride()
-    image = blocks.as_strided(
-        (num_groups, channels, height, width, num_images),
+    # Nothing reads the rest of the memory.
+    padded = blocks.as_strided(
+        (num_groups, channels, num_above + height, num_above + width, num_images),
         (per_group, per_channel, per_diagonal + num_images, per_diagonal, 1),
-        num_before * per_diagonal + num_above * num_images,
     )
+    padded[:, :, :num_above] = 0
+    padded[:, :, :, :num_above] = 0
+    image = padded[:, :, num_above:, num_above:]
     image.copy_(y)
     # A product of two matrices takes less time to start than a batch of one, and a view by strides less than a slice.
     batch, strides = ((num_groups,), (per_group, per_channel, 1)) if num_groups > 1 else ((), (per_channel, 1))
