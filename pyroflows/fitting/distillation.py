@@ -308,7 +308,7 @@ def _adapt_like(student: Flow, teacher: Flow | Distribution, draws: Tensor, cont
         (student.standardization, teacher.standardization),
         (student.transform.context_scale, teacher.transform.context_scale),
     ):
-        if own is not None and others is not None and others.is_adapted:
+        if own is not None and others is not None and own.loc.shape == others.loc.shape and others.is_adapted:
             own.load_state_dict(others.state_dict())
 
 

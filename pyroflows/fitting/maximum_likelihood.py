@@ -45,9 +45,24 @@ class MaximumLikelihood(Objective):
         self._data = data
         self._mean_weight = data.rows.weights[index].mean()
         self._batches = ShuffledBatches(index, batch_size)
+        self._observes = flow.observes
+        # The batch of the coming step, where the flow has seen it.
+        self._seen: list[Tensor] | None = None
+
+    def before_step(self) -> None:
+        """Prepare a step. A flow that keeps statistics of data sees the batch of the step first."""
+        super().before_step()
+        if self._observes:
+            self._seen = self._drawn()
+            x, weights, *context = self._seen
+            self.flow.observe(x, context[0] if context else None, weights)
 
     def draw(self) -> list[Tensor]:
         """Draw the next batch: rows, their weights, and their contexts if there are any."""
+        drawn, self._seen = self._seen or self._drawn(), None
+        return drawn
+
+    def _drawn(self) -> list[Tensor]:
         rows = self._data.batch(next(self._batches))
         return [rows.x, rows.weights / self._mean_weight, *([] if rows.context is None else [rows.context])]
 

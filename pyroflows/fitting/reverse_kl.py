@@ -7,6 +7,7 @@ from torch import Tensor
 from pyroflows.errors import ShapeError
 from pyroflows.fitting.estimators import Estimator, elbo, log_weight_variance, path_gradient
 from pyroflows.flows import Flow
+from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.training.objective import Figures, Objective
 
 
@@ -27,6 +28,9 @@ class ReverseKL(Objective):
         num_particles: number S of draws in a step, at least 1.
         own_parameters: parameters of the log-density to train with the flow.
 
+    Raises:
+        OptionError: if a layer of the flow keeps running statistics of data, which this objective does not have.
+
     Example:
         >>> flow = pf.flows.Planar(2)
         >>> objective = ReverseKL(flow, lambda x: -((x - 1) ** 2).sum(-1))
@@ -45,6 +49,7 @@ class ReverseKL(Objective):
         own_parameters: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(flow, own_parameters)
+        require_no_statistics(flow, "a flow that minimises the reverse KL")
         self.log_density = log_density
         self.estimator = estimator
         self.num_particles = num_particles

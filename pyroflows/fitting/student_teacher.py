@@ -9,6 +9,7 @@ from torch.distributions import Distribution, constraints
 from pyroflows.arrays import ArrayLike
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError, warn
 from pyroflows.flows import Flow, FlowDistribution, Mixture
+from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.options import kind
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
@@ -29,8 +30,8 @@ class StudentAndTeacher:
         num_rows: 1 where there are contexts, else 0.
 
     Raises:
-        OptionError: if the student cannot be trained through its draws, or the teacher is neither a flow nor a
-            distribution.
+        OptionError: if the student cannot be trained through its draws, or keeps running statistics of data, or the
+            teacher is neither a flow nor a distribution.
         ShapeError: if event or context shapes differ, or the context does not fit.
         DataError: if the context holds values that cannot be used.
     """
@@ -147,6 +148,7 @@ def _check_student(student: Flow) -> None:
         raise OptionError(f"the student must be a pyroflows.Flow, got {kind(student)}")
     if not trained_parameters(student):
         raise OptionError("this student has no parameters to train")
+    require_no_statistics(student, "a student")
     if isinstance(student, Mixture) or not student.base().has_rsample:
         raise OptionError(
             "draws of this student carry no gradients, so that it cannot be trained by them: give it a base that has "

@@ -24,7 +24,7 @@ class Stack(NamedTuple):
 
     Attributes:
         layers: from base to data.
-        standardize_at: the place of the layer of location and scale that was added, or None.
+        standardize_at: the place of the layer of location and scale at the data end, or None.
         angles_at_base: which indices along the last axis are angles at the base end.
     """
 
@@ -50,11 +50,7 @@ def assemble(
     rest = support if support is None else _beside_angles(support, angles)
     if rest is not None and not is_unbounded(rest):
         layers.append(_layer_onto(rest, layers, event_shape))
-    place = _place_of_standardize(layers) if standardize else None
-    if place is not None:
-        before = layers[:place]
-        shape = before[-1].event_shape if before else base_shape
-        layers.insert(place, Standardize(shape, angles=angles_of(before)[1] if before else None))
+    place = _insert_standardize(layers, base_shape) if standardize else None
     if any(angles_at_base):
         layers.insert(0, WholeTurns(base_shape, angles_and_reals(angles_at_base, len(base_shape))))
         place = None if place is None else place + 1
@@ -161,12 +157,24 @@ def _refuse_dependent(support: constraints.Constraint, shape: torch.Size) -> Non
         ) from None
 
 
-def _place_of_standardize(layers: Sequence[FlowTransform]) -> int | None:
-    """Return the place before the first layer whose values are bounded, or None if no layer is to be added."""
+def _insert_standardize(layers: list[FlowTransform], base_shape: torch.Size) -> int | None:
+    """Insert the layer of location and scale before the first layer whose values are bounded.
+
+    A ``Standardize`` that stands there already and has no location and scale yet takes its part.
+
+    Returns:
+        The place of the layer, or None if there is to be none.
+    """
+    place = next((i for i, layer in enumerate(layers) if layer.is_bounding), len(layers))
+    before = layers[:place]
+    if before and isinstance(before[-1], Standardize) and not before[-1].is_adapted:
+        return place - 1
     is_discrete = any(layer.domain.is_discrete or layer.codomain.is_discrete for layer in layers)
     if is_discrete or any(isinstance(layer, Standardize) or _is_all_angles(layer) for layer in layers):
         return None
-    return next((i for i, layer in enumerate(layers) if layer.is_bounding), len(layers))
+    shape = before[-1].event_shape if before else base_shape
+    layers.insert(place, Standardize(shape, angles=angles_of(before)[1] if before else None))
+    return place
 
 
 def _is_all_angles(layer: FlowTransform) -> bool:

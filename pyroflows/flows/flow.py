@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite, require_one_index, require_values
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite, require_values
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import NotCalledError, OptionError, ShapeError, StateError
 from pyroflows.flows.angles import check_base_of_angles
@@ -20,6 +20,7 @@ from pyroflows.flows.columns import standard_base
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
+from pyroflows.flows.learning import LearningFlow
 from pyroflows.flows.subvector import SubvectorDistribution, subvector
 from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
@@ -36,7 +37,7 @@ _OF_DISTRIBUTIONS = frozenset(name for name in dir(FlowDistribution) if not name
 }
 
 
-class Flow(nn.Module):
+class Flow(LearningFlow):
     r"""A normalizing flow: a stack of layers on a base distribution, whose call returns its distribution.
 
     .. math:: x = \mu + \sigma \odot t(z), \quad z \sim p, \qquad
@@ -60,8 +61,9 @@ class Flow(nn.Module):
             ``biject_to`` has for it follows the transforms. With one constraint for each column it is
             ``constraints.cat([...], dim=-1)``, with ``pf.constraints.circular`` for angles. None if the transforms map
             onto the support themselves.
-        standardize: whether the flow has the layer of location and scale, and one for contexts. It never has the
-            first if a transform is a ``Standardize`` itself or if events are discrete.
+        standardize: whether the flow has the layer of location and scale, and one for contexts. The flow adds no layer
+            of the first kind if a transform is a ``Standardize`` itself, such as one by channel, or if events are
+            discrete.
 
     Shapes: ``flow()`` has the event shape of the last layer, ``(dim,)`` for vectors; ``flow(context)`` also has the
     batch shape of the context, which is its shape without the axes of ``context_shape``.
@@ -100,11 +102,7 @@ class Flow(nn.Module):
         if any(angles):
             check_base_of_angles(self.base, angles)
         self._places: Places | None = None
-        self._stateful = [
-            layer
-            for layer in self.modules()
-            if isinstance(layer, FlowTransform) and type(layer).before_step is not FlowTransform.before_step
-        ]
+        self._note_stateful_layers()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -193,7 +191,10 @@ class Flow(nn.Module):
 
     @property
     def standardization(self) -> Standardize | None:
-        """The layer of location and scale that the flow itself added at the data end, or None."""
+        """The layer of location and scale at the data end, or None.
+
+        It is the one that the flow itself added, or a transform that had no location and scale yet.
+        """
         return None if self._standardize_at is None else self.transform.layers[self._standardize_at]
 
     @property
@@ -288,51 +289,6 @@ class Flow(nn.Module):
         """
         return subvector(self(context), columns, None, torch.zeros(0).to(floating_tensor(self)))
 
-    @property
-    def adapts(self) -> bool:
-        """Whether a layer learns from data before training."""
-        return self.transform.adapts
-
-    @property
-    def is_adapted(self) -> bool:
-        """Whether all layers that learn from data before training have done so; a state that is loaded counts."""
-        require_values(self)
-        return self.transform.is_adapted
-
-    def adapt(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
-        """Let the layers learn from data before training, such as their location and scale, going from data to base.
-
-        Only values of buffers and parameters change. ``log_prob`` scores the data as they are, before standardisation.
-        Layers that have adapted before stay as they are while others have not; if all have, they start anew.
-
-        Args:
-            x: rows of data ``(n, *event_shape)``.
-            context: their contexts ``(n, *context_shape)``, if the flow takes one.
-            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
-
-        Raises:
-            ShapeError: if the rows or their contexts have another shape.
-            OptionError: if the flow is on the meta device, where tensors have no values.
-            DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
-                the support or outside it; or if frames have different indices.
-
-        Example:
-            >>> flow = pf.flows.MAF(2)
-            >>> flow.adapt(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
-            >>> flow.standardization.loc
-            tensor([1., 3.])
-        """
-        require_values(self)
-        require_one_index(x=x, context=context, weights=weights)
-        like = floating_tensor(self)
-        x = as_tensor("x", x, like)
-        context = None if context is None else as_tensor("context", context, like)
-        weights = None if weights is None else as_tensor("weights", weights, like)
-        self._adapt(x, context, weights)
-
-    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
-        self.transform.adapt(x, context, weights)
-
     @torch.no_grad()
     def before_support(self, x: Tensor) -> Tensor:
         """Return rows ``(n, *shape)`` where location and scale act on them, before the map onto a bounded support.
@@ -344,11 +300,6 @@ class Flow(nn.Module):
         for layer in reversed(layers[len(layers) if self._standardize_at is None else self._standardize_at + 1 :]):
             x = layer.inverse_and_ladj(x)[0]
         return x
-
-    def before_step(self) -> None:
-        """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""
-        for layer in self._stateful:
-            layer.before_step()
 
 
 def _register_parameters(flow: nn.Module) -> None:

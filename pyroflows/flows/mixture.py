@@ -87,6 +87,7 @@ class Mixture(Flow):
         super().__init__([identity], standardize=False)
         # The base of another flow takes no context, and is checked by a call without one.
         self.base = _Components(flows, log_weights, of_weights)
+        self._note_stateful_layers()
         self._context_shape = shape
 
     @property
@@ -126,6 +127,29 @@ class Mixture(Flow):
         """Whether all that learns from data before training has done so; a state that is loaded counts."""
         return all(flow.is_adapted for flow in self.components) and self.gate.is_adapted
 
+    @property
+    def observes(self) -> bool:
+        """Whether a layer of a component keeps statistics of data up to date during training."""
+        return any(flow.observes for flow in self.components)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+        """Let each component see the rows with their weights times its share of their density."""
+        law = self._law(context)
+        terms = torch.stack([part.estimated().log_prob(x) for part in law.components], -1) + law.log_weights()
+        # No component has a share of rows outside of all supports.
+        shares = terms.softmax(-1).nan_to_num(0.0)
+        weights = x.new_ones(len(x)) if weights is None else weights
+        for flow, places in self._places_of_components().items():
+            flow._observe(x, context if flow.context_dim else None, weights * shares[:, places].sum(-1))
+
+    def _places_of_components(self) -> dict[Flow, list[int]]:
+        """Return the places of each component, which may stand in several."""
+        places: dict[Flow, list[int]] = {}
+        for place, flow in enumerate(self.components):
+            places.setdefault(flow, []).append(place)
+        return places
+
     def before_support(self, x: Tensor) -> Tensor:
         """Return rows in the coordinates in which the components are unbounded, as they are if those differ."""
         return _unbounded(self.components, x)
@@ -135,9 +159,7 @@ class Mixture(Flow):
         weights = x.new_ones(len(x)) if weights is None else weights
         if context is not None and self.gate.adapts and (self.is_adapted or not self.gate.is_adapted):
             self.gate.adapt(context, weights)
-        places: dict[Flow, list[int]] = {}
-        for place, flow in enumerate(self.components):
-            places.setdefault(flow, []).append(place)
+        places = self._places_of_components()
         flows = [flow for flow in places if flow.adapts]
         learners = [flow for flow in flows if not flow.is_adapted] or flows
         if not learners:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.conversion import as_flow
+from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.grad_mode import with_gradients
 from pyroflows.guides.left_out import with_left_out
 from pyroflows.guides.neutra import ToDeclaredSpace
@@ -41,13 +42,15 @@ NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model'
 def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
     r"""Build the flow of a guide, :math:`x = \mu + S\, T(z)`, where T is the flow that a function makes.
 
+    Layers of T that learn before training, such as :class:`pyroflows.transforms.ActNorm`, learn from draws.
+
     Args:
         flow_fn: ``latent_dim -> flow``, which makes T.
         loc: :math:`\mu`, ``(latent_dim,)``; the flow gets its dtype and device.
         scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``.
 
     Raises:
-        OptionError: if S is not lower triangular with a positive diagonal.
+        OptionError: if S is not lower triangular with a positive diagonal, or a layer keeps running statistics of data.
         ShapeError: if ``flow_fn`` gives a flow of another dimension.
 
     Example:
@@ -57,12 +60,16 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
     """
     dim = len(loc)
     flow = as_flow(flow_fn(dim), dim)
+    require_no_statistics(flow, "a guide")
     last: FlowTransform
     if scale.dim() == 1:
         last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
     else:
         last = Triangular(dim, loc=loc, scale_tril=scale)
-    return Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+    flow = Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+    if not loc.is_meta:
+        flow.adapt_to_draws()
+    return flow
 
 
 def _point_mass(site: Site, value: Tensor, ladj: Tensor) -> Distribution:

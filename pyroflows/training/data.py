@@ -118,18 +118,24 @@ def load(
         y = dequantized(values, uniform_noise(values))
         refuse_outside(flow.support, y, labels_of(x), "x plus noise between 0 and 1")
         # Noise would give a spread to columns in which nearly all integers agree, and make the others wild.
-        is_wild = _wild_rows(values, masses)
+        is_wild = _wild_rows(values, masses, is_by_channel(flow))
     else:
         y = values
         refuse_outside(flow.support, y, labels_of(x))
         # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
-        is_wild = _wild_rows(flow.before_support(y), masses)
+        is_wild = _wild_rows(flow.before_support(y), masses, is_by_channel(flow))
     if contexts is not None:
         is_wild = is_wild | _wild_rows(contexts, masses)
     # Equal rows of a discrete law are draws of one value, not repetitions of one draw. Images are too large for that.
     is_discrete = flow.support.is_discrete or (are_integers and len(flow.event_shape) == 1)
     group = torch.arange(len(y)).to(y.device) if is_discrete else equal_rows(values, contexts)
     return Data(Rows(y, contexts, masses, is_wild, group), dataset, are_integers)
+
+
+def is_by_channel(flow: Flow) -> bool:
+    """Tell whether a flow, or each component of a mixture, has one location and scale for all places of a channel."""
+    layers = [part.standardization for part in flow.components]
+    return all(layer is not None and layer.by_channel for layer in layers)
 
 
 def equal_rows(x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -362,8 +368,8 @@ def _weights(weights: Any, num_rows: int, flow: Flow) -> Tensor:
     return values
 
 
-def _wild_rows(values: Tensor, weights: Tensor) -> Tensor:
-    return wild_elements_among(values, weights > 0).flatten(1).any(1)
+def _wild_rows(values: Tensor, weights: Tensor, by_channel: bool = False) -> Tensor:
+    return wild_elements_among(values, weights > 0, by_channel).flatten(1).any(1)
 
 
 def _cast(values: Tensor, flow: Flow) -> Tensor:

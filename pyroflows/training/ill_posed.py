@@ -13,7 +13,7 @@ from pyroflows.errors import DataError, warn
 from pyroflows.flows import Flow
 from pyroflows.flows.base import StudentT
 from pyroflows.shapes import as_given, counted, listed, places
-from pyroflows.training.data import Rows
+from pyroflows.training.data import Rows, is_by_channel
 from pyroflows.transforms import LU, Autoregressive, Coupling, Inverse
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
@@ -207,14 +207,20 @@ def _warn_of_wild_rows(flow: Flow, rows: Rows) -> None:
     if not found or isinstance(flow.base, StudentT):
         return
     row, used = found[0], rows.weights > 0
-    for name, given, values in (
-        ("x", rows.x, flow.before_support(rows.x)),
-        ("context", rows.context, rows.context),
+    for name, given, values, by_channel in (
+        ("x", rows.x, flow.before_support(rows.x), is_by_channel(flow)),
+        ("context", rows.context, rows.context, False),
     ):
-        if given is None or values is None or not (is_wild := wild_elements_among(values, used).flatten(1)[row]).any():
+        if given is None or values is None:
+            continue
+        is_wild = wild_elements_among(values, used, by_channel).flatten(1)[row]
+        if not is_wild.any():
             continue
         column = int(is_wild.nonzero()[0])
-        center, spread = center_and_spread(values[used].flatten(1)[:, column : column + 1].double())
+        num_places = values.shape[2:].numel() if by_channel else 1
+        first = column - column % num_places
+        alike = values[used].flatten(1)[:, first : first + num_places]
+        center, spread = center_and_spread(alike.reshape(-1, 1).double())
         distance = (values[row].flatten()[column].double() - center).abs() / spread
         value = given[row].flatten()[column].item()
         rest = len(found) - 1
@@ -239,9 +245,10 @@ def _warn_of_other_units(flow: Flow, rows: Rows, are_integers: bool) -> None:
             # Noise alone gives columns in which nearly all integers agree their spread, without the rare other ones.
             is_far = is_far & layer.far_columns(flow.before_support(rows.x.floor()), rows.weights)
         if far := places(is_far):
+            kind = "channels" if layer.by_channel else "columns"
             adapt = "flow.adapt(x)" if rows.context is None else "flow.adapt(x, context)"
             warn(
-                f"columns {listed(far)} of {name} are far from the location and scale that this flow has from earlier "
+                f"{kind} {listed(far)} of {name} are far from the location and scale that this flow has from earlier "
                 f"data, by ten standard deviations or a factor of ten in scale, and a further fit keeps these: call "
                 f"{adapt} before it to give the flow those of the new rows"
             )
@@ -254,12 +261,12 @@ def _location_and_scale(flow: Flow, x: Tensor) -> Standardize | None:
     adapted = [layer for layer in layers if layer is not None and layer.adapted]
     # Components of different supports have their locations in different coordinates.
     is_common = all(torch.equal(part.before_support(x), flow.before_support(x)) for part in flow.components)
-    if len(adapted) < len(layers) or not is_common:
+    if len(adapted) < len(layers) or not is_common or len({layer.by_channel for layer in adapted}) > 1:
         return None
     locs, scales = torch.stack([layer.loc for layer in adapted]), torch.stack([layer.scale for layer in adapted])
     scale = (scales.square().mean(0) + locs.var(0, correction=0)).sqrt()
     angles = None if adapted[0].angles is None else adapted[0].angles.tolist()
-    return Standardize(adapted[0].event_shape, locs.mean(0), scale, angles)
+    return Standardize(adapted[0].event_shape, locs.mean(0), scale, angles, adapted[0].by_channel)
 
 
 def _warn_of_repeated_rows(group: Tensor) -> None:

@@ -4,7 +4,7 @@ from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.linear import LU, Permutation, Triangular
-from pyroflows.transforms.normalization import Standardize
+from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
 from pyroflows.transforms.sylvester import Sylvester
@@ -13,7 +13,9 @@ from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 __all__ = [
     "LU",
+    "ActNorm",
     "Autoregressive",
+    "BatchNorm",
     "Cached",
     "Compose",
     "Conditioned",

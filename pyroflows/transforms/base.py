@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -18,20 +17,23 @@ from pyroflows.errors import InexactError, OptionError, ShapeError
 from pyroflows.shapes import as_given, described, expanded_to_context, shape_of
 from pyroflows.transforms.codomain import is_inside, is_unbounded, moved_inside
 from pyroflows.transforms.gradients import pull_back
+from pyroflows.transforms.learning import Learning
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-class FlowTransform(TransformModule):
+class FlowTransform(Learning):
     r"""The base class of layers: a bijection :math:`x = t(z)` of vectors or arrays, which may depend on a context.
 
     A subclass writes :meth:`_forward_and_ladj` and :meth:`_inverse_and_ladj`. It may also write
 
     * :meth:`_forward_and_score`, if it can compute a score more cheaply than through its inverse;
     * :meth:`_exact` and :attr:`ladj_is_exact`, if its log-determinant is an unbiased estimate;
-    * :meth:`_adapt`, if it learns from data before training;
-    * :meth:`before_step`, if it keeps a state that changes during training, such as that of power iterations.
+    * :meth:`_adapt`, if it learns from data before training, and :meth:`_adapt_to_draws`, if it can learn from draws
+      where there are no data;
+    * :meth:`_observe`, if it keeps statistics of data up to date during training;
+    * :meth:`before_step`, if it keeps another state that changes during training, such as that of power iterations.
 
     A layer remembers nothing between calls, so that copies, pickles and log-densities are never stale.
     :meth:`with_cache` returns a view that remembers.
@@ -70,7 +72,6 @@ class FlowTransform(TransformModule):
     bijective = True
     domain: constraints.Constraint = constraints.real_vector
     codomain: constraints.Constraint = constraints.real_vector
-    adapted: Tensor
 
     def __init__(
         self,
@@ -96,8 +97,7 @@ class FlowTransform(TransformModule):
             self.domain = constraints.independent(constraints.real, len(self.base_shape))
         if len(self.event_shape) > 1 and type(self).codomain is FlowTransform.codomain:
             self.codomain = constraints.independent(constraints.real, len(self.event_shape))
-        if type(self)._adapt is not FlowTransform._adapt:
-            self.register_buffer("adapted", torch.tensor(0.0))  # a float, so that states can be averaged
+        self._register_adapted()
 
     def declare_angles(self, angles: Sequence[bool]) -> None:
         r"""Declare that the layer maps angles to angles at some indices along the last axis, and reals elsewhere.
@@ -134,16 +134,6 @@ class FlowTransform(TransformModule):
             "_exact, or train it by an objective of your own that uses flow().estimated()"
         )
 
-    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
-        """Set buffers or parameters in place from rows ``(n, *event_shape)`` at the layer's data end."""
-
-    def before_step(self) -> None:
-        """Bring the layer's state up to date, by power iterations for example. The trainer calls it before each step.
-
-        It runs in Python, outside of what is traced, so it must change buffers in place, and persistent ones: buffers
-        in no state dict are constants of a traced step.
-        """
-
     @property
     def ladj_is_exact(self) -> bool:
         """Whether the log-determinants are exact, rather than unbiased estimates."""
@@ -174,36 +164,6 @@ class FlowTransform(TransformModule):
             InexactError: if the layer has no exact log-determinant.
         """
         return self if self.ladj_is_exact else self._exact()
-
-    @property
-    def adapts(self) -> bool:
-        """Whether the layer learns from data before training."""
-        return "adapted" in self._buffers
-
-    @property
-    def is_adapted(self) -> bool:
-        """Whether the layer has learned from data before training; true if it never does.
-
-        The buffer ``adapted`` holds the answer, so that it is copied, saved and loaded with the layer.
-        """
-        return not self.adapts or bool(self.adapted)
-
-    @torch.no_grad()
-    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Learn from data before training, for example their location and scale. A second call starts anew.
-
-        Args:
-            x: rows at the data end, ``(n, *event_shape)``.
-            context: their contexts ``(n, *context_shape)``, if the layer takes one.
-            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
-
-        Raises:
-            ShapeError: if the rows or their contexts have another shape.
-            DataError: if the layer cannot learn from these rows; the message names their columns.
-        """
-        if self.adapts:
-            self._adapt(self._checked(x, context, self.event_shape), context, weights)
-            self.adapted.fill_(True)
 
     def _checked_pair(self, value: Tensor, ladj: Tensor, shape: torch.Size) -> Pair:
         """Return what a method of a subclass gave, if it is events of this shape with one log-determinant each."""

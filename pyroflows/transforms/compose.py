@@ -13,6 +13,9 @@ from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.codomain import is_unbounded
 
+# Layers behind others learn from rows with this many elements at most, or from this many rows if that is more.
+MAX_ADAPTED, MIN_ADAPTED = 2**18, 256
+
 
 class Compose(FlowTransform):
     r"""Layers applied one after the other, :math:`x = t_n(\dots t_2(t_1(z)))`, the first next to the base.
@@ -129,6 +132,18 @@ class Compose(FlowTransform):
     def is_adapted(self) -> bool:
         return all(layer.is_adapted for layer in self._parts())
 
+    @property
+    def adapts_to_draws(self) -> bool:
+        return any(layer.adapts_to_draws for layer in self.layers)
+
+    @property
+    def is_adapted_to_draws(self) -> bool:
+        return all(layer.is_adapted_to_draws for layer in self.layers)
+
+    @property
+    def observes(self) -> bool:
+        return any(layer.observes for layer in self.layers)
+
     def _parts(self) -> list[FlowTransform]:
         return [*self.layers, *([] if self.context_scale is None else [self.context_scale])]
 
@@ -136,7 +151,8 @@ class Compose(FlowTransform):
     def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Let each layer that adapts learn from the rows as they arrive there, going from data to base.
 
-        Layers that have adapted before stay as they are while others have not; if all have, they start anew.
+        Layers that have adapted before stay as they are while others have not; if all have, they start anew. The first
+        to learn sees all rows, and the others a part of many, since each may be behind large networks.
         """
         x = self._checked(x, context, self.event_shape)
         starts_anew = self.is_adapted
@@ -145,13 +161,64 @@ class Compose(FlowTransform):
         if scale is not None and context is not None and (starts_anew or not scale.is_adapted):
             scale.adapt(context, None, weights)
         context = self.layer_context(context)
-        count = len(learners)
         for layer in reversed(self.layers):
-            if not count:
+            if not learners:
                 break
-            given = context if layer.context_dim else None
-            if any(layer is learner for learner in learners):
-                layer.adapt(x, given, weights)
-                count -= 1
-            if count:
-                x = layer.base_value(x, given)
+            if layer is learners[-1]:
+                learners.pop().adapt(x, _given_to(layer, context), weights)
+                x, context, weights = _part_of_many(x, context, weights)
+            if learners:
+                x = layer.base_value(x, _given_to(layer, context))
+
+    @torch.no_grad()
+    def adapt_to_draws(self, z: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Let each layer that can learn from the draws as they arrive there, going from base to data.
+
+        Layers that have adapted before stay as they are while others have not; if all have, they start anew.
+        """
+        z = self._checked(z, context, self.base_shape)
+        starts_anew = self.is_adapted_to_draws
+        learners = [
+            layer for layer in self.layers if layer.adapts_to_draws and (starts_anew or not layer.is_adapted_to_draws)
+        ]
+        context = self.layer_context(context)
+        for layer in self.layers:
+            if not learners:
+                break
+            if layer is learners[0]:
+                learners.pop(0).adapt_to_draws(z, _given_to(layer, context), weights)
+            if learners:
+                z, _ = layer.forward_and_ladj(z, _given_to(layer, context))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Let each layer that keeps statistics of data see a batch as it arrives there, going from data to base."""
+        observers = [layer for layer in self.layers if layer.observes]
+        x = self._checked(x, context, self.event_shape)
+        context = self.layer_context(context)
+        for layer in reversed(self.layers):
+            if not observers:
+                break
+            if layer is observers[-1]:
+                observers.pop().observe(x, _given_to(layer, context), weights)
+            if observers:
+                x, _ = layer.inverse_and_ladj(x, _given_to(layer, context))
+
+
+def _given_to(layer: FlowTransform, context: Tensor | None) -> Tensor | None:
+    """Return the context for a layer that takes one, None for others."""
+    return context if layer.context_dim else None
+
+
+def _part_of_many(x: Tensor, context: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Any, Any]:
+    """Return rows with their contexts and weights, or some of them, evenly spread, where there are many."""
+    count = max(MIN_ADAPTED, MAX_ADAPTED // max(1, x.shape[1:].numel()))
+    used = torch.arange(len(x), device=x.device) if weights is None else weights.nonzero().flatten().to(x.device)
+    if len(used) <= count:
+        return x, context, weights
+    index = used[torch.linspace(0, len(used) - 1, count).long()]
+    return (
+        x[index],
+        None if context is None else context.expand(len(x), *context.shape[1:])[index],
+        None if weights is None else weights[index],
+    )

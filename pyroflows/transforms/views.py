@@ -25,6 +25,39 @@ class _View(FlowTransform):
     def ladj_is_exact(self) -> bool:
         return self.layer.ladj_is_exact
 
+    @property
+    def adapts(self) -> bool:
+        return self.layer.adapts
+
+    @property
+    def is_adapted(self) -> bool:
+        return self.layer.is_adapted
+
+    @property
+    def adapts_to_draws(self) -> bool:
+        return self.layer.adapts_to_draws
+
+    @property
+    def is_adapted_to_draws(self) -> bool:
+        return self.layer.is_adapted_to_draws
+
+    @property
+    def observes(self) -> bool:
+        return self.layer.observes
+
+    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        self.layer.adapt(x, self._layers_context(context, len(x)), weights)
+
+    def adapt_to_draws(self, z: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        self.layer.adapt_to_draws(z, self._layers_context(context, len(z)), weights)
+
+    def observe(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        self.layer.observe(x, self._layers_context(context, len(x)), weights)
+
+    def _layers_context(self, context: Tensor | None, num_rows: int) -> Tensor | None:
+        """Return the contexts of so many rows as the layer takes them."""
+        return context
+
     # They are properties, since the bounds of a layer can be tensors that move, cast and load.
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -46,7 +79,8 @@ class _View(FlowTransform):
 class Inverse(_View):
     r"""The inverse of a layer, with the same parameters: it maps z to :math:`t^{-1}(z)`. ``t.inv`` makes it.
 
-    It does not adapt to data, even if the layer does.
+    Its data end is the base end of the layer. So it adapts to data as the layer adapts to draws, and the other way
+    round; a layer that learns from data alone does not adapt to those of its inverse, and observes none.
 
     Args:
         layer: the layer t.
@@ -80,6 +114,35 @@ class Inverse(_View):
 
     def _exact(self) -> FlowTransform:
         return self.layer.exact().inv
+
+    @property
+    def adapts(self) -> bool:
+        return self.layer.adapts_to_draws
+
+    @property
+    def is_adapted(self) -> bool:
+        return self.layer.is_adapted_to_draws
+
+    @property
+    def adapts_to_draws(self) -> bool:
+        return self.layer.adapts
+
+    @property
+    def is_adapted_to_draws(self) -> bool:
+        return self.layer.is_adapted
+
+    @property
+    def observes(self) -> bool:
+        return False
+
+    def adapt(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        self.layer.adapt_to_draws(x, context, weights)
+
+    def adapt_to_draws(self, z: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        self.layer.adapt(z, context, weights)
+
+    def observe(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Do nothing: statistics are those of data at the data end of a layer, which is the base end of its inverse."""
 
     # These go through the layer's own calls, so that a cached layer remembers in both directions.
     def _call(self, z: Tensor) -> Tensor:
@@ -133,6 +196,9 @@ class Conditioned(_View):
 
     def _exact(self) -> FlowTransform:
         return self.layer.exact().condition(self.context)
+
+    def _layers_context(self, context: Tensor | None, num_rows: int) -> Tensor | None:
+        return self.context.expand(num_rows, *self.layer.context_shape)
 
 
 class Cached(_View):

@@ -70,13 +70,19 @@ def wild_elements(rows: Tensor) -> Tensor:
     return is_wild.reshape(rows.shape)
 
 
-def wild_elements_among(rows: Tensor, used: Tensor) -> Tensor:
+def wild_elements_among(rows: Tensor, used: Tensor, by_channel: bool = False) -> Tensor:
     """Return which elements ``(n, *shape)`` are wild among the rows that are used; those of other rows are not.
 
     Args:
         rows: ``(n, *shape)``.
         used: booleans ``(n,)``.
+        by_channel: whether elements are compared with all those of their channel, which is the first axis of an event,
+            instead of those in the same place.
     """
+    if by_channel:
+        elements = rows.movedim(1, -1)
+        is_used = used.repeat_interleave(rows.shape[2:].numel())
+        return wild_elements_among(elements.flatten(0, -2), is_used).reshape(elements.shape).movedim(-1, 1)
     if used.all():
         return wild_elements(rows)
     is_wild = torch.zeros_like(rows, dtype=torch.bool)

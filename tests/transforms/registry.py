@@ -15,7 +15,9 @@ from torch.distributions import ReshapeTransform
 from pyroflows.shapes import shape_of
 from pyroflows.transforms import (
     LU,
+    ActNorm,
     Autoregressive,
+    BatchNorm,
     Compose,
     Coupling,
     Elementwise,
@@ -191,6 +193,10 @@ LAYERS: dict[str, Entry] = {
         is_identity_at_start=False,
     ),
     "standardize-of-sequences": fixed(lambda shape, _: Standardize(shape), shapes=SEQUENCES, usual=(2, 3)),
+    "act-norm": Entry(ActNorm),
+    "act-norm-of-images": images(ActNorm),
+    "batch-norm": Entry(_factory(BatchNorm)),
+    "batch-norm-of-images": images(_factory(BatchNorm)),
     "reshape": fixed(
         lambda shape, _: Foreign(ReshapeTransform((math.prod(shape),), shape), math.prod(shape)),
         shapes=SEQUENCES,

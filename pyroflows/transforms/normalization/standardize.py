@@ -1,4 +1,4 @@
-"""Layers that learn the location and scale of data before training."""
+"""Layers that hold the location and scale of data or contexts, which they learn before training."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from pyroflows.constraints import angles_in
 from pyroflows.errors import DataError, OptionError
 from pyroflows.nets.constants import Constants
-from pyroflows.shapes import described, places, shape_of
+from pyroflows.shapes import described, places
 from pyroflows.transforms.base import Pair, Triple
+from pyroflows.transforms.normalization.channels import are_constant, moments_of_channels
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.wild import location_and_scale, wild_elements
 
@@ -33,17 +34,21 @@ class Standardize(Constants, TriangularTransform):
 
     Args:
         dim: the event size D, or the event shape.
-        loc: initial :math:`\mu`, of the event's shape; None for zero.
-        scale: initial :math:`\sigma`, positive, of the event's shape; None for one. A layer that is given loc or scale
+        loc: initial :math:`\mu`, of the event's shape, or ``(channels, 1, 1)`` for images by channel; None for zero.
+        scale: initial :math:`\sigma`, positive, of the same shape; None for one. A layer that is given loc or scale
             counts as adapted, so that a fit does not set it to those of the data.
         angles: which indices along the last axis are angles, which keep the location 0 and the scale 1: a circle has no
             other; None for none.
+        by_channel: whether all places of a channel, which is an index along the first axis, have one location and
+            scale, as is usual for images, some of whose pixels are nearly constant.
 
     Shapes: z and x are ``(..., *event_shape)``.
 
     Raises:
-        OptionError: if loc or scale is not finite or has another shape, or a scale is not positive.
-        DataError: from :meth:`adapt`, if a column of the data is constant, or its scale is not a finite number.
+        OptionError: if loc or scale is not finite or has another shape, or a scale is not positive; or if events that
+            hold angles are to be standardised by channel.
+        DataError: from :meth:`adapt`, if a column or channel of the data is constant, or its scale is not a finite
+            number.
 
     Example:
         >>> t = Standardize(2, loc=torch.tensor([1.0, -1.0]), scale=torch.tensor([2.0, 0.5]))
@@ -62,17 +67,25 @@ class Standardize(Constants, TriangularTransform):
         loc: Tensor | None = None,
         scale: Tensor | None = None,
         angles: Sequence[bool] | None = None,
+        by_channel: bool = False,
     ) -> None:
         super().__init__(dim)
         self.declare_angles(angles or [])
         self.register_constants()
+        # Vectors have one place in each channel, which is a column.
+        self.by_channel = by_channel and len(self.event_shape) > 1
+        if self.by_channel and self.angles is not None:
+            raise OptionError("Standardize cannot treat channels that hold angles by channel: leave out by_channel")
+        num_axes = len(self.event_shape)
+        shape = self.event_shape[:1] + (1,) * (num_axes - 1) if self.by_channel else self.event_shape
         is_given = loc is not None or scale is not None
-        loc = torch.zeros(shape_of(dim)) if loc is None else loc
-        scale = torch.ones(shape_of(dim)) if scale is None else scale
-        if loc.shape != self.event_shape or scale.shape != self.event_shape:
+        loc = torch.zeros(shape) if loc is None else loc
+        scale = torch.ones(shape) if scale is None else scale
+        if loc.shape != shape or scale.shape != shape:
+            required = f"shape {tuple(shape)}, by channel" if self.by_channel else f"the event's {described(shape)}"
             raise OptionError(
-                f"loc and scale of Standardize must have the event's {described(self.event_shape)}, got shapes "
-                f"{tuple(loc.shape)} and {tuple(scale.shape)}"
+                f"loc and scale of Standardize must have {required}, got shapes {tuple(loc.shape)} and "
+                f"{tuple(scale.shape)}"
             )
         if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
             raise OptionError(
@@ -103,8 +116,11 @@ class Standardize(Constants, TriangularTransform):
         return not (self.relative_loc.any() or self.log_scale.any())
 
     def _location_and_scale(self, x: Tensor, weights: Tensor | None) -> Pair:
-        """Return location and scale of rows ``(n, *event_shape)`` in float64, of the event's shape."""
-        return location_and_scale(x, weights)
+        """Return location and scale of rows ``(n, *event_shape)`` in float64, of the shape of :attr:`loc`."""
+        if not self.by_channel:
+            return location_and_scale(x, weights)
+        mean, deviation = moments_of_channels(x, weights)
+        return mean.view_as(self.log_scale), deviation.view_as(self.log_scale)
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         mean, deviation = self._location_and_scale(x, weights)
@@ -112,11 +128,12 @@ class Standardize(Constants, TriangularTransform):
             is_angle = self.angles.cpu()
             mean, deviation = torch.where(is_angle, 0.0, mean), torch.where(is_angle, 1.0, deviation)
         loc, scale = mean.to(self.log_scale), deviation.to(self.log_scale)
-        is_bad = ~(loc.isfinite() & scale.isfinite() & (scale > 0))
+        is_bad = ~(loc.isfinite() & scale.isfinite()) | are_constant(mean, deviation, scale.dtype).to(loc.device)
         if is_bad.any():
+            found, kind = (is_bad.flatten(), "channels") if self.by_channel else (is_bad, "columns")
             raise DataError(
-                f"columns {places(is_bad)} of x have no positive finite standard deviation: leave out constant "
-                "columns, and use units in which the numbers are of ordinary size"
+                f"{kind} {places(found)} of x have no positive finite standard deviation: leave out constant {kind}, "
+                "and use units in which the numbers are of ordinary size"
             )
         self.relative_loc.copy_(mean / deviation)
         self.log_scale.copy_(deviation.log())
@@ -129,9 +146,9 @@ class Standardize(Constants, TriangularTransform):
             weights: weights of the rows ``(n,)``, not negative; None for equal weights.
 
         Returns:
-            Booleans of the event's shape: whether the mean is more than ten scales away from the location, or the
-            standard deviation is more than ten times larger or smaller than the scale. Angles and columns that are
-            constant are not.
+            Booleans of the event's shape, or ``(channels,)`` for a layer by channel: whether the mean is more than ten
+            scales away from the location, or the standard deviation is more than ten times larger or smaller than the
+            scale. Angles and columns that are constant are not.
 
         Example:
             >>> t = Standardize(2)
@@ -142,6 +159,8 @@ class Standardize(Constants, TriangularTransform):
         ratio = deviation / self.scale
         is_far = ((mean - self.loc).abs() > MAX_SHIFT * self.scale) | (ratio > MAX_RATIO) | (ratio < 1 / MAX_RATIO)
         is_far = is_far & (deviation > 0)
+        if self.by_channel:
+            return is_far.flatten()
         return is_far if self.angles is None else is_far & ~self.angles
 
     @property
@@ -173,7 +192,8 @@ class Standardize(Constants, TriangularTransform):
 
     def _ladj_of(self, rows: Tensor) -> Tensor:
         _, log_scale = self._parameters_used()
-        return log_scale.sum().expand(rows.shape[: rows.dim() - len(self.event_shape)])
+        num_places = self.dim // log_scale.numel()
+        return (num_places * log_scale.sum()).expand(rows.shape[: rows.dim() - len(self.event_shape)])
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return *self._forward_and_ladj(z, context), score / self.scale

@@ -1,0 +1,140 @@
+"""What a flow learns besides its gradients: before training from data or from draws, and during it from batches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_one_index, require_values
+from pyroflows.randomness import seeded
+from pyroflows.transforms.base import FlowTransform
+
+# The number of draws of the base that layers learn from where there are no data.
+NUM_DRAWS = 1000
+
+
+class LearningFlow(nn.Module):
+    """The part of :class:`pyroflows.Flow` that lets its layers learn, by their own methods of the same names."""
+
+    transform: Any
+    base: Any
+    context_dim: Any
+
+    def _note_stateful_layers(self) -> None:
+        """Find the layers that keep up a state, once for all steps."""
+        self._stateful = [
+            layer
+            for layer in self.modules()
+            if isinstance(layer, FlowTransform) and type(layer).before_step is not FlowTransform.before_step
+        ]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a layer learns from data before training."""
+        return self.transform.adapts
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether all layers that learn from data before training have done so; a state that is loaded counts."""
+        require_values(self)
+        return self.transform.is_adapted
+
+    def adapt(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
+        """Let the layers learn from data before training, such as their location and scale, going from data to base.
+
+        Only values of buffers and parameters change. ``log_prob`` scores the data as they are, before standardisation.
+        Layers that have adapted before stay as they are while others have not; if all have, they start anew.
+
+        Args:
+            x: rows of data ``(n, *event_shape)``.
+            context: their contexts ``(n, *context_shape)``, if the flow takes one.
+            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
+
+        Raises:
+            ShapeError: if the rows or their contexts have another shape.
+            OptionError: if the flow is on the meta device, where tensors have no values.
+            DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
+                the support or outside it; or if frames have different indices.
+
+        Example:
+            >>> flow = pf.flows.MAF(2)
+            >>> flow.adapt(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
+            >>> flow.standardization.loc
+            tensor([1., 3.])
+        """
+        require_values(self)
+        require_one_index(x=x, context=context, weights=weights)
+        like = floating_tensor(self)
+        x = as_tensor("x", x, like)
+        context = None if context is None else as_tensor("context", context, like)
+        weights = None if weights is None else as_tensor("weights", weights, like)
+        self._adapt(x, context, weights)
+
+    def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+        self.transform.adapt(x, context, weights)
+
+    def adapt_to_draws(self, context: ArrayLike | None = None) -> None:
+        """Let layers learn from draws of the base where there are no data, going from base to data.
+
+        Guides call it when they build a flow. Layers that have adapted before, to draws or to data, stay as they are,
+        and so do those that learn from data alone, such as the flow's location and scale. The draws are the same at
+        each call, and leave the random state as it was.
+
+        Args:
+            context: rows ``(n, *context_shape)``, if the flow takes one; a draw is made for each.
+
+        Raises:
+            ShapeError: if the rows have another shape.
+            OptionError: if the flow is on the meta device, where tensors have no values.
+
+        Example:
+            >>> flow = pf.Flow([pf.transforms.ActNorm(2)], base="student_t", standardize=False)
+            >>> flow.adapt_to_draws()
+            >>> flow().sample((10_000,)).std(0).round()
+            tensor([1., 1.])
+        """
+        require_values(self)
+        context = None if context is None else as_tensor("context", context, floating_tensor(self))
+        # The base may be made of flows, as that of a mixture is.
+        for flow in reversed([module for module in self.modules() if isinstance(module, LearningFlow)]):
+            flow._adapt_to_draws(context if flow.context_dim else None)
+
+    def _adapt_to_draws(self, context: Tensor | None) -> None:
+        if self.transform.is_adapted_to_draws:
+            return
+        with seeded(0), torch.no_grad():
+            z = self.base().sample((NUM_DRAWS if context is None else len(context),))
+        self.transform.adapt_to_draws(z, context)
+
+    @property
+    def observes(self) -> bool:
+        """Whether a layer keeps statistics of data up to date during training."""
+        return self.transform.observes
+
+    def observe(self, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> None:
+        """Bring the statistics of layers such as ``BatchNorm`` up to date with a batch, going from data to base.
+
+        :func:`pyroflows.fit_density` does so before each step. Training loops of your own call it before they compute
+        the loss of the batch.
+
+        Args:
+            x: a batch ``(n, *event_shape)``.
+            context: its contexts ``(n, *context_shape)``, if the flow takes one.
+            weights: weights of the rows ``(n,)``, not negative; None for equal weights.
+
+        Raises:
+            ShapeError: if the rows or their contexts have another shape.
+        """
+        like = floating_tensor(self)
+        x = as_tensor("x", x, like)
+        context = None if context is None else as_tensor("context", context, like)
+        weights = None if weights is None else as_tensor("weights", weights, like)
+        self._observe(x, context, weights)
+
+    def _observe(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
+        self.transform.observe(x, context, weights)
+
+    def before_step(self) -> None:
+        """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""
+        for layer in self._stateful:
+            layer.before_step()
