@@ -12,8 +12,8 @@ from pyroflows.nets.mlp import checked_widths, zero_initialized
 
 
 class Conv(nn.Sequential):
-    """Convolutions with SiLU activations, whose output layer starts at zero, as in Glow (Kingma and Dhariwal 2018,
-    arXiv:1807.03039).
+    """Convolutions with rectified linear units, as in Glow (Kingma and Dhariwal 2018, arXiv:1807.03039), whose output
+    layer starts at zero.
 
     The hidden layers start as those of He et al. (2015, arXiv:1502.01852), with features of order one. The first and
     the last convolution have three taps along each axis, and those between the hidden layers have one, so that the
@@ -40,7 +40,10 @@ class Conv(nn.Sequential):
         convolution = _convolution(num_axes)
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(pairwise([in_dim, *self.hidden_dims])):
-            layers += [_he_initialized(convolution(a, b, 1) if i else convolution(a, b, 3, padding=1)), nn.SiLU()]
+            layers += [
+                _he_initialized(convolution(a, b, 1) if i else convolution(a, b, 3, padding=1)),
+                nn.ReLU(inplace=True),
+            ]
         last = self.hidden_dims[-1] if self.hidden_dims else in_dim
         super().__init__(*layers, zero_initialized(convolution(last, out_dim, 3, padding=1)))
 
@@ -56,7 +59,7 @@ class ResidualConv(nn.Module):
 
     .. math:: h_k = h_{k-1} + W_k' * \sigma(W_k * \sigma(h_{k-1}) + b_k) + b_k',
 
-    where :math:`*` is a convolution with three taps along each axis and :math:`\sigma` is SiLU; the output is linear in
+    where :math:`*` is a convolution with three taps along each axis and :math:`\sigma` is ReLU; the output is linear in
     :math:`\sigma(h)` at each place. All :math:`h_k` have the first width; the hidden layer inside block k has the k-th.
     So each block lets the parameters at a place depend on places that are farther away by two. Places beyond the border
     are zero. The hidden layers start as those of :class:`Conv`.
@@ -90,8 +93,8 @@ class ResidualConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.input(_channels_last(x))
         for inner, outer in zip(self.inner, self.outer, strict=True):
-            h = h + outer(F.silu(inner(F.silu(h))))
-        return self.output(F.silu(h))
+            h = h + outer(F.relu_(inner(F.relu(h))))
+        return self.output(F.relu(h))
 
 
 def _convolution(num_axes: int) -> Any:

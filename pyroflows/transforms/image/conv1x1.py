@@ -99,4 +99,8 @@ class Conv1x1(FlowTransform):
 
 def _product(matrix: Tensor, value: Tensor) -> Tensor:
     """Return the product of a matrix ``(..., C, C)`` and the channels at each place of ``(..., C, H, W)``."""
-    return torch.einsum("...ij,...jhw->...ihw", matrix, value)
+    # If the channels of a place are side by side in memory, this is one product of two matrices.
+    rows = value.movedim(-3, -1)
+    if matrix.dim() == 2:
+        return (rows @ matrix.mT).movedim(-1, -3)
+    return torch.einsum("...ij,...hwj->...hwi", matrix, rows).movedim(-1, -3)

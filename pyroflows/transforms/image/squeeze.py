@@ -51,7 +51,9 @@ class Squeeze(FlowTransform):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         blocks = x.unflatten(-1, (-1, self.factor)).unflatten(-3, (-1, self.factor))  # (..., C, H / r, r, W / r, r)
-        return blocks.movedim((-3, -1), (-4, -3)).flatten(-5, -3), x.new_zeros(x.shape[:-3])
+        # The channels of a place stand side by side in memory, as convolutions like them.
+        rows = blocks.movedim((-5, -3, -1), (-3, -2, -1)).flatten(-3)
+        return rows.movedim(-1, -3), x.new_zeros(x.shape[:-3])
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return *self._forward_and_ladj(z, context), self._taken_apart(score)
