@@ -4,11 +4,11 @@ Patches of 16 x 16 pixels in three colours, as in ``examples/glow_images.py``, f
 All flows have as many parameters as pyroflows' Glow of the width asked for, to 2 %, by the width of their hidden
 layers. Weights that a triangular mask of normflows hides are not counted.
 
-Quality: the same batches with the same noise, the same steps and the same Adam for all, whose rate rises and then falls along a cosine, in turn in
-one process; normflows' once more at a learning rate that suits it better. What is printed is the bound on the bits
-per dimension of held-out patches, whose noise is one draw that is the same for all, and its paired difference to the
-better one of normflows' with the standard error over patches. normflows' flow gets the location and scale of the
-channels, as ours do.
+Quality: the same batches with the same noise, the same steps and the same Adam for all, whose rate rises and then falls
+along a cosine, in turn in one process; normflows' once more at a learning rate that suits it better. What is printed is
+the bound on the bits per dimension of held-out patches, whose noise is one draw that is the same for all, and its
+paired difference to the better one of normflows' with the standard error over patches. normflows' flow gets the
+location and scale of the channels, as ours do.
 
 Speed: a training step is log_prob of a batch, backward, and a step of a fused Adam; ours once more as ``fit_density``
 records it. Times are seconds of the processor.
