@@ -90,8 +90,8 @@ def windows(images: Tensor, size: int, stride: int) -> Tensor:
 DATA: dict[str, Callable[[], Images]] = {"digits": digits, "patches": patches}
 FAMILIES: dict[str, Callable[..., pf.Flow]] = {
     "RealNVP": partial(pf.flows.MultiscaleRealNVP, conditioner="conv"),
-    "emerging Glow": partial(pf.flows.Glow, convolution="emerging"),
     "Glow": pf.flows.Glow,
+    "emerging Glow": partial(pf.flows.Glow, convolution="emerging"),
 }
 
 
@@ -180,18 +180,18 @@ def pairs(images: Images, classes: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def reconstructions(flow: pf.Flow, images: Images, count: int = 3) -> list[tuple[str, Tensor]]:
+def reconstructions(flow: pf.Flow, images: Images, count: int = 4) -> list[tuple[str, Tensor]]:
     """Held-out images, and what they become if only the latents of their coarsest levels are kept."""
     classes = row_classes(images)
     x, _ = pairs(images, classes)
     law = flow(images.one_hot(classes))
     levels = flow.multiscale.split(law.latent(x))
-    blocks = [("held out", x[:, None])]
+    blocks = [("data", x[:, None])]
     for kept in range(1, len(levels)):
         drawn = [[z if i < kept else torch.randn(z.shape) for i, z in enumerate(levels)] for _ in range(count)]
         again = torch.stack([law.transport(flow.multiscale.join(parts))[0] for parts in drawn], 1)
         share = sum(z[0].numel() for z in levels[:kept]) / math.prod(images.shape)
-        blocks.append((f"{share:.0%} of the latents kept", again))
+        blocks.append((f"{share:.0%} of latents kept", again))
     return blocks
 
 
@@ -269,7 +269,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Glow, emerging Glow and RealNVP of digits and of colour patches")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="(default: all)")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="(default: all)")
-    parser.add_argument("--levels", type=int, default=2, help="of the flow (default: 2)")
+    parser.add_argument("--levels", type=int, default=3, help="of the flow (default: 3)")
     parser.add_argument("--steps", type=int, default=4, help="of the flow on each level (default: 4)")
     parser.add_argument("--width", type=int, default=48, help="of Glow's hidden layers (default: 48)")
     parser.add_argument("--max-epochs", type=int, default=40, help="passes over the data at most (default: 40)")
