@@ -48,7 +48,7 @@ def save_sheet(flow: pf.Flow, levels: Tensor, classes: Tensor, path: Path) -> No
     """Held-out digits in the first three columns, samples in the others, a row a class."""
     num_real, num_samples = 3, 9
     with torch.no_grad():
-        samples = flow(one_hot(torch.arange(NUM_CLASSES))).sample((num_samples,)).transpose(0, 1)
+        samples = flow(one_hot(torch.arange(NUM_CLASSES))).sample((num_samples,)).floor().transpose(0, 1)
     real = torch.stack([levels[classes == k][:num_real] for k in range(NUM_CLASSES)])
     sheet = torch.cat([_row_of(real), torch.zeros(NUM_CLASSES, 10, 6), _row_of(samples)], -1)
     figure, axes = plt.subplots(figsize=(6.6, 6.2), layout="constrained")

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
-from pyroflows.transforms.views import _View
+from pyroflows.transforms.views import View
 
 
-class Beside(_View):
+class Beside(View):
     r"""The layer :math:`x = [t(z_1), z_2]`, which lets the last channels of an image pass.
 
     Its base values are vectors: the base values :math:`z_1` of t come first, and then all elements of the channels
