@@ -212,7 +212,7 @@ def draw(axes: plt.Axes, blocks: list[tuple[str, Tensor]], num_levels: int) -> N
         strips += [strip, torch.ones(len(strip), gap, strip.shape[2])]
         left += strip.shape[1] + gap
     sheet = torch.cat(strips[:-1], 1).clamp(0, 1)
-    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
 
 
