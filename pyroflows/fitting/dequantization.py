@@ -11,6 +11,7 @@ from pyroflows.constraints import parts_of
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood, parts
 from pyroflows.flows import Flow
+from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.options import kind
 from pyroflows.randomness import seeded
 from pyroflows.shapes import as_given, described
@@ -127,7 +128,7 @@ def adapt_to_integers(flow: Flow, rows: Rows) -> None:
         rows: the rows to learn from.
     """
     layer = flow.standardization
-    if layer is not None and not layer.is_adapted and layer.log_scale.shape == layer.event_shape:
+    if layer is not None and not layer.is_adapted and not layer.by_channel:
         is_wild = wild_elements_among(rows.x.floor(), rows.weights > 0)
         loc, scale = location_and_scale(flow.before_support(rows.x), rows.weights, is_wild)
         layer.load_state_dict(Standardize(layer.event_shape, loc, scale).state_dict())
@@ -165,7 +166,8 @@ def check_noise(flow: Flow, noise: Flow) -> None:
     """Raise if a flow cannot draw the noise between 0 and 1 for the integers of another flow.
 
     Raises:
-        OptionError: if it has another support, draws without gradients, another dtype or device, or shares parameters.
+        OptionError: if it has another support, draws without gradients, another dtype or device, or shares parameters;
+            or if it keeps running statistics of data.
         ShapeError: if its events or contexts have another shape than the integers.
 
     Example:
@@ -185,6 +187,7 @@ def check_noise(flow: Flow, noise: Flow) -> None:
             f"the noise lies between 0 and 1, but this flow has the support {noise.support}: make it with "
             "support=constraints.unit_interval, or use pf.flows.Dequantizer"
         )
+    require_no_statistics(noise, "the noise of integers")
     if not noise(torch.zeros(shape)).has_rsample:
         raise OptionError("draws of the noise must carry gradients, which those of this flow do not")
     kinds = [(tensor.dtype, tensor.device) for tensor in map(floating_tensor, (flow, noise)) if tensor is not None]

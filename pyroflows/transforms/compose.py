@@ -14,7 +14,7 @@ from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.codomain import is_unbounded
 
 # Layers behind others learn from rows with this many elements at most, or from this many rows if that is more.
-MAX_ADAPTED, MIN_ADAPTED = 2**18, 256
+MAX_ADAPTED, MIN_ADAPTED = 2**18, 128
 
 
 class Compose(FlowTransform):

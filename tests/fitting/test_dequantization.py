@@ -184,6 +184,19 @@ def test_rare_values_of_a_nearly_constant_column_do_not_ruin_the_fit():
     assert pf.bits_per_dim(flow, x, 256) < 8
 
 
+@pytest.mark.filterwarnings("error")
+def test_images_may_have_one_location_and_scale_for_each_channel():
+    x = torch.randint(256, (400, 2, 4, 4), generator=torch.Generator().manual_seed(0))
+    x[:, :, 0] = 0
+    x[:3, 0, 0] = 255
+    layers = [*image_flow((2, 4, 4)).layers[:4], Standardize((2, 4, 4), by_channel=True)]
+    flow = pf.Flow(layers)
+    fit_briefly(flow, x, dequantization="uniform")
+    fit_briefly(flow, x, dequantization="uniform", max_epochs=1)
+    mean = x.double().mean((0, 2, 3)) + 0.5
+    assert torch.allclose(flow.standardization.loc.flatten().double(), mean, atol=5.0)
+
+
 def test_location_and_scale_are_in_the_flow():
     x = counts(2000)
     flow = NSF(2)
@@ -338,6 +351,11 @@ def test_comparisons_give_all_flows_the_same_noise():
             pf.Flow([Elementwise(2, context_dim=2)], support=constraints.interval(0.0, 2.0)),
             OptionError,
             "the noise lies between 0 and 1",
+        ),
+        (
+            SUPPORTED([pf.transforms.BatchNorm(2), Elementwise(2, context_dim=2)]),
+            OptionError,
+            "BatchNorm .* but the noise of integers is trained on draws",
         ),
         (pf.flows.Mixture([Noise(2), Noise(2)]), OptionError, "draws of the noise must carry gradients"),
     ],

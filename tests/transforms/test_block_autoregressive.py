@@ -28,7 +28,7 @@ def by_loops(layer, z):
     """x and the log-slopes of one row, unit by unit, as the class describes them."""
     order, widths = layer.order, layer.hidden_dims
     value = layer.parameters_of.value.split(layer._sizes, 1)
-    sharpness = [torch.exp(4 * torch.tanh(5 * raw / 4)) for raw in value[0:-3:2]]
+    sharpness = [torch.exp(3 * torch.tanh(5 * raw / 3)) for raw in value[0:-3:2]]
     biases, (heights, shift, log_scale) = value[1:-3:2], value[-3:]
     z = z[order]
     t, h, s = {}, {}, {}

@@ -24,7 +24,7 @@ FAMILIES = {
     "radial": lambda **options: pf.flows.Radial(DIM, num_layers=3, **options),
     "sylvester": lambda **options: pf.flows.Sylvester(DIM, num_layers=3, **options),
 }
-for name in ("sos", "monotone"):
+for name in ("sos", "monotone", "sinh_arcsinh"):
     FAMILIES[f"{name} coupling"] = lambda name=name, **options: pf.Flow(
         [pf.transforms.Coupling(DIM, name, mask, **options) for mask in ([True, False, True], [False, True, False])]
     )
@@ -83,7 +83,7 @@ def test_densities_far_from_the_data(family, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if any(kind in name for kind in ("sos", "monotone", "block"))]
+    "family", [name for name in FAMILIES if any(kind in name for kind in ("sos", "monotone", "block", "sinh"))]
 )
 def test_gradients_at_any_distance(family, dtype):
     check_density(made(family, dtype), rows_at(1e20, dtype))

@@ -160,6 +160,33 @@ def test_half_precision_stays_and_is_the_identity_at_zero(name, dtype, direction
 # Values and log-derivatives
 
 
+def test_scale_and_leaky_rectifier_are_their_formulas():
+    z, log_scale = torch.tensor([-3.0, -0.5, 0.0, 2.0]), torch.tensor([0.7])
+    x, ladj = Scale(None, None).forward_and_ladj(z, log_scale)
+    torch.testing.assert_close((x, ladj), (math.exp(0.7) * z, torch.full((4,), 0.7)))
+    x, ladj = LeakyReLU(None, None).forward_and_ladj(z, log_scale)
+    torch.testing.assert_close(x, F.leaky_relu(z, math.exp(0.7)))
+    torch.testing.assert_close(ladj, torch.tensor([0.7, 0.7, 0.0, 0.0]))
+    clamped = Scale(max_contraction=3.0, max_expansion=1.0).forward_and_ladj(
+        torch.ones(2), torch.tensor([[-1e3], [1e3]])
+    )
+    torch.testing.assert_close(clamped[1], torch.tensor([-3.0, 1.0]))
+
+
+def test_sinh_arcsinh_is_its_formula_and_linear_far_out():
+    theta = torch.randn(4, dtype=torch.float64)
+    shift, log_scale = theta[0], torch.where(theta[1] < 0, 4.0, 2.0).double()
+    log_scale = log_scale * torch.tanh(theta[1] / log_scale)
+    skew, tail = 2 * torch.tanh(theta[2] / 2), torch.exp(math.log(1.5) * torch.tanh(theta[3] / math.log(1.5)))
+    z = torch.linspace(-99, 99, 41, dtype=torch.float64)
+    x, _ = SinhArcsinh().forward_and_ladj(z, theta)
+    torch.testing.assert_close(x, shift + log_scale.exp() * torch.sinh(tail * torch.asinh(z) + skew))
+    for side in (1, -1):
+        z = side * torch.tensor([1e6, 1e8, 1e9], dtype=torch.float64)
+        _, ladj = SinhArcsinh().forward_and_ladj(z, theta)
+        torch.testing.assert_close(ladj, ladj[0].expand(3))
+
+
 @pytest.mark.parametrize(("num_polynomials", "degree"), [(1, 1), (2, 2), (2, 3), (3, 8)])
 def test_sos_is_the_integral_of_its_squares(num_polynomials, degree):
     """Against NumPy's polynomials, expanded and integrated exactly."""

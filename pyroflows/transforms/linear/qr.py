@@ -21,8 +21,9 @@ class QR(FlowTransform):
     :math:`R = N \operatorname{diag}(r)`, where N is unit upper triangular and
     :math:`r_i = \epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`, so that the map stays invertible
     whatever its parameters are; it starts at the identity. With as many reflections as can be any rotation it is any
-    matrix with a positive determinant, and needs no permutation, unlike :class:`pyroflows.transforms.LU`. The log-determinant, :math:`\sum_i \log r_i`, costs O(D). Both directions are
-    parallel: the inverse multiplies by :math:`Q^\top` and solves a triangular system.
+    matrix with a positive determinant, and needs no permutation, unlike :class:`pyroflows.transforms.LU`. The
+    log-determinant, :math:`\sum_i \log r_i`, costs O(D). Both directions are parallel: the inverse multiplies by
+    :math:`Q^\top` and solves a triangular system.
 
     Args:
         dim: the event size D.

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from pyroflows.transforms.univariate.affine import Affine
 from pyroflows.transforms.univariate.base import Pair
 from pyroflows.transforms.univariate.clamp import soft_clamped
+from pyroflows.transforms.univariate.overflow import below_overflow
 
 MAX_SKEW = 2.0
 MAX_LOG_TAIL = math.log(1.5)
-# Powers of powers overflow in deep stacks, so that the map is linear again from |z| = 1000 on.
-MAX_ARSINH = math.asinh(1000)
+# Powers of powers overflow in deep stacks, so that the map is linear again from |z| = 100 on.
+MAX_ARSINH = math.asinh(100)
 _LOCATION_SCALE = Affine()
 
 
@@ -25,11 +26,12 @@ class SinhArcsinh:
 
     It has parameters :math:`\theta = (t, s_0, \epsilon_0, \log \delta_0)`. A positive :math:`\epsilon` skews to the
     right. A :math:`\delta` above one makes tails heavier, and one below makes them lighter: x grows as
-    :math:`|z|^\delta` up to :math:`|z| = 1000`. From there on :math:`\delta \operatorname{arsinh} z` grows as
+    :math:`|z|^\delta` up to :math:`|z| = 100`. From there on :math:`\delta \operatorname{arsinh} z` grows as
     :math:`\operatorname{arsinh} z`, and x as z, so that values far from the data stay finite. At :math:`\delta = 1` the
     map is the hyperbola :math:`z \cosh\epsilon + \sqrt{1 + z^2} \sinh\epsilon`, a smooth leaky rectifier with slopes
     :math:`e^{\pm\epsilon}`. The log-scale is softly clamped as in :class:`pyroflows.transforms.univariate.Affine`, and
-    so are :math:`|\epsilon| < 2` and :math:`2/3 < \delta < 3/2`. Both directions are in closed form.
+    so are :math:`|\epsilon| < 2` and :math:`2/3 < \delta < 3/2`; values are clamped as
+    :mod:`pyroflows.transforms.univariate.overflow` says. Both directions are in closed form.
 
     Shapes: z and x are ``(...)``, theta is ``(..., 4)``.
 
@@ -43,18 +45,19 @@ class SinhArcsinh:
     num_params = 4
 
     def forward_and_ladj(self, z: Tensor, theta: Tensor) -> Pair:
+        z = below_overflow(z)
         skew, log_tail = _skew_and_log_tail(theta)
         arsinh = F.hardtanh(torch.asinh(z), -MAX_ARSINH, MAX_ARSINH)
         y, ladj = _shifted(z, torch.expm1(log_tail) * arsinh + skew)
         x, log_scale = _LOCATION_SCALE.forward_and_ladj(y, theta[..., :2])
-        return x, ladj + _inside(arsinh, log_tail) + log_scale
+        return below_overflow(x), ladj + _inside(arsinh, log_tail) + log_scale
 
     def inverse_and_ladj(self, x: Tensor, theta: Tensor) -> Pair:
         skew, log_tail = _skew_and_log_tail(theta)
-        y, log_scale = _LOCATION_SCALE.inverse_and_ladj(x, theta[..., :2])
+        y, log_scale = _LOCATION_SCALE.inverse_and_ladj(below_overflow(x), theta[..., :2])
         arsinh = F.hardtanh((torch.asinh(y) - skew) * (-log_tail).exp(), -MAX_ARSINH, MAX_ARSINH)
         z, ladj = _shifted(y, -torch.expm1(log_tail) * arsinh - skew)
-        return z, ladj - _inside(arsinh, log_tail) + log_scale
+        return below_overflow(z), ladj - _inside(arsinh, log_tail) + log_scale
 
     def __repr__(self) -> str:
         return "SinhArcsinh()"
