@@ -8,6 +8,7 @@ from torch import Tensor
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import LU
+from pyroflows.transforms.univariate.layout import memory_order, restored
 
 
 class Conv1x1(FlowTransform):
@@ -72,4 +73,9 @@ class Conv1x1(FlowTransform):
 
 def _product(matrix: Tensor, value: Tensor) -> Tensor:
     """Return the product of a matrix ``(..., C, C)`` and the channels at each place of ``(..., C, H, W)``."""
+    order = memory_order(value, value.dim())
+    if matrix.dim() == 2 and order[0] == value.dim() - 3:
+        # Where channels come first in memory, one product does.
+        columns = value.permute(order)
+        return restored((matrix @ columns.flatten(1)).view_as(columns), order)
     return torch.einsum("...ij,...jhw->...ihw", matrix, value)
