@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,7 +45,7 @@ class Conv(nn.Module):
             convolution(a, b, 1) if i else convolution(a, b, 3, padding=1)
             for i, (a, b) in enumerate(pairwise([*widths, last]))
         ]
-        self.layers = nn.ModuleList([*layers, zero_initialized(convolution(last, out_dim, 3, padding=1))])
+        self.layers: Any = nn.ModuleList([*layers, zero_initialized(convolution(last, out_dim, 3, padding=1))])
 
     def forward(self, x: Tensor) -> Tensor:
         return convolutions(x, [layer.weight for layer in self.layers], [layer.bias for layer in self.layers])

@@ -1,7 +1,6 @@
 """The function that the convolutional networks with ReLU activations compute."""
 
 from collections.abc import Sequence
-from itertools import product as tuples
 from typing import Any
 
 import torch
@@ -158,24 +157,21 @@ def _unfolded(h: Tensor) -> Tensor:
     padded = F.pad(h, (0, 0) + (1, 1) * num_axes)
     per_channel, *by_axis, per_row = padded.stride()
     shape = (len(h), *[3] * num_axes, *h.shape[1:])
-    return padded.as_strided(shape, (per_channel, *by_axis, *by_axis, per_row)).reshape(len(h) * 3**num_axes, h[0].numel())
+    return padded.as_strided(shape, (per_channel, *by_axis, *by_axis, per_row)).reshape(
+        len(h) * 3**num_axes, h[0].numel()
+    )
 
 
 def _folded(y: Tensor, shape: torch.Size) -> Tensor:
     """Return the sum of ``(channels * taps, M)`` over taps, each shifted back, as columns ``(channels, *shape)``.
 
-    This is the transpose of :func:`_unfolded`; ``shape`` is ``(*rest, N)``.
+    This is the transpose of :func:`_unfolded`; ``shape`` is ``(*rest, N)``. It overwrites y.
     """
-    per_channel = shape.numel()
-    num_taps = 3 ** (len(shape) - 1)
-    strides = [shape[axis + 1 :].numel() for axis in range(len(shape))]
-    total = y.view(len(y) // num_taps, num_taps, *shape)[:, num_taps // 2].clone()
-    for k, shifts in enumerate(tuples((-1, 0, 1), repeat=len(shape) - 1)):
-        if not any(shifts):
-            continue
-        size = (len(total), *(length - abs(shift) for length, shift in zip(shape, (*shifts, 0), strict=True)))
-        source = sum(stride for stride, shift in zip(strides, shifts, strict=False) if shift < 0)
-        target = sum(stride for stride, shift in zip(strides, shifts, strict=False) if shift > 0)
-        part = y.as_strided(size, (num_taps * per_channel, *strides), k * per_channel + source)
-        total.as_strided(size, (per_channel, *strides), target).add_(part)
-    return total
+    num_axes = len(shape) - 1
+    y = y.view(len(y) // 3**num_axes, *[3] * num_axes, *shape)
+    for length in shape[:-1]:
+        # The first axis of taps belongs to the axis of places that follows the axes of taps.
+        before, y, after = y.unbind(1)
+        y.narrow(num_axes, 0, length - 1).add_(before.narrow(num_axes, 1, length - 1))
+        y.narrow(num_axes, 1, length - 1).add_(after.narrow(num_axes, 0, length - 1))
+    return y.contiguous()
