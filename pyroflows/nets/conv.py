@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
