@@ -9,6 +9,7 @@ from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import LU, lu_inverse
 from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE, raw_diagonal
+from pyroflows.transforms.univariate.layout import memory_order, restored
 
 
 class Conv1x1(FlowTransform):
@@ -94,8 +95,9 @@ class Conv1x1(FlowTransform):
 
 def _product(matrix: Tensor, value: Tensor) -> Tensor:
     """Return the product of a matrix ``(..., C, C)`` and the channels at each place of ``(..., C, H, W)``."""
-    # If the channels of a place are side by side in memory, this is one product of two matrices.
-    rows = value.movedim(-3, -1)
-    if matrix.dim() == 2:
-        return (rows @ matrix.mT).movedim(-1, -3)
-    return torch.einsum("...ij,...hwj->...hwi", matrix, rows).movedim(-1, -3)
+    order = memory_order(value, value.dim())
+    if matrix.dim() == 2 and order[0] == value.dim() - 3:
+        # Where channels come first in memory, one product does.
+        columns = value.permute(order)
+        return restored((matrix @ columns.flatten(1)).view_as(columns), order)
+    return torch.einsum("...ij,...jhw->...ihw", matrix, value)

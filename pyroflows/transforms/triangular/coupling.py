@@ -16,6 +16,7 @@ from pyroflows.transforms.gradients import elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import UnivariateLike, univariate_named
 from pyroflows.transforms.univariate.by_column import checked_columns, of_columns
+from pyroflows.transforms.univariate.layout import joined, split
 
 _POINTWISE: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP, "scaled_mlp": ScaledMLP}
 _CONVOLUTIONAL: dict[str, ConditionerFactory] = {"conv": Conv, "residual_conv": ResidualConv}
@@ -215,9 +216,9 @@ class Coupling(Constants, FlowTransform):
             return z.index_select(axis, self.passing), z.index_select(axis, self.transformed)
         sizes = [len(self.passing), len(self.transformed)]
         if self.mask[0]:
-            z_a, z_b = z.split(sizes, axis)
+            z_a, z_b = split(z, sizes, axis)
         else:
-            z_b, z_a = z.split(sizes[::-1], axis)
+            z_b, z_a = split(z, sizes[::-1], axis)
         return z_a, z_b
 
     def _join(self, z_a: Tensor, x_b: Tensor) -> Tensor:
@@ -225,10 +226,7 @@ class Coupling(Constants, FlowTransform):
             return torch.cat([z_a, x_b], -1).index_select(-1, self.place).unflatten(-1, self.rest)
         if self.num_blocks > 2:
             return torch.cat([z_a, x_b], self.axis).index_select(self.axis, self.place)
-        parts = [z_a, x_b] if self.mask[0] else [x_b, z_a]
-        if self.axis == -1 and x_b.dim() > 1 and x_b.stride(-1) > x_b.stride(-2):
-            return torch.cat([part.movedim(-1, 0) for part in parts]).movedim(0, -1)
-        return torch.cat(parts, self.axis)
+        return joined([z_a, x_b] if self.mask[0] else [x_b, z_a], self.axis, x_b)
 
 
 def _wrong_context(context_shape: torch.Size, event_shape: torch.Size, rest: torch.Size) -> str:
