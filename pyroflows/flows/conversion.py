@@ -12,7 +12,7 @@ from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.assembly import flattened
 from pyroflows.flows.base import standard_normal
 from pyroflows.flows.flow import Flow
-from pyroflows.shapes import as_given, described
+from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.foreign import Zuko
 
@@ -41,8 +41,8 @@ def as_flow(flow: Any, dim: int) -> Flow:
         flow = Flow(parts, base=None if is_sized else standard_normal(torch.Size([dim])), standardize=False)
     if flow.event_shape != (dim,) or flow.context_dim:
         raise ShapeError(
-            f"a flow of {dim} dimensions without a context is needed, but this one has {as_given(flow.event_shape)} "
-            f"dimensions and context {described(flow.context_shape)}"
+            f"a flow of {dim} dimensions without a context is needed, but this one has events of "
+            f"{described(flow.event_shape)} and context {described(flow.context_shape)}"
         )
     if any(angles_in(flow.support, dim)):
         raise OptionError("a flow of real numbers is needed, but this one is of angles: guides map angles themselves")

@@ -10,6 +10,7 @@ from pyroflows.flows.base import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stacking import Conditioner
 from pyroflows.options import checked_int
+from pyroflows.shapes import counted
 from pyroflows.transforms import (
     ActNorm,
     Compose,
@@ -91,9 +92,10 @@ class MultiscaleFlow(Flow):
         if num_levels > most:
             height, width = (size // 2**most for size in sizes[1:])
             use = f"use num_levels={most}, or pad the images" if most else "pad the images"
+            after = f"after {counted(most, 'level')} they" if most else "they"
             raise OptionError(
-                f"{name} with images of shape {tuple(sizes)} cannot have {num_levels} levels: Squeeze halves height "
-                f"and width at each, and after {most} they are {height} and {width}; {use}"
+                f"{name} with images of shape {tuple(sizes)} cannot have {counted(num_levels, 'level')}: Squeeze "
+                f"halves height and width at each, and {after} are {height} and {width}; {use}"
             )
         return sizes
 

@@ -29,6 +29,7 @@ from pyroflows.models.run import SiteValues
 from pyroflows.models.structure import ModelStructure
 from pyroflows.models.supports import has_declared_support
 from pyroflows.models.tracing import Model
+from pyroflows.shapes import described
 
 # The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
 BATCH_SIZE = 16_384
@@ -164,8 +165,8 @@ def _at_rank(mask: Tensor, like: Tensor) -> Tensor:
 def _of_flow(flow: Flow, layout: Layout) -> Proposal:
     if flow.event_shape != (layout.dim,) or flow.context_dim:
         raise ShapeError(
-            f"the model has {layout.dim} unconstrained latents, but the flow has {flow.dim} dimensions and context "
-            f"size {flow.context_dim}"
+            f"the model has {layout.dim} unconstrained latents, but the flow has events of "
+            f"{described(flow.event_shape)} and context {described(flow.context_shape)}"
         )
 
     def draw(num_draws: int) -> tuple[SiteValues, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pyroflows.errors import OptionError
 from pyroflows.nets.perceptron import perceptron
 from pyroflows.options import as_int
+from pyroflows.shapes import shape_of
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -25,7 +26,7 @@ class MLP(nn.Sequential):
     Shapes: it maps ``(..., in_dim)`` to ``(..., out_dim)``.
 
     Raises:
-        OptionError: if a width is not positive.
+        OptionError: if a width is not positive, or the input is no vector.
 
     Example:
         >>> MLP(3, 8, hidden_dims=(16,))(torch.randn(5, 3)).shape
@@ -33,7 +34,12 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> None:
-        widths = [in_dim, *checked_widths(hidden_dims, least=0)]
+        if len(in_shape := shape_of(in_dim)) > 1:
+            raise OptionError(
+                f"this network reads vectors, such as a context with context_dim={in_shape.numel()}, and not what has "
+                f"the shape {tuple(in_shape)}: flatten it, or use a Coupling, which reads images place by place"
+            )
+        widths = [*in_shape, *checked_widths(hidden_dims, least=0)]
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]

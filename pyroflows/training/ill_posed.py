@@ -4,6 +4,7 @@ Where no density exists, :func:`check_density` raises; where a fit gives less th
 were measured with splines and affine autoregressive flows, and say so where they stand.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,8 @@ def check_density(flow: Flow, rows: Rows, training: Tensor, are_integers: bool =
         _check_rank(rows[training])
         _warn_of_wild_rows(flow, rows)
         # Where columns take few values, equal rows are no surprise.
-        if not _warn_of_repeated_values(rows.x[training]):
+        agree_by_chance = are_integers and _have_few_values(rows.x[training].floor())
+        if not _warn_of_repeated_values(rows.x[training]) and not agree_by_chance:
             _warn_of_repeated_rows(rows.group[rows.weights > 0])
     _warn_of_other_units(flow, rows[training], are_integers)
     _warn_of_affine_maps(flow)
@@ -267,6 +269,16 @@ def _location_and_scale(flow: Flow, x: Tensor) -> Standardize | None:
     scale = (scales.square().mean(0) + locs.var(0, correction=0)).sqrt()
     angles = None if adapted[0].angles is None else adapted[0].angles.tolist()
     return Standardize(adapted[0].event_shape, locs.mean(0), scale, angles, adapted[0].by_channel)
+
+
+def _have_few_values(x: Tensor) -> bool:
+    """Tell whether the values of the columns can be combined to less than a hundred times as many rows as there are."""
+    log_count = 0.0
+    for column in x.flatten(1).T:
+        log_count += math.log(len(column.unique()))
+        if log_count > math.log(100 * len(x)):
+            return False
+    return True
 
 
 def _warn_of_repeated_rows(group: Tensor) -> None:

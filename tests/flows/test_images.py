@@ -270,9 +270,9 @@ def test_images_under_nested_plates(of_classes):
         (
             (3, 12, 8),
             3,
-            r"images of shape \(3, 12, 8\) cannot have 3 levels: .* after 2 they are 3 and 2; use num_levels=2",
+            r"images of shape \(3, 12, 8\) cannot have 3 levels: .* after 2 levels they are 3 and 2; use num_levels=2",
         ),
-        ((1, 7, 8), 1, r"images of shape \(1, 7, 8\) cannot have 1 levels.*after 0 they are 7 and 8; pad the images"),
+        ((1, 7, 8), 1, r"images of shape \(1, 7, 8\) cannot have 1 level: .* and they are 7 and 8; pad the images"),
         ((8, 8), 1, r"needs the shape of an image, \(channels, height, width\), got \(8, 8\)"),
         (64, 1, r"needs the shape of an image"),
         ((3, 8, 8), 0, "num_levels must be at least 1"),

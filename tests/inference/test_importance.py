@@ -209,9 +209,10 @@ def test_guides_that_do_not_fit(guide, message):
         importance_sample(model, guide, COUNTS, num_samples=50, progress_bar=False)
 
 
-def test_a_flow_of_another_size():
-    with pytest.raises(ShapeError, match="the model has 3 unconstrained latents, but the flow has 2 dimensions"):
-        importance_sample(model, Flow([Elementwise(2)]), COUNTS, progress_bar=False)
+@pytest.mark.parametrize(("dim", "events"), [(2, "size 2"), ((1, 1, 3), r"shape \(1, 1, 3\)")])
+def test_a_flow_of_another_size(dim, events):
+    with pytest.raises(ShapeError, match=f"the model has 3 unconstrained latents, but the flow has events of {events}"):
+        importance_sample(model, Flow([Elementwise(dim)]), COUNTS, progress_bar=False)
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, 10.0])

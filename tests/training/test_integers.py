@@ -186,6 +186,12 @@ def test_equal_images_stay_on_one_side_of_the_split():
         check_density(IMAGES, rows, training, are_integers=True)
 
 
+@pytest.mark.filterwarnings("error")
+def test_equal_images_of_few_pixels_and_levels_pass():
+    x = torch.randint(3, (500, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    checked(x, pf.Flow([Elementwise((1, 2, 2))]))
+
+
 def test_a_code_of_missing_values_warns_as_in_continuous_data():
     x = torch.poisson(torch.full((1000, 3), 50.0), generator=torch.Generator().manual_seed(0))
     x[7, 1] = -9999

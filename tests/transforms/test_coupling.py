@@ -203,6 +203,15 @@ def test_mask_that_leaves_nothing_to_condition_on_raises():
             Coupling(3, mask=[False] * 3, context_dim=context_dim)
 
 
+@pytest.mark.parametrize("conditioner", ["conv", "residual_conv"])
+def test_one_channel_that_convolutions_cannot_split_raises(conditioner):
+    message = r"events of shape \(1, 4, 6\) cannot split one index along its axis 0.*checkerboard\(4, 6\), or Squeeze"
+    with pytest.raises(OptionError, match=message):
+        Coupling((1, 4, 6), conditioner=conditioner)
+    given = Coupling((1, 4, 6), conditioner=conditioner, context_dim=2)
+    assert given.condition(torch.ones(2))(torch.ones(1, 4, 6)).shape == (1, 4, 6)
+
+
 # Conditioners
 
 

@@ -14,6 +14,7 @@ from pyroflows.transforms import (
     Conv1x1,
     Coupling,
     Elementwise,
+    EmergingConv,
     FlowTransform,
     Multiscale,
     Squeeze,
@@ -205,6 +206,22 @@ class EstimatedImages(FlowTransform):
 def test_levels_that_do_not_fit_raise(levels, shapes):
     with pytest.raises(ShapeError, match=f"level 0 of Multiscale {shapes}"):
         Multiscale(levels)
+
+
+def test_latents_of_other_shapes_raise():
+    t = two_levels()
+    coarse, fine = t.split(torch.randn(32))
+    with pytest.raises(ShapeError, match=r"Multiscale has event size 32, but got a tensor of shape \(31,\)"):
+        t.split(torch.randn(31))
+    for latents in ([coarse], [fine, coarse], [coarse, fine[:1]]):
+        with pytest.raises(ShapeError, match=r"images of shape \(1, 4, 8\) joins latents .*\[8, 1, 2\], \[2, 2, 4\]"):
+            t.join(latents)
+
+
+@pytest.mark.parametrize("layer", [ActNorm, Conv1x1, EmergingConv, Elementwise])
+def test_contexts_that_are_no_vectors_raise(layer):
+    with pytest.raises(OptionError, match=r"reads vectors.*not what has the shape \(2, 4, 4\): flatten it"):
+        layer((3, 4, 4), context_dim=(2, 4, 4))
 
 
 def test_no_levels_raise():

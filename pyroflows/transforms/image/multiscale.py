@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributions import ReshapeTransform
 
 from pyroflows.errors import OptionError, ShapeError
+from pyroflows.shapes import expanded_to_context, listed
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.foreign import Foreign
@@ -74,7 +75,11 @@ class Multiscale(Compose):
 
         Args:
             z: base values ``(..., D)``.
+
+        Raises:
+            ShapeError: if they have another size.
         """
+        expanded_to_context(z, None, self.base_shape, torch.Size(), "Multiscale")
         shapes = [torch.Size(shape) for shape in self.latent_shapes]
         parts = z.split([shape.numel() for shape in shapes], -1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -85,12 +90,21 @@ class Multiscale(Compose):
         Args:
             latents: the latents of each level, as :meth:`split` returns them; their batch shapes broadcast.
 
+        Raises:
+            ShapeError: if they are not those of all levels.
+
         Example:
             >>> t = Multiscale([Squeeze((2, 4, 2)), Squeeze((1, 8, 4))])
             >>> coarse, fine = t.split(torch.randn(32))
             >>> t(t.join([coarse, torch.zeros(5, *fine.shape)])).shape  # without what is fine
             torch.Size([5, 1, 8, 4])
         """
+        shapes = [list(part.shape[-3:]) for part in latents]
+        if shapes != self.latent_shapes:
+            raise ShapeError(
+                f"Multiscale with images of shape {tuple(self.event_shape)} joins latents of the shapes "
+                f"{listed(self.latent_shapes)}, the coarsest first, got {listed(shapes)}"
+            )
         batch_shape = torch.broadcast_shapes(*(part.shape[:-3] for part in latents))
         return torch.cat([part.flatten(-3).expand(*batch_shape, -1) for part in latents], -1)
 

@@ -63,8 +63,8 @@ class Coupling(Constants, FlowTransform):
 
     Raises:
         OptionError: if the mask does not fit or leaves nothing to pass or to transform, if the event has no such axis,
-            if a name is unknown, or of a network that cannot act there, if the context has another shape, or if the
-            conditioner contains dropout or batch normalisation.
+            if a name is unknown, or of a network that cannot act there or would see nothing, if the context has another
+            shape, or if the conditioner contains dropout or batch normalisation.
         ShapeError: at a call, if the conditioner gives parameters of another shape.
 
     Example:
@@ -123,6 +123,12 @@ class Coupling(Constants, FlowTransform):
         self.in_dim = len(given) + sum(given) + self.context_channels
         num_transformed = size if self.masks_places else len(self.transformed)
         self.theta_shape = (num_transformed * self.univariate_of_b.num_params, *self.rest)
+        if not self.in_dim and isinstance(conditioner, str) and conditioner in _CONVOLUTIONAL and self.rest:
+            raise OptionError(
+                f"Coupling with events of {described(self.event_shape)} cannot split one index along its axis "
+                f"{len(self.event_shape) + self.axis}, so that conditioner={conditioner!r} would see nothing: use "
+                f"mask=masks.checkerboard{tuple(self.rest)}, or Squeeze, which makes channels of an image's pixels"
+            )
         self.conditioner = (
             self._network(conditioner, hidden_dims) if self.in_dim else Parameters(torch.zeros(self.theta_shape))
         )
