@@ -12,7 +12,7 @@ import pyroflows as pf
 from pyroflows import StateError
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows import Glow, MultiscaleRealNVP
-from pyroflows.transforms import ActNorm, EmergingConv, Standardize
+from pyroflows.transforms import ActNorm, Coupling, EmergingConv, Standardize
 from tests.transforms.registry import jacobian, perturb
 
 SHAPE = (3, 8, 16)
@@ -70,6 +70,20 @@ def test_round_trip_through_three_levels_after_training(trained):
     draws = torch.randn_like(z)
     again = flow().latent(flow().transport(draws)[0])
     assert (again - draws).abs().max() < 1e-4
+
+
+@all_recipes
+@pytest.mark.parametrize("raw", [-1e3, 1e3])
+def test_no_coupling_scales_by_more_than_e(recipe, raw):
+    """Wider bounds, multiplied over all layers, gave trained flows samples and latents of any size."""
+    flow = make(recipe)
+    couplings = [m for m in flow.modules() if isinstance(m, Coupling) and m.conditioner.hidden_dims]
+    assert len(couplings) == (12 if recipe is MultiscaleRealNVP else 6)
+    for coupling in couplings:
+        *_, bias = coupling.conditioner.parameters()
+        torch.nn.init.constant_(bias, raw)
+        _, ladj = coupling.forward_and_ladj(torch.randn(coupling.event_shape))
+        torch.testing.assert_close(ladj.abs(), torch.tensor(coupling.dim / 2))
 
 
 @pytest.mark.parametrize("num_samples", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
