@@ -27,20 +27,17 @@ from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.univariate import Affine
 
 # The scales of many couplings multiply. With wider bounds, flows of patches of photographs had a few draws, or latents
-# of held-out images, that were larger than others by many orders of magnitude, and Glow's densities were no better.
+# of held-out images, that were larger than others by many orders of magnitude, and training could run away; Glow's
+# densities were no better.
 _AFFINE = Affine(max_contraction=1.0, max_expansion=1.0)
 
-# From data to base a coupling stretches by at most e. With the looser bound of other couplings, exp(4), stacks of eight
-# and more ran away at learning rates of 0.003 to 0.005; between e and exp(2) bits per dimension were the same.
-_AFFINE = Affine(max_contraction=1.0, max_expansion=1.0)
 # It makes the layers of a level, from data to base, and is called with the shape of its images and the level's number.
 LevelFactory = Callable[[torch.Size, int], list[FlowTransform]]
 
 
 class MultiscaleFlow(Flow):
     """The base class of the recipes for images: a flow of several levels, of which each sees half as many rows and
-    columns as the one before and half of its channels, see :class:`pyroflows.transforms.Multiscale`. Its couplings have
-    scales between 1 / e and e.
+    columns as the one before and half of its channels, see :class:`pyroflows.transforms.Multiscale`.
 
     A coupling stretches or shrinks by e at most, since the scales of all couplings multiply. Every recipe takes the
     arguments below.
