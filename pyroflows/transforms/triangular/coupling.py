@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, AngleFeatures, Conv, Parameters, Pointwise, ResidualConv, ResidualMLP, ScaledMLP
-from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
+from pyroflows.nets.checks import ConditionerFactory, checked_conditioner, checked_factory
 from pyroflows.nets.constants import Constants
 from pyroflows.shapes import axis_from_the_end, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
@@ -137,7 +137,7 @@ class Coupling(Constants, FlowTransform):
         """Return the network of a factory or a name."""
         sizes, num_axes = (self.in_dim, self.theta_shape[0], hidden_dims), len(self.rest)
         if not isinstance(conditioner, str):
-            return checked_conditioner(conditioner(*sizes))
+            return checked_conditioner(checked_factory(conditioner)(*sizes))
         if conditioner not in {**_POINTWISE, **_CONVOLUTIONAL}:
             names = sorted([*_POINTWISE, *_CONVOLUTIONAL])
             raise OptionError(f"conditioner must be one of {names} or a factory, got {conditioner!r}")
