@@ -51,8 +51,8 @@ def bits_per_dim(
         seed: makes the estimate reproducible and leaves the global generator as it was; None to draw from that one.
 
     Returns:
-        A tensor without axes. A warning says so if it is more than ten times the bits of the uniform law, as that of a flow
-        on another scale is.
+        A tensor without axes. A warning says so if it is more than ten times the bits of the uniform law, as it is for
+        a flow on another scale.
 
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
@@ -97,8 +97,8 @@ def bits_per_dim(
     bits = -total / (len(values) * flow.dim * math.log(2))
     if bits > MAX_RATIO * math.log2(levels):
         warn(
-            f"{bits:.3g} bits per dimension are many more than the {math.log2(levels):.3g} that tell {levels} levels apart "
-            "without any flow: fit the flow to these integers, by fit_density with dequantization, not to another "
-            "scale of them"
+            f"{bits:.3g} bits per dimension are many more than the {math.log2(levels):.3g} that tell {levels} levels "
+            "apart without any flow: fit the flow to these integers, by fit_density with dequantization, not to "
+            "another scale of them"
         )
     return values.new_tensor(bits)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import takewhile
 
 import torch
 from torch import nn
@@ -10,7 +9,9 @@ from torch import nn
 from pyroflows.constraints import angles_in
 from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform
+from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.linear import Permutation
+from pyroflows.transforms.views import Inverse, View
 
 
 def angles_of(layers: Sequence[FlowTransform]) -> tuple[list[bool], list[bool]]:
@@ -23,23 +24,27 @@ def angles_of(layers: Sequence[FlowTransform]) -> tuple[list[bool], list[bool]]:
         >>> angles_of([Elementwise(2, ["circular_spline", "spline"]), Permutation([1, 0])])
         ([True, False], [False, True])
     """
-    is_leading = [*takewhile(lambda layer: isinstance(layer, Permutation), layers)]
-    angles = _at(layers[min(len(is_leading), len(layers) - 1)], "domain")
-    for layer in reversed(is_leading):
-        angles = [angles[i] for i in layer.inverse_order.tolist()]
+    leading: list[list[int]] = []
+    for layer in layers:
+        if (order := _order_of(layer)) is None:
+            break
+        leading.append(order)
+    angles, _ = angles_at_ends(layers[min(len(leading), len(layers) - 1)])
+    for order in reversed(leading):
+        angles = [angles[order.index(i)] for i in range(len(order))]
     at_base = angles
     for place, layer in enumerate(layers):
-        if isinstance(layer, Permutation):
-            angles = [angles[i] for i in layer.order.tolist()]
+        if (order := _order_of(layer)) is not None:
+            angles = [angles[i] for i in order]
             continue
-        taken = _at(layer, "domain")
+        taken, given = angles_at_ends(layer)
         if taken != angles and any(taken + angles):
             raise OptionError(
                 f"layer {place} ({type(layer).__name__}) takes {_described(taken)}, but the layers before give "
                 f"{_described(angles)}: every layer must treat angles as angles, as those with the univariate map "
                 '"circular_spline" do'
             )
-        angles = _at(layer, "codomain")
+        angles = given
     return at_base, angles
 
 
@@ -70,9 +75,21 @@ def check_base_of_angles(base: nn.Module, angles: Sequence[bool]) -> None:
         )
 
 
-def _at(layer: FlowTransform, end: str) -> list[bool]:
-    shape = layer.base_shape if end == "domain" else layer.event_shape
-    return angles_in(getattr(layer, end), shape[-1])
+def angles_at_ends(layer: FlowTransform) -> tuple[list[bool], list[bool]]:
+    """Return which indices are angles at the base end and at the data end of a layer; of a stack, after a check."""
+    if isinstance(layer, Compose):
+        return angles_of(layer.layers)
+    if isinstance(layer, View):
+        at_base, at_data = angles_at_ends(layer.layer)
+        return (at_data, at_base) if isinstance(layer, Inverse) else (at_base, at_data)
+    return angles_in(layer.domain, layer.base_shape[-1]), angles_in(layer.codomain, layer.event_shape[-1])
+
+
+def _order_of(layer: FlowTransform) -> list[int] | None:
+    """Return the order of a permutation, or of the inverse of one; None for other layers."""
+    if isinstance(layer, Inverse) and isinstance(layer.layer, Permutation):
+        return layer.layer.inverse_order.tolist()
+    return layer.order.tolist() if isinstance(layer, Permutation) else None
 
 
 def _described(angles: Sequence[bool]) -> str:

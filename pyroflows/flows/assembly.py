@@ -8,7 +8,7 @@ from torch.distributions import ComposeTransform, Distribution, Transform, bijec
 
 from pyroflows.constraints import angles_and_reals, angles_in, num_axes_of, of_scalars, on_events, without_angles
 from pyroflows.errors import FlowError, OptionError, ShapeError
-from pyroflows.flows.angles import angles_of
+from pyroflows.flows.angles import angles_at_ends, angles_of
 from pyroflows.flows.base import Base
 from pyroflows.options import kind
 from pyroflows.shapes import as_given, described
@@ -17,6 +17,7 @@ from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.normalization import Standardize
+from pyroflows.transforms.views import Inverse
 
 
 class Stack(NamedTuple):
@@ -89,7 +90,19 @@ def _as_layers(parts: Sequence[Transform], base: Base) -> Iterator[FlowTransform
     for part in parts:
         layer = part if isinstance(part, FlowTransform) else Foreign(part, shape)
         shape = layer.event_shape
+        _refuse_turned_statistics(layer)
         yield layer
+
+
+def _refuse_turned_statistics(layer: FlowTransform) -> None:
+    """Raise if a layer keeps statistics of data at an end where no data arrive as they are."""
+    for part in layer.modules():
+        if isinstance(part, Inverse) and part.layer.observes:
+            name = type(part.layer).__name__
+            raise OptionError(
+                f"{name}.inv in a flow would never learn, since the running statistics of {name} are those of its data "
+                f"end: take {name} itself, or ActNorm, which learns at either end"
+            )
 
 
 def _beside_angles(support: constraints.Constraint, angles: Sequence[bool]) -> constraints.Constraint:
@@ -178,4 +191,4 @@ def _insert_standardize(layers: list[FlowTransform], base_shape: torch.Size) -> 
 
 
 def _is_all_angles(layer: FlowTransform) -> bool:
-    return all(angles_in(layer.domain, layer.base_shape[-1]))
+    return all(angles_at_ends(layer)[0])

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
 
 # Layers behind others learn from rows with this many elements at most, or from this many rows if that is more.
@@ -62,10 +63,11 @@ class Compose(FlowTransform):
         self.layers: Any = nn.ModuleList(layers)
         self.context_scale = context_scale
         # The inverses of layers at the data end of a bounded one may give it values that it cannot invert, unless they
-        # are bounded alike. The last layer's are the values that users give.
-        self._are_guarded = [layer.is_bounding and is_unbounded(after.domain) for layer, after in pairwise(layers)] + [
-            False
-        ]
+        # are bounded alike. The last layer's are the values that users give. Whole turns are taken out of any number.
+        self._are_guarded = [
+            layer.is_bounding and not isinstance(layer, WholeTurns) and is_unbounded(after.domain)
+            for layer, after in pairwise(layers)
+        ] + [False]
 
     @property
     def is_bounding(self) -> bool:

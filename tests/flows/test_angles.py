@@ -14,7 +14,17 @@ from torch.distributions import constraints
 
 import pyroflows as pf
 from pyroflows.errors import DataError, OptionError
-from pyroflows.transforms import Autoregressive, Elementwise, Planar
+from pyroflows.transforms import (
+    LU,
+    ActNorm,
+    Autoregressive,
+    Compose,
+    Coupling,
+    Elementwise,
+    Multiscale,
+    Permutation,
+    Planar,
+)
 from tests.transforms.registry import perturb
 
 PI = math.pi
@@ -234,6 +244,45 @@ def test_permutations_carry_angles_along():
     ]
     x = flow().sample((100,))
     assert x[:, 2].abs().max() <= PI and flow.base().support.check(flow().latent(x)).all()
+
+
+def turning():
+    return Autoregressive(2, "circular_spline", hidden_dims=(4,))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [Permutation([1, 0]), turning()],
+        lambda: [Permutation([1, 0]), turning(), Permutation([1, 0]), turning()],
+        lambda: [Compose([Permutation([1, 0]), turning()]), turning()],
+        lambda: [Compose([turning(), Permutation([1, 0])]), turning().inv],
+        lambda: [Compose([turning(), Permutation([1, 0])]).inv],
+    ],
+    ids=["permutation-first", "two", "nested-first", "nested-last", "nested-inverse"],
+)
+def test_densities_of_permuted_angles_integrate_to_one(make):
+    torch.manual_seed(0)
+    flow = perturb(pf.Flow(make()).double(), 0.4)
+    angles = (torch.arange(400, dtype=torch.float64) + 0.5) / 400 * 2 * PI - PI
+    density = flow().log_prob(torch.cartesian_prod(angles, angles)).exp()
+    assert (density.mean() * (2 * PI) ** 2).item() == pytest.approx(1.0, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Compose([LU(2), turning()]), r"layer 1 \(Autoregressive\) takes angles in columns \[0, 1\]"),
+        (lambda: Compose([ActNorm(2), turning()]), r"takes angles in columns \[0, 1\]"),
+        (lambda: Compose([turning(), ActNorm(2)]), r"layer 1 \(ActNorm\) takes no angles"),
+        (lambda: Compose([turning(), LU(2)]).inv, r"layer 1 \(LU\) takes no angles"),
+        (lambda: Compose([Compose([turning(), LU(2)]), LU(2)]), r"layer 1 \(LU\) takes no angles"),
+        (lambda: Multiscale([Coupling((2, 1, 1), "circular_spline", conditioner="conv")]), "latents of Multiscale"),
+    ],
+)
+def test_nested_stacks_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(OptionError, match=message):
+        pf.Flow([make()])
 
 
 # Copies, contexts, torch.func

@@ -324,7 +324,7 @@ def test_components_of_a_mixture_bring_their_state_up_to_date():
 
 def test_normalised_columns_are_independent():
     torch.manual_seed(0)
-    layers = [ActNorm(3), BatchNorm(3), ActNorm(3).inv, Compose([BatchNorm(3).inv])]
+    layers = [ActNorm(3), BatchNorm(3), ActNorm(3).inv, Compose([BatchNorm(3)])]
     flow = Flow(layers, standardize=False).double()
     for parameter in flow.parameters():
         parameter.data.normal_()
@@ -347,3 +347,9 @@ def test_distillation_in_closed_form_passes_through_act_norm():
     student = Flow([Elementwise(2), ActNorm(2)], standardize=False)
     kl = pf.distill(student, teacher, num_steps=300, estimator="closed_form", seed=0, progress_bar=False).kl
     assert kl == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("layer", [lambda: BatchNorm(2).inv, lambda: Compose([Coupling(2), BatchNorm(2)]).inv])
+def test_statistics_at_the_wrong_end_are_refused(layer):
+    with pytest.raises(OptionError, match=r"\.inv in a flow would never learn, since the running statistics"):
+        pf.Flow([layer(), Coupling(2)])

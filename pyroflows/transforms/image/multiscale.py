@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import ReshapeTransform
 
+from pyroflows.constraints import angles_in
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.shapes import expanded_to_context, listed
 from pyroflows.transforms.base import FlowTransform
@@ -41,7 +42,7 @@ class Multiscale(Compose):
         latent_shapes: the shape of the latents of each level, ``(channels, height, width)``, the coarsest first.
 
     Raises:
-        OptionError: if there is no level.
+        OptionError: if there is no level, or one is a map of angles.
         ShapeError: if the shapes of two levels in a row do not fit, or a level factors out no channel.
 
     Example:
@@ -54,6 +55,8 @@ class Multiscale(Compose):
     def __init__(self, levels: Sequence[FlowTransform], context_dim: int = 0) -> None:
         if not levels:
             raise OptionError("Multiscale needs at least one level")
+        if any(any(angles_in(level.codomain, level.event_shape[-1])) for level in levels):
+            raise OptionError("the latents of Multiscale are real numbers, so that its levels cannot be maps of angles")
         coarsest, *finer = levels
         shape = coarsest.base_shape
         self.latent_shapes = [list(shape)]
