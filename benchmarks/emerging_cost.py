@@ -70,11 +70,12 @@ def sampling_step(t: EmergingConv, z: Tensor) -> None:
 def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the median time of each in milliseconds, from rounds in which they run in turn."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for k in range(rounds + 1):
+    for _ in range(rounds):
         for name, function in functions.items():
+            function()  # what ran before has left its own data in the caches
             start = time.process_time()
             function()
-            times[name] += [time.process_time() - start] if k else []  # the first round warms up
+            times[name].append(time.process_time() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 

@@ -59,6 +59,14 @@ def gaussians(count: int, rng: Generator) -> np.ndarray:
 SHAPES: dict[str, Callable[[int, Generator], np.ndarray]] = {
     shape.__name__: shape for shape in (moons, rings, spirals, checkerboard, gaussians)
 }
+
+
+def linear_with_activations() -> pf.Flow:
+    """Linear layers with activations of one variable between them."""
+    layers = [layer for _ in range(8) for layer in (pf.transforms.QR(2), pf.transforms.Elementwise(2, "sinh_arcsinh"))]
+    return pf.Flow(layers)
+
+
 FAMILIES: dict[str, Callable[[], pf.Flow]] = {
     "NICE": lambda: pf.flows.NICE(2, num_layers=8),
     "RealNVP": lambda: pf.flows.RealNVP(2, num_layers=8),
@@ -67,6 +75,7 @@ FAMILIES: dict[str, Callable[[], pf.Flow]] = {
     "SOS": lambda: pf.flows.SOS(2, num_layers=4),
     "NAF": lambda: pf.flows.NAF(2, num_layers=4),
     "BNAF": lambda: pf.flows.BNAF(2, num_layers=4),
+    "QR": linear_with_activations,
 }
 
 

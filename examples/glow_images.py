@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn import functional as F
 
 import pyroflows as pf
@@ -45,6 +46,7 @@ class Images:
     held_out: Tensor
     held_out_classes: Tensor
     num_levels: int
+    support: constraints.Constraint | None = None  # None for all reals, which suits where few levels lie at the ends
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,7 +66,8 @@ def digits() -> Images:
     x = pixels.long().reshape(-1, 1, 8, 8)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.tensor_split([300])
-    return Images(x[kept], classes[kept], x[held_out], classes[held_out], num_levels=17)
+    sets = x[kept], classes[kept], x[held_out], classes[held_out]
+    return Images(*sets, num_levels=17, support=constraints.interval(0.0, 17.0))
 
 
 def patches() -> Images:
@@ -119,10 +122,11 @@ def halves(width: int) -> tuple[int, int]:
 
 def flow_of(family: str, images: Images, args: argparse.Namespace) -> pf.Flow:
     """A flow of the family with as many parameters as the Glow of the hidden width asked for."""
-    options = {"num_levels": args.levels, "num_steps": args.steps, "context_dim": images.num_classes}
+    sizes = {"num_levels": args.levels, "num_steps": args.steps}
+    options = {"context_dim": images.num_classes, "support": images.support}
 
     def make(family: str, width: int) -> pf.Flow:
-        return FAMILIES[family](images.shape, hidden_dims=halves(width), **options)
+        return FAMILIES[family](images.shape, hidden_dims=halves(width), **sizes, **options)
 
     torch.manual_seed(args.seed)
     size = num_parameters(make("Glow", 2 * args.width))
@@ -132,7 +136,7 @@ def flow_of(family: str, images: Images, args: argparse.Namespace) -> pf.Flow:
 def accuracy(flow: pf.Flow, images: Images) -> float:
     """How often the class under which a held-out image has the highest density is its own."""
     contexts = images.one_hot(torch.arange(images.num_classes))
-    x = images.held_out + torch.rand(images.held_out.shape)
+    x = images.held_out + torch.rand(images.held_out.shape).clamp(1e-4, 1 - 1e-4)  # not on the ends of a support
     with torch.no_grad():
         scores = torch.stack([flow(context).log_prob(x) for context in contexts], -1)
     return (scores.argmax(-1) == images.held_out_classes).float().mean().item()
@@ -208,7 +212,7 @@ def draw(axes: plt.Axes, blocks: list[tuple[str, Tensor]], num_levels: int) -> N
         strips += [strip, torch.ones(len(strip), gap, strip.shape[2])]
         left += strip.shape[1] + gap
     sheet = torch.cat(strips[:-1], 1).clamp(0, 1)
-    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
 
 
@@ -272,7 +276,7 @@ if __name__ == "__main__":
     parser.add_argument("--levels", type=int, default=3, help="of the flow (default: 3)")
     parser.add_argument("--steps", type=int, default=4, help="of the flow on each level (default: 4)")
     parser.add_argument("--width", type=int, default=48, help="of Glow's hidden layers (default: 48)")
-    parser.add_argument("--max-epochs", type=int, default=40, help="passes over the data at most (default: 40)")
+    parser.add_argument("--max-epochs", type=int, default=20, help="passes over the data at most (default: 20)")
     parser.add_argument("--threads", type=int, default=2, help="of the processor (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the pictures (default: output)")

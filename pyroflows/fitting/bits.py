@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.arrays import ArrayLike, labels_of, require_one_index, require_values
-from pyroflows.errors import OptionError, ShapeError
+from pyroflows.errors import OptionError, ShapeError, warn
 from pyroflows.fitting.dequantization import check_noise, log_weights
 from pyroflows.fitting.maximum_likelihood import num_scored
 from pyroflows.flows import Flow
@@ -14,6 +14,9 @@ from pyroflows.options import checked_int, kind
 from pyroflows.randomness import seeded
 from pyroflows.training.data import contexts_of, event_rows
 from pyroflows.training.integers import refuse_fractions, refuse_other_levels
+
+# More bits than those of the uniform law, by this factor, are a sign of a flow on another scale.
+MAX_RATIO = 10.0
 
 
 @torch.no_grad()
@@ -48,7 +51,8 @@ def bits_per_dim(
         seed: makes the estimate reproducible and leaves the global generator as it was; None to draw from that one.
 
     Returns:
-        A tensor without axes.
+        A tensor without axes. A warning says so if it is more than ten times the bits of the uniform law, as that of a flow
+        on another scale is.
 
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
@@ -90,4 +94,11 @@ def bits_per_dim(
             given = None if contexts is None else contexts[part]
             log_ratios = torch.cat([log_weights(flow, noise, values[part], given, count) for count in counts])
             total += (log_ratios.double().logsumexp(0) - math.log(num_samples)).sum().item()
-    return values.new_tensor(-total / (len(values) * flow.dim * math.log(2)))
+    bits = -total / (len(values) * flow.dim * math.log(2))
+    if bits > MAX_RATIO * math.log2(levels):
+        warn(
+            f"{bits:.3g} bits per dimension are many more than the {math.log2(levels):.3g} that tell {levels} levels apart "
+            "without any flow: fit the flow to these integers, by fit_density with dequantization, not to another "
+            "scale of them"
+        )
+    return values.new_tensor(bits)

@@ -225,12 +225,12 @@ class Flow(LearningFlow):
             ShapeError: if the context has another shape, or is missing.
             DataError: if the context has NaN or infinite values, where values are validated; names the row.
         """
-        shape = self.context_shape
+        shape, given = self.context_shape, context
         if context is not None:
             context = as_tensor("context", context, floating_tensor(self))
         if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
             got = "none" if context is None else f"shape {tuple(context.shape)}"
-            raise ShapeError(f"this flow has context {described(shape)}, but got {got}")
+            raise ShapeError(f"this flow has context {described(shape)}, but got {got}{_hint_at_classes(given)}")
         if context is not None and is_validated() and runs_in_python():
             require_finite("context", context, len(shape))
         if isinstance(self, PyroModule):
@@ -300,6 +300,12 @@ class Flow(LearningFlow):
         for layer in reversed(layers[len(layers) if self._standardize_at is None else self._standardize_at + 1 :]):
             x = layer.inverse_and_ladj(x)[0]
         return x
+
+
+def _hint_at_classes(context: Any) -> str:
+    """Return what to do with a context that may be the numbers of classes, for a message."""
+    is_index = isinstance(context, Tensor) and not context.is_floating_point() and not context.is_complex()
+    return ": classes are one-hot vectors, which torch.nn.functional.one_hot makes" if is_index else ""
 
 
 def _register_parameters(flow: nn.Module) -> None:

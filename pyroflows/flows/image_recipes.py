@@ -27,7 +27,8 @@ from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.univariate import Affine
 
 # The scales of many couplings multiply. With wider bounds, flows of patches of photographs had a few draws, or latents
-# of held-out images, that were larger than others by many orders of magnitude, and Glow's densities were no better.
+# of held-out images, that were larger than others by many orders of magnitude, and training could run away; Glow's
+# densities were no better.
 _AFFINE = Affine(max_contraction=1.0, max_expansion=1.0)
 
 # It makes the layers of a level, from data to base, and is called with the shape of its images and the level's number.

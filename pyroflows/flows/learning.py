@@ -5,8 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_one_index, require_values
+from pyroflows.arrays import (
+    ArrayLike,
+    as_tensor,
+    floating_tensor,
+    require_finite,
+    require_one_index,
+    require_values,
+)
+from pyroflows.errors import DataError, ShapeError
 from pyroflows.randomness import seeded
+from pyroflows.shapes import counted, described
 from pyroflows.transforms.base import FlowTransform
 
 # The number of draws of the base that layers learn from where there are no data.
@@ -19,6 +28,8 @@ class LearningFlow(nn.Module):
     transform: Any
     base: Any
     context_dim: Any
+    context_shape: Any
+    event_shape: Any
 
     def _note_stateful_layers(self) -> None:
         """Find the layers that keep up a state, once for all steps."""
@@ -54,7 +65,8 @@ class LearningFlow(nn.Module):
             ShapeError: if the rows or their contexts have another shape.
             OptionError: if the flow is on the meta device, where tensors have no values.
             DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
-                the support or outside it; or if frames have different indices.
+                the support or outside it; if a value is not finite or a weight negative; or if frames have different
+                indices.
 
         Example:
             >>> flow = pf.flows.MAF(2)
@@ -62,13 +74,7 @@ class LearningFlow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
-        require_values(self)
-        require_one_index(x=x, context=context, weights=weights)
-        like = floating_tensor(self)
-        x = as_tensor("x", x, like)
-        context = None if context is None else as_tensor("context", context, like)
-        weights = None if weights is None else as_tensor("weights", weights, like)
-        self._adapt(x, context, weights)
+        self._adapt(*self._rows(x, context, weights))
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         self.transform.adapt(x, context, weights)
@@ -124,15 +130,38 @@ class LearningFlow(nn.Module):
 
         Raises:
             ShapeError: if the rows or their contexts have another shape.
+            DataError: if a value is not finite or a weight negative, or if frames have different indices.
         """
-        like = floating_tensor(self)
-        x = as_tensor("x", x, like)
-        context = None if context is None else as_tensor("context", context, like)
-        weights = None if weights is None else as_tensor("weights", weights, like)
-        self._observe(x, context, weights)
+        self._observe(*self._rows(x, context, weights))
 
     def _observe(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         self.transform.observe(x, context, weights)
+
+    def _rows(
+        self, x: ArrayLike, context: ArrayLike | None, weights: ArrayLike | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return rows ``(n, *event_shape)`` with their contexts and weights as tensors, if one can learn from them."""
+        require_values(self)
+        require_one_index(x=x, context=context, weights=weights)
+        like = floating_tensor(self)
+        x = as_tensor("x", x, like)
+        if x.shape[1:] != self.event_shape or not x.dim():
+            rows = ", ".join(["n", *map(str, self.event_shape)])
+            raise ShapeError(f"this flow learns from rows of shape ({rows}), got shape {tuple(x.shape)}")
+        require_finite("x", x, len(self.event_shape))
+        if (context is None) == bool(self.context_dim):
+            needs = f"needs contexts of {described(self.context_shape)}" if self.context_dim else "takes no context"
+            raise ShapeError(f"this flow {needs}, but got {'none' if context is None else 'one'}")
+        if context is not None:
+            context = as_tensor("context", context, like)
+            require_finite("context", context, len(self.context_shape))
+        if weights is not None:
+            weights = as_tensor("weights", weights, like)
+            if weights.shape != x.shape[:1]:
+                raise ShapeError(f"x has {counted(len(x), 'row')}, but weights have shape {tuple(weights.shape)}")
+            if not bool((weights >= 0).all()):
+                raise DataError("weights must be finite and not negative")
+        return x, context, weights
 
     def before_step(self) -> None:
         """Bring the state of all layers that keep one up to date. The trainer calls it before each step."""

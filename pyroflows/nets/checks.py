@@ -1,13 +1,29 @@
 """The type of factories of conditioners, and a check that the output of a conditioner is a function of its input."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from pyroflows.errors import OptionError
+from pyroflows.options import kind
 
 # It makes the network of a layer from its sizes; Coupling and Autoregressive say with which arguments they call it.
 ConditionerFactory = Callable[..., nn.Module]
+
+
+def checked_factory(conditioner: Any) -> ConditionerFactory:
+    """Return what was given as a conditioner if it can make one, rather than be one.
+
+    Raises:
+        OptionError: if it is a module, or cannot be called.
+    """
+    if isinstance(conditioner, nn.Module) or not callable(conditioner):
+        raise OptionError(
+            f"conditioner must be a name, or a function that makes the network from its sizes, got {kind(conditioner)}"
+        )
+    factory: ConditionerFactory = conditioner
+    return factory
 
 
 def checked_conditioner(conditioner: nn.Module) -> nn.Module:

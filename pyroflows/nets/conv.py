@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
+from pyroflows.nets.convolutions import convolutions
 from pyroflows.nets.mlp import checked_widths, zero_initialized
 
 
-class Conv(nn.Sequential):
+class Conv(nn.Module):
     """Convolutions with rectified linear units, as in Glow (Kingma and Dhariwal 2018, arXiv:1807.03039), whose output
     layer starts at zero.
 
@@ -36,19 +37,18 @@ class Conv(nn.Sequential):
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64, 64), num_axes: int = 2) -> None:
+        super().__init__()
         self.hidden_dims = checked_widths(hidden_dims, least=0)
         convolution = _convolution(num_axes)
-        layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(pairwise([in_dim, *self.hidden_dims])):
-            layers += [
-                _he_initialized(convolution(a, b, 1) if i else convolution(a, b, 3, padding=1)),
-                nn.ReLU(inplace=True),
-            ]
-        last = self.hidden_dims[-1] if self.hidden_dims else in_dim
-        super().__init__(*layers, zero_initialized(convolution(last, out_dim, 3, padding=1)))
+        *widths, last = [in_dim, *self.hidden_dims]
+        layers = [
+            _he_initialized(convolution(a, b, 1) if i else convolution(a, b, 3, padding=1))
+            for i, (a, b) in enumerate(pairwise([*widths, last]))
+        ]
+        self.layers: Any = nn.ModuleList([*layers, zero_initialized(convolution(last, out_dim, 3, padding=1))])
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_channels_last(x))
+        return convolutions(x, [layer.weight for layer in self.layers], [layer.bias for layer in self.layers])
 
 
 class ResidualConv(nn.Module):

@@ -304,6 +304,8 @@ def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
     if values.dim() == 0 or values.shape[1:] != shape:
         column = f"{name}.to_frame()" if is_series else f"{name}[:, None]"
         hint = f": give {column}" if values.dim() == 1 and shape == (1,) else ""
+        if name == "context" and not given.is_floating_point():
+            hint = ": classes are one-hot vectors, which torch.nn.functional.one_hot makes"
         expected = ", ".join(map(str, shape))
         raise ShapeError(f"{name} must have shape (rows, {expected}), got {tuple(values.shape)}{hint}")
     refuse(~given.isfinite(), given, name, "NaN or infinite values", labels)

@@ -154,7 +154,7 @@ class Compose(FlowTransform):
         Layers that have adapted before stay as they are while others have not; if all have, they start anew. The first
         to learn sees all rows, and the others a part of many, since each may be behind large networks.
         """
-        x = self._checked(x, context, self.event_shape)
+        x = self._rows(x, context, self.event_shape, weights)
         starts_anew = self.is_adapted
         learners = [layer for layer in self.layers if layer.adapts and (starts_anew or not layer.is_adapted)]
         scale = self.context_scale
@@ -176,7 +176,7 @@ class Compose(FlowTransform):
 
         Layers that have adapted before stay as they are while others have not; if all have, they start anew.
         """
-        z = self._checked(z, context, self.base_shape)
+        z = self._rows(z, context, self.base_shape, weights)
         starts_anew = self.is_adapted_to_draws
         learners = [
             layer for layer in self.layers if layer.adapts_to_draws and (starts_anew or not layer.is_adapted_to_draws)
@@ -194,7 +194,7 @@ class Compose(FlowTransform):
     def observe(self, x: Tensor, context: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Let each layer that keeps statistics of data see a batch as it arrives there, going from data to base."""
         observers = [layer for layer in self.layers if layer.observes]
-        x = self._checked(x, context, self.event_shape)
+        x = self._rows(x, context, self.event_shape, weights)
         context = self.layer_context(context)
         for layer in reversed(self.layers):
             if not observers:

@@ -6,6 +6,8 @@ import torch
 from pyro.distributions import TransformModule
 from torch import Tensor
 
+from pyroflows.errors import ShapeError
+
 
 class Learning(TransformModule):
     """The part of the base class of layers that concerns state which comes from data or from draws.
@@ -38,6 +40,19 @@ class Learning(TransformModule):
         """
 
     # What follows is the same for all layers.
+
+    def _rows(self, values: Tensor, context: Tensor | None, shape: torch.Size, weights: Tensor | None) -> Tensor:
+        """Return rows ``(n, *shape)`` to learn from, if they, their contexts and weights have the right shapes."""
+        name = type(self).__name__
+        if values.dim() != len(shape) + 1 or not values.is_floating_point():
+            rows = ", ".join(["n", *map(str, shape)])
+            raise ShapeError(
+                f"{name} learns from a floating-point tensor of shape ({rows}), got {values.dtype} of shape "
+                f"{tuple(values.shape)}"
+            )
+        if weights is not None and weights.shape != values.shape[:1]:
+            raise ShapeError(f"{name} got {len(values)} rows, but weights of shape {tuple(weights.shape)}")
+        return self._checked(values, context, shape)
 
     def _register_adapted(self) -> None:
         """Register the buffer that tells whether the layer has adapted, if it ever does."""
@@ -86,7 +101,7 @@ class Learning(TransformModule):
             DataError: if the layer cannot learn from these rows; the message names their columns.
         """
         if self.adapts:
-            self._adapt(self._checked(x, context, self.event_shape), context, weights)
+            self._adapt(self._rows(x, context, self.event_shape, weights), context, weights)
             self.adapted.fill_(True)
 
     @torch.no_grad()
@@ -103,7 +118,7 @@ class Learning(TransformModule):
             DataError: if the layer cannot learn from these draws.
         """
         if self.adapts_to_draws:
-            self._adapt_to_draws(self._checked(z, context, self.base_shape), context, weights)
+            self._adapt_to_draws(self._rows(z, context, self.base_shape, weights), context, weights)
             self.adapted.fill_(True)
 
     @torch.no_grad()
@@ -119,4 +134,4 @@ class Learning(TransformModule):
             ShapeError: if the rows or their contexts have another shape.
         """
         if self.observes:
-            self._observe(self._checked(x, context, self.event_shape), context, weights)
+            self._observe(self._rows(x, context, self.event_shape, weights), context, weights)

@@ -14,7 +14,7 @@ from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.memory import Memory
 
 
-class _View(FlowTransform):
+class View(FlowTransform):
     """The base class of views: a layer that computes by another one and shares its parameters."""
 
     def __init__(self, layer: FlowTransform, event_shape: torch.Size, context_dim: Any, base_shape: torch.Size) -> None:
@@ -76,7 +76,7 @@ class _View(FlowTransform):
         return self.layer.is_onto_reals
 
 
-class Inverse(_View):
+class Inverse(View):
     r"""The inverse of a layer, with the same parameters: it maps z to :math:`t^{-1}(z)`. ``t.inv`` makes it.
 
     Its data end is the base end of the layer. So it adapts to data as the layer adapts to draws, and the other way
@@ -160,7 +160,7 @@ class Inverse(_View):
         return self.layer
 
 
-class Conditioned(_View):
+class Conditioned(View):
     """A layer at one context, which takes no context itself. ``t.condition(context)`` makes it.
 
     Gradients flow into the context, which moves and casts with the layer.
@@ -201,7 +201,7 @@ class Conditioned(_View):
         return self.context.expand(num_rows, *self.layer.context_shape)
 
 
-class Cached(_View):
+class Cached(View):
     """A view of a layer that remembers its last z, x and ``log |det dx/dz|``. ``t.with_cache()`` makes it.
 
     Pyro's ``NeuTraReparam`` needs it. Deepcopy and pickle drop the memory, and it is not used after a value, a

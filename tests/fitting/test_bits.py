@@ -179,3 +179,9 @@ def test_a_flow_without_parameters_scores_as_others_do():
     base = dist.Uniform(torch.zeros(3), 8 * torch.ones(3)).to_event(1)
     flow = pf.Flow([pf.transforms.Permutation([1, 0, 2])], base=base, standardize=False)
     assert pf.bits_per_dim(flow, torch.randint(8, (50, 3)), 8).item() == pytest.approx(3.0, abs=1e-5)
+
+
+def test_a_flow_on_another_scale_is_noticed():
+    flow = pf.Flow([Standardize(2, LOC / LEVELS, SCALE / LEVELS)]).double()
+    with pytest.warns(UserWarning, match=r"many more than the 4.32 that tell 20 levels apart without any flow"):
+        pf.bits_per_dim(flow, narrow(), LEVELS, seed=0)

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import nn
 
 import pyroflows as pf
-from pyroflows import DataError, Flow, NotCalledError, flows
+from pyroflows import DataError, Flow, NotCalledError, ShapeError, flows
 from pyroflows.transforms import Compose, Planar
 from pyroflows.transforms.normalization import ContextScale
 
@@ -276,3 +276,11 @@ def test_other_names_are_missing_as_ever():
 def test_a_class_instead_of_a_flow(fit):
     with pytest.raises(pf.OptionError, match=r"got the class MAF: make an instance first, MAF\(...\)"):
         fit(flows.MAF, torch.randn(100, 2) if fit is pf.fit_density else flows.MAF(2))
+
+
+def test_numbers_of_classes_are_pointed_to_one_hot_vectors():
+    flow, classes = pf.flows.MAF(2, context_dim=3), torch.tensor([0, 2, 1] * 30)
+    with pytest.raises(ShapeError, match=r"got shape \(90,\): classes are one-hot vectors, which torch.nn.functional"):
+        flow(classes)
+    with pytest.raises(ShapeError, match=r"got \(90,\): classes are one-hot vectors"):
+        pf.fit_density(flow, torch.randn(90, 2), classes, progress_bar=False)

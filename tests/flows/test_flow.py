@@ -887,7 +887,7 @@ def test_validation_stays_off_after_zuko_where_pyro_was_told_so(zuko):
 
 
 def test_zuko_flow_of_another_size_raises(zuko):
-    with pytest.raises(ShapeError, match="has 3 dimensions"):
+    with pytest.raises(ShapeError, match="has events of size 3"):
         as_flow(zuko.flows.MAF(3, transforms=1), 2)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MLP
-from pyroflows.transforms import Coupling, masks
+from pyroflows.transforms import Autoregressive, Coupling, masks
 from pyroflows.transforms.univariate import Affine
 from tests.transforms.registry import jacobian, perturb, points
 
@@ -277,3 +277,10 @@ def test_conditioner_that_is_no_module_raises():
     """Its parameters would silently not train."""
     with pytest.raises(OptionError, match="must be a torch.nn.Module, got function"):
         Coupling(4, conditioner=lambda *_: lambda z_a: z_a)
+
+
+@pytest.mark.parametrize("layer", [Coupling, Autoregressive])
+@pytest.mark.parametrize(("given", "kind"), [(None, "NoneType"), (nn.Linear(2, 2), "Linear"), (3, "int")], ids=str)
+def test_a_conditioner_that_makes_no_network_is_refused(layer, given, kind):
+    with pytest.raises(OptionError, match=f"a function that makes the network from its sizes, got {kind}"):
+        layer(4, conditioner=given)

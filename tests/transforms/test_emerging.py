@@ -80,7 +80,7 @@ def test_both_convolutions_are_triangular_over_pixels():
 def test_of_one_pixel_is_a_linear_layer_over_channels():
     t = emerging((4, 3, 2), kernel_size=1)
     linear = LU(4).double()
-    linear.load_state_dict({**linear.state_dict(), "matrix": t.matrices[0]})
+    linear.load_state_dict({**linear.state_dict(), "matrix_of.value": t.matrices[0]})
     x = torch.randn(5, 4, 3, 2, dtype=torch.float64)
     z, ladj = t.inverse_and_ladj(x)
     expected, expected_ladj = linear.forward_and_ladj(x.movedim(1, -1))

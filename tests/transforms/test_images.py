@@ -227,3 +227,18 @@ def test_contexts_that_are_no_vectors_raise(layer):
 def test_no_levels_raise():
     with pytest.raises(OptionError, match="Multiscale needs at least one level"):
         Multiscale([])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [ActNorm, Conv1x1, EmergingConv, lambda shape: Coupling(shape, conditioner="conv"), lambda _: two_levels()],
+    ids=["act-norm", "conv-1x1", "emerging", "coupling", "multiscale"],
+)
+def test_no_step_waits_for_a_value(make):
+    """On the meta device an operation that reads a value in Python, for which a GPU would have to wait, fails."""
+    t = make((4, 8, 6)).to("meta")
+    x = torch.empty(5, *t.event_shape, device="meta")
+    z, ladj = t.inverse_and_ladj(x)
+    (z.sum() + ladj.sum()).backward()
+    with torch.no_grad():
+        assert t.forward_and_ladj(z)[0].shape == x.shape

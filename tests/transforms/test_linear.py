@@ -16,14 +16,14 @@ ORDER = [2, 0, 3, 1]
 
 def factors(t, raw):
     """P, L and U as the docstring has them."""
-    permutation = torch.eye(t.dim, dtype=raw.dtype)[t.permutation.order]
+    identity = torch.eye(t.dim, dtype=raw.dtype)
     scale = MIN_SCALE + F.softplus(raw.diagonal() + math.log(math.expm1(1 - MIN_SCALE)))
-    return permutation, raw.tril(-1) + torch.eye(t.dim, dtype=raw.dtype), raw.triu(1) + scale.diag()
+    return identity[t.permutation.order], raw.tril(-1) + identity, (raw.triu(1) + identity) @ scale.diag()
 
 
 def test_lu_is_the_product_of_its_factors():
     t = perturb(LU(4, ORDER).double())
-    p, lower, upper = factors(t, t.matrix.detach())
+    p, lower, upper = factors(t, t.matrix_of.value.detach())
     z = points((7,), 4)
     x, ladj = t.forward_and_ladj(z)
     torch.testing.assert_close(x, z @ (p @ lower @ upper).T)
@@ -37,7 +37,7 @@ def test_every_parameter_of_lu_counts():
     t = perturb(LU(3).double())
     z = torch.randn(3, dtype=torch.float64)
     for view in (t, t.inv):
-        (gradient,) = torch.autograd.grad(view(z).square().sum(), t.matrix)
+        (gradient,) = torch.autograd.grad(view(z).square().sum(), t.matrix_of.value)
         assert (gradient != 0).all()
 
 
@@ -47,7 +47,7 @@ def test_lu_stays_invertible(dim, value):
     """However far the parameters of the diagonal go."""
     t = LU(dim).double()
     with torch.no_grad():
-        t.matrix.diagonal().fill_(value)
+        t.matrix_of.value.diagonal().fill_(value)
     z = torch.randn(7, dim, dtype=torch.float64)
     x, ladj = t.forward_and_ladj(z)
     torch.testing.assert_close(t.inv(x), z)
@@ -65,7 +65,7 @@ def test_lu_starts_as_its_permutation(order):
 def test_lu_depends_on_its_context():
     t = perturb(LU(4, ORDER, CONTEXT_DIM).double())
     context = torch.randn(CONTEXT_DIM, dtype=torch.float64)
-    raw = t.matrix + t.net(context).reshape(4, 4) / 2
+    raw = t.matrix_of(context)
     p, lower, upper = factors(t, raw.detach())
     z = torch.randn(4, dtype=torch.float64)
     torch.testing.assert_close(jacobian(t.condition(context), z), p @ lower @ upper)

@@ -32,15 +32,9 @@ def householder(vectors):
 
 
 def triangle(raw):
-    """The upper triangular factor with its positive diagonal, as the docstrings have it."""
+    """The upper triangular factor N diag(u), as the docstrings have it."""
     scale = MIN_SCALE + F.softplus(raw.diagonal() + math.log(math.expm1(1 - MIN_SCALE)))
-    return raw.triu(1) + scale.diag()
-
-
-def scaled_triangle(raw):
-    """The factor of QR layers, whose columns are scaled."""
-    scale = triangle(raw).diagonal()
-    return (raw.triu(1) + torch.eye(len(raw))) @ scale.diag()
+    return (raw.triu(1) + torch.eye(len(raw), dtype=raw.dtype)) @ scale.diag()
 
 
 def matrix_of(t):
@@ -159,7 +153,7 @@ def test_wrong_parametrisations_raise():
 
 def test_qr_is_the_product_of_its_factors():
     t = perturb(QR(4).double())
-    expected = householder(t.directions_of.value.detach()) @ scaled_triangle(t.triangle_of.value.detach())
+    expected = householder(t.directions_of.value.detach()) @ triangle(t.triangle_of.value.detach())
     torch.testing.assert_close(matrix_of(t), expected)
     z = points((7,), 4)
     torch.testing.assert_close(t.inv(z), z @ torch.linalg.inv(expected).T)
@@ -170,7 +164,7 @@ def test_qr_depends_on_its_context():
     t = perturb(QR(4, context_dim=CONTEXT_DIM).double())
     context = torch.randn(CONTEXT_DIM, dtype=torch.float64)
     q = householder((t.directions_of.value + t.directions_of.net(context).reshape(4, 4)).detach())
-    r = scaled_triangle((t.triangle_of.value + t.triangle_of.net(context).reshape(4, 4) / 2).detach())
+    r = triangle((t.triangle_of.value + t.triangle_of.net(context).reshape(4, 4) / 2).detach())
     torch.testing.assert_close(matrix_of(t.condition(context)), q @ r)
 
 

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
-from pyroflows.transforms.views import _View
+from pyroflows.transforms.univariate.layout import joined, split
+from pyroflows.transforms.views import View
 
 
-class Beside(_View):
+class Beside(View):
     r"""The layer :math:`x = [t(z_1), z_2]`, which lets the last channels of an image pass.
 
     Its base values are vectors: the base values :math:`z_1` of t come first, and then all elements of the channels
@@ -39,9 +40,9 @@ class Beside(_View):
         return self._join(x_1, z_2), ladj
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        x_1, x_2 = x[..., : self.num_made, :, :], x[..., self.num_made :, :, :]
+        x_1, x_2 = split(x, [self.num_made, x.shape[-3] - self.num_made], -3)
         z_1, ladj = self.layer._inverse_and_ladj(x_1, context)
-        return torch.cat([z_1, x_2.flatten(-3)], -1), ladj
+        return joined([z_1, x_2.flatten(-3)], -1, z_1), ladj
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         (z_1, z_2), (score_1, score_2) = self._split_base(z), self._split_base(score)
@@ -49,10 +50,11 @@ class Beside(_View):
         return self._join(x_1, z_2), ladj, self._join(score_1, score_2)
 
     def _split_base(self, z: Tensor) -> Pair:
-        return z[..., : self.layer.dim], z[..., self.layer.dim :]
+        z_1, z_2 = split(z, [self.layer.dim, z.shape[-1] - self.layer.dim], -1)
+        return z_1, z_2
 
     def _join(self, x_1: Tensor, x_2: Tensor) -> Tensor:
-        return torch.cat([x_1, x_2.unflatten(-1, (-1, *self.event_shape[1:]))], -3)
+        return joined([x_1, x_2.unflatten(-1, (-1, *self.event_shape[1:]))], -3, x_1)
 
     def _exact(self) -> FlowTransform:
         return Beside(self.layer.exact(), self.event_shape[0])

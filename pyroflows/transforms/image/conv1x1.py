@@ -7,17 +7,18 @@ from torch import Tensor
 
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.shape import image_shape
-from pyroflows.transforms.linear.lu import LU
+from pyroflows.transforms.linear.lu import LU, lu_inverse
 from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE, raw_diagonal
+from pyroflows.transforms.univariate.layout import memory_order, restored
 
 
 class Conv1x1(FlowTransform):
     r"""The linear map of the channels at each place, :math:`z_{ij} = P L U x_{ij}`, an invertible 1 x 1 convolution
     (Kingma and Dhariwal 2018, arXiv:1807.03039, eq. 10).
 
-    P is a fixed permutation, L unit lower triangular and U upper triangular with a positive diagonal, as in
+    P is a fixed permutation, L unit lower triangular and U upper triangular with the positive diagonal u, as in
     :class:`pyroflows.transforms.LU`, whose inverse this layer is at each place. The log-determinant from base to data
-    is :math:`-H W \sum_c \log u_{cc}`. Both directions are one 1 x 1 convolution. The matrix of that from base to data,
+    is :math:`-H W \sum_c \log u_c`. Both directions are one 1 x 1 convolution. The matrix of that from base to data,
     :math:`U^{-1} L^{-1} P^\top`, comes from two triangular solves, which cost the same for any number of places.
 
     Args:
@@ -64,7 +65,7 @@ class Conv1x1(FlowTransform):
         layer = cls(shape, permutation.argmax(1).tolist(), context_dim)
         diagonal = raw_diagonal(upper.diagonal().clamp(min=2 * MIN_SCALE))
         with torch.no_grad():
-            layer.lu.matrix.copy_(lower.tril(-1) + upper.triu(1) + torch.diag(diagonal))
+            layer.lu.matrix_of.value.copy_(lower.tril(-1) + (upper / upper.diagonal()).triu(1) + torch.diag(diagonal))
         return layer
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
@@ -85,12 +86,7 @@ class Conv1x1(FlowTransform):
         return (lower @ upper).index_select(-2, self.lu.permutation.order)
 
     def _inverse_matrix(self, lower: Tensor, upper: Tensor) -> Tensor:
-        # There is no triangular solve in half precision.
-        dtype = torch.promote_types(lower.dtype, torch.float32)
-        identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower.to(dtype), identity, upper=False, unitriangular=True)
-        inverse = torch.linalg.solve_triangular(upper.to(dtype), inverse, upper=True)
-        return inverse.to(lower.dtype).index_select(-1, self.lu.permutation.order)
+        return lu_inverse(lower, upper).index_select(-1, self.lu.permutation.order)
 
     def _ladj(self, z: Tensor, scale: Tensor) -> Tensor:
         num_places = self.event_shape[1:].numel()
@@ -99,8 +95,9 @@ class Conv1x1(FlowTransform):
 
 def _product(matrix: Tensor, value: Tensor) -> Tensor:
     """Return the product of a matrix ``(..., C, C)`` and the channels at each place of ``(..., C, H, W)``."""
-    # If the channels of a place are side by side in memory, this is one product of two matrices.
-    rows = value.movedim(-3, -1)
-    if matrix.dim() == 2:
-        return (rows @ matrix.mT).movedim(-1, -3)
-    return torch.einsum("...ij,...hwj->...hwi", matrix, rows).movedim(-1, -3)
+    order = memory_order(value, value.dim())
+    if matrix.dim() == 2 and order[0] == value.dim() - 3:
+        # Where channels come first in memory, one product does.
+        columns = value.permute(order)
+        return restored((matrix @ columns.flatten(1)).view_as(columns), order)
+    return torch.einsum("...ij,...jhw->...ihw", matrix, value)

@@ -13,7 +13,7 @@ from pyroflows.options import as_int
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.causal_solve import solve_causal
 from pyroflows.transforms.image.shape import image_shape
-from pyroflows.transforms.linear.lu import lu_factors
+from pyroflows.transforms.linear.lu import lu_factors, lu_inverse
 
 
 class EmergingConv(FlowTransform):
@@ -36,7 +36,7 @@ class EmergingConv(FlowTransform):
     an image's largest value by at most the factor :math:`1 + \max \sum |R|`, whatever H and W are.
 
     Both Jacobians, of :math:`I + A` and :math:`I + B`, are triangular with ones on their diagonals, in opposite orders
-    of the pixels. So the log-determinant of data to base is :math:`H W \sum_c \log u_{cc}`.
+    of the pixels. So the log-determinant of data to base is :math:`H W \sum_c \log u_c`.
 
     From data to base the layer is parallel, two convolutions. From base to data it takes H + W - 1 steps for each of
     the two, one for each anti-diagonal of the image, whose pixels are found together.
@@ -131,19 +131,12 @@ class EmergingConv(FlowTransform):
         images = rows.unflatten(1, self.event_shape)
         y = solve_causal(images.flip(2, 3), b).flip(2, 3).flatten(2)
         # The matrices are small, and pixels are many: one product is several times as fast as solves for the pixels.
-        y = _inverse(lower, upper) @ y
+        y = lu_inverse(lower, upper) @ y
         x = solve_causal(y.reshape(images.shape), a).flatten(1, 3)
         return (x[0].T if is_shared else x).reshape(z.shape).to(z.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernel_size={self.kernel_size}"
-
-
-def _inverse(lower: Tensor, upper: Tensor) -> Tensor:
-    r"""Return :math:`U^{-1} L^{-1}`, where L has ones on its diagonal."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    y = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(upper, y, upper=True)
 
 
 def _bounded(raw: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Squeezes, which turn blocks of an image's pixels into channels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -47,18 +47,32 @@ class Squeeze(FlowTransform):
         super().__init__((channels, height, width), base_dim=(channels * factor**2, height // factor, width // factor))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        return self._taken_apart(z), z.new_zeros(z.shape[:-3])
+        return _in_order(self._taken_apart, z), z.new_zeros(z.shape[:-3])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        blocks = x.unflatten(-1, (-1, self.factor)).unflatten(-3, (-1, self.factor))  # (..., C, H / r, r, W / r, r)
-        # The channels of a place stand side by side in memory, as convolutions like them.
-        rows = blocks.movedim((-5, -3, -1), (-3, -2, -1)).flatten(-3)
-        return rows.movedim(-1, -3), x.new_zeros(x.shape[:-3])
+        return _in_order(self._squeezed, x), x.new_zeros(x.shape[:-3])
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        return *self._forward_and_ladj(z, context), self._taken_apart(score)
+        return *self._forward_and_ladj(z, context), _in_order(self._taken_apart, score)
 
-    def _taken_apart(self, z: Tensor) -> Tensor:
+    def _squeezed(self, x: Tensor, first: int) -> Tensor:
+        """Return the squeezed image whose channels are at the axis ``first``."""
+        r = self.factor
+        blocks = x.unflatten(first + 2, (-1, r)).unflatten(first + 1, (-1, r))  # (C, H / r, r, W / r, r)
+        return blocks.movedim((first + 2, first + 4), (first + 1, first + 2)).flatten(first, first + 2)
+
+    def _taken_apart(self, z: Tensor, first: int) -> Tensor:
+        """Return the image whose blocks are the channels at the axis ``first``."""
         # Torch's own pixel_shuffle leaves an empty batch as it is.
-        blocks = z.unflatten(-3, (self.event_shape[0], self.factor, self.factor))
-        return blocks.movedim((-4, -3), (-3, -1)).flatten(-2).flatten(-3, -2)
+        blocks = z.unflatten(first, (self.event_shape[0], self.factor, self.factor))
+        blocks = blocks.movedim((first + 1, first + 2), (first + 2, first + 4))
+        return blocks.flatten(first + 3, first + 4).flatten(first + 1, first + 2)
+
+
+def _in_order(function: Callable[[Tensor, int], Tensor], images: Tensor) -> Tensor:
+    """Call a function of images ``(..., C, H, W)`` so that the batch stays last in memory if it is."""
+    num_axes = images.dim() - 3
+    if not num_axes or images.stride(num_axes - 1) > images.stride(num_axes):
+        return function(images, num_axes)
+    batch, last = tuple(range(num_axes)), tuple(range(-num_axes, 0))
+    return function(images.movedim(batch, last), 0).movedim(last, batch)

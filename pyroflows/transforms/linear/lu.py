@@ -1,14 +1,13 @@
 """LU layers: a permutation and two triangular factors."""
 
-import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MLP
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
+from pyroflows.transforms.linear.matrix_parameters import MatrixParameters
 from pyroflows.transforms.linear.permutation import Permutation
 from pyroflows.transforms.linear.positive_diagonal import positive_diagonal, with_diagonal
 from pyroflows.transforms.linear.products import multiply
@@ -19,11 +18,11 @@ class LU(FlowTransform):
     r"""The linear map :math:`x = P L U z`, parametrised by its factors (Kingma and Dhariwal 2018, arXiv:1807.03039,
     eq. 10).
 
-    P is a fixed permutation, L unit lower triangular and U upper triangular with the diagonal
-    :math:`u_{ii} = \epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`, so that the map stays invertible
-    whatever its parameters are; it starts at L = U = I. The log-determinant, :math:`\sum_i \log u_{ii}`, costs O(D).
-    Both directions are parallel: the forward one multiplies by each of the two factors, the inverse solves two
-    triangular systems.
+    P is a fixed permutation, L unit lower triangular and :math:`U = N \operatorname{diag}(u)`, where N is unit upper
+    triangular and :math:`u_i = \epsilon + \mathrm{softplus}(a_i) > 0`, :math:`\epsilon = 10^{-3}`, so that the map
+    stays invertible whatever its parameters are; it starts at L = U = I. The log-determinant,
+    :math:`\sum_i \log u_i`, costs O(D). Both directions are parallel: the forward one multiplies by each of the two
+    factors, the inverse solves two triangular systems.
 
     Args:
         dim: the event size D.
@@ -48,49 +47,56 @@ class LU(FlowTransform):
         if len(order) != dim:
             raise OptionError(f"order must be a permutation of 0 to {dim - 1}, got {list(order)}")
         self.permutation = Permutation(order)
-        # It holds L below its diagonal, U above it, and the a_i on it.
-        self.matrix = nn.Parameter(torch.zeros(dim, dim))
-        self.net = MLP(context_dim, dim * dim, hidden_dims=(64,)) if context_dim else None
-
-    def _raw(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the matrix that holds both factors, and the diagonal of U."""
-        raw = self.matrix
-        if self.net is not None:
-            # D x D outputs of order one would make triangular factors whose inverses grow like 2^D.
-            raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
-        return raw, positive_diagonal(raw)
+        # It holds L below its diagonal, N above it, and the a_i on it.
+        self.matrix_of = MatrixParameters(torch.zeros(dim, dim), context_dim)
 
     def factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return L, U and the diagonal of U, at a context ``(..., context_dim)`` if the layer takes one."""
-        return lu_factors(self._raw(context)[0])
+        """Return L, U and u, at a context ``(..., context_dim)`` if the layer takes one."""
+        return lu_factors(self.matrix_of(context))
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        return self._forward(z, *self._raw(context))
+        return self._forward(z, self.matrix_of(context))
 
-    def _forward(self, z: Tensor, raw: Tensor, scale: Tensor) -> Pair:
-        y = multiply(raw.triu(1), z) + scale * z
+    def _forward(self, z: Tensor, raw: Tensor) -> Pair:
+        scale = positive_diagonal(raw)
+        y = scale * z
+        y = multiply(raw.triu(1), y) + y
         x, _ = self.permutation._forward_and_ladj(multiply(raw.tril(-1), y) + y, None)
         return x, scale.log().sum(-1).expand(z.shape[:-1])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        raw, scale = self._raw(context)
+        raw = self.matrix_of(context)
+        scale = positive_diagonal(raw)
         y, _ = self.permutation._inverse_and_ladj(x, None)
-        # Solves read one triangle each, so that L need not be copied.
-        z = solve(with_diagonal(raw, scale), solve(raw, y, upper=False, is_unit=True), upper=True)
+        # Solves read one triangle each without its diagonal, so that no factor need be copied.
+        z = solve(raw, solve(raw, y, upper=False, is_unit=True), upper=True, is_unit=True) / scale
         return z, -scale.log().sum(-1).expand(x.shape[:-1])
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        raw, scale = self._raw(context)
-        with torch.no_grad():
-            y = solve(with_diagonal(raw, scale).mT, score, upper=False)
+        raw = self.matrix_of(context)
+        with torch.no_grad():  # J^-T = P L^-T N^-T diag(1/u)
+            y = solve(raw.mT, score / positive_diagonal(raw), upper=False, is_unit=True)
             score, _ = self.permutation._forward_and_ladj(solve(raw.mT, y, upper=True, is_unit=True), None)
-        return *self._forward(z, raw, scale), score
+        return *self._forward(z, raw), score
 
 
 def lu_factors(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return L, U and the diagonal of U from matrices ``(..., D, D)``; L = U = I where they are zero.
+    r"""Return L, :math:`U = N \operatorname{diag}(u)` and u from matrices ``(..., D, D)``.
 
-    They hold L below the diagonal, U above it, and on it what becomes the positive diagonal of U.
+    They hold L below the diagonal, N above it, and on it what becomes the positive u. Of zeros L and U are I.
     """
     scale = positive_diagonal(raw)
-    return with_diagonal(raw.tril(), torch.ones_like(scale)), with_diagonal(raw.triu(), scale), scale
+    lower, upper = (with_diagonal(triangle, torch.ones_like(scale)) for triangle in (raw.tril(), raw.triu()))
+    return lower, upper * scale[..., None, :], scale
+
+
+def lu_inverse(lower: Tensor, upper: Tensor) -> Tensor:
+    r"""Return :math:`U^{-1} L^{-1}` for small factors of :func:`lu_factors`.
+
+    If vectors are many, one product with it is several times as fast as two solves for all of them.
+    """
+    # There is no triangular solve in half precision.
+    dtype = torch.promote_types(lower.dtype, torch.float32)
+    identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower.to(dtype), identity, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(upper.to(dtype), inverse, upper=True).to(lower.dtype)

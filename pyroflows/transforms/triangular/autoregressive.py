@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MADE, CausalConv, OnAngles, ParameterSteps, ResMADE, ScaledMADE
-from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
+from pyroflows.nets.checks import ConditionerFactory, checked_conditioner, checked_factory
 from pyroflows.shapes import as_given, axis_from_the_end, described
 from pyroflows.transforms.base import Pair, Triple
 from pyroflows.transforms.gradients import pull_back
@@ -114,7 +114,7 @@ class Autoregressive(TriangularTransform):
     def _factory(self, conditioner: str | ConditionerFactory) -> ConditionerFactory:
         """Return the factory of this name if its networks take the event and the context, or the user's own factory."""
         if not isinstance(conditioner, str):
-            return conditioner
+            return checked_factory(conditioner)
         if conditioner not in _CONDITIONERS:
             raise OptionError(f"conditioner must be one of {sorted(_CONDITIONERS)} or a factory, got {conditioner!r}")
         num_axes, num_context_axes = len(self.event_shape), len(self.context_shape)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, AngleFeatures, Conv, Parameters, Pointwise, ResidualConv, ResidualMLP, ScaledMLP
-from pyroflows.nets.checks import ConditionerFactory, checked_conditioner
+from pyroflows.nets.checks import ConditionerFactory, checked_conditioner, checked_factory
 from pyroflows.nets.constants import Constants
 from pyroflows.shapes import axis_from_the_end, described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
@@ -16,6 +16,7 @@ from pyroflows.transforms.gradients import elementwise_score, pull_back
 from pyroflows.transforms.triangular.masks import half
 from pyroflows.transforms.univariate import UnivariateLike, univariate_named
 from pyroflows.transforms.univariate.by_column import checked_columns, of_columns
+from pyroflows.transforms.univariate.layout import joined, split
 
 _POINTWISE: dict[str, ConditionerFactory] = {"mlp": MLP, "residual": ResidualMLP, "scaled_mlp": ScaledMLP}
 _CONVOLUTIONAL: dict[str, ConditionerFactory] = {"conv": Conv, "residual_conv": ResidualConv}
@@ -136,7 +137,7 @@ class Coupling(Constants, FlowTransform):
         """Return the network of a factory or a name."""
         sizes, num_axes = (self.in_dim, self.theta_shape[0], hidden_dims), len(self.rest)
         if not isinstance(conditioner, str):
-            return checked_conditioner(conditioner(*sizes))
+            return checked_conditioner(checked_factory(conditioner)(*sizes))
         if conditioner not in {**_POINTWISE, **_CONVOLUTIONAL}:
             names = sorted([*_POINTWISE, *_CONVOLUTIONAL])
             raise OptionError(f"conditioner must be one of {names} or a factory, got {conditioner!r}")
@@ -221,9 +222,9 @@ class Coupling(Constants, FlowTransform):
             return z.index_select(axis, self.passing), z.index_select(axis, self.transformed)
         sizes = [len(self.passing), len(self.transformed)]
         if self.mask[0]:
-            z_a, z_b = z.split(sizes, axis)
+            z_a, z_b = split(z, sizes, axis)
         else:
-            z_b, z_a = z.split(sizes[::-1], axis)
+            z_b, z_a = split(z, sizes[::-1], axis)
         return z_a, z_b
 
     def _join(self, z_a: Tensor, x_b: Tensor) -> Tensor:
@@ -231,10 +232,7 @@ class Coupling(Constants, FlowTransform):
             return torch.cat([z_a, x_b], -1).index_select(-1, self.place).unflatten(-1, self.rest)
         if self.num_blocks > 2:
             return torch.cat([z_a, x_b], self.axis).index_select(self.axis, self.place)
-        parts = [z_a, x_b] if self.mask[0] else [x_b, z_a]
-        if self.axis == -1 and x_b.dim() > 1 and x_b.stride(-1) > x_b.stride(-2):
-            return torch.cat([part.movedim(-1, 0) for part in parts]).movedim(0, -1)
-        return torch.cat(parts, self.axis)
+        return joined([z_a, x_b] if self.mask[0] else [x_b, z_a], self.axis, x_b)
 
 
 def _wrong_context(context_shape: torch.Size, event_shape: torch.Size, rest: torch.Size) -> str:

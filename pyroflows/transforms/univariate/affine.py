@@ -111,7 +111,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, is_inverse: bool, value: Tensor, theta: Tensor, bounds: tuple[float, float]) -> Pair:
-        order = memory_order(theta)
+        order = memory_order(theta, theta.dim() - 1)
         shift, raw = theta.permute(*order, -1).unbind(-1)
         given = value.permute(order).contiguous()
         max_contraction, max_expansion = bounds

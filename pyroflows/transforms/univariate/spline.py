@@ -249,7 +249,7 @@ class _Analytic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, direction: Direction, value: Tensor, theta: Tensor, bins: int, bound: float) -> Pair:
-        order = memory_order(theta)
+        order = memory_order(theta, theta.dim() - 1)
         arguments = value.permute(order).contiguous(), theta.permute(*order, -1), bins, bound
         (result, ladj), inside, bin, point = _evaluate(direction, *arguments)
         ctx.save_for_backward(value, theta, inside, ladj, *bin, *point)
