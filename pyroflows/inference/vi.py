@@ -228,11 +228,6 @@ class FlowVI:
     def _train_guide(self, guide: AutoFlow, train: Callable[[Flow], History]) -> History:
         """Train a guide of the user's from its present state."""
         assert guide.flow is not None
-        if not guide.flow().has_rsample:
-            raise OptionError(
-                "the draws of this guide's flow carry no gradients, as for a mixture of flows, so that it cannot be "
-                "trained further: give another guide"
-            )
         try:
             return train(guide.flow)
         finally:
@@ -258,6 +253,11 @@ class FlowVI:
     def _train(self, flow: Flow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
         # The verdict needs exact log-densities: a flow that has none is refused before it is trained.
         flow.transform.exact()
+        if not flow().has_rsample:
+            raise OptionError(
+                "the draws of this guide's flow carry no gradients, as for a mixture of flows, so that it cannot be "
+                "trained by them: give another guide"
+            )
         num_tempered = NUM_TEMPERED_STEPS if self.num_steps is None else self.num_steps // 3
         tempering = None if self.temper is None else Tempering(self.temper, num_tempered)
         objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, own, tempering)

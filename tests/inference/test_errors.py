@@ -28,7 +28,7 @@ from pyroflows import (
     to_arviz,
 )
 from pyroflows.errors import InexactError
-from pyroflows.flows import Planar
+from pyroflows.flows import Mixture, Planar
 from pyroflows.guides import AutoFlow, AutoPlanar
 from pyroflows.training.loop import History
 from pyroflows.transforms import FlowTransform
@@ -95,6 +95,11 @@ def test_unknown_options_of_arviz(option):
 def test_what_is_no_guide(guide):
     with pytest.raises(OptionError, match="guide"):
         fit(good, guide=guide)
+
+
+def test_a_recipe_whose_draws_carry_no_gradients():
+    with pytest.raises(OptionError, match="carry no gradients.*mixture of flows.*give another guide"):
+        fit(good, guide=lambda dim: Mixture([Planar(dim), Planar(dim)]))
 
 
 def test_a_flow_of_another_size():

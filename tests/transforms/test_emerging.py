@@ -201,6 +201,24 @@ def test_a_saved_flow_is_the_flow(tmp_path):
         pf.Flow([EmergingConv((2, 4, 3), 3)]).load_state_dict(flow.state_dict())
 
 
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("which", [0, 1], ids="AB")
+def test_inverse_enlarges_an_image_by_a_factor_that_does_not_grow_with_its_size(which, size):
+    """The worst taps all have the sign that adds up: here each R is -10, and 1 + sum |R| = 61 for two channels."""
+    t = EmergingConv((2, size, size))
+    with torch.no_grad():
+        t.matrices[1:].unflatten(0, (2, t.num_taps))[which] = -10.0
+        largest = t(torch.ones(2, size, size)).max()
+    assert largest < 61
+
+
+def test_round_trip_with_large_parameters():
+    t = EmergingConv((8, 16, 16))
+    torch.nn.init.normal_(t.matrices, 0, 0.3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(20, 8, 16, 16)
+    assert (t(t.inv(x)) - x).abs().max() < 1e-5 and (t.inv(t(x)) - x).abs().max() < 1e-5
+
+
 def test_learns_the_correlations_of_neighbours():
     """A Gaussian field with known taps: maximum likelihood comes near its log-density."""
     truth = pf.Flow([emerging((1, 5, 4), dtype=torch.float32, seed=3)])
@@ -219,4 +237,4 @@ def test_learns_the_correlations_of_neighbours():
 
     optimizer.step(loss)
     # Seven parameters, of 4,000 images, cost about 7 / (2 * 4000) nats in the mean.
-    assert best - flow().log_prob(held_out).mean() < 0.02 < 4 < best - start
+    assert best - flow().log_prob(held_out).mean() < 0.02 < 1 < best - start

@@ -30,6 +30,11 @@ class EmergingConv(FlowTransform):
     triangular matrices L and U, as those of :class:`~pyroflows.transforms.LU`, mix the channels of a pixel: the paper
     has them as the central taps of the two convolutions. A and B start at zero, and L and U at I.
 
+    The inverse of an autoregressive convolution can grow exponentially with H + W, and rounding errors with it. So the
+    taps of A and of B come from parameters R as :math:`R / (1 + \sum |R|)`, with the sum over all taps that give one
+    channel. Since the sizes of these taps sum to less than one, the inverses of :math:`I + A` and :math:`I + B` enlarge
+    an image's largest value by at most the factor :math:`1 + \max \sum |R|`, whatever H and W are.
+
     Both Jacobians, of :math:`I + A` and :math:`I + B`, are triangular with ones on their diagonals, in opposite orders
     of the pixels. So the log-determinant of data to base is :math:`H W \sum_c \log u_c`.
 
@@ -64,7 +69,7 @@ class EmergingConv(FlowTransform):
         self.num_taps = (size + 1) ** 2 // 4 - 1
         channels = self.event_shape[0]
         # The first matrix holds L and U, and the others the taps of A and then of B, each by the order of a
-        # convolution's weight, from the farthest pixel to the nearest one.
+        # convolution's weight, from the farthest pixel to the nearest one, before they are bounded.
         self.matrices = nn.Parameter(torch.zeros(1 + 2 * self.num_taps, channels, channels))
         self.net = MLP(context_dim, self.matrices.numel(), hidden_dims=(64,)) if context_dim else None
 
@@ -72,11 +77,11 @@ class EmergingConv(FlowTransform):
         """Return L, U, the taps of A and of B, and the log-determinant from data to base."""
         raw = self.matrices
         if self.net is not None:
-            # Outputs of order one would make convolutions whose inverses grow exponentially with the image.
+            # Outputs of order one would make triangular factors whose inverses grow exponentially with the channels.
             offset = self.net(context).unflatten(-1, raw.shape)
             raw = raw + offset / math.sqrt(raw.shape[-1] * (1 + self.num_taps))
         lower, upper, scale = lu_factors(raw[..., 0, :, :])
-        a, b = raw[..., 1 : 1 + self.num_taps, :, :], raw[..., 1 + self.num_taps :, :, :]
+        a, b = _bounded(raw[..., 1 : 1 + self.num_taps, :, :]), _bounded(raw[..., 1 + self.num_taps :, :, :])
         _, height, width = self.event_shape
         return lower, upper, a, b, height * width * scale.log().sum(-1)
 
@@ -132,6 +137,11 @@ class EmergingConv(FlowTransform):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kernel_size={self.kernel_size}"
+
+
+def _bounded(raw: Tensor) -> Tensor:
+    r"""Return taps ``(..., k^2 - 1, C, C)`` whose sizes sum to less than one for each channel that they give."""
+    return raw / (1 + raw.abs().sum((-3, -1), keepdim=True))
 
 
 def _with_center(taps: Tensor) -> Tensor:
