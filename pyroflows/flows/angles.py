@@ -11,7 +11,7 @@ from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.linear import Permutation
-from pyroflows.transforms.views import Inverse, View
+from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 
 def angles_of(layers: Sequence[FlowTransform]) -> tuple[list[bool], list[bool]]:
@@ -79,7 +79,7 @@ def angles_at_ends(layer: FlowTransform) -> tuple[list[bool], list[bool]]:
     """Return which indices are angles at the base end and at the data end of a layer; of a stack, after a check."""
     if isinstance(layer, Compose):
         return angles_of(layer.layers)
-    if isinstance(layer, View):
+    if isinstance(layer, Inverse | Conditioned | Cached):
         at_base, at_data = angles_at_ends(layer.layer)
         return (at_data, at_base) if isinstance(layer, Inverse) else (at_base, at_data)
     return angles_in(layer.domain, layer.base_shape[-1]), angles_in(layer.codomain, layer.event_shape[-1])
