@@ -23,6 +23,7 @@ from pyroflows.transforms import (
     Standardize,
     masks,
 )
+from pyroflows.transforms.image.normalized_conv import NormalizedConv1x1
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.univariate import Affine
 
@@ -155,7 +156,7 @@ class Glow(MultiscaleFlow):
             mask = masks.half(shape[0])
             for i in range(num_steps):
                 mixing = _rotation(shape[0], seed=number * num_steps + i) if i else _haar(shape[0])
-                layers += [ActNorm(shape), Conv1x1.starting_at(mixing, shape)]
+                layers.append(NormalizedConv1x1(Conv1x1.starting_at(mixing, shape)))
                 if convolution == "emerging":
                     layers.append(EmergingConv(shape))
                 layers.append(Coupling(shape, _AFFINE, mask, conditioner, hidden_dims, context_dim))

@@ -116,7 +116,7 @@ def test_new_flow_preserves_volume(recipe):
 def test_steps_of_glow():
     flow = make(convolution="emerging", num_levels=2, num_steps=3)
     kinds = [type(layer).__name__ for layer in flow.multiscale.layers[-1].layers]
-    assert kinds == 3 * ["Coupling", "EmergingConv", "Conv1x1", "ActNorm"] + ["Squeeze"]
+    assert kinds == 3 * ["Coupling", "EmergingConv", "NormalizedConv1x1"] + ["Squeeze"]
     assert not any(isinstance(module, EmergingConv) for module in make().modules())
     assert isinstance(flow.standardization, Standardize) and flow.standardization.by_channel
 

@@ -41,6 +41,7 @@ from pyroflows.transforms import (
     masks,
 )
 from pyroflows.transforms.foreign import Foreign
+from pyroflows.transforms.image.normalized_conv import NormalizedConv1x1
 from tests.transforms.examples import EstimatedScale
 from tests.transforms.networks import Plain, Running, Stepwise, convolution
 
@@ -300,6 +301,12 @@ LAYERS: dict[str, Entry] = {
     "conv1x1": images(_factory(Conv1x1)),
     "conv1x1-permuted": images(
         _factory(Conv1x1, order=lambda shape: _shuffled(shape[0])), shapes=((5, 2, 3),), is_identity_at_start=False
+    ),
+    "normalized-conv1x1": fixed(
+        lambda shape, _: NormalizedConv1x1(Conv1x1(shape, order=_shuffled(shape[0]))),
+        shapes=((5, 2, 3), (1, 4, 2)),
+        usual=(3, 2, 5),
+        is_identity_at_start=False,
     ),
     "multiscale": images(_multiscale, shapes=((1, 4, 8), (2, 4, 4)), usual=(1, 4, 8), is_identity_at_start=False),
     "autoregressive-of-columns": images(_factory(_ordered, axis=-1)),
