@@ -195,7 +195,7 @@ def check_noise(flow: Flow, noise: Flow) -> None:
         (dtype, device), (other_dtype, other_device) = kinds
         raise OptionError(
             f"flow and noise must have one dtype and device, but have {dtype} on {device} and {other_dtype} on "
-            f"{other_device}: use noise.to"
+            f"{other_device}: use noise.to({str(device)!r}, {dtype})"
         )
     if {id(p) for p in noise.parameters()} & {id(p) for p in flow.parameters()}:
         raise OptionError("flow and noise have parameters in common: make a flow of its own for the noise")

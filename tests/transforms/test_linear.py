@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
-from pyroflows.transforms import LU, Permutation
+from pyroflows.transforms import LU, QR, LowRank, Orthogonal, Permutation
 from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE
 from tests.transforms.registry import CONTEXT_DIM, jacobian, perturb, points
 
@@ -85,3 +85,10 @@ def test_lu_in_half_precision_is_right_to_its_digits(dtype):
 def test_lu_of_no_permutation_raises(order):
     with pytest.raises(OptionError, match="permutation of 0 to 2"):
         LU(3, order)
+
+
+@pytest.mark.parametrize("layer", [LU, QR, Orthogonal, lambda dim: LowRank(dim, 1)])
+@pytest.mark.parametrize("dim", [(3,), 2.5, "3", 0], ids=str)
+def test_linear_layers_map_vectors(layer, dim):
+    with pytest.raises(OptionError, match="dim must be .*at least 1, got"):
+        layer(dim)

@@ -48,7 +48,7 @@ class LowRank(FlowTransform):
     """
 
     def __init__(self, dim: int, rank: int, context_dim: int = 0) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(checked_int("dim", dim), context_dim)
         self.rank = checked_int("rank", rank)
         if self.rank > dim:
             raise OptionError(f"LowRank needs a rank from 1 to dim={dim}, got {rank}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError
+from pyroflows.options import checked_int
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.linear.matrix_parameters import MatrixParameters
 from pyroflows.transforms.linear.permutation import Permutation
@@ -42,7 +43,7 @@ class LU(FlowTransform):
     """
 
     def __init__(self, dim: int, order: Sequence[int] | None = None, context_dim: int = 0) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(checked_int("dim", dim), context_dim)
         order = range(dim) if order is None else order
         if len(order) != dim:
             raise OptionError(f"order must be a permutation of 0 to {dim - 1}, got {list(order)}")

@@ -59,7 +59,7 @@ class Orthogonal(FlowTransform):
         parametrization: str = "householder",
         context_dim: int = 0,
     ) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(checked_int("dim", dim), context_dim)
         if parametrization not in _ROTATIONS:
             raise OptionError(f"parametrization must be one of {sorted(_ROTATIONS)}, got {parametrization!r}")
         self.parametrization = parametrization

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.nets import Parameters
+from pyroflows.options import checked_int
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.linear.matrix_parameters import MatrixParameters
 from pyroflows.transforms.linear.orthogonal import checked_reflections
@@ -43,7 +44,7 @@ class QR(FlowTransform):
     """
 
     def __init__(self, dim: int, num_reflections: int | None = None, context_dim: int = 0) -> None:
-        super().__init__(dim, context_dim)
+        super().__init__(checked_int("dim", dim), context_dim)
         directions = paired_directions(checked_reflections(num_reflections, dim), dim)
         self.directions_of = Parameters(directions, context_dim)
         # It holds N above its diagonal, and the a_i on it.

@@ -1,6 +1,7 @@
 """The layer of the running location and scale of batches of data, which is the same map in both directions."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class BatchNorm(ChannelAffine):
 
     def __init__(self, dim: int | Sequence[int], momentum: float = 0.1, context_dim: int = 0) -> None:
         super().__init__(dim, context_dim)
-        if not 0 < momentum <= 1:
-            raise OptionError(f"momentum of BatchNorm must be above 0 and at most 1, got {momentum}")
+        if not (isinstance(momentum, Real) and not isinstance(momentum, bool) and 0 < momentum <= 1):
+            raise OptionError(f"momentum of BatchNorm must be a number above 0 and at most 1, got {momentum!r}")
         self.momentum = float(momentum)
         channels = self.event_shape[0]
         self.parameters_of = Parameters(torch.zeros(2, channels), context_dim)
