@@ -42,12 +42,11 @@ class NormalizedConv1x1(Compose):
         if not _is_fused(z):
             return super()._forward_and_ladj(z, context)
         convolution, norm = self.layers
-        lower, upper, scale = convolution.lu.factors(None)
+        inverse, scale = convolution.inverse_matrix(None)
         loc, log_scale = norm.parameters_of.value.unbind()
         deviation = log_scale.exp()[:, None]
         columns, shape, axes = _columns(z)
-        matrix = deviation * convolution._inverse_matrix(lower, upper)
-        x = torch.addmm(deviation * loc[:, None], matrix, columns)
+        x = torch.addmm(deviation * loc[:, None], deviation * inverse, columns)
         ladj = (log_scale - scale.log()).sum() * shape[1:3].numel()
         return restored(x.view(shape), axes), ladj.expand(z.shape[:-3])
 
@@ -77,8 +76,11 @@ def _columns(images: Tensor) -> tuple[Tensor, torch.Size, list[int]]:
 
 
 def _normalized(images: Tensor, raw: Tensor, parameters: Tensor, permutation: Permutation) -> tuple[Any, ...]:
-    r"""Return :math:`z = V (c \odot x - u \odot m)` and its log-determinant :math:`H W \sum \log c`, and what the
-    gradient needs besides: the order of axes, and the columns of x, L, N, :math:`V = P L N`, u, :math:`1 / \sigma`, :math:`c = u / \sigma`, and :math:`u \odot m`.
+    r"""Return :math:`z = V (c \odot x - u \odot m)`, its log-determinant :math:`H W \sum \log c`, and what the gradient
+    needs besides.
+
+    That is the order of axes, and a tuple of the columns of x, L, N, :math:`V = P L N`, u, :math:`1 / \sigma`,
+    :math:`c = u / \sigma`, :math:`u \odot m` and m.
 
     Args:
         images: x, ``(..., C, H, W)``.
