@@ -24,9 +24,9 @@ class NormalizedConv1x1(Compose):
     product and a pass over all numbers.
 
     Args:
-        convolution: the layer of W, without context.
+        convolution: the layer of W.
 
-    Shapes: z and x are ``(..., C, H, W)``.
+    Shapes: z and x are ``(..., C, H, W)``, a context is that of the convolution.
 
     Example:
         >>> t = NormalizedConv1x1(Conv1x1((3, 4, 2), order=[2, 0, 1]))
@@ -39,7 +39,7 @@ class NormalizedConv1x1(Compose):
         super().__init__([convolution, ActNorm(convolution.event_shape)])
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        if not _is_fused(z):
+        if not _is_fused(z, context):
             return super()._forward_and_ladj(z, context)
         convolution, norm = self.layers
         inverse, scale = convolution.inverse_matrix(None)
@@ -51,16 +51,20 @@ class NormalizedConv1x1(Compose):
         return restored(x.view(shape), axes), ladj.expand(z.shape[:-3])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        if not _is_fused(x):
+        if not _is_fused(x, context):
             return super()._inverse_and_ladj(x, context)
         convolution, norm = self.layers
         lu = convolution.lu
         return _Normalized.apply(x, lu.matrix_of.value, norm.parameters_of.value, lu.permutation)
 
 
-def _is_fused(images: Tensor) -> bool:
-    """Tell whether the two layers are computed as one, which the transforms of torch.func could not see into."""
-    return images.device.type == "cpu" and not is_transformed()
+def _is_fused(images: Tensor, context: Tensor | None) -> bool:
+    """Tell whether the two layers are computed as one.
+
+    They are not where a context makes a matrix for each image, nor under the transforms of torch.func, which could not
+    see into the written-out gradient.
+    """
+    return context is None and images.device.type == "cpu" and not is_transformed()
 
 
 def _columns(images: Tensor) -> tuple[Tensor, torch.Size, list[int]]:
