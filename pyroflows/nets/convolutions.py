@@ -78,7 +78,7 @@ class _WrittenOut(torch.autograd.Function):
         hidden = [x]
         for k, (weight, bias) in enumerate(zip(parameters[:count], parameters[count:], strict=True)):
             a = product(matrices[k], _unfolded(hidden[k]) if _unfolds(weight) else hidden[k].flatten(1))
-            a = _folded(a, x.shape[1:]) if _folds(weight) else a.view(len(a), *x.shape[1:])
+            a = _folded(a, x.shape[1:]) if _folds(weight) else a.view(a.shape[0], *x.shape[1:])
             a += bias.view(-1, *[1] * (x.dim() - 1))
             hidden.append(a.relu_() if k < count - 1 else a)
         ctx.save_for_backward(*parameters, *matrices, *hidden[:-1])
@@ -105,7 +105,7 @@ class _WrittenOut(torch.autograd.Function):
             if k == 0 and not ctx.needs_input_grad[0]:
                 return None, *by_weights[::-1], *by_biases[::-1]
             g = product(matrices[k].T, columns)
-            g = _folded(g, shape) if _unfolds(weight) else g.view(len(g), *shape)
+            g = _folded(g, shape) if _unfolds(weight) else g.view(g.shape[0], *shape)
             if k:
                 _relu_backward(g, h, 0, grad_input=g)
         return g, *by_weights[::-1], *by_biases[::-1]
@@ -156,10 +156,8 @@ def _unfolded(h: Tensor) -> Tensor:
     num_axes = h.dim() - 2
     padded = F.pad(h, (0, 0) + (1, 1) * num_axes)
     per_channel, *by_axis, per_row = padded.stride()
-    shape = (len(h), *[3] * num_axes, *h.shape[1:])
-    return padded.as_strided(shape, (per_channel, *by_axis, *by_axis, per_row)).reshape(
-        len(h) * 3**num_axes, h[0].numel()
-    )
+    shape = (h.shape[0], *[3] * num_axes, *h.shape[1:])
+    return padded.as_strided(shape, (per_channel, *by_axis, *by_axis, per_row)).reshape(h.shape[0] * 3**num_axes, -1)
 
 
 def _folded(y: Tensor, shape: torch.Size) -> Tensor:
@@ -168,7 +166,7 @@ def _folded(y: Tensor, shape: torch.Size) -> Tensor:
     This is the transpose of :func:`_unfolded`; ``shape`` is ``(*rest, N)``. It overwrites y.
     """
     num_axes = len(shape) - 1
-    y = y.view(len(y) // 3**num_axes, *[3] * num_axes, *shape)
+    y = y.view(y.shape[0] // 3**num_axes, *[3] * num_axes, *shape)
     for length in shape[:-1]:
         # The first axis of taps belongs to the axis of places that follows the axes of taps.
         before, y, after = y.unbind(1)

@@ -206,6 +206,7 @@ def test_location_and_scale_are_in_the_flow():
     assert torch.allclose(flow.standardization.scale.double(), deviation, atol=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.* bits per dimension are many more")
 @pytest.mark.parametrize("dequantization", ["uniform", Noise(2)], ids=["uniform", "learned"])
 def test_weights_of_rows_count(dequantization):
     """Half of the rows come from another law, and have no weight, or nearly all."""

@@ -83,7 +83,7 @@ def test_a_recipe_does_not_change():
 
 @pytest.mark.parametrize("name", ["iaf", "Flow", "Mixture", ""])
 def test_unknown_name_raises(name):
-    with pytest.raises(OptionError, match=f"no recipe '{name}': it must be one of.*'default', 'IAF'"):
+    with pytest.raises(OptionError, match=f"no recipe '{name}': it must be one of.*'default', 'BNAF', 'IAF'"):
         Recipe(name)
 
 

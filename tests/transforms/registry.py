@@ -271,7 +271,9 @@ LAYERS: dict[str, Entry] = {
     "coupling-convolution": images(
         _factory(Coupling, conditioner=lambda _: convolution, hidden_dims=(8,)), shapes=((2, 1, 3), (3, 4, 2))
     ),
-    "coupling-conv": images(_factory(Coupling, conditioner="conv", hidden_dims=(8, 8))),
+    "coupling-conv": images(
+        _factory(Coupling, conditioner="conv", hidden_dims=(8, 8)), shapes=((2, 1, 3), (3, 1, 2), (3, 4, 2))
+    ),
     "coupling-residual-conv-of-image": images(
         _factory(Coupling, conditioner="residual_conv", hidden_dims=(8,)),
         shapes=((3, 4, 2),),

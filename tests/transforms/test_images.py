@@ -19,6 +19,7 @@ from pyroflows.transforms import (
     Multiscale,
     Squeeze,
 )
+from pyroflows.transforms.image.normalized_conv import NormalizedConv1x1
 from pyroflows.transforms.univariate import Affine
 from tests.transforms.registry import perturb
 
@@ -85,6 +86,31 @@ def test_conv1x1_makes_its_matrix_once_for_all_places(monkeypatch):
     )
     Conv1x1((4, 8, 8))(torch.randn(5, 4, 8, 8))
     assert shapes == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("is_batch_last", [False, True])
+@pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
+def test_normalized_conv1x1_is_the_composition(direction, is_batch_last, context_dim):
+    """In values and log-determinants, in gradients, also those of a batch of losses, and in second derivatives."""
+    t = perturb(NormalizedConv1x1(Conv1x1((4, 3, 2), order=[2, 0, 3, 1], context_dim=context_dim)).double())
+    twin = Compose(list(t.layers))
+    x = torch.randn(5, 4, 3, 2, dtype=torch.float64)
+    x = (x.movedim(0, -1).contiguous().movedim(-1, 0) if is_batch_last else x).requires_grad_()
+    given = [torch.randn(5, context_dim, dtype=torch.float64)] if context_dim else []
+    weights = torch.randn(2, *x.shape, dtype=torch.float64)
+    found = []
+    for layer in (t, twin):
+        value, ladj = getattr(layer, direction)(x, *given)
+        inputs = [x, *twin.parameters()]
+        losses = torch.stack([(value * weight).sum() + ladj.sin().sum() for weight in weights])
+        batched = torch.autograd.grad(losses, inputs, torch.eye(2).double(), retain_graph=True, is_grads_batched=True)
+        loss = (value.sin() * weights[0]).sum() + ladj.sin().sum()
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs)
+        found.append([value, ladj, *batched, *gradients, *second, *first])
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_conv1x1_starts_at_a_matrix():

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import LU, lu_inverse
-from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE, raw_diagonal
+from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE, positive_diagonal, raw_diagonal
 from pyroflows.transforms.univariate.layout import memory_order, restored
 
 
@@ -69,24 +69,27 @@ class Conv1x1(FlowTransform):
         return layer
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, scale = self.lu.factors(context)
-        return _product(self._inverse_matrix(lower, upper), z), self._ladj(z, scale)
+        matrix, scale = self.inverse_matrix(context)
+        return _product(matrix, z), self._ladj(z, scale)
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, scale = self.lu.factors(context)
-        return _product(self._matrix(lower, upper), x), -self._ladj(x, scale)
+        matrix, scale = self._matrix(context)
+        return _product(matrix, x), -self._ladj(x, scale)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        lower, upper, scale = self.lu.factors(context)
         with torch.no_grad():
-            score = _product(self._matrix(lower, upper).mT, score)
-        return _product(self._inverse_matrix(lower, upper), z), self._ladj(z, scale), score
+            score = _product(self._matrix(context)[0].mT, score)
+        return *self._forward_and_ladj(z, context), score
 
-    def _matrix(self, lower: Tensor, upper: Tensor) -> Tensor:
-        return (lower @ upper).index_select(-2, self.lu.permutation.order)
+    def _matrix(self, context: Tensor | None) -> Pair:
+        lower, upper, scale = self.lu.factors(context)
+        return (lower @ upper).index_select(-2, self.lu.permutation.order), scale
 
-    def _inverse_matrix(self, lower: Tensor, upper: Tensor) -> Tensor:
-        return lu_inverse(lower, upper).index_select(-1, self.lu.permutation.order)
+    def inverse_matrix(self, context: Tensor | None) -> Pair:
+        """Return the matrix from base to data, and u."""
+        raw = self.lu.matrix_of(context)
+        scale = positive_diagonal(raw)
+        return lu_inverse(raw, scale).index_select(-1, self.lu.permutation.order), scale
 
     def _ladj(self, z: Tensor, scale: Tensor) -> Tensor:
         num_places = self.event_shape[1:].numel()

@@ -14,6 +14,7 @@ from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.causal_solve import solve_causal
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import lu_factors, lu_inverse
+from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
 
 
 class EmergingConv(FlowTransform):
@@ -73,36 +74,47 @@ class EmergingConv(FlowTransform):
         self.matrices = nn.Parameter(torch.zeros(1 + 2 * self.num_taps, channels, channels))
         self.net = MLP(context_dim, self.matrices.numel(), hidden_dims=(64,)) if context_dim else None
 
-    def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return L, U, the taps of A and of B, and the log-determinant from data to base."""
+    def _matrices(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the matrix that holds L and U, and the taps of A and of B."""
         raw = self.matrices
         if self.net is not None:
             # Outputs of order one would make triangular factors whose inverses grow exponentially with the channels.
             offset = self.net(context).unflatten(-1, raw.shape)
             raw = raw + offset / math.sqrt(raw.shape[-1] * (1 + self.num_taps))
+<<<<<<< HEAD
         lower, upper, scale = lu_factors(raw[..., 0, :, :])
         a, b = _bounded(raw[..., 1 : 1 + self.num_taps, :, :]), _bounded(raw[..., 1 + self.num_taps :, :, :])
         _, height, width = self.event_shape
         return lower, upper, a, b, height * width * scale.log().sum(-1)
+=======
+        return raw[..., 0, :, :], raw[..., 1 : 1 + self.num_taps, :, :], raw[..., 1 + self.num_taps :, :, :]
+
+    def _ladj(self, scale: Tensor, images: Tensor) -> Tensor:
+        """Return the log-determinant from data to base from the diagonal of U."""
+        return (self.event_shape[1:].numel() * scale.log().sum(-1)).expand(images.shape[:-3])
+>>>>>>> p-speed2
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, a, b, ladj = self._factors(context)
+        core, a, b = self._matrices(context)
+        lower, upper, scale = lu_factors(core)
         center = (lower @ upper)[..., None, :, :]
         z = self._convolved(self._convolved(x, center @ _with_center(a)), _with_center(b), is_turned=True)
-        return z, ladj.expand(x.shape[:-3])
+        return z, self._ladj(scale, x)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        lower, upper, a, b, ladj = self._factors(context)
-        return self._solved(z, lower, upper, a, b), -ladj.expand(z.shape[:-3])
+        core, a, b = self._matrices(context)
+        scale = positive_diagonal(core)
+        return self._solved(z, lu_inverse(core, scale), a, b), -self._ladj(scale, z)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         """The map is linear, so the score is multiplied by the transpose of the map from data to base."""
-        lower, upper, a, b, ladj = self._factors(context)
+        core, a, b = self._matrices(context)
+        lower, upper, scale = lu_factors(core)
         with torch.no_grad():
             center = (lower @ upper)[..., None, :, :]
             score = self._convolved(score, _with_center(b).mT)
             score = self._convolved(score, (center @ _with_center(a)).mT, is_turned=True)
-        return self._solved(z, lower, upper, a, b), -ladj.expand(z.shape[:-3]), score
+        return self._solved(z, lu_inverse(core, scale), a, b), -self._ladj(scale, z), score
 
     def _convolved(self, x: Tensor, taps: Tensor, is_turned: bool = False) -> Tensor:
         """Return the convolution with these taps, the central one last; turned, it reads below and to the right."""
@@ -116,23 +128,22 @@ class EmergingConv(FlowTransform):
         weight = weight.flatten(-2).expand(*x.shape[:-3], -1, -1).flatten(0, -3)
         return (weight @ F.unfold(images, size)).reshape(x.shape)
 
-    def _solved(self, z: Tensor, lower: Tensor, upper: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        r"""Return :math:`(I + A)^{-1} U^{-1} L^{-1} (I + B)^{-1} z`."""
+    def _solved(self, z: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        r"""Return :math:`(I + A)^{-1} U^{-1} L^{-1} (I + B)^{-1} z`, where ``center`` is :math:`U^{-1} L^{-1}`."""
         batch_shape, is_shared = z.shape[:-3], a.dim() == 3
         # There is no triangular solve in half precision.
         dtype = torch.promote_types(z.dtype, torch.float32)
         # Images that share their matrices are one group, whose images stand in the last axis.
         rows = z.reshape(-1, self.dim).to(dtype)
         rows = rows.T.contiguous()[None] if is_shared else rows[..., None]
-        lower, upper, a, b = (
+        center, a, b = (
             value[None] if is_shared else value.expand(*batch_shape, *value.shape[-num_axes:]).flatten(0, -1 - num_axes)
-            for value, num_axes in ((lower.to(dtype), 2), (upper.to(dtype), 2), (a.to(dtype), 3), (b.to(dtype), 3))
+            for value, num_axes in ((center.to(dtype), 2), (a.to(dtype), 3), (b.to(dtype), 3))
         )
         images = rows.unflatten(1, self.event_shape)
         y = solve_causal(images.flip(2, 3), b).flip(2, 3).flatten(2)
         # The matrices are small, and pixels are many: one product is several times as fast as solves for the pixels.
-        y = lu_inverse(lower, upper) @ y
-        x = solve_causal(y.reshape(images.shape), a).flatten(1, 3)
+        x = solve_causal((center @ y).reshape(images.shape), a).flatten(1, 3)
         return (x[0].T if is_shared else x).reshape(z.shape).to(z.dtype)
 
     def extra_repr(self) -> str:

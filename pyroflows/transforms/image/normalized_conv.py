@@ -9,6 +9,7 @@ from pyroflows.compiling.eager import is_transformed
 from pyroflows.transforms.base import Pair
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.image.conv1x1 import Conv1x1
+from pyroflows.transforms.linear.permutation import Permutation
 from pyroflows.transforms.linear.positive_diagonal import MIN_SCALE, positive_diagonal
 from pyroflows.transforms.normalization.act_norm import ActNorm
 from pyroflows.transforms.univariate.layout import memory_order, restored
@@ -23,9 +24,9 @@ class NormalizedConv1x1(Compose):
     product and a pass over all numbers.
 
     Args:
-        convolution: the layer of W, without context.
+        convolution: the layer of W.
 
-    Shapes: z and x are ``(..., C, H, W)``.
+    Shapes: z and x are ``(..., C, H, W)``, a context is that of the convolution.
 
     Example:
         >>> t = NormalizedConv1x1(Conv1x1((3, 4, 2), order=[2, 0, 1]))
@@ -38,39 +39,32 @@ class NormalizedConv1x1(Compose):
         super().__init__([convolution, ActNorm(convolution.event_shape)])
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
-        if not _is_fused(z):
+        if not _is_fused(z, context):
             return super()._forward_and_ladj(z, context)
         convolution, norm = self.layers
-        lower, upper, scale = convolution.lu.factors(None)
-        loc, log_scale = norm.parameters_of.value
+        inverse, scale = convolution.inverse_matrix(None)
+        loc, log_scale = norm.parameters_of.value.unbind()
         deviation = log_scale.exp()[:, None]
-        columns, shape, order = _columns(z)
-        matrix = deviation * convolution._inverse_matrix(lower, upper)
-        x = torch.addmm(deviation * loc[:, None], matrix, columns)
-        return restored(x.view(shape), order), self._ladj(z, (log_scale - scale.log()).sum())
+        columns, shape, axes = _columns(z)
+        x = torch.addmm(deviation * loc[:, None], deviation * inverse, columns)
+        ladj = (log_scale - scale.log()).sum() * shape[1:3].numel()
+        return restored(x.view(shape), axes), ladj.expand(z.shape[:-3])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        if not _is_fused(x):
+        if not _is_fused(x, context):
             return super()._inverse_and_ladj(x, context)
         convolution, norm = self.layers
-        columns, shape, order = _columns(x)
-        permutation = convolution.lu.permutation
-        z, log_det = _Normalized.apply(
-            columns,
-            convolution.lu.matrix_of.value,
-            norm.parameters_of.value,
-            permutation.order,
-            permutation.inverse_order,
-        )
-        return restored(z.view(shape), order), self._ladj(x, log_det)
-
-    def _ladj(self, images: Tensor, log_det: Tensor) -> Tensor:
-        return (self.event_shape[1:].numel() * log_det).expand(images.shape[:-3])
+        lu = convolution.lu
+        return _Normalized.apply(x, lu.matrix_of.value, norm.parameters_of.value, lu.permutation)
 
 
-def _is_fused(images: Tensor) -> bool:
-    """Tell whether the two layers are computed as one, which the transforms of torch.func could not see into."""
-    return images.device.type == "cpu" and not is_transformed()
+def _is_fused(images: Tensor, context: Tensor | None) -> bool:
+    """Tell whether the two layers are computed as one.
+
+    They are not where a context makes a matrix for each image, nor under the transforms of torch.func, which could not
+    see into the written-out gradient.
+    """
+    return context is None and images.device.type == "cpu" and not is_transformed()
 
 
 def _columns(images: Tensor) -> tuple[Tensor, torch.Size, list[int]]:
@@ -78,79 +72,93 @@ def _columns(images: Tensor) -> tuple[Tensor, torch.Size, list[int]]:
 
     Channels come first in memory, and the batch last if they did not, as convolutions want it.
     """
-    order = memory_order(images, images.dim())
-    if order[0] != images.dim() - 3:
-        order = [*range(images.dim() - 3, images.dim()), *range(images.dim() - 3)]
-    ordered = images.permute(order)
-    return ordered.flatten(1), ordered.shape, order
+    axes = memory_order(images, images.dim())
+    if axes[0] != images.dim() - 3:
+        axes = [*range(images.dim() - 3, images.dim()), *range(images.dim() - 3)]
+    ordered = images.permute(axes)
+    return ordered.flatten(1), ordered.shape, axes
 
 
-def _normalized(x: Tensor, raw: Tensor, parameters: Tensor, order: Tensor) -> tuple[Tensor, ...]:
-    r"""Return :math:`z = V (\operatorname{diag}(c)\, x - u \odot m)` and :math:`\sum \log c`, and then what gradients
-    need: L, N, :math:`V = P L N`, u and :math:`c = u / \sigma`.
+def _normalized(images: Tensor, raw: Tensor, parameters: Tensor, permutation: Permutation) -> tuple[Any, ...]:
+    r"""Return :math:`z = V (c \odot x - u \odot m)`, its log-determinant :math:`H W \sum \log c`, and what the gradient
+    needs besides.
+
+    That is the order of axes, and a tuple of the columns of x, L, N, :math:`V = P L N`, u, :math:`1 / \sigma`,
+    :math:`c = u / \sigma`, :math:`u \odot m` and m.
 
     Args:
-        x: columns ``(C, places)``.
-        raw: the matrix that holds L, N and the u of :class:`pyroflows.transforms.LU`.
+        images: x, ``(..., C, H, W)``.
+        raw: the matrix that holds L, N and what becomes u, see :class:`pyroflows.transforms.LU`.
         parameters: m and :math:`\log \sigma`, ``(2, C)``.
-        order: the permutation P.
+        permutation: P.
     """
-    loc, log_scale = parameters
+    columns, shape, axes = _columns(images)
+    loc, log_scale = parameters.unbind()
     scale = positive_diagonal(raw)
     lower, upper = raw.tril(-1).fill_diagonal_(1.0), raw.triu(1).fill_diagonal_(1.0)
-    product = (lower @ upper).index_select(0, order)
-    ratio = scale * torch.exp(-log_scale)
-    z = torch.addmm((product @ (scale * loc))[:, None], product * ratio, x, beta=-1)
-    return z, ratio.log().sum(), lower, upper, product, scale, ratio
+    product = (lower @ upper).index_select(0, permutation.order)
+    precision = torch.exp(-log_scale)
+    ratio, shift = scale * precision, scale * loc
+    z = torch.addmm((product @ shift)[:, None], product * ratio, columns, beta=-1)
+    ladj = ratio.log().sum() * images.shape[-2:].numel()
+    factors = columns, lower, upper, product, scale, precision, ratio, shift, loc
+    return restored(z.view(shape), axes), ladj.expand(images.shape[:-3]), axes, factors
 
 
 class _Normalized(torch.autograd.Function):
     r"""The map of :func:`_normalized` with its gradient written out.
 
-    Let G and g be the gradients by z and by the log-determinant, and A = V diag(c). Then
+    Let G be the gradient by the columns of z, x those of x, and g the one by :math:`\sum \log c`. Then
 
     .. math::
-        \nabla_x &= A^\top G, \qquad \nabla_V = G x^\top \operatorname{diag}(c) - (G 1)\, (u \odot m)^\top, \\
-        \nabla_c &= \operatorname{diag}(V^\top G x^\top) + g / c, \qquad \nabla_{u \odot m} = -V^\top G 1,
+        \nabla_x &= \operatorname{diag}(c)\, V^\top G, \qquad
+        \nabla_V = G x^\top \operatorname{diag}(c) - G 1\, (u \odot m)^\top, \\
+        \nabla_c &= \operatorname{diag}(V^\top G x^\top) + g / c, \qquad \nabla_{u \odot m} = -V^\top G 1.
 
-    and with :math:`M = P^\top \nabla_V` the gradient by L is :math:`M N^\top` below the diagonal, and that by N is
+    With :math:`M = P^\top \nabla_V` the gradient by L is :math:`M N^\top` below the diagonal, and that by N is
     :math:`L^\top M` above it. Second derivatives are those of the recorded operations.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, raw: Tensor, parameters: Tensor, order: Tensor, inverse_order: Tensor) -> Pair:
-        z, log_det, *factors = _normalized(x, raw, parameters, order)
-        ctx.save_for_backward(x, raw, parameters, order, inverse_order, *factors)
-        return z, log_det
+    def forward(ctx: Any, images: Tensor, raw: Tensor, parameters: Tensor, permutation: Permutation) -> Pair:
+        z, ladj, ctx.axes, factors = _normalized(images, raw, parameters, permutation)
+        ctx.save_for_backward(images, raw, parameters, *factors)
+        ctx.permutation = permutation
+        return z, ladj
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, g_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        x, raw, parameters, order, inverse_order, lower, upper, product, scale, ratio = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
+        images, raw, parameters, *factors = ctx.saved_tensors
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
-            return *_gradients_by_autograd((gradient, g_log_det), (x, raw, parameters), order), None, None
-        loc, log_scale = parameters
-        by_x = (product * ratio).T @ gradient if ctx.needs_input_grad[0] else None
-        total = gradient.sum(1)
-        by_matrix = gradient @ x.T
-        by_ratio = (by_matrix * product).sum(0) + g_log_det / ratio
-        by_shift = product.T @ total
-        by_product = torch.addr(by_matrix * ratio, total, scale * loc, alpha=-1).index_select(0, inverse_order)
-        by_scale = by_ratio * torch.exp(-log_scale) - by_shift * loc
+            arguments = images, raw, parameters
+            return *_gradients_by_autograd((gradient, g_ladj), arguments, ctx.permutation), None
+        x, lower, upper, product, scale, precision, ratio, shift, loc = factors
+        ordered = gradient.permute(ctx.axes)
+        g = ordered.flatten(1)
+        by_images = None
+        if ctx.needs_input_grad[0]:
+            by_images = restored(((product * ratio).T @ g).view(ordered.shape), ctx.axes)
+        by_z = g.sum(1).neg_()  # by -z, summed over places
+        by_matrix = g @ x.T
+        by_ratio = (by_matrix * product).sum(0) + g_ladj.sum() * images.shape[-2:].numel() / ratio
+        by_shift = product.T @ by_z
+        by_product = torch.addr(by_matrix * ratio, by_z, shift).index_select(0, ctx.permutation.inverse_order)
         by_raw = (by_product @ upper.T).tril_(-1).add_((lower.T @ by_product).triu_(1))
+        by_scale = torch.addcmul(by_ratio * precision, by_shift, loc)
         # The derivative of u = eps + softplus(a) is the logistic function of a, 1 - exp(eps - u).
-        by_raw.diagonal().copy_(by_scale * -torch.expm1(MIN_SCALE - scale))
-        return by_x, by_raw, -torch.stack([by_shift * scale, by_ratio * ratio]), None, None
+        by_raw.diagonal().copy_(torch.expm1(MIN_SCALE - scale).mul_(by_scale).neg_())
+        return by_images, by_raw, torch.stack([by_shift * scale, (by_ratio * ratio).neg_()]), None
 
 
 def _gradients_by_autograd(
-    gradients: tuple[Tensor, Tensor], arguments: tuple[Tensor, ...], order: Tensor
+    gradients: tuple[Tensor, Tensor], arguments: tuple[Tensor, ...], permutation: Permutation
 ) -> list[Tensor | None]:
     """Return the gradients by the arguments that require any, through which gradients can flow again."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # One argument may be computed from another one; views part the ways that lead to each.
-        views = [argument.view_as(argument) for argument in arguments]
-        outputs = _normalized(views[0], views[1], views[2], order)[:2]
+        images, raw, parameters = views = [argument.view_as(argument) for argument in arguments]
+        z, ladj, *_ = _normalized(images, raw, parameters, permutation)
     wanted = [view for view in views if view.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=create_graph))
+    found = iter(torch.autograd.grad((z, ladj), wanted, gradients, create_graph=create_graph))
     return [next(found) if view.requires_grad else None for view in views]

@@ -91,13 +91,19 @@ def lu_factors(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lower, upper * scale[..., None, :], scale
 
 
-def lu_inverse(lower: Tensor, upper: Tensor) -> Tensor:
-    r"""Return :math:`U^{-1} L^{-1}` for small factors of :func:`lu_factors`.
+def lu_inverse(raw: Tensor, scale: Tensor) -> Tensor:
+    r"""Return :math:`U^{-1} L^{-1} = \operatorname{diag}(1 / u)\, N^{-1} L^{-1}` for small matrices.
 
     If vectors are many, one product with it is several times as fast as two solves for all of them.
+
+    Args:
+        raw: matrices ``(..., D, D)`` that hold L and N, as in :func:`lu_factors`.
+        scale: u, ``(..., D)``.
     """
     # There is no triangular solve in half precision.
-    dtype = torch.promote_types(lower.dtype, torch.float32)
-    identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower.to(dtype), identity, upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(upper.to(dtype), inverse, upper=True).to(lower.dtype)
+    dtype = torch.promote_types(raw.dtype, torch.float32)
+    # Solves read one triangle each without its diagonal, so that no factor need be copied.
+    matrix, identity = raw.to(dtype), torch.eye(raw.shape[-1], dtype=dtype, device=raw.device)
+    inverse = torch.linalg.solve_triangular(matrix, identity, upper=False, unitriangular=True)
+    inverse = torch.linalg.solve_triangular(matrix, inverse, upper=True, unitriangular=True)
+    return inverse.to(raw.dtype) / scale[..., None]

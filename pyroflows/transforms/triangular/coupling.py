@@ -206,12 +206,13 @@ class Coupling(Constants, FlowTransform):
 
     def _parameters_at(self, given: Tensor) -> Tensor:
         """Return what the conditioner computes, ``(..., out_dim, *rest)``."""
-        batch = given.reshape(-1, *given.shape[self.axis :]) if self.rest else given
+        is_batch = not self.rest or given.dim() == 1 - self.axis
+        batch = given if is_batch else given.reshape(-1, *given.shape[self.axis :])
         theta = self.conditioner(batch)
         if theta.shape[self.axis :] != self.theta_shape:
             shapes = f"{tuple(batch.shape)} to (..., {', '.join(map(str, self.theta_shape))})"
             raise ShapeError(f"the conditioner of Coupling must map {shapes}, but gave {tuple(theta.shape)}")
-        return theta.reshape(*given.shape[: self.axis], *self.theta_shape) if self.rest else theta
+        return theta if is_batch else theta.reshape(*given.shape[: self.axis], *self.theta_shape)
 
     # If A and B are one block each, split and cat take half the time of selection by index.
     def _split(self, z: Tensor) -> Pair:
