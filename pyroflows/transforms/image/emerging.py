@@ -81,18 +81,12 @@ class EmergingConv(FlowTransform):
             # Outputs of order one would make triangular factors whose inverses grow exponentially with the channels.
             offset = self.net(context).unflatten(-1, raw.shape)
             raw = raw + offset / math.sqrt(raw.shape[-1] * (1 + self.num_taps))
-<<<<<<< HEAD
-        lower, upper, scale = lu_factors(raw[..., 0, :, :])
         a, b = _bounded(raw[..., 1 : 1 + self.num_taps, :, :]), _bounded(raw[..., 1 + self.num_taps :, :, :])
-        _, height, width = self.event_shape
-        return lower, upper, a, b, height * width * scale.log().sum(-1)
-=======
-        return raw[..., 0, :, :], raw[..., 1 : 1 + self.num_taps, :, :], raw[..., 1 + self.num_taps :, :, :]
+        return raw[..., 0, :, :], a, b
 
     def _ladj(self, scale: Tensor, images: Tensor) -> Tensor:
         """Return the log-determinant from data to base from the diagonal of U."""
         return (self.event_shape[1:].numel() * scale.log().sum(-1)).expand(images.shape[:-3])
->>>>>>> p-speed2
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         core, a, b = self._matrices(context)
