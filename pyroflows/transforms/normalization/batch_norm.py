@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class BatchNorm(ChannelAffine):
 
     def __init__(self, dim: int | Sequence[int], momentum: float = 0.1, context_dim: int = 0) -> None:
         super().__init__(dim, context_dim)
-        if not (isinstance(momentum, Real) and not isinstance(momentum, bool) and 0 < momentum <= 1):
+        given: Any = momentum
+        if not isinstance(given, Real) or isinstance(given, bool) or not 0 < given <= 1:
             raise OptionError(f"momentum of BatchNorm must be a number above 0 and at most 1, got {momentum!r}")
         self.momentum = float(momentum)
         channels = self.event_shape[0]
