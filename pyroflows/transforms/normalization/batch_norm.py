@@ -57,7 +57,7 @@ class BatchNorm(ChannelAffine):
     def __init__(self, dim: int | Sequence[int], momentum: float = 0.1, context_dim: int = 0) -> None:
         super().__init__(dim, context_dim)
         given: Any = momentum
-        if not isinstance(given, Real) or isinstance(given, bool) or not 0 < given <= 1:
+        if not isinstance(given, Real) or isinstance(given, bool) or not 0 < float(given) <= 1:
             raise OptionError(f"momentum of BatchNorm must be a number above 0 and at most 1, got {momentum!r}")
         self.momentum = float(momentum)
         channels = self.event_shape[0]
