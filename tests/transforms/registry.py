@@ -271,9 +271,7 @@ LAYERS: dict[str, Entry] = {
     "coupling-convolution": images(
         _factory(Coupling, conditioner=lambda _: convolution, hidden_dims=(8,)), shapes=((2, 1, 3), (3, 4, 2))
     ),
-    "coupling-conv": images(
-        _factory(Coupling, conditioner="conv", hidden_dims=(8, 8)), shapes=((2, 1, 3), (3, 1, 2), (3, 4, 2))
-    ),
+    "coupling-conv": images(_factory(Coupling, conditioner="conv", hidden_dims=(8, 8)), shapes=IMAGES[1:]),
     "coupling-residual-conv-of-image": images(
         _factory(Coupling, conditioner="residual_conv", hidden_dims=(8,)),
         shapes=((3, 4, 2),),
@@ -304,10 +302,8 @@ LAYERS: dict[str, Entry] = {
     "conv1x1-permuted": images(
         _factory(Conv1x1, order=lambda shape: _shuffled(shape[0])), shapes=((5, 2, 3),), is_identity_at_start=False
     ),
-    "normalized-conv1x1": fixed(
-        lambda shape, _: NormalizedConv1x1(Conv1x1(shape, order=_shuffled(shape[0]))),
-        shapes=((5, 2, 3), (1, 4, 2)),
-        usual=(3, 2, 5),
+    "normalized-conv1x1": images(
+        lambda shape, context_dim: NormalizedConv1x1(Conv1x1(shape, _shuffled(shape[0]), context_dim)),
         is_identity_at_start=False,
     ),
     "multiscale": images(_multiscale, shapes=((1, 4, 8), (2, 4, 4)), usual=(1, 4, 8), is_identity_at_start=False),

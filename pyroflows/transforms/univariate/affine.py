@@ -90,6 +90,11 @@ def _recorded(is_inverse: bool, value: Tensor, theta: Tensor, bounds: Bounds) ->
     return shift + torch.exp(log_scale) * value, log_scale.expand_as(value)
 
 
+def _bent(value: Tensor, factor: float) -> Tensor:
+    """Multiply negative numbers by a factor, in place; for bounds that are equal there is nothing to do."""
+    return value if factor == 1 else F.leaky_relu_(value, factor)
+
+
 class _Affine(torch.autograd.Function):
     r"""The map with soft-clamped log-scale and its gradient written out.
 
@@ -116,9 +121,8 @@ class _Affine(torch.autograd.Function):
         given = value.permute(order).contiguous()
         max_contraction, max_expansion = bounds
         ratio = max_contraction / max_expansion
-        # The leaky rectifier scales negative numbers by another factor than positive ones.
-        sigmoid = F.leaky_relu(raw * (2 / max_expansion), 1 / ratio).sigmoid_()
-        ladj = F.leaky_relu(sigmoid - 0.5, ratio).mul_(-2 * max_expansion if is_inverse else 2 * max_expansion)
+        sigmoid = _bent(raw * (2 / max_expansion), 1 / ratio).sigmoid_()
+        ladj = _bent(sigmoid - 0.5, ratio).mul_(-2 * max_expansion if is_inverse else 2 * max_expansion)
         scale = torch.exp(ladj)
         result = (given - shift).mul_(scale) if is_inverse else torch.addcmul(shift, scale, given)
         ctx.save_for_backward(value, theta, sigmoid, scale, result if is_inverse else given)
