@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.transforms import EmergingConv
+from pyroflows.transforms.linear.lu import lu_factors
 
 CHANNELS = 8
 CONTEXT_DIM = 4
@@ -46,7 +47,8 @@ def solved_by_pixels(y: Tensor, taps: Tensor) -> Tensor:
 
 def forward_by_pixels(t: EmergingConv, z: Tensor) -> Tensor:
     """Return what ``t(z)`` is, by a loop over pixels for each of the two convolutions."""
-    lower, upper, a, b, _ = t._factors(None)
+    core, a, b = t._matrices(None)
+    lower, upper, _ = lu_factors(core)
     y = solved_by_pixels(z.permute(2, 3, 0, 1).flip(0, 1), b).flip(0, 1)
     y = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
     y = torch.linalg.solve_triangular(upper.mT, y, upper=False, left=False)
