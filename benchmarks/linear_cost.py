@@ -1,10 +1,8 @@
 """What linear layers cost in each direction, with their log-determinants, against the dimension; float32, one thread.
 
 Beside them stand the product with a dense matrix and ``torch.linalg.solve``. Calls take turns, and the figure of each
-is its median time on the processor. Prints a table and draws a figure. The settings of the allocator keep memory in the
-process, so that the kernel's time for clearing pages does not count.
+is its median time on the processor. Prints a table and draws a figure.
 
-    export MALLOC_TOP_PAD_=268435456 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
     python -m benchmarks.linear_cost --figure docs/images/linear_cost.png
 """
 
