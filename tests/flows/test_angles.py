@@ -269,6 +269,12 @@ def test_densities_of_permuted_angles_integrate_to_one(make):
     assert (density.mean() * (2 * PI) ** 2).item() == pytest.approx(1.0, abs=5e-3)
 
 
+def test_angles_of_an_inverse_stack_are_those_of_its_other_end():
+    stack = Compose([Elementwise(2, ["circular_spline", "spline"]), Permutation([1, 0])])
+    for layer, expected in ((stack, [False, True]), (stack.inv, [True, False])):
+        assert pf.constraints.angles_in(pf.Flow([layer]).support, 2) == expected
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from torch.distributions import constraints
 
 import pyroflows as pf
-from pyroflows.errors import OptionError, ShapeError, StateError
+from pyroflows.errors import DataError, OptionError, ShapeError, StateError
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow, Mixture
 from pyroflows.training.data import load, split
@@ -353,3 +353,40 @@ def test_distillation_in_closed_form_passes_through_act_norm():
 def test_statistics_at_the_wrong_end_are_refused(layer):
     with pytest.raises(OptionError, match=r"\.inv in a flow would never learn, since the running statistics"):
         pf.Flow([layer(), Coupling(2)])
+
+
+X, CONTEXT = torch.randn(20, 2), torch.randn(20, 3)
+
+
+@pytest.mark.parametrize("learn", ["adapt", "observe"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X[0], CONTEXT), ShapeError, r"learns from rows of shape \(n, 2\), got shape \(2,\)"),
+        ((X[:, None], CONTEXT), ShapeError, r"learns from rows of shape \(n, 2\), got shape \(20, 1, 2\)"),
+        ((X,), ShapeError, "needs contexts of size 3, but got none"),
+        ((X, CONTEXT, torch.ones(19)), ShapeError, r"x has 20 rows, but weights have shape \(19,\)"),
+        ((X, CONTEXT, -torch.ones(20)), DataError, "weights must be finite and not negative"),
+        ((X, CONTEXT, torch.full((20,), torch.nan)), DataError, "weights must be finite and not negative"),
+        ((X * torch.inf, CONTEXT), DataError, "x has NaN or infinite values"),
+        ((X, CONTEXT * torch.nan), DataError, "context has NaN or infinite values"),
+    ],
+)
+def test_rows_that_nothing_can_be_learned_from_are_refused(learn, arguments, error, message):
+    flow = Flow([BatchNorm(2), Coupling(2, context_dim=3)])
+    with pytest.raises(error, match=message):
+        getattr(flow, learn)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "message"),
+    [
+        (X[0], None, r"learns from a floating-point tensor of shape \(n, 2\), got torch.float32 of shape \(2,\)"),
+        (X.long(), None, "got torch.int64"),
+        (X, torch.ones(3), r"got 20 rows, but weights of shape \(3,\)"),
+    ],
+)
+@pytest.mark.parametrize("layer", [ActNorm(2), Compose([Planar(2), ActNorm(2)])], ids=["layer", "stack"])
+def test_layers_refuse_what_are_no_rows(layer, x, weights, message):
+    with pytest.raises(ShapeError, match=message):
+        layer.adapt(x, None, weights)
