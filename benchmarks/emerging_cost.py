@@ -29,7 +29,7 @@ def layer(size: int, context_dim: int = 0) -> EmergingConv:
     """Return a layer that is away from its start, and whose convolutions still have tame inverses."""
     t = EmergingConv((CHANNELS, size, size), context_dim=context_dim)
     with torch.no_grad():
-        t.matrices += 0.3 * torch.randn_like(t.matrices) / (CHANNELS * t.num_taps) ** 0.5
+        t.matrices_of.value += 0.3 * torch.randn_like(t.matrices_of.value) / (CHANNELS * t.num_taps) ** 0.5
     return t
 
 

@@ -100,7 +100,7 @@ def encode(part: Any) -> tuple[Any, dict[str, Tensor]]:
 
     Example:
         >>> code, tensors = encode(pf.flows.Gaussian(2))
-        >>> type(decode(code, tensors)), "transform.layers.0.matrix" in tensors
+        >>> type(decode(code, tensors)), "transform.layers.0.matrix_of.value" in tensors
         (<class 'pyroflows.flows.recipes.Gaussian'>, True)
     """
     encoder = _Encoder()

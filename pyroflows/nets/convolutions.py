@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
+from pyroflows.nets.gradients import is_batch, recorded_gradients
 from pyroflows.nets.products import product
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
@@ -89,9 +90,8 @@ class _WrittenOut(torch.autograd.Function):
         saved = ctx.saved_tensors
         count = len(saved) // 4
         parameters, matrices, hidden = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
-        is_batch = is_transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient)
-        if is_batch or torch.is_grad_enabled():  # the latter by create_graph=True
-            return _gradients_by_autograd(gradient, hidden[0], parameters)
+        if torch.is_grad_enabled() or is_transformed() or is_batch(gradient):  # the first by create_graph=True
+            return tuple(recorded_gradients(_of_columns, (hidden[0], *parameters), (gradient,)))
         g, shape = gradient.contiguous(), gradient.shape[1:]
         by_weights: list[Tensor] = []
         by_biases: list[Tensor] = []
@@ -111,17 +111,10 @@ class _WrittenOut(torch.autograd.Function):
         return g, *by_weights[::-1], *by_biases[::-1]
 
 
-def _gradients_by_autograd(gradient: Tensor, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return the gradients by columns and by all parameters, through which gradients can flow again."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # One argument may be computed from another one; views part the ways that lead to each.
-        arguments = [t.view_as(t) for t in (x, *parameters)]
-        count = len(parameters) // 2
-        output = _recorded(arguments[0].movedim(-1, 0), arguments[1 : 1 + count], arguments[1 + count :]).movedim(0, -1)
-    wanted = [t for t in arguments if t.requires_grad]
-    found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=create_graph))
-    return tuple(next(found) if t.requires_grad else None for t in arguments)
+def _of_columns(x: Tensor, *parameters: Tensor) -> Tensor:
+    """Return the output for columns, by operations that autograd records."""
+    count = len(parameters) // 2
+    return _recorded(x.movedim(-1, 0), parameters[:count], parameters[count:]).movedim(0, -1)
 
 
 def _unfolds(weight: Tensor) -> bool:

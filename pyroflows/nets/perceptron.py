@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed, runs_in_python
+from pyroflows.nets.gradients import recorded_gradients
 from pyroflows.nets.products import is_large, product
 
 # What the weights of a layer are multiplied by: a mask or a number.
@@ -123,7 +124,12 @@ class _WrittenOut(torch.autograd.Function):
         parameters, weights = saved[: 2 * count], saved[2 * count : 3 * count]
         hidden, before = saved[3 * count : 4 * count - 1], saved[4 * count - 1 :]
         if torch.is_grad_enabled() or is_transformed():  # by create_graph=True, or for a batch of gradients
-            return _gradients_by_autograd(gradient, x, offset, ctx.factors, parameters)
+            by_x, by_offset, *by_parameters = recorded_gradients(
+                lambda x, offset, *parameters: _by_columns(x, offset, ctx.factors, *parameters),
+                (x, offset, *parameters),
+                (gradient,),
+            )
+            return by_x, by_offset, None, *by_parameters
         inputs = [x, *hidden]
         g = gradient.contiguous()
         by_weights: list[Tensor] = []
@@ -136,19 +142,3 @@ class _WrittenOut(torch.autograd.Function):
                 g = _silu_backward(product(weights[k].T, g), before[k - 1])
         by_x = product(weights[0].T, g) if ctx.needs_input_grad[0] else None
         return by_x, None if offset is None else g, None, *by_weights[::-1], *by_biases[::-1]
-
-
-def _gradients_by_autograd(
-    gradient: Tensor, x: Tensor, offset: Tensor | None, factors: Sequence[Factor], parameters: Sequence[Tensor]
-) -> tuple[Any, ...]:
-    """Return the gradients of all arguments of :func:`_by_columns`, through which gradients can flow again."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # An argument may be computed from another one, as an offset from x; views part the ways that lead to each.
-        x, *parameters = (t.view_as(t) for t in (x, *parameters))
-        offset = None if offset is None else offset.view_as(offset)
-        output = _by_columns(x, offset, factors, *parameters)
-    arguments = (x, offset, None, *parameters)
-    wanted = [t for t in arguments if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=create_graph))
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in arguments)

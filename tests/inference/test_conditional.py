@@ -36,7 +36,7 @@ def test_weighted_draws_agree_with_the_closed_form(support):
 def test_both_branches_of_a_law_are_drawn():
     flow = moved(pf.flows.Mixture([pf.flows.Gaussian(2), pf.flows.Gaussian(2)], torch.zeros(2)), 0.0)
     for component, loc in zip(flow.components, (-4.0, 4.0), strict=True):
-        component.transform.layers[0].matrix.data[:, -1] = torch.tensor([0.0, loc])
+        component.transform.layers[0].matrix_of.value.data[:, -1] = torch.tensor([0.0, loc])
     weighted = pf.sample_conditional(flow, torch.tensor([0.3]), columns=[0], seed=0)
     share = weighted.weights.normalized @ (weighted.draws["x"][:, 1] > 0).double()
     assert share.item() == pytest.approx(0.5, abs=4 * (0.25 / weighted.ess) ** 0.5)

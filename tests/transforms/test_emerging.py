@@ -73,7 +73,7 @@ def test_both_convolutions_are_triangular_over_pixels():
     for zeroed, is_upper in ((slice(4, 7), False), (slice(1, 4), True)):
         t = emerging((2, 3, 4))
         with torch.no_grad():
-            t.matrices[zeroed] = 0
+            t.matrices_of.value[zeroed] = 0
         matrix = jacobian(t.inv, torch.randn(2, 3, 4, dtype=torch.float64), num_axes=3)
         by_pixel = matrix.reshape(2, 12, 2, 12).abs().sum((0, 2))
         assert by_pixel.triu(1).any() == is_upper and by_pixel.tril(-1).any() != is_upper
@@ -82,7 +82,7 @@ def test_both_convolutions_are_triangular_over_pixels():
 def test_of_one_pixel_is_a_linear_layer_over_channels():
     t = emerging((4, 3, 2), kernel_size=1)
     linear = LU(4).double()
-    linear.load_state_dict({**linear.state_dict(), "matrix_of.value": t.matrices[0]})
+    linear.load_state_dict({**linear.state_dict(), "matrix_of.value": t.matrices_of.value[0]})
     x = torch.randn(5, 4, 3, 2, dtype=torch.float64)
     z, ladj = t.inverse_and_ladj(x)
     expected, expected_ladj = linear.forward_and_ladj(x.movedim(1, -1))
@@ -159,7 +159,7 @@ def test_gradients_by_torch_func_are_those_of_autograd():
     names = {name: parameter.detach() for name, parameter in t.named_parameters()}
     gradients = torch.func.grad(lambda p: torch.func.functional_call(t, p, (z,)).sin().sum())(names)
     (expected,) = torch.autograd.grad(t(z).sin().sum(), t.parameters())
-    torch.testing.assert_close(gradients["matrices"], expected)
+    torch.testing.assert_close(gradients["matrices_of.value"], expected)
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
@@ -209,14 +209,14 @@ def test_inverse_enlarges_an_image_by_a_factor_that_does_not_grow_with_its_size(
     """The worst taps all have the sign that adds up: here each R is -10, and 1 + sum |R| = 61 for two channels."""
     t = EmergingConv((2, size, size))
     with torch.no_grad():
-        t.matrices[1:].unflatten(0, (2, t.num_taps))[which] = -10.0
+        t.matrices_of.value[1:].unflatten(0, (2, t.num_taps))[which] = -10.0
         largest = t(torch.ones(2, size, size)).max()
     assert largest < 61
 
 
 def test_round_trip_with_large_parameters():
     t = EmergingConv((8, 16, 16))
-    torch.nn.init.normal_(t.matrices, 0, 0.3, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(t.matrices_of.value, 0, 0.3, generator=torch.Generator().manual_seed(0))
     x = torch.randn(20, 8, 16, 16)
     assert (t(t.inv(x)) - x).abs().max() < 1e-5 and (t.inv(t(x)) - x).abs().max() < 1e-5
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
+from pyroflows.nets.gradients import is_batch
 
 
 def solve_causal(y: Tensor, taps: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def solve_causal(y: Tensor, taps: Tensor) -> Tensor:
     if taps.shape[1] == 0 or y.numel() == 0:
         return y
     # A batch of gradients, by is_grads_batched=True, is another kind of transformation.
-    if is_transformed() or torch._C._functorch.is_legacy_batchedtensor(y):
+    if is_transformed() or is_batch(y):
         return _iterated(y, taps)
     return _Solve.apply(y, taps)
 

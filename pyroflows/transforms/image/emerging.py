@@ -4,16 +4,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MLP
 from pyroflows.options import as_int
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.image.causal_solve import solve_causal
 from pyroflows.transforms.image.shape import image_shape
 from pyroflows.transforms.linear.lu import lu_factors, lu_inverse
+from pyroflows.transforms.linear.matrix_parameters import MatrixParameters
 from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
 
 
@@ -71,16 +71,11 @@ class EmergingConv(FlowTransform):
         channels = self.event_shape[0]
         # The first matrix holds L and U, and the others the taps of A and then of B, each by the order of a
         # convolution's weight, from the farthest pixel to the nearest one, before they are bounded.
-        self.matrices = nn.Parameter(torch.zeros(1 + 2 * self.num_taps, channels, channels))
-        self.net = MLP(context_dim, self.matrices.numel(), hidden_dims=(64,)) if context_dim else None
+        self.matrices_of = MatrixParameters(torch.zeros(1 + 2 * self.num_taps, channels, channels), context_dim)
 
     def _matrices(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the matrix that holds L and U, and the taps of A and of B."""
-        raw = self.matrices
-        if self.net is not None:
-            # Outputs of order one would make triangular factors whose inverses grow exponentially with the channels.
-            offset = self.net(context).unflatten(-1, raw.shape)
-            raw = raw + offset / math.sqrt(raw.shape[-1] * (1 + self.num_taps))
+        raw = self.matrices_of(context)
         a, b = _bounded(raw[..., 1 : 1 + self.num_taps, :, :]), _bounded(raw[..., 1 + self.num_taps :, :, :])
         return raw[..., 0, :, :], a, b
 

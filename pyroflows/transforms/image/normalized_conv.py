@@ -1,11 +1,13 @@
 """A 1 x 1 convolution next to activation normalisation, as one map."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.compiling.eager import is_transformed
+from pyroflows.nets.gradients import is_batch, recorded_gradients
 from pyroflows.transforms.base import Pair
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.image.conv1x1 import Conv1x1
@@ -105,6 +107,12 @@ def _normalized(images: Tensor, raw: Tensor, parameters: Tensor, permutation: Pe
     return restored(z.view(shape), axes), ladj.expand(images.shape[:-3]), axes, factors
 
 
+def _recorded(permutation: Permutation, images: Tensor, raw: Tensor, parameters: Tensor) -> Pair:
+    """Return z and its log-determinant."""
+    z, ladj, *_ = _normalized(images, raw, parameters, permutation)
+    return z, ladj
+
+
 class _Normalized(torch.autograd.Function):
     r"""The map of :func:`_normalized` with its gradient written out.
 
@@ -129,9 +137,9 @@ class _Normalized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
         images, raw, parameters, *factors = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
-            arguments = images, raw, parameters
-            return *_gradients_by_autograd((gradient, g_ladj), arguments, ctx.permutation), None
+        if torch.is_grad_enabled() or is_batch(gradient):  # the first by create_graph=True
+            function = partial(_recorded, ctx.permutation)
+            return *recorded_gradients(function, (images, raw, parameters), (gradient, g_ladj)), None
         x, lower, upper, product, scale, precision, ratio, shift, loc = factors
         ordered = gradient.permute(ctx.axes)
         g = ordered.flatten(1)
@@ -148,17 +156,3 @@ class _Normalized(torch.autograd.Function):
         # The derivative of u = eps + softplus(a) is the logistic function of a, 1 - exp(eps - u).
         by_raw.diagonal().copy_(torch.expm1(MIN_SCALE - scale).mul_(by_scale).neg_())
         return by_images, by_raw, torch.stack([by_shift * scale, (by_ratio * ratio).neg_()]), None
-
-
-def _gradients_by_autograd(
-    gradients: tuple[Tensor, Tensor], arguments: tuple[Tensor, ...], permutation: Permutation
-) -> list[Tensor | None]:
-    """Return the gradients by the arguments that require any, through which gradients can flow again."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # One argument may be computed from another one; views part the ways that lead to each.
-        images, raw, parameters = views = [argument.view_as(argument) for argument in arguments]
-        z, ladj, *_ = _normalized(images, raw, parameters, permutation)
-    wanted = [view for view in views if view.requires_grad]
-    found = iter(torch.autograd.grad((z, ladj), wanted, gradients, create_graph=create_graph))
-    return [next(found) if view.requires_grad else None for view in views]

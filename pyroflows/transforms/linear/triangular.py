@@ -1,13 +1,11 @@
 """Affine layers with a triangular matrix."""
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import MLP
 from pyroflows.transforms.base import Pair, Triple
+from pyroflows.transforms.linear.matrix_parameters import MatrixParameters
 from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
 from pyroflows.transforms.linear.products import multiply
 from pyroflows.transforms.linear.solves import solve
@@ -60,14 +58,11 @@ class Triangular(TriangularTransform):
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale_tril", scale_tril.detach().clone())
         # It holds T with the a_i on its diagonal, and b in the last column.
-        self.matrix = nn.Parameter(torch.zeros(dim, dim + 1))
-        self.net = MLP(context_dim, dim * (dim + 1), hidden_dims=(64,)) if context_dim else None
+        self.matrix_of = MatrixParameters(torch.zeros(dim, dim + 1), context_dim)
 
     def _learned(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return b, T and log |det S T|."""
-        raw: Tensor = self.matrix
-        if self.net is not None:
-            raw = raw + self.net(context).unflatten(-1, raw.shape) / math.sqrt(self.dim)
+        raw = self.matrix_of(context)
         shift, raw = raw[..., -1], raw[..., :-1]
         scale = positive_diagonal(raw)
         ladj = scale.log().sum(-1) + self.scale_tril.diagonal().log().sum()

@@ -101,13 +101,12 @@ class ChannelAffine(TriangularTransform):
         return ladj.expand(rows.shape[: rows.dim() - num_axes])
 
     def _forward_and_log_slopes(self, z: Tensor, context: Tensor | None) -> Pair:
-        loc, log_scale = self._parameters_at(context)
-        scale = log_scale.exp()
-        return torch.addcmul(loc * scale, scale, z), log_scale.expand_as(z)
+        _, log_scale = self._parameters_at(context)
+        return self._forward_and_ladj(z, context)[0], log_scale.expand_as(z)
 
     def _inverse_and_log_slopes(self, x: Tensor, context: Tensor | None) -> Pair:
-        loc, log_scale = self._parameters_at(context)
-        return torch.addcmul(-loc, (-log_scale).exp(), x), -log_scale.expand_as(x)
+        _, log_scale = self._parameters_at(context)
+        return self._inverse_and_ladj(x, context)[0], -log_scale.expand_as(x)
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         loc, log_scale = self._parameters_at(context)
@@ -119,7 +118,5 @@ class ChannelAffine(TriangularTransform):
         return torch.addcmul(-loc, (-log_scale).exp(), x), self._summed_over_places(-log_scale, x)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        loc, log_scale = self._parameters_at(context)
-        scale = log_scale.exp()
-        x, ladj = torch.addcmul(loc * scale, scale, z), self._summed_over_places(log_scale, z)
-        return x, ladj, score * (-log_scale.detach()).exp()
+        _, log_scale = self._parameters_at(context)
+        return *self._forward_and_ladj(z, context), score * (-log_scale.detach()).exp()

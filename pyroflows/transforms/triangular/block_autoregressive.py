@@ -23,13 +23,14 @@ from pyroflows.transforms.planar import above_minus_one
 from pyroflows.transforms.root import increasing_root
 from pyroflows.transforms.triangular.base import TriangularTransform
 from pyroflows.transforms.triangular.transposed_solve import solved_by_iteration
+from pyroflows.transforms.univariate.clamp import soft_clamped
 from pyroflows.transforms.univariate.overflow import bounded_coefficients
 
 # Maps of data with clusters need sharpnesses and heights of about ten, which raw parameters of order one reach by this.
 GAIN = 5.0
 # Sharper units bend so strongly that rounding of x in float32 shows in scores.
-MAX_LOG_SHARPNESS = 3.0
-MAX_LOG_SCALE = 2.0
+MAX_LOG_SHARPNESS = (3.0, 3.0)
+MAX_LOG_SCALE = (2.0, 2.0)
 # Units start with centres spread over (-2, 2), so that their gradients differ.
 SPREAD = 2.0
 
@@ -189,7 +190,7 @@ class BlockAutoregressive(Constants, TriangularTransform):
         raw = self.parameters_of(context)
         rows = raw[None] if raw.dim() == 2 else raw.expand(*z.shape[:-1], *raw.shape[-2:]).flatten(0, -3)
         *of_layers, heights, shift, log_scale = rows.permute(1, 2, 0).split(self._sizes, 1)
-        sharpness = [_soft_clamped(GAIN * s, MAX_LOG_SHARPNESS).exp() for s in of_layers[::2]]
+        sharpness = [soft_clamped(GAIN * s, MAX_LOG_SHARPNESS).exp() for s in of_layers[::2]]
         num_units = self.hidden_dims[-1]
         return _Units(
             sharpness,
@@ -197,7 +198,7 @@ class BlockAutoregressive(Constants, TriangularTransform):
             [F.softmax(logits, -1) for logits in self.mixing],
             above_minus_one(bounded_coefficients(GAIN * num_units * heights)) / num_units,
             shift.squeeze(1),
-            _soft_clamped(log_scale.squeeze(1), MAX_LOG_SCALE),
+            soft_clamped(log_scale.squeeze(1), MAX_LOG_SCALE),
         )
 
     def _masked_weights(self) -> list[Tensor]:
@@ -282,7 +283,3 @@ def _random(mask: Tensor) -> MaskedLinear:
     nn.init.normal_(layer.weight)
     layer.weight.data /= mask.sum(1, keepdim=True).clamp_min(1).sqrt()
     return layer
-
-
-def _soft_clamped(value: Tensor, limit: float) -> Tensor:
-    return limit * torch.tanh(value / limit)

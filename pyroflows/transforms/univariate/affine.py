@@ -1,5 +1,6 @@
 """Affine and additive maps."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
+from pyroflows.nets.gradients import recorded_gradients
 from pyroflows.transforms.univariate.base import Pair
 from pyroflows.transforms.univariate.clamp import Bounds, checked_bounds, soft_clamped
 from pyroflows.transforms.univariate.layout import memory_order, restored
@@ -134,10 +136,8 @@ class _Affine(torch.autograd.Function):
         value, theta, sigmoid, scale, z = ctx.saved_tensors
         is_inverse, bounds, order = ctx.arguments
         if torch.is_grad_enabled():  # by create_graph=True: the caller wants second derivatives
-            # Parameters that a network computes from the value lead back to it; views of both part the two ways.
-            value, theta = value.view_as(value), theta.view_as(theta)
-            outputs = _recorded(is_inverse, value, theta, bounds)
-            return None, *torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True), None
+            function = partial(_recorded, is_inverse, bounds=bounds)
+            return None, *recorded_gradients(function, (value, theta), (g_result, g_ladj)), None
         g_result, g_ladj = g_result.permute(order), g_ladj.permute(order)
         g_value = g_result * scale
         if is_inverse:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
+from pyroflows.nets.gradients import recorded_gradients
 from pyroflows.options import checked_int
 from pyroflows.transforms.univariate.base import Pair
 from pyroflows.transforms.univariate.layout import memory_order, restored
@@ -261,10 +262,11 @@ class _Analytic(torch.autograd.Function):
         value, theta, inside, ladj, *fields = ctx.saved_tensors
         direction, bins, bound, order = ctx.arguments
         if torch.is_grad_enabled():  # by create_graph=True: the caller wants second derivatives
-            # Parameters that a network computes from the value lead back to it; views of both part the two ways.
-            value, theta = value.view_as(value), theta.view_as(theta)
-            outputs, *_ = _evaluate(direction, value, theta, bins, bound)
-            gradients = torch.autograd.grad(outputs, (value, theta), (g_result, g_ladj), create_graph=True)
+            gradients = recorded_gradients(
+                lambda value, theta: _evaluate(direction, value, theta, bins, bound)[0],
+                (value, theta),
+                (g_result, g_ladj),
+            )
             return None, *gradients, None, None
         bin, point = _Bin(*fields[: len(_Bin._fields)]), _Point(*fields[len(_Bin._fields) :])
         g_outside = g_result.permute(order)
