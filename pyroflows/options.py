@@ -1,5 +1,6 @@
 """Checks of options that many layers and flows share: whole numbers, fractions, instances where a class was given."""
 
+import math
 import operator
 from numbers import Real
 from typing import Any
@@ -69,6 +70,33 @@ def checked_fraction(name: str, value: Any) -> float:
     if not is_number or not 0 < value < 1:
         got = value if is_number or value is None else kind(value)
         raise OptionError(f"{name} must be a fraction of the rows, between 0 and 1, got {got}")
+    return float(value)
+
+
+def checked_number(name: str, value: Any, above: float = 0.0, below: float = math.inf) -> float:
+    """Return an option, if it is a number between two others.
+
+    Args:
+        name: the name of the option, for the message.
+        value: what the user gave.
+        above: the number that it must exceed.
+        below: the number that it must stay below.
+
+    Raises:
+        OptionError: if it is not.
+
+    Example:
+        >>> try:
+        ...     checked_number("coefficient", 1.5, below=1.0)
+        ... except pf.FlowError as error:
+        ...     print(error)
+        coefficient must be a number above 0 and below 1, got 1.5
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not above < value < below:
+        limit = "finite" if below == math.inf else f"below {below:g}"
+        got = value if is_number or value is None else kind(value)
+        raise OptionError(f"{name} must be a number above {above:g} and {limit}, got {got}")
     return float(value)
 
 

@@ -11,7 +11,9 @@ class Recording(TorchDispatchMode):
 
 def is_under_func() -> bool:
     """Tell whether vmap, grad or another transformation of ``torch.func`` runs, under which tensors may be batches."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # Under torch.compile the absence of an interpreter is not None, but an object that stands for None.
+    functorch = torch._C._functorch
+    return isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)
 
 
 def is_transformed() -> bool:
