@@ -1,0 +1,1 @@
+"""Networks whose Lipschitz constants are bounded, and what bounds them."""
