@@ -252,7 +252,7 @@ class FlowDistribution(TransformedDistribution):
         z = self._expanded(base).rsample(torch.Size(sample_shape))
         if torch.compiler.is_compiling() or not (self._is_estimate or transform.ladj_is_exact):
             # While torch compiles there is no memory; and an exact density that nobody may ask for can be dear.
-            return transform.forward_and_ladj(z, self.context)[0]
+            return transform._data_value(z, self.context)
         x, log_q = self._transport(transform, base, z)
         self._memory.keep(x, log_q)
         return x
@@ -277,7 +277,7 @@ class FlowDistribution(TransformedDistribution):
         transform, base = self._bound()
         with torch.no_grad():
             z = sample_at(self._expanded(base), torch.Size(sample_shape), temperature)
-            return transform.forward_and_ladj(z, self.context)[0]
+            return transform._data_value(z, self.context)
 
     def log_prob(self, value: Tensor) -> Tensor:
         value = self._as_tensor(value)

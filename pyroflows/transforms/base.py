@@ -29,6 +29,7 @@ class FlowTransform(Learning):
     A subclass writes :meth:`_forward_and_ladj` and :meth:`_inverse_and_ladj`. It may also write
 
     * :meth:`_forward_and_score`, if it can compute a score more cheaply than through its inverse;
+    * :meth:`_forward_value` and :meth:`_inverse_value`, if a value alone costs much less than with its log-determinant;
     * :meth:`_exact` and :attr:`ladj_is_exact`, if its log-determinant is an unbiased estimate;
     * :meth:`_adapt`, if it learns from data before training, and :meth:`_adapt_to_draws`, if it can learn from draws
       where there are no data;
@@ -127,6 +128,14 @@ class FlowTransform(Learning):
         (score,) = pull_back((z_again, inverse_ladj), (score, torch.ones_like(ladj)), (at,))
         return x, ladj, score
 
+    def _forward_value(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Return x alone. Layers whose log-determinant is dear write it without that."""
+        return self._forward_and_ladj(z, context)[0]
+
+    def _inverse_value(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return z alone, for x inside of the codomain."""
+        return self._inverse_and_ladj(x, context)[0]
+
     def _exact(self) -> "FlowTransform":
         """Return a view with the exact log-determinant; it is called only if :attr:`ladj_is_exact` is false."""
         raise InexactError(
@@ -223,9 +232,9 @@ class FlowTransform(Learning):
             >>> t.base_value(torch.tensor([[1.0], [-1.0]])).tolist()
             [[0.0], [nan]]
         """
-        z, ladj = self.inverse_and_ladj(x, context)
         if self.is_onto_reals:
-            return z
+            return self._inverse_value(self._checked(x, context, self.event_shape), context)
+        z, ladj = self.inverse_and_ladj(x, context)
         return torch.where((ladj == -torch.inf).reshape(*ladj.shape, *[1] * len(self.base_shape)), torch.nan, z)
 
     def forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None = None) -> Triple:
@@ -304,10 +313,14 @@ class FlowTransform(Learning):
         return super().__getstate__()
 
     def _call(self, z: Tensor) -> Tensor:
-        return self.forward_and_ladj(z)[0]
+        return self._data_value(z, None)
 
     def _inverse(self, x: Tensor) -> Tensor:
         return self.base_value(x)
+
+    def _data_value(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Return ``x = t(z)`` at a context."""
+        return self._forward_value(self._checked(z, context, self.base_shape), context)
 
     def _checked(self, value: Tensor, context: Tensor | None, shape: torch.Size) -> Tensor:
         return expanded_to_context(value, context, shape, self.context_shape, type(self).__name__)

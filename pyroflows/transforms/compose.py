@@ -111,6 +111,20 @@ class Compose(FlowTransform):
             total = total + ladj
         return x, total
 
+    def _forward_value(self, z: Tensor, context: Tensor | None) -> Tensor:
+        context = self.layer_context(context)
+        for layer in self.layers:
+            z = layer._forward_value(z, context if layer.context_dim else None)
+        return z
+
+    def _inverse_value(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if any(self._are_guarded):
+            return self._inverse_and_ladj(x, context)[0]
+        context = self.layer_context(context)
+        for layer in [*self.layers][::-1]:
+            x = layer._inverse_value(x, context if layer.context_dim else None)
+        return x
+
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         context = self.layer_context(context)
         total: Any = 0.0

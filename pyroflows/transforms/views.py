@@ -112,6 +112,12 @@ class Inverse(View):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._forward_and_ladj(x, context)
 
+    def _forward_value(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.layer._inverse_value(z, context)
+
+    def _inverse_value(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.layer._forward_value(x, context)
+
     def _exact(self) -> FlowTransform:
         return self.layer.exact().inv
 
@@ -190,6 +196,12 @@ class Conditioned(View):
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer.inverse_and_ladj(x, self.context)
+
+    def _forward_value(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.layer._data_value(z, self.context)
+
+    def _inverse_value(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.layer.base_value(x, self.context)
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         return self.layer.forward_and_score(z, score, self.context)
