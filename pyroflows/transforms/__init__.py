@@ -8,6 +8,7 @@ from pyroflows.transforms.linear import LU, QR, LowRank, Orthogonal, Permutation
 from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
 from pyroflows.transforms.planar import Planar
 from pyroflows.transforms.radial import Radial
+from pyroflows.transforms.residual import Residual
 from pyroflows.transforms.sylvester import Sylvester
 from pyroflows.transforms.triangular import (
     Autoregressive,
@@ -45,6 +46,7 @@ __all__ = [
     "Permutation",
     "Planar",
     "Radial",
+    "Residual",
     "Squeeze",
     "Standardize",
     "Sylvester",

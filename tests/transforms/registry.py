@@ -34,6 +34,7 @@ from pyroflows.transforms import (
     Permutation,
     Planar,
     Radial,
+    Residual,
     Squeeze,
     Standardize,
     Sylvester,
@@ -60,6 +61,7 @@ def _shuffled(dim: int) -> list[int]:
 
 _coupling: Callable[..., FlowTransform] = partial(Coupling, hidden_dims=(16, 16))
 _autoregressive: Callable[..., FlowTransform] = partial(Autoregressive, hidden_dims=(16, 16))
+_residual: Callable[..., FlowTransform] = partial(Residual, hidden_dims=(16, 16))
 _causal_conv: Callable[..., FlowTransform] = partial(Autoregressive, conditioner="causal_conv", hidden_dims=(8, 6, 7))
 
 STRUCTURES = {"elementwise": Elementwise, "coupling": _coupling, "autoregressive": _autoregressive}
@@ -253,6 +255,9 @@ LAYERS: dict[str, Entry] = {
     ),
     "estimated": Entry(lambda dim, _: EstimatedScale(dim), context=0, is_exact=False),
     "compose-estimated": Entry(lambda dim, _: Compose([Planar(dim), EstimatedScale(dim)]), context=0, is_exact=False),
+    "residual": Entry(_factory(_residual), is_exact=False),
+    "residual-exact-deep": Entry(_factory(_residual, hidden_dims=(8, 3, 8), activation="sine", log_det="exact")),
+    "residual-linear": Entry(_factory(_residual, hidden_dims=()), is_exact=False),
     "compose": Entry(_compose),
     # Events are sequences (channels, length).
     "elementwise-of-sequences": sequences(_factory(Elementwise, univariate="spline")),
@@ -326,6 +331,11 @@ LAYERS: dict[str, Entry] = {
     "emerging-wide": images(lambda shape, context_dim: EmergingConv(shape, 5, context_dim)),
     "emerging-of-one-pixel": images(lambda shape, context_dim: EmergingConv(shape, 1, context_dim)),
     "compose-of-images": images(_compose_images),
+    "residual-of-images": images(_factory(Residual, hidden_dims=(6, 5)), is_exact=False),
+    "residual-of-image-given-image": images(
+        _factory(Residual, hidden_dims=(6,)), shapes=((3, 4, 2),), usual=(3, 4, 2), context=(2, 4, 2), is_exact=False
+    ),
+    "residual-of-sequences": sequences(_factory(Residual, hidden_dims=(6, 5)), is_exact=False),
 }
 
 LEARNABLE = [name for name, entry in LAYERS.items() if entry.has_parameters]
