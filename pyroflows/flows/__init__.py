@@ -5,7 +5,7 @@ from pyroflows.flows.dequantizer import Dequantizer
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.files import load_flow
 from pyroflows.flows.flow import Flow
-from pyroflows.flows.image_recipes import Glow, MultiscaleRealNVP
+from pyroflows.flows.image_recipes import Glow, MultiscaleRealNVP, MultiscaleResidual
 from pyroflows.flows.law import Law
 from pyroflows.flows.mixture import Mixture
 from pyroflows.flows.named import Recipe
@@ -20,6 +20,7 @@ from pyroflows.flows.recipes import (
     Planar,
     Radial,
     RealNVP,
+    Residual,
     Sylvester,
 )
 from pyroflows.flows.spline_recipes import NSF, CircularNSF
@@ -44,10 +45,12 @@ __all__ = [
     "Law",
     "Mixture",
     "MultiscaleRealNVP",
+    "MultiscaleResidual",
     "Planar",
     "Radial",
     "RealNVP",
     "Recipe",
+    "Residual",
     "SubvectorDistribution",
     "Sylvester",
     "load_flow",

@@ -1,11 +1,26 @@
-"""Factories of the triangular layers that recipes stack; :class:`pyroflows.flows.stacking.StackedFlow` calls them."""
+"""Factories of the layers that recipes stack; :class:`pyroflows.flows.stacking.StackedFlow` calls them."""
 
 from collections.abc import Sequence
 
+from pyroflows.errors import OptionError
 from pyroflows.flows.stacking import Conditioner, LayerFactory
 from pyroflows.options import checked_int
-from pyroflows.transforms import Autoregressive, BlockAutoregressive, Coupling, FlowTransform, masks
-from pyroflows.transforms.univariate import Univariate
+from pyroflows.transforms import (
+    Autoregressive,
+    BlockAutoregressive,
+    Compose,
+    Coupling,
+    Elementwise,
+    FlowTransform,
+    Residual,
+    masks,
+)
+from pyroflows.transforms.residual.log_det import LogDet
+from pyroflows.transforms.univariate import Affine, Univariate
+
+# Up to so many dimensions a step with the exact log-determinant takes at most about 1.3 times as long as one with the
+# estimate, with one hidden layer of 64 units, and has no noise; in twice as many it takes three times as long.
+MAX_EXACT_DIM = 16
 
 
 def autoregressive(
@@ -58,5 +73,28 @@ def coupling(
         # A single dimension has no other half.
         mask = ~half if is_turned and dim > 1 else half
         return Coupling(dim, univariate, mask, conditioner, hidden_dims, context_dim)
+
+    return layer
+
+
+def residual_block(
+    dim: int,
+    hidden_dims: Sequence[int],
+    coefficient: float,
+    activation: str,
+    log_det: str | LogDet | None,
+    parallel: str,
+) -> LayerFactory:
+    """Return a factory of residual layers, each with a location and scale of each dimension at its data end."""
+    dim = checked_int("dim", dim)
+    if parallel not in ("sampling", "scoring"):
+        raise OptionError(f'parallel must be "sampling" or "scoring", got {parallel!r}')
+    if log_det is None:
+        log_det = "exact" if dim <= MAX_EXACT_DIM else "roulette"
+
+    def layer(_: bool, context_dim: int) -> FlowTransform:
+        residual = Residual(dim, hidden_dims, coefficient, context_dim, activation, log_det)
+        affine = Elementwise(dim, Affine(None, None), context_dim)
+        return Compose([residual if parallel == "sampling" else residual.inv, affine])
 
     return layer

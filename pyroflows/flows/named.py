@@ -20,6 +20,7 @@ from pyroflows.flows.recipes import (
     Planar,
     Radial,
     RealNVP,
+    Residual,
     Sylvester,
 )
 from pyroflows.flows.spline_recipes import NSF, CircularNSF
@@ -51,7 +52,7 @@ def default_flow(dim: int, base: Base = None, scaled: bool = False) -> Flow:
     return RealNVP(dim, conditioner="scaled_mlp" if scaled else "mlp", base=base)
 
 
-_CLASSES = (BNAF, IAF, MAF, NAF, NICE, NSF, SOS, CircularNSF, Gaussian, Planar, Radial, RealNVP, Sylvester)
+_CLASSES = (BNAF, IAF, MAF, NAF, NICE, NSF, SOS, CircularNSF, Gaussian, Planar, Radial, RealNVP, Residual, Sylvester)
 _RECIPES: dict[str, Callable[..., Flow]] = {"default": default_flow, **{flow.__name__: flow for flow in _CLASSES}}
 
 

@@ -149,3 +149,39 @@ class AutoSpline(AutoFlow):
             conditioner="scaled_mlp",
         )
         super().__init__(model, recipe, **options)
+
+
+class AutoResidual(AutoFlow):
+    """A guide of residual layers, in which every latent depends freely on every other; see
+    :class:`pyroflows.flows.Residual`.
+
+    Its networks are contractions for all parameters, so that plain SVI trains them at learning rates up to 0.05.
+
+    Args:
+        model: a Pyro model.
+        num_blocks: number of blocks, at least 1.
+        hidden_dims: widths of the hidden layers of the residual networks.
+        coefficient: the bound of the slope of the networks, between 0 and 1.
+        parallel: the direction that is one pass, "sampling", which training and importance sampling use, or "scoring",
+            which takes an iteration for each draw and one pass for the density of given values.
+        options: ``init_loc_fn``, ``init_scale`` and ``dtype`` of :class:`AutoFlow`.
+
+    Example:
+        >>> guide = AutoResidual(lambda: pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+        >>> guide()["x"].shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: int = 4,
+        hidden_dims: Sequence[int] = (64,),
+        coefficient: float = 0.97,
+        parallel: str = "sampling",
+        **options: Any,
+    ) -> None:
+        recipe = Recipe(
+            "Residual", num_blocks=num_blocks, hidden_dims=hidden_dims, coefficient=coefficient, parallel=parallel
+        )
+        super().__init__(model, recipe, **options)

@@ -23,7 +23,8 @@ OTHERS = {
     "several axes": lambda: pf.Flow([pf.transforms.Elementwise((3, 2))], support=constraints.positive),
 }
 # Noise has a context of its own size.
-SIZES = {"Glow": (1, 4, 4), "MultiscaleRealNVP": (1, 4, 4), "Dequantizer": 3}
+IMAGES = ("Glow", "MultiscaleRealNVP", "MultiscaleResidual")
+SIZES = {**dict.fromkeys(IMAGES, (1, 4, 4)), "Dequantizer": 3}
 
 
 def made(recipe, **options):

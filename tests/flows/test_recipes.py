@@ -10,7 +10,16 @@ import torch
 from pyroflows import flows
 from pyroflows.errors import OptionError
 from pyroflows.nets import MLP, ResidualMLP, ResMADE
-from pyroflows.transforms import LU, Autoregressive, BlockAutoregressive, Coupling, Elementwise, Inverse, Permutation
+from pyroflows.transforms import (
+    LU,
+    Autoregressive,
+    BlockAutoregressive,
+    Coupling,
+    Elementwise,
+    Inverse,
+    Permutation,
+    Residual,
+)
 from pyroflows.transforms.univariate import SOS, Additive, Affine, Monotone, Spline
 from tests.flows.test_flow import cell_masses
 from tests.transforms.registry import jacobian, perturb
@@ -29,10 +38,27 @@ AUTOREGRESSIVE = {
     "nsf-autoregressive": (partial(flows.NSF, autoregressive=True), Spline),
 }
 WITH_CONDITIONER = COUPLING | AUTOREGRESSIVE
-RECIPES = WITH_CONDITIONER | {"bnaf": (flows.BNAF, None)}
+RECIPES = WITH_CONDITIONER | {
+    "bnaf": (flows.BNAF, None),
+    "residual": (lambda dim, num_layers, **options: flows.Residual(dim, num_blocks=num_layers, **options), None),
+}
 DENSE = {"planar": flows.Planar, "radial": flows.Radial, "sylvester": flows.Sylvester}
 MIXING = [None, "permutation", "lu"]
-NAMES = ["BNAF", "IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radial", "RealNVP", "Sylvester"]
+NAMES = [
+    "BNAF",
+    "IAF",
+    "MAF",
+    "NAF",
+    "NICE",
+    "NSF",
+    "SOS",
+    "Gaussian",
+    "Planar",
+    "Radial",
+    "RealNVP",
+    "Residual",
+    "Sylvester",
+]
 
 all_recipes = pytest.mark.parametrize("recipe", RECIPES)
 coupling_recipes = pytest.mark.parametrize("recipe", COUPLING)
@@ -247,6 +273,50 @@ def test_bnaf_scores_by_one_pass_with_orders_that_turn(monkeypatch):
         flow().rsample()
 
 
+@pytest.mark.parametrize(("parallel", "by_default"), [("scoring", True), ("sampling", False)])
+def test_direction_of_residual_flows_that_needs_no_iteration(parallel, by_default, monkeypatch):
+    flow = perturb(flows.Residual(3, 2, (8,), **({} if by_default else {"parallel": parallel})).double(), 0.4)
+
+    def called(*_):
+        raise AssertionError("an iteration")
+
+    monkeypatch.setattr("pyroflows.transforms.residual.layer.inverted", called)
+    quick, slow = partial(flow().log_prob, torch.randn(5, 3, dtype=torch.float64)), flow().rsample_and_log_prob
+    if parallel == "sampling":
+        quick, slow = slow, quick
+    quick()
+    with pytest.raises(AssertionError, match="an iteration"):
+        slow()
+
+
+def test_residual_flows_stretch_further_than_their_layers():
+    """By the scales between the blocks, which have no bounds."""
+    flow = flows.Residual(2, num_blocks=3, parallel="sampling").double()
+    with torch.no_grad():
+        for layer in flow.modules():
+            if isinstance(layer, Elementwise):
+                layer.parameters_of.value[:, 1] = torch.tensor(10.0).log()
+    torch.testing.assert_close(flow().sample((10_000,)).std(0), torch.full((2,), 1e3).double(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dim", "log_det", "is_exact"), [(16, None, True), (17, None, False), (17, "exact", True), (2, "roulette", False)]
+)
+def test_log_determinants_of_residual_flows(dim, log_det, is_exact):
+    flow = flows.Residual(dim, 2, (8,), log_det=log_det)
+    assert flow.transform.ladj_is_exact == is_exact
+
+
+def test_residual_options_pass_through():
+    flow = flows.Residual(2, 3, (8, 4), coefficient=0.5, activation="tanh", parallel="sampling")
+    found = [layer for layer in flow.modules() if isinstance(layer, Residual)]
+    assert [layer.coefficient for layer in found] == [0.5] * 3
+    assert {layer.net.activation for layer in found} == {"tanh"}
+    assert [[linear.out_features for linear in layer.net.layers] for layer in found] == [[8, 4, 2]] * 3
+    with pytest.raises(OptionError, match='parallel must be "sampling" or "scoring", got \'both\''):
+        flows.Residual(2, parallel="both")
+
+
 def test_nice_keeps_volumes_up_to_its_rescaling():
     flow = perturbed("nice", 5)
     (rescaling,) = layers(flow, Elementwise)
@@ -311,7 +381,7 @@ def test_unknown_conditioner_raises(recipe):
 @all_recipes
 @pytest.mark.parametrize("num_layers", [0, -1])
 def test_no_layers_raise(recipe, num_layers):
-    with pytest.raises(OptionError, match="layer"):
+    with pytest.raises(OptionError, match="num_(layers|blocks) must be at least 1"):
         make(recipe, num_layers=num_layers)
 
 

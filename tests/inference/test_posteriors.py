@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyroflows import FlowVI, ModelError
 from pyroflows.flows import IAF, MAF, Planar, Radial
-from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSylvester
+from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSylvester
 
 NUM_DRAWS = 20_000
 SLOW = pytest.mark.slow
@@ -88,8 +88,17 @@ GUIDES = {
     "planar": (partial(AutoPlanar, regression, num_layers=8), CLOSE),
     "radial": (partial(AutoRadial, regression, num_layers=8), CLOSE),
     "sylvester": (partial(AutoSylvester, regression, num_layers=3), CLOSE),
+    "residual": (partial(AutoResidual, regression, num_blocks=2), CLOSE),
     "flow_fn": (lambda: partial(IAF, num_layers=2, hidden_dims=(32,)), EXACT),
 }
+
+
+@SLOW
+def test_linear_regression_by_a_guide_that_draws_by_iteration():
+    exact = gaussian_posterior()
+    posterior = fit(regression, exact.x, exact.y, guide=AutoResidual(regression, num_blocks=2, parallel="scoring"))
+    assert_moments(draws_of(posterior)["b"], exact.mean, exact.covariance, by_covariance=CLOSE)
+    assert_evidence(posterior, exact.log_evidence, gap=0.1)
 
 
 @pytest.mark.parametrize(("make", "by_covariance"), GUIDES.values(), ids=GUIDES)
