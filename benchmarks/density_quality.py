@@ -2,7 +2,7 @@
 
 All models of a row see the same fresh batches in the same order, for the same number of steps, with Adam and a cosine
 schedule. What is printed is the mean over held-out rows of log p(x) - log q(x), in nats a dimension: an estimate of
-KL(p || q) / D, for each seed and their mean.
+KL(p || q) / D, for each seed and their mean; and the processor's time for a step, with its rows, of the fastest seed.
 
     python -m benchmarks.density_quality --steps 4000 --seeds 0 1 2
 
@@ -12,6 +12,7 @@ Needs nflows and zuko beside the project's own requirements.
 import argparse
 import platform
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -89,15 +90,17 @@ def models(dim: int) -> dict[str, Callable[[], nn.Module]]:
         "NSF": lambda: pf.flows.NSF(dim, num_layers=NUM_LAYERS, autoregressive=True, **ours),
         "NSF, coupling": lambda: pf.flows.NSF(dim, num_layers=NUM_COUPLINGS, **ours),
         "NAF": lambda: pf.flows.NAF(dim, num_layers=3, **ours),
+        "Residual": lambda: pf.flows.Residual(dim),
         "BNAF": lambda: pf.flows.BNAF(dim, num_layers=3, hidden_dims=(32,)),  # units of each dimension
     }
 
 
-def gap(flow: nn.Module, data: Moons | Chain, num_steps: int, seed: int) -> float:
-    """Mean of (log p - log q) / D over held-out rows after training."""
+def gap(flow: nn.Module, data: Moons | Chain, num_steps: int, seed: int) -> tuple[float, float]:
+    """Mean of (log p - log q) / D over held-out rows after training, and the milliseconds of a step."""
     optimizer = torch.optim.Adam(flow.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     torch.manual_seed(seed)
+    start = time.process_time()
     for _ in range(num_steps):
         x = data.sample(BATCH)
         optimizer.zero_grad()
@@ -105,27 +108,31 @@ def gap(flow: nn.Module, data: Moons | Chain, num_steps: int, seed: int) -> floa
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
         optimizer.step()
         schedule.step()
+    milliseconds = 1e3 * (time.process_time() - start) / num_steps
     torch.manual_seed(10_000 + seed)
     x = data.sample(NUM_HELD_OUT)
     with torch.no_grad():
-        return ((data.log_prob(x) - log_prob(flow, x)).mean() / data.dim).item()
+        return ((data.log_prob(x) - log_prob(flow, x)).mean() / data.dim).item(), milliseconds
 
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, zuko {zuko.__version__}, nflows 0.14;")
     print(f"{args.steps} steps of {BATCH} fresh rows, seeds {args.seeds}\n")
-    print("| data | model | log p - log q, nats a dimension | by seed |\n|---|---|---|---|")
+    print("| data | model | log p - log q, nats a dimension | by seed | ms a step |\n|---|---|---|---|---|")
     for data in (Moons(), Chain()):
         for name, make in models(data.dim).items():
             if args.only and name not in args.only:
                 continue
-            gaps = []
+            gaps, times = [], []
             for seed in args.seeds:
                 torch.manual_seed(seed)
-                gaps.append(gap(make(), data, args.steps, seed))
+                found, milliseconds = gap(make(), data, args.steps, seed)
+                gaps.append(found)
+                times.append(milliseconds)
             by_seed = " ".join(f"{g:.4f}" for g in gaps)
-            print(f"| {type(data).__name__.lower()} | {name} | {statistics.mean(gaps):.4f} | {by_seed} |", flush=True)
+            row = [type(data).__name__.lower(), name, f"{statistics.mean(gaps):.4f}", by_seed, f"{min(times):.1f}"]
+            print("|", " | ".join(row), "|", flush=True)
 
 
 if __name__ == "__main__":

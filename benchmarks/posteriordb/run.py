@@ -1,7 +1,7 @@
 r"""FlowVI with default settings on sixteen reference posteriors of posteriordb.
 
-    python -m benchmarks.posteriordb.run --path FOLDER [names...] [--seeds 0 1 2] [--no-gate] [--nuts]
-                                               [--json FILE]
+    python -m benchmarks.posteriordb.run --path FOLDER [names...] [--seeds 0 1 2] [--no-gate] [--guide NAME]
+                                               [--nuts] [--json FILE]
 
 The folder, which ``PYROFLOWS_POSTERIORDB`` may name instead, is a checkout of github.com/stan-dev/posteriordb or one of
 the layout in :mod:`.reference`. Names are any part of the posteriors' names; without names all sixteen run. A row of
@@ -57,13 +57,14 @@ HMC_CHAINS, HMC_DRAWS = 64, 500
 COLUMNS = ("posterior", "seed", "s", "steps", "ELBO", "k-hat", "flow", "corrected", "s more", "by", "verdict", "is")
 
 
-def measure(folder: Path, name: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fit once, correct, and compare both with the reference."""
+def measure(folder: Path, name: str, seed: int, options: Mapping[str, Any], guide: str | None = None) -> dict[str, Any]:
+    """Fit once, correct, and compare both with the reference; the guide is one of ``pf.guides``, or the default."""
     target, ref = TARGETS[name], reference.load(folder, name)
     with target.default_dtype():
         args = target.args(ref.data)
         start, cpu_start = time.perf_counter(), time.process_time()
-        posterior = pf.FlowVI(target.model, seed=seed, progress_bar=False, **options).run(*args)
+        own = guide and getattr(pf.guides, guide)(target.model)
+        posterior = pf.FlowVI(target.model, own, seed=seed, progress_bar=False, **options).run(*args)
         diagnosis = posterior.diagnose()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         torch.manual_seed(seed)
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, default=os.environ.get("PYROFLOWS_POSTERIORDB"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--no-gate", action="store_true", help="train a flow where a Gaussian would do, too")
+    parser.add_argument("--guide", help="a guide of pf.guides in the place of the default, such as AutoResidual")
     parser.add_argument("--nuts", action="store_true", help="run Pyro's NUTS on each as well, ten minutes at most")
     parser.add_argument("--json", type=Path, help="file to which a line is added for each fit")
     options = parser.parse_args()
@@ -174,7 +176,7 @@ def main() -> None:
         beside = {"nuts": limited(nuts, options.path, name)} if options.nuts else {}
         for seed in options.seeds:
             try:
-                found = measure(options.path, name, seed, {"gate": False} if options.no_gate else {})
+                found = measure(options.path, name, seed, {"gate": False} if options.no_gate else {}, options.guide)
             except Exception as error:  # one posterior that fails is a row of the table
                 found = {"name": name, "seed": seed, "error": f"{type(error).__name__}: {error}", "judged": "false"}
             results.append({**found, **beside})
