@@ -76,7 +76,7 @@ FAMILIES: dict[str, Callable[[], pf.Flow]] = {
     "NAF": lambda: pf.flows.NAF(2, num_layers=4),
     "BNAF": lambda: pf.flows.BNAF(2, num_layers=4),
     "QR": linear_with_activations,
-    "residual": lambda: pf.flows.Residual(2, num_blocks=8),
+    "Residual": lambda: pf.flows.Residual(2, num_blocks=8),
 }
 
 

@@ -93,7 +93,7 @@ def windows(images: Tensor, size: int, stride: int) -> Tensor:
 DATA: dict[str, Callable[[], Images]] = {"digits": digits, "patches": patches}
 FAMILIES: dict[str, Callable[..., pf.Flow]] = {
     "RealNVP": partial(pf.flows.MultiscaleRealNVP, conditioner="conv"),
-    "residual": pf.flows.MultiscaleResidual,
+    "Residual": pf.flows.MultiscaleResidual,
     "Glow": pf.flows.Glow,
     "emerging Glow": partial(pf.flows.Glow, convolution="emerging"),
 }
