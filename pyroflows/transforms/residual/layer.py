@@ -171,11 +171,9 @@ class ExactResidual(View):
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
         return self.layer._inverse_by(x, context, Exact())
 
-    @without_autocast
     def _forward_value(self, z: Tensor, context: Tensor | None) -> Tensor:
         return self.layer._forward_value(z, context)
 
-    @without_autocast
     def _inverse_value(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self.layer._inverse_value(x, context)
 
