@@ -19,7 +19,7 @@ def lipswish(a: Tensor) -> tuple[Tensor, Tensor]:
 
     The slope of :math:`a\, \sigma(a)` is at most 1.0999 (Chen et al. 2019, arXiv:1906.02735, section 3.3). The
     parameter :math:`\beta` of the paper is the scale of the units, see
-    :class:`pyroflows.nets.lipschitz.dense.LipschitzMLP`.
+    :class:`pyroflows.nets.lipschitz.network.LipschitzNet`.
 
     Args:
         a: pre-activations.

@@ -32,23 +32,19 @@ class Contraction:
 
     def linearized(self, z: Tensor) -> "Linearized":
         """Return value and Jacobian at z."""
-        value, slopes = self._pass(z)
-        return Linearized(value, self.weights, slopes)
+        activation = ACTIVATIONS[self.activation]
+        slopes = []
+        a = _affine(self.weights[0], z, self.offsets[0])
+        for weight, offset in zip(self.weights[1:], self.offsets[1:], strict=True):
+            h, slope = activation(a)
+            slopes.append(slope)
+            a = _affine(weight, h, offset)
+        return Linearized(a, self.weights, slopes)
 
     def held(self) -> "Contraction":
         """Return the same function without gradients to its parameters."""
         weights, offsets = ([t.detach() for t in part] for part in (self.weights, self.offsets))
         return Contraction(weights, offsets, self.activation)
-
-    def _pass(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-        activation = ACTIVATIONS[self.activation]
-        h, slopes = z, []
-        a = _affine(self.weights[0], h, self.offsets[0])
-        for weight, offset in zip(self.weights[1:], self.offsets[1:], strict=True):
-            h, slope = activation(a)
-            slopes.append(slope)
-            a = _affine(weight, h, offset)
-        return a, slopes
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from pyroflows.transforms.residual.extrapolation import ROUNDING, Factory, Funct
 
 # Up to so many dimensions a linear system is solved by its matrix, in less time than by iteration.
 MAX_DENSE_DIM = 32
-
 # Newton's method needs ten on trained networks; where operations cannot loop on values, it makes all of these.
 NUM_NEWTON_STEPS = 30
 
@@ -113,7 +112,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Inverse(torch.autograd.Function):
-    """The inverse as a function of x and of the weights, offsets of g, one after the other."""
+    """The inverse as a function of x, the weights of g, and its offsets, one after the other."""
 
     @staticmethod
     def forward(ctx: Any, activation: str, num_axes: int, x: Tensor, *parts: Tensor) -> Tensor:
@@ -218,8 +217,8 @@ def _checked(right: Tensor, solution: Tensor, residual: Tensor, is_solved: Tenso
     if missed.any():
         raise InversionError(
             f"the inverse of a residual layer missed its target by up to {residual[missed].max().item():.1e} at "
-            f"{int(missed.sum())} of {missed.numel()} rows: the network is no contraction, as if its weights or its "
-            "bound were changed by hand. Let its own normalisation divide the weights, with a coefficient below 1"
+            f"{int(missed.sum())} of {missed.numel()} rows: the network is no contraction, as if its bound "
+            "were changed by hand, or its coefficient is too near 1 for this dtype: keep it below 1, and use float64"
         )
     return solution
 
