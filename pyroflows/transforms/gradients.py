@@ -1,6 +1,7 @@
-"""Vector-Jacobian products of tensors that are already computed, and the score of an elementwise map."""
+"""Vector-Jacobian products of tensors that are already computed, gradients of solutions, and an elementwise score."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,41 @@ def pull_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: S
     return torch.autograd.grad(
         outputs, inputs, cotangents, retain_graph=True, allow_unused=True, materialize_grads=True
     )
+
+
+def attached(z: Tensor, residual: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""Return z with the gradients of the implicit function that :math:`F(z; \theta) = 0` defines.
+
+    As in :func:`pyroflows.transforms.root.increasing_root`, they are those of a Newton step :math:`z - J^{-1} F(z)`,
+    which does not change the value.
+
+    Args:
+        z: the solution, without gradients.
+        residual: :math:`F(z)`, which is zero up to rounding and has the gradients of everything but z.
+        solve_transposed: a function that maps g to the v with :math:`J^\top v = g`. If its results have gradients, so
+            have those of z.
+
+    Example:
+        >>> y = torch.tensor(9.0, requires_grad=True)
+        >>> root = attached(torch.tensor(3.0), 3.0**2 - y, lambda g: g / 6)  # F = z^2 - y
+        >>> torch.autograd.grad(root, y)
+        (tensor(0.1667),)
+    """
+    step: Tensor = _NewtonStep.apply(residual, z, solve_transposed)
+    return step
+
+
+class _NewtonStep(torch.autograd.Function):
+    """The step ``z - J^{-1} residual``, whose residual is zero but has gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, z: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.solve_transposed = solve_transposed
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return -ctx.solve_transposed(gradient), None, None
 
 
 def elementwise_score(z: Tensor, log_slopes: Tensor, score: Tensor) -> Tensor:

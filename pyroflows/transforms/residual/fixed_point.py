@@ -10,7 +10,7 @@ The implicit function z(x, θ) and its gradient are
 Nothing of the iteration is kept. Where operations are recorded, each iteration is one operator of ``torch.library``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pyroflows.errors import InversionError
 from pyroflows.nets.gradients import is_batch
 from pyroflows.nets.lipschitz.activations import IN_PLACE
 from pyroflows.nets.lipschitz.contraction import Contraction, Linearized, network_value
+from pyroflows.transforms.gradients import attached
 from pyroflows.transforms.residual.extrapolation import ROUNDING, Factory, Function, fixed_points, norms
 
 # Up to so many dimensions a linear system is solved by its matrix, in less time than by iteration.
@@ -95,20 +96,7 @@ def _solved_linear(at: Linearized, right: Tensor, num_axes: int, transposed: boo
         return u
     product = at.transposed_times(u) if transposed else at.times(u)
     # The residual is zero up to rounding, and has the gradients of the solution by J and r once it is solved for.
-    return _Step.apply(u + product - right, u, lambda c: _solved_linear(at, c, num_axes, not transposed))
-
-
-class _Step(torch.autograd.Function):
-    """A Newton step :math:`u - A^{-1} F` where the residual F is zero but has gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, u: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.solve = solve
-        return u.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return -ctx.solve(gradient), None, None
+    return attached(u, u + product - right, lambda c: _solved_linear(at, c, num_axes, not transposed))
 
 
 class _Inverse(torch.autograd.Function):

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.compiling.eager import is_transformed
-from pyroflows.errors import OptionError, ShapeError
+from pyroflows.errors import FlowError, OptionError, ShapeError
 from pyroflows.nets import MADE, CausalConv, OnAngles, ParameterSteps, ResMADE, ScaledMADE
 from pyroflows.nets.checks import ConditionerFactory, checked_conditioner, checked_factory
 from pyroflows.shapes import as_given, axis_from_the_end, described
 from pyroflows.transforms.base import Pair, Triple
-from pyroflows.transforms.gradients import pull_back
+from pyroflows.transforms.gradients import attached, pull_back
 from pyroflows.transforms.triangular.base import TriangularTransform
-from pyroflows.transforms.triangular.transposed_solve import Solver, attached, parameters_and_solver
+from pyroflows.transforms.triangular.transposed_solve import Solver, parameters_and_solver
 from pyroflows.transforms.univariate import AffineMap, UnivariateLike, univariate_named
 from pyroflows.transforms.univariate.by_column import checked_columns, of_column
 
@@ -242,6 +242,12 @@ class Autoregressive(TriangularTransform):
         residual = self.univariate.forward_and_ladj(z, theta)[0] - x
 
         def solve_transposed(gradient: Tensor) -> Tensor:
+            # once_differentiable would not do: torch.autograd.functional.hessian then returns zeros.
+            if torch.is_grad_enabled():
+                raise FlowError(
+                    "create_graph=True gives no second derivatives of the inverse of Autoregressive: use torch.func, "
+                    "or a flow that is parallel in this direction, which is MAF for log_prob and IAF for rsample"
+                )
             inputs = z.detach(), theta.detach()
             derivatives = torch.func.vjp(lambda *args: self.univariate.forward_and_ladj(*args)[0], *inputs)[1]
             slope, x_by_theta = derivatives(torch.ones_like(z))

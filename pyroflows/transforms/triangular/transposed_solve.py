@@ -12,13 +12,12 @@ are one block of the system.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pyroflows.compiling.eager import runs_in_python
-from pyroflows.errors import FlowError
 from pyroflows.nets import GradientSteps
 from pyroflows.transforms.gradients import pull_back
 
@@ -114,36 +113,3 @@ def solved_by_iteration(above_diagonal: Callable[[Tensor], Tensor], diagonal: Te
         if runs_in_python() and ((v - last).abs() <= rounding * (right.abs() + share.abs()) / diagonal).all():
             break
     return v
-
-
-def attached(z: Tensor, residual: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
-    r"""Return z with the gradients of the implicit function that :math:`F(z; c, \mathrm{weights}) = x` defines.
-
-    As in :func:`pyroflows.transforms.root.increasing_root`, they are those of a Newton step
-    :math:`z - J^{-1} (F(z) - x)`, which does not change the value.
-
-    Args:
-        z: the solution, without gradients.
-        residual: :math:`F(z) - x`, which is zero up to rounding and has the gradients of everything but z.
-        solve_transposed: a function that maps g to the v with :math:`J^\top v = g`.
-    """
-    return _NewtonStep.apply(residual, z, solve_transposed)
-
-
-class _NewtonStep(torch.autograd.Function):
-    """The step ``z - J^{-1} residual``, whose residual is zero but has gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, z: Tensor, solve_transposed: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.solve_transposed = solve_transposed
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # once_differentiable would not do: torch.autograd.functional.hessian then returns zeros.
-        if torch.is_grad_enabled():
-            raise FlowError(
-                "create_graph=True gives no second derivatives of the inverse of Autoregressive: use torch.func, or a "
-                "flow that is parallel in this direction, which is MAF for log_prob and IAF for rsample"
-            )
-        return -ctx.solve_transposed(gradient), None, None
