@@ -123,8 +123,10 @@ def test_gradients_of_a_linear_map():
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("max_dense_dim", [32, 0])  # linear systems by matrices, and by iteration
 @pytest.mark.parametrize("kind", ["lipswish", "sine"])
-def test_gradients_of_first_and_second_order(kind):
+def test_gradients_of_first_and_second_order(kind, max_dense_dim, monkeypatch):
+    monkeypatch.setattr("pyroflows.transforms.residual.fixed_point.MAX_DENSE_DIM", max_dense_dim)
     torch.manual_seed(0)
     g = network(kind, 2, 0.9, width=3)
     parts = [t.requires_grad_() for t in (torch.randn(3, 2).double(), *g.weights, *g.offsets)]
