@@ -39,6 +39,10 @@ class InversionError(FlowError, RuntimeError):
     """A layer could not be inverted at a value to the precision of its dtype."""
 
 
+class IntegrationError(FlowError, RuntimeError):
+    """The differential equation of a continuous flow could not be solved to its tolerance."""
+
+
 class InexactError(FlowError, RuntimeError):
     """An exact log-determinant was asked for, but a layer has only an estimate of it."""
 
