@@ -12,25 +12,36 @@ from pyroflows.options import kind
 ConditionerFactory = Callable[..., nn.Module]
 
 
-def checked_factory(conditioner: Any) -> ConditionerFactory:
-    """Return what was given as a conditioner if it can make one, rather than be one.
+def checked_factory(conditioner: Any, name: str = "conditioner") -> ConditionerFactory:
+    """Return what was given as a network if it can make one, rather than be one.
+
+    Args:
+        conditioner: what the user gave.
+        name: the name of the option.
 
     Raises:
         OptionError: if it is a module, or cannot be called.
     """
     if isinstance(conditioner, nn.Module) or not callable(conditioner):
         raise OptionError(
-            f"conditioner must be a name, or a function that makes the network from its sizes, got {kind(conditioner)}"
+            f"{name} must be a name, or a function that makes the network from its sizes, got {kind(conditioner)}"
         )
     factory: ConditionerFactory = conditioner
     return factory
 
 
-def checked_conditioner(conditioner: nn.Module) -> nn.Module:
-    """Return the conditioner if it gives the same parameters for the same input, at every call and in every batch.
+def checked_conditioner(
+    conditioner: nn.Module, title: str = "a conditioner", harm: str = "which breaks the bijection"
+) -> nn.Module:
+    """Return the network if it gives the same output for the same input, at every call and in every batch.
 
     Dropout, other noise and batch statistics give a layer's two directions different parameters. The layer is then no
     bijection, and no value that it returns would show it.
+
+    Args:
+        conditioner: the network.
+        title: what messages call it.
+        harm: what messages say of an output that is not a function of the input, as a clause.
 
     Raises:
         OptionError: if it is not a module, or contains dropout, batch normalisation or the like.
@@ -43,13 +54,12 @@ def checked_conditioner(conditioner: nn.Module) -> nn.Module:
         a conditioner must not contain Dropout at '1': its output is random, which breaks the bijection; remove it
     """
     if not isinstance(conditioner, nn.Module):
-        raise OptionError(f"a conditioner must be a torch.nn.Module, got {type(conditioner).__name__}")
+        got = f"the class {conditioner.__name__}: make an instance first" if isinstance(conditioner, type) else None
+        raise OptionError(f"{title} must be a torch.nn.Module, got {got or type(conditioner).__name__}")
     for name, module in conditioner.named_modules():
         if (effect := _effect(module)) is not None:
             where = f"{type(module).__name__} at {name!r}" if name else type(module).__name__
-            raise OptionError(
-                f"a conditioner must not contain {where}: {effect}, which breaks the bijection; remove it"
-            )
+            raise OptionError(f"{title} must not contain {where}: {effect}, {harm}; remove it")
     return conditioner
 
 
