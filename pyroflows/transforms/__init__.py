@@ -3,6 +3,7 @@
 from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.continuous import Adaptive, Continuous, FixedSteps
 from pyroflows.transforms.image import Conv1x1, EmergingConv, Multiscale, Squeeze
 from pyroflows.transforms.linear import LU, QR, LowRank, Orthogonal, Permutation, Triangular
 from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
@@ -26,17 +27,20 @@ __all__ = [
     "LU",
     "QR",
     "ActNorm",
+    "Adaptive",
     "Autoregressive",
     "BatchNorm",
     "BlockAutoregressive",
     "Cached",
     "Compose",
     "Conditioned",
+    "Continuous",
     "Conv1x1",
     "Coupling",
     "Diagonal",
     "Elementwise",
     "EmergingConv",
+    "FixedSteps",
     "FlowTransform",
     "Inverse",
     "LeakyReLU",

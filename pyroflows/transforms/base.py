@@ -30,7 +30,8 @@ class FlowTransform(Learning):
 
     * :meth:`_forward_and_score`, if it can compute a score more cheaply than through its inverse;
     * :meth:`_forward_value` and :meth:`_inverse_value`, if a value alone costs much less than with its log-determinant;
-    * :meth:`_exact` and :attr:`ladj_is_exact`, if its log-determinant is an unbiased estimate;
+    * :meth:`_exact` and :attr:`ladj_is_exact`, if its log-determinant is an estimate;
+    * :attr:`reads_values`, if Python decides by the values of its tensors what to do, as adaptive solvers do;
     * :meth:`_adapt`, if it learns from data before training, and :meth:`_adapt_to_draws`, if it can learn from draws
       where there are no data;
     * :meth:`_observe`, if it keeps statistics of data up to date during training;
@@ -145,8 +146,23 @@ class FlowTransform(Learning):
 
     @property
     def ladj_is_exact(self) -> bool:
-        """Whether the log-determinants are exact, rather than unbiased estimates."""
+        """Whether the log-determinants are exact, rather than estimates."""
         return True
+
+    @property
+    def value_is_exact(self) -> bool:
+        """Whether values are exact, rather than approximations that are good enough for training.
+
+        Where they are not, neither are the log-determinants, and :meth:`exact` gives a view with better values.
+        """
+        return self.ladj_is_exact or all(
+            part.value_is_exact for part in self.modules() if isinstance(part, FlowTransform) and part is not self
+        )
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether a call depends on the values of tensors by more than tensor operations, so that none records it."""
+        return False
 
     @property
     def is_bounding(self) -> bool:

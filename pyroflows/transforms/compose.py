@@ -137,6 +137,10 @@ class Compose(FlowTransform):
     def ladj_is_exact(self) -> bool:
         return all(layer.ladj_is_exact for layer in self.layers)
 
+    @property
+    def reads_values(self) -> bool:
+        return any(layer.reads_values for layer in self.layers)
+
     def _exact(self) -> FlowTransform:
         return Compose([layer.exact() for layer in self.layers], self.context_scale)
 

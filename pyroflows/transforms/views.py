@@ -26,6 +26,10 @@ class View(FlowTransform):
         return self.layer.ladj_is_exact
 
     @property
+    def reads_values(self) -> bool:
+        return self.layer.reads_values
+
+    @property
     def adapts(self) -> bool:
         return self.layer.adapts
 

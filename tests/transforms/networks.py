@@ -83,3 +83,16 @@ class BackwardSteps:
         share = share.reshape(*self.net.channels, gradient.shape[-1])
         earlier = self.net.order[:i]
         self.inputs[earlier] += self.slopes[earlier] * share
+
+
+class Velocity(nn.Module):
+    """A velocity of a continuous flow: one hidden layer of places, time and context."""
+
+    def __init__(self, dim, hidden_dims, context_dim):
+        super().__init__()
+        self.first = nn.Linear(dim + 1 + context_dim, hidden_dims[0])
+        self.last = zero_initialized(nn.Linear(hidden_dims[0], dim))
+
+    def forward(self, t, z, context=None):
+        inputs = [z, t.unsqueeze(-1), *([] if context is None else [context])]
+        return self.last(torch.tanh(self.first(torch.cat(inputs, -1))))

@@ -17,15 +17,18 @@ from pyroflows.transforms import (
     LU,
     QR,
     ActNorm,
+    Adaptive,
     Autoregressive,
     BatchNorm,
     BlockAutoregressive,
     Compose,
+    Continuous,
     Conv1x1,
     Coupling,
     Diagonal,
     Elementwise,
     EmergingConv,
+    FixedSteps,
     FlowTransform,
     LeakyReLU,
     LowRank,
@@ -44,13 +47,15 @@ from pyroflows.transforms import (
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.image.normalized_conv import NormalizedConv1x1
 from tests.transforms.examples import EstimatedScale
-from tests.transforms.networks import Plain, Running, Stepwise, convolution
+from tests.transforms.networks import Plain, Running, Stepwise, Velocity, convolution
 
 Shape = tuple[int, ...]
 Factory = Callable[[Any, Any], FlowTransform]
 
 CONTEXT_DIM = 3
 VECTORS = ((1,), (2,), (5,), (50,))
+# To which continuous layers are solved, in float64.
+TOLERANCE = 1e-6
 BATCH_SHAPES = ((), (7,), (3, 2, 7), (0,))
 DTYPES = (torch.float64, torch.float32)
 
@@ -63,6 +68,10 @@ _coupling: Callable[..., FlowTransform] = partial(Coupling, hidden_dims=(16, 16)
 _autoregressive: Callable[..., FlowTransform] = partial(Autoregressive, hidden_dims=(16, 16))
 _residual: Callable[..., FlowTransform] = partial(Residual, hidden_dims=(16, 16))
 _causal_conv: Callable[..., FlowTransform] = partial(Autoregressive, conditioner="causal_conv", hidden_dims=(8, 6, 7))
+
+_continuous: Callable[..., FlowTransform] = partial(
+    Continuous, hidden_dims=(6, 5), solver=Adaptive(TOLERANCE, TOLERANCE), exact_solver=Adaptive(TOLERANCE, TOLERANCE)
+)
 
 STRUCTURES = {"elementwise": Elementwise, "coupling": _coupling, "autoregressive": _autoregressive}
 UNIVARIATES = (
@@ -175,6 +184,9 @@ class Entry:
         preserves_volume: whether the log-determinant is zero whatever the parameters are.
         is_exact: whether its own log-determinant is exact; the laws ask for the exact view in any case.
         bends_all: whether its parameters move each event, unlike rectifiers, which let positive numbers pass.
+        is_random: whether estimates of its log-determinant are random.
+        tolerance: to which it solves for its values, 0 for rounding.
+        is_slow: whether only the slow run of the tests tries it.
     """
 
     make: Callable[[Any, int], FlowTransform]
@@ -186,6 +198,9 @@ class Entry:
     preserves_volume: bool = False
     is_exact: bool = True
     bends_all: bool = True
+    is_random: bool = True
+    tolerance: float = 0.0
+    is_slow: bool = False
 
 
 SEQUENCES = ((1, 1), (3, 2), (2, 5))
@@ -193,6 +208,7 @@ IMAGES = ((1, 4, 2), (3, 1, 2), (3, 4, 2))
 sequences = partial(Entry, shapes=SEQUENCES, usual=(2, 3))
 images = partial(Entry, shapes=IMAGES, usual=(3, 2, 2))
 fixed = partial(Entry, context=0, has_parameters=False)
+continuous = partial(Entry, tolerance=TOLERANCE, is_slow=True)
 
 # A new layer enters by a line.
 LAYERS: dict[str, Entry] = {
@@ -258,6 +274,14 @@ LAYERS: dict[str, Entry] = {
     "residual": Entry(_factory(_residual), is_exact=False),
     "residual-exact-deep": Entry(_factory(_residual, hidden_dims=(8, 3, 8), activation="sine", log_det="exact")),
     "residual-linear": Entry(_factory(_residual, hidden_dims=()), is_exact=False),
+    "continuous": continuous(_factory(_continuous), shapes=VECTORS[:-1], is_slow=False),
+    "continuous-deep": continuous(_factory(_continuous, hidden_dims=(6, 5, 4)), shapes=VECTORS[:-1], context=0),
+    "continuous-fixed-steps": continuous(
+        _factory(_continuous, solver=FixedSteps(2)), shapes=((5,),), context=0, is_exact=False, is_random=False
+    ),
+    "continuous-of-ones-own": continuous(
+        _factory(_continuous, net=lambda _: Velocity), shapes=((2,), (5,)), usual=(5,)
+    ),
     "compose": Entry(_compose),
     # Events are sequences (channels, length).
     "elementwise-of-sequences": sequences(_factory(Elementwise, univariate="spline")),
@@ -334,6 +358,22 @@ LAYERS: dict[str, Entry] = {
     "residual-of-images": images(_factory(Residual, hidden_dims=(6, 5)), is_exact=False),
     "residual-of-image-given-image": images(
         _factory(Residual, hidden_dims=(6,)), shapes=((3, 4, 2),), usual=(3, 4, 2), context=(2, 4, 2), is_exact=False
+    ),
+    "continuous-of-images": images(
+        _factory(_continuous, hidden_dims=(4,), solver=Adaptive()),
+        shapes=((2, 3, 2),),
+        usual=(2, 3, 2),
+        context=0,
+        is_exact=False,
+        tolerance=TOLERANCE,
+        is_slow=True,
+    ),
+    "continuous-of-sequence-given-sequence": sequences(
+        _factory(_continuous, hidden_dims=(4, 3), trace="exact"),
+        shapes=((2, 3),),
+        context=(1, 3),
+        tolerance=TOLERANCE,
+        is_slow=True,
     ),
     "residual-of-sequences": sequences(_factory(Residual, hidden_dims=(6, 5)), is_exact=False),
 }

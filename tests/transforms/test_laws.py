@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from functools import partial
 from itertools import combinations, cycle, product
 from statistics import median
 
@@ -15,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.shapes import described
-from pyroflows.transforms import Cached, Compose, Elementwise, Inverse, Permutation, Planar
+from pyroflows.transforms import Cached, Compose, Continuous, Elementwise, FixedSteps, Inverse, Permutation, Planar
+from pyroflows.transforms.continuous.layer import ExactContinuous
 from tests.transforms.registry import (
     BATCH_SHAPES,
     CASE_IDS,
@@ -71,6 +73,15 @@ def pair_of(t, direction):
     return t.forward_and_ladj if direction == "forward" else t.inverse_and_ladj
 
 
+def with_equal_steps(t):
+    """A continuous layer with few equal steps: adaptive ones are chosen anew at each value, which a graph cannot do."""
+    if isinstance(t, Continuous | ExactContinuous):
+        t = copy.deepcopy(getattr(t, "layer", t))
+        t.solver = t.inverse_solver = FixedSteps(2)
+        t.trace = "exact"
+    return t
+
+
 def usual(name):
     """The event shape of a law that needs one."""
     return LAYERS[name].usual
@@ -117,7 +128,8 @@ def test_log_determinant_is_that_of_the_jacobian(name, context_dim, shape, batch
     # The reference knows its matrix to rounding, and so its determinant to rounding times the condition number.
     reference_error = torch.finfo(dtype).eps * torch.linalg.cond(matrix)
     error = (ladj - torch.linalg.slogdet(matrix).logabsdet).abs()
-    assert (error <= (1e-8 if dtype == torch.float64 else 1e-4) + reference_error).all()
+    limit = (1e-8 if dtype == torch.float64 else 1e-4) + 30 * LAYERS[name].tolerance
+    assert (error <= limit + reference_error).all()
 
 
 def test_inverse_undoes_forward(name, context_dim, shape, batch_shape, dtype):
@@ -133,9 +145,9 @@ def test_inverse_undoes_forward(name, context_dim, shape, batch_shape, dtype):
     inverse_norm = torch.linalg.matrix_norm(torch.linalg.inv(matrix), 2)
     size_of_x, size_of_z = norm(x.double(), t.event_shape), norm(z.double(), t.base_shape)
     conditioning = 1 + inverse_norm * (1 + size_of_x + forward_norm * size_of_z)
-    eps = torch.finfo(dtype).eps
-    assert (norm(z_again - z, t.base_shape) <= 100 * eps * conditioning).all()
-    assert ((ladj_again + ladj).abs() <= 1000 * eps * conditioning).all()
+    error = 100 * torch.finfo(dtype).eps + 10 * LAYERS[name].tolerance
+    assert (norm(z_again - z, t.base_shape) <= error * conditioning).all()
+    assert ((ladj_again + ladj).abs() <= 10 * error * conditioning).all()
 
 
 def test_shapes_and_dtypes(name, context_dim, shape, batch_shape, dtype):
@@ -185,7 +197,7 @@ def test_identity_at_start(name):
 def test_perturbed_parameters_bend_the_map(name):
     """The laws say something only if they are tried on maps that are far from the identity."""
     bends, log_determinants = [], []
-    for _ in range(9):
+    for _ in range(3 if LAYERS[name].tolerance else 9):
         t = layer(name)
         z = values_for(t, batch_shape=(100,))
         x, ladj = t.forward_and_ladj(z)
@@ -204,9 +216,11 @@ def test_estimates_are_declared_and_unbiased(name):
     assert t.exact().ladj_is_exact and t.exact().exact() is not None
     if entry.is_exact:
         assert t.exact() is t
+    if entry.is_exact or not entry.is_random:
         return
     for direction in DIRECTIONS:
-        values = values_for(t, direction, (1,)).expand(20_000, *t.event_shape)
+        num_rows = 2000 if entry.tolerance else 20_000  # solves are slow
+        values = values_for(t, direction, (1,)).expand(num_rows, *t.event_shape)
         estimates = pair_of(t, direction)(values)[1]
         exact = pair_of(t.exact(), direction)(values[:1])[1]
         torch.testing.assert_close(pair_of(t.inv.exact().inv, direction)(values[:1])[1], exact)
@@ -220,12 +234,15 @@ def test_torch_interface_agrees_with_the_pair(name, context_dim, direction):
     t = conditioned(name, context_dim)
     t = t if direction == "forward" else t.inv
     z = values_for(t)
+    # Solves for a value alone take other steps.
+    close = max(1e-7, 100 * LAYERS[name].tolerance)
+    assert_close = partial(torch.testing.assert_close, rtol=close, atol=close)
     x, ladj = t.forward_and_ladj(z)
-    torch.testing.assert_close(t(z), x)
-    torch.testing.assert_close(t.log_abs_det_jacobian(z, x), ladj)
+    assert_close(t(z), x)
+    assert_close(t.log_abs_det_jacobian(z, x), ladj)
     z_again, ladj = t.inverse_and_ladj(x)
-    torch.testing.assert_close(t.inv(x), z_again)
-    torch.testing.assert_close(t.inv.log_abs_det_jacobian(x, z_again), ladj)
+    assert_close(t.inv(x), z_again)
+    assert_close(t.inv.log_abs_det_jacobian(x, z_again), ladj)
 
 
 # Gradients
@@ -239,7 +256,7 @@ def test_torch_interface_agrees_with_the_pair(name, context_dim, direction):
 @both_directions
 def test_gradients(name, shape, direction):
     """Of both results, with respect to the value and all parameters; for root searches this is the implicit one."""
-    t = layer(name, shape)
+    t = with_equal_steps(layer(name, shape))
     names = [f"t.{n}" for n, _ in t.named_parameters()]
     parameters = [p.detach().clone().requires_grad_() for p in t.parameters()]
     start = t.base_shape if direction == "forward" else t.event_shape
@@ -261,7 +278,7 @@ def test_gradients_reach_the_context(name, direction):
     shape = t.base_shape if direction == "forward" else t.event_shape
     value = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
     context = context_for(t, (4,)).requires_grad_()
-    assert torch.autograd.gradcheck(pair_of(t, direction), (value, context), fast_mode=True)
+    assert torch.autograd.gradcheck(pair_of(with_equal_steps(t), direction), (value, context), fast_mode=True)
     result, ladj = pair_of(t.condition(context), direction)(value)
     (gradient,) = torch.autograd.grad(result.sum() + ladj.sum(), context)
     assert_in_each_event(name, gradient != 0)
@@ -304,7 +321,8 @@ def test_score_is_the_gradient_of_the_log_density(name, context_dim, shape, batc
     inverse = torch.linalg.inv(jacobian(t, z, len(t.base_shape)))
     scale = (1 + torch.linalg.matrix_norm(inverse, 2)) * (1 + norm(expected, t.event_shape))
     error = norm(score.double() - expected, t.event_shape) / scale
-    assert (error <= (1e-8 if dtype == torch.float64 else 1e-2)).all()
+    limit = (1e-8 if dtype == torch.float64 else 1e-2) + 10 * LAYERS[name].tolerance
+    assert (error <= limit).all()
 
 
 @all_cases
@@ -313,13 +331,16 @@ def test_score_comes_with_the_pair_and_its_gradients(name, context_dim):
     leaves = [values_for(t).requires_grad_(), *t.parameters()]
     x, ladj, _ = t.forward_and_score(leaves[0], -leaves[0])
     expected = t.forward_and_ladj(leaves[0])
-    torch.testing.assert_close((x, ladj), expected)
+    # Solves with a score take other steps.
+    close = max(1e-7, 100 * LAYERS[name].tolerance)
+    torch.testing.assert_close((x, ladj), expected, rtol=close, atol=close)
     if LAYERS[name].has_parameters:
         gradients, expected = (
             torch.autograd.grad(x.sin().sum() + ladj.sum(), leaves, allow_unused=True, materialize_grads=True)
             for x, ladj in ((x, ladj), expected)
         )
-        torch.testing.assert_close(gradients, expected)
+        close = max(1e-7, 1000 * LAYERS[name].tolerance)
+        torch.testing.assert_close(gradients, expected, rtol=close, atol=close)
 
 
 @all_layers
@@ -336,7 +357,7 @@ def test_score_without_gradients(name):
 
 @all_layers
 def test_score_traced_equals_eager(name):
-    t = layer(name)
+    t = with_equal_steps(layer(name))
     z, other = torch.randn(2, 7, *t.base_shape, dtype=torch.float64)
     graph = make_fx(lambda z: t.forward_and_score(z, -z))(z)
     with torch.no_grad():
@@ -519,7 +540,7 @@ def test_repr_names_layer_and_size(name):
 @all_layers
 @both_directions
 def test_vmap_equals_a_batch(name, direction):
-    t = layer(name)
+    t = with_equal_steps(layer(name))
     pair, value = pair_of(t, direction), values_for(t, direction)
     for result, expected in zip(torch.func.vmap(pair)(value), pair(value), strict=True):
         torch.testing.assert_close(result, expected)
@@ -528,7 +549,7 @@ def test_vmap_equals_a_batch(name, direction):
 @conditional_layers
 @both_directions
 def test_vmap_with_context_equals_a_batch(name, direction):
-    t = conditional(name)
+    t = with_equal_steps(conditional(name))
     pair, value = pair_of(t, direction), values_for(t, direction)
     context = context_for(t, (7,))
     for result, expected in zip(torch.func.vmap(pair)(value, context), pair(value, context), strict=True):
@@ -538,7 +559,7 @@ def test_vmap_with_context_equals_a_batch(name, direction):
 @all_layers
 @both_directions
 def test_vmap_of_gradients_equals_a_batch(name, direction):
-    t = layer(name)
+    t = with_equal_steps(layer(name))
     pair, value = pair_of(t, direction), values_for(t, direction)
     gradient = torch.func.vmap(torch.func.grad(lambda v: sum(r.sum() for r in pair(v))))(value)
     value.requires_grad_()

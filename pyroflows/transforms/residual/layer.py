@@ -1,8 +1,7 @@
 """The residual layer."""
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from pyroflows.errors import OptionError
 from pyroflows.nets.lipschitz.conv import LipschitzConv
 from pyroflows.nets.lipschitz.dense import LipschitzMLP
 from pyroflows.options import checked_number, kind
+from pyroflows.transforms.autocast import without_autocast
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.residual.fixed_point import inverted, solved_transposed
@@ -18,24 +18,6 @@ from pyroflows.transforms.residual.log_det import Exact, LogDet, RussianRoulette
 from pyroflows.transforms.views import View
 
 _LOG_DETS: dict[str, Any] = {"exact": Exact, "roulette": RussianRoulette}
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def without_autocast(method: Method) -> Method:
-    """Let a method of a residual layer run in the dtype of its weights, which a bound and an inverse need."""
-
-    @wraps(method)
-    def called(self: "Residual", value: Tensor, *arguments: Any) -> Any:
-        device = value.device.type
-        if not torch.is_autocast_enabled(device):
-            return method(self, value, *arguments)
-        dtype = self.net.log_scales.dtype
-        with torch.autocast(device, enabled=False):
-            cast = [part.to(dtype) if isinstance(part, Tensor) else part for part in (value, *arguments)]
-            return method(self, *cast)
-
-    found: Any = called
-    return found
 
 
 class Residual(FlowTransform):
