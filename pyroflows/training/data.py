@@ -199,7 +199,7 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     x = rows.x[training]
     constant = places((x == x[0]).all(0))
     if constant:
-        advice = ', or give dequantization="uniform" to fit_density' if torch.equal(x, x.round()) else ""
+        advice = ', or give dequantization="uniform" to the fit' if torch.equal(x, x.round()) else ""
         raise DataError(
             f"columns {listed(constant)} of x are constant in all {num_training} training rows, in {x.dtype}, so that "
             f"the density is unbounded: leave them out{advice}"
@@ -214,6 +214,8 @@ class ShuffledBatches(Iterator[Tensor]):
     Args:
         index: indices of rows ``(n,)``.
         size: number of rows of a batch, from 1 to n.
+        weights: weights of these rows ``(n,)``, not negative: a row comes as often as its weight says, see
+            :func:`resampled`. None for each row once in an epoch.
 
     Shapes: a batch is ``(size,)``.
 
@@ -223,15 +225,17 @@ class ShuffledBatches(Iterator[Tensor]):
         4
     """
 
-    def __init__(self, index: Tensor, size: int) -> None:
+    def __init__(self, index: Tensor, size: int, weights: Tensor | None = None) -> None:
         self._index = index
         self._size = size
+        self._weights = weights
         self._order = index[:0]
         self._place = 0
 
     def __next__(self) -> Tensor:
         if self._place + self._size > len(self._order):
-            self._order, self._place = _shuffled(self._index), 0
+            index = self._index if self._weights is None else resampled(self._index, self._weights)
+            self._order, self._place = _shuffled(index), 0
         batch = self._order[self._place : self._place + self._size]
         self._place += self._size
         return batch
@@ -243,6 +247,24 @@ class ShuffledBatches(Iterator[Tensor]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned."""
         self._order, self._place = state["order"].to(self._index), state["place"]
+
+
+def resampled(index: Tensor, weights: Tensor) -> Tensor:
+    r"""Draw as many entries of an index as it has, in proportion to weights, by systematic resampling.
+
+    Entry i comes :math:`n w_i / \sum_j w_j` times in the mean, rounded up or down.
+
+    Args:
+        index: ``(n,)``.
+        weights: ``(n,)``, not negative, with a positive sum.
+
+    Example:
+        >>> resampled(torch.arange(4), torch.tensor([1.0, 0.0, 3.0, 0.0]))
+        tensor([0, 2, 2, 2])
+    """
+    ends = weights.double().cumsum(0)
+    places = (torch.arange(len(index), device=ends.device) + torch.rand((), device=ends.device)) / len(index)
+    return index[torch.searchsorted(ends, places * ends[-1], right=True).clamp(max=len(index) - 1)]
 
 
 def _shuffled_by_group(index: Tensor, group: Tensor, most: int) -> tuple[Tensor, Tensor]:

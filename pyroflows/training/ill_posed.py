@@ -329,7 +329,7 @@ def _warn_of_repeated_values(x: Tensor) -> bool:
 
 def _warn_of_few_values(what: str, columns: str, values: Tensor, are_integers: bool) -> None:
     step = values.diff().min().item()
-    in_the_fit = ' (give dequantization="uniform" to fit_density)' if are_integers else ""
+    in_the_fit = ' (give dequantization="uniform" to the fit)' if are_integers else ""
     warn(
         f"{what}, and a density of such rows is one of spikes that grow as one trains: dequantise them{in_the_fit}, "
         f"that is make {columns} floating-point numbers, and add to each value its own noise of the width of the "

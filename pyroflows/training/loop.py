@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from pyroflows.compiling.check import Compiler
-from pyroflows.errors import DivergedError, OptionError
+from pyroflows.errors import DivergedError, IntegrationError, OptionError
 from pyroflows.grad_mode import require_trainable, with_gradients
 from pyroflows.randomness import random_state, seeded, set_random_state
 from pyroflows.training.history import History
@@ -37,7 +37,7 @@ class Trainer:
 
     The learning rate rises linearly over 20 steps and then follows the schedule; gradients are clipped to a norm of 10.
     A step with a non-finite gradient or monitored figure is left out. After 25 such steps in a row, or if the fit is
-    interrupted after such a step, the flow goes back to the last good state.
+    interrupted after such a step, or the solve of a continuous layer fails, the flow goes back to the last good state.
 
     Args:
         objective: the objective to minimise.
@@ -93,6 +93,7 @@ class Trainer:
 
         Raises:
             DivergedError: if 25 steps in a row are not finite; the flow is then in the last good state.
+            IntegrationError: if the solve of a continuous layer fails; the flow is then in the last good state.
             OptionError: if the objective does not record the figure that it monitors.
         """
         shown = tqdm(
@@ -109,8 +110,9 @@ class Trainer:
                     self._schedule.look(self.history)
                     shown.update()
                     shown.set_postfix(self._schedule.status(self.history), refresh=False)
-            except BaseException:
-                if self._num_bad:
+            except BaseException as error:
+                # A field that cannot be solved is bad, though no figure of its step could say so.
+                if self._num_bad or isinstance(error, IntegrationError):
                     self._good.put_back()
                 raise
         return self.history

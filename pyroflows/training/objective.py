@@ -67,6 +67,11 @@ class Objective:
         return list({id(parameter): parameter for parameter in trained}.values())
 
     @property
+    def reads_values(self) -> bool:
+        """Return whether a layer that the loss calls decides by values of tensors, so that no step can be recorded."""
+        return self.flow.reads_values
+
+    @property
     def state(self) -> Sequence[nn.Module | Tensor]:
         """Return modules and tensors that the loss reads besides the flow and whose values change during the fit.
 

@@ -125,27 +125,28 @@ class Plateau:
 
 
 class EarlyStopping:
-    """This schedule keeps the learning rate until a score on held-out data no longer grows, then lowers it to zero.
+    """This schedule keeps the learning rate until a score on held-out data no longer improves, then lowers it to zero.
 
     The score is taken after each epoch; the state before training counts as epoch 0. The decay along a cosine begins
-    where the score has not grown for ``patience`` epochs, or at two thirds of ``max_epochs``. It starts from the best
-    state, takes half as many epochs as there were before, and stops early where the score has not grown for
+    where the score has not improved for ``patience`` epochs, or at two thirds of ``max_epochs``. It starts from the
+    best state, takes half as many epochs as there were before, and stops early where the score has not improved for
     ``patience`` epochs again.
 
     Args:
         monitor: name of the recorded figure that the score is the held-out value of.
-        score: a function that returns the score, which should grow; a score that is not finite counts as the worst.
+        score: a function that returns the score; one that is not finite counts as the worst.
         tensors: the tensors whose best values are kept, such as parameters and buffers of a flow.
         steps_per_epoch: number of steps in an epoch, at least 1.
         max_epochs: number of epochs at most, at least 1.
         patience: number of epochs without a better score, at least 1.
+        falls: whether the score falls as the fit gets better, instead of growing.
 
     Attributes:
         epochs: the history of epochs, with means over their steps.
         best: the best score.
         best_epoch: the epoch after which it was taken.
-        still_growing: whether the decay began at two thirds of ``max_epochs`` while the score still grew, that is, the
-            best one came in the last third of the epochs before.
+        still_growing: whether the decay began at two thirds of ``max_epochs`` while the score still improved, that is,
+            the best one came in the last third of the epochs before.
 
     Example:
         >>> x = torch.tensor([2.0])
@@ -170,9 +171,11 @@ class EarlyStopping:
         steps_per_epoch: int,
         max_epochs: int,
         patience: int,
+        falls: bool = False,
     ) -> None:
         self.epochs = History(unit="epoch")
-        self.best = -math.inf
+        self._worst = math.inf if falls else -math.inf
+        self.best = self._worst
         self.best_epoch = 0
         self.still_growing = False
         self._monitor = monitor
@@ -241,8 +244,9 @@ class EarlyStopping:
         self._begin, self._end, self._stalled = state["begin"], state["end"], state["stalled"]
 
     def _keep_if_best(self, score: float, epoch: int) -> None:
-        score = score if math.isfinite(score) else -math.inf
-        if epoch == 0 or score > self.best:
+        score = score if math.isfinite(score) else self._worst
+        is_better = score < self.best if self._worst > 0 else score > self.best
+        if epoch == 0 or is_better:
             self._best_state.take()
             self.best, self.best_epoch, self._stalled = score, epoch, 0
         else:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
 from pyroflows.compiling.singular import is_singular
-from pyroflows.errors import OptionError
+from pyroflows.errors import OptionError, UntraceableError
 from pyroflows.training.objective import Figures, Objective
+from pyroflows.transforms.continuous.counting import Evaluations, Penalties
 
 # The compiled step is compared with the original at parameters with noise of this standard deviation.
 PARAMETER_NOISE = 0.03
 # Names of figures that the trainer records.
-RESERVED = ("loss", "grad_norm", "learning_rate")
+RESERVED = ("loss", "grad_norm", "learning_rate", "evaluations")
 
 
 class Step:
@@ -33,7 +34,8 @@ class Step:
 
     Raises:
         OptionError: if the objective has no parameters, or one of them does not require gradients.
-        UntraceableError: if the step cannot be compiled, and the compiler's mode is not "auto".
+        UntraceableError: if the step cannot be compiled, or a layer reads values of tensors, and the compiler's mode
+            is not "auto".
     """
 
     def __init__(self, objective: Objective, compiler: Compiler) -> None:
@@ -51,7 +53,7 @@ class Step:
         self._views = [p.detach() for p in self._trained]
         self._names: list[str] = []
         self._shapes: list[torch.Size] = []
-        self._function = self._gradient if compiler.mode == "none" else self._compiled(compiler)
+        self._function = self._compiled(compiler) if _can_record(objective, compiler.mode) else self._gradient
 
     def __call__(self) -> dict[str, float]:
         """Draw, fill the gradients of the parameters, and return the figures by name."""
@@ -94,10 +96,14 @@ class Step:
     def _gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the flat gradient and the figures, one number each, from the parameters and what was drawn."""
         with torch.enable_grad():
-            loss, figures = self._checked(self._objective.loss(*inputs[len(self._trained) :]))
+            with Penalties() as penalties, Evaluations() as evaluations:
+                loss, figures = self._checked(self._objective.loss(*inputs[len(self._trained) :]))
+            loss = loss + penalties.total if penalties.found else loss
             gradients = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
         if self._objective.monitor == "loss":
             figures = {"loss": loss, **figures}
+        if evaluations.total:  # of the networks of continuous layers
+            figures = {**figures, "evaluations": loss.new_tensor(float(evaluations.total))}
         self._names = list(figures)
         return torch.cat([g.reshape(-1) for g in gradients]), torch.stack([f.detach() for f in figures.values()])
 
@@ -135,6 +141,22 @@ class Step:
         for parameter in self.parameters:
             parameter.grad = torch.full_like(parameter, math.nan)
         return dict.fromkeys(self._names or [self._objective.monitor], math.nan)
+
+
+def _can_record(objective: Objective, mode: str) -> bool:
+    """Tell whether steps can be recorded; raise if they cannot, and the user asked for it."""
+    if mode == "none" or not objective.reads_values:
+        return mode != "none"
+    if mode == "auto":
+        return False
+    readers = [type(part).__name__ for part in objective.flow.modules() if getattr(part, "reads_values", False)]
+    # What contains a layer comes before it.
+    of = f"the layer {readers[-1]} of this flow" if readers else "a flow that the loss calls"
+    raise UntraceableError(
+        f"compile={mode!r} cannot record {of}, whose adaptive steps follow the values of tensors: give it a fixed "
+        "number of steps, by num_steps= of pf.flows.CNF or solver=FixedSteps(...) of the layer, or use compile='auto', "
+        "which runs it without a recording"
+    )
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -201,10 +201,10 @@ def test_a_code_of_missing_values_warns_as_in_continuous_data():
 
 def test_integers_as_continuous_data_are_told_of_noise():
     x = torch.randint(3, (500, 3)).float()
-    with pytest.warns(UserWarning, match='dequantise them .give dequantization="uniform" to fit_density.'):
+    with pytest.warns(UserWarning, match='dequantise them .give dequantization="uniform" to the fit.'):
         check_density(FLOW, load(FLOW, x).rows, torch.arange(450))
     x[:, 1] = 3.0
-    with pytest.raises(DataError, match='leave them out, or give dequantization="uniform" to fit_density'):
+    with pytest.raises(DataError, match='leave them out, or give dequantization="uniform" to the fit'):
         split(load(FLOW, x).rows, 0.1)
     with pytest.warns(UserWarning, match="dequantise them, that is"):
         check_density(FLOW, load(FLOW, torch.randint(3, (500, 3)) / 4).rows, torch.arange(450))
