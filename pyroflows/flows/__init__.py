@@ -1,6 +1,7 @@
 """Flows: layers stacked on a base distribution, and the recipes of the literature, by class and by name."""
 
 from pyroflows.flows.columns import Blocks, CircularUniform
+from pyroflows.flows.continuous_recipes import CNF
 from pyroflows.flows.dequantizer import Dequantizer
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.files import load_flow
@@ -28,6 +29,7 @@ from pyroflows.flows.subvector import SubvectorDistribution
 
 __all__ = [
     "BNAF",
+    "CNF",
     "IAF",
     "MAF",
     "NAF",

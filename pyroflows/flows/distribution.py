@@ -252,7 +252,7 @@ class FlowDistribution(TransformedDistribution):
         z = self._expanded(base).rsample(torch.Size(sample_shape))
         if torch.compiler.is_compiling() or not (self._is_estimate or transform.ladj_is_exact):
             # While torch compiles there is no memory; and an exact density that nobody may ask for can be dear.
-            return transform._data_value(z, self.context)
+            return self._mapping(transform)._data_value(z, self.context)
         x, log_q = self._transport(transform, base, z)
         self._memory.keep(x, log_q)
         return x
@@ -277,7 +277,7 @@ class FlowDistribution(TransformedDistribution):
         transform, base = self._bound()
         with torch.no_grad():
             z = sample_at(self._expanded(base), torch.Size(sample_shape), temperature)
-            return transform._data_value(z, self.context)
+            return self._mapping(transform)._data_value(z, self.context)
 
     def log_prob(self, value: Tensor) -> Tensor:
         value = self._as_tensor(value)
@@ -303,7 +303,7 @@ class FlowDistribution(TransformedDistribution):
         value = self._as_tensor(value)
         if self._validate_args:
             self._validate_sample(value)
-        return self.transform.base_value(value, self.context)
+        return self._mapping(self.transform).base_value(value, self.context)
 
     def _as_tensor(self, value: Any) -> Tensor:
         """Return a value in the dtype and on the device of the transform; :class:`Flow` casts contexts likewise."""
@@ -336,6 +336,10 @@ class FlowDistribution(TransformedDistribution):
 
     def _scoring(self, transform: FlowTransform) -> FlowTransform:
         return transform if self._is_estimate else transform.exact()
+
+    def _mapping(self, transform: FlowTransform) -> FlowTransform:
+        """Return the transform for values without densities, whose own may be all that there is."""
+        return transform if self._is_estimate or transform.value_is_exact else transform.exact()
 
     def _expanded(self, base: Distribution) -> Distribution:
         return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)

@@ -113,6 +113,11 @@ class LearningFlow(nn.Module):
         self.transform.adapt_to_draws(z, context)
 
     @property
+    def reads_values(self) -> bool:
+        """Whether a layer decides by the values of its tensors what to do, so that no step of training records it."""
+        return self.transform.reads_values
+
+    @property
     def observes(self) -> bool:
         """Whether a layer keeps statistics of data up to date during training."""
         return self.transform.observes

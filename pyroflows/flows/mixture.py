@@ -128,6 +128,11 @@ class Mixture(Flow):
         return all(flow.is_adapted for flow in self.components) and self.gate.is_adapted
 
     @property
+    def reads_values(self) -> bool:
+        """Whether a component has a layer that decides by the values of its tensors what to do."""
+        return any(flow.reads_values for flow in self.components)
+
+    @property
     def observes(self) -> bool:
         """Whether a layer of a component keeps statistics of data up to date during training."""
         return any(flow.observes for flow in self.components)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pyroflows.errors import OptionError
 from pyroflows.flows.base import Base
+from pyroflows.flows.continuous_recipes import CNF
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.recipes import (
     BNAF,
@@ -52,7 +53,23 @@ def default_flow(dim: int, base: Base = None, scaled: bool = False) -> Flow:
     return RealNVP(dim, conditioner="scaled_mlp" if scaled else "mlp", base=base)
 
 
-_CLASSES = (BNAF, IAF, MAF, NAF, NICE, NSF, SOS, CircularNSF, Gaussian, Planar, Radial, RealNVP, Residual, Sylvester)
+_CLASSES = (
+    BNAF,
+    CNF,
+    IAF,
+    MAF,
+    NAF,
+    NICE,
+    NSF,
+    SOS,
+    CircularNSF,
+    Gaussian,
+    Planar,
+    Radial,
+    RealNVP,
+    Residual,
+    Sylvester,
+)
 _RECIPES: dict[str, Callable[..., Flow]] = {"default": default_flow, **{flow.__name__: flow for flow in _CLASSES}}
 
 

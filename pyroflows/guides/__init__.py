@@ -2,6 +2,7 @@
 
 from pyroflows.guides.packed import AutoFlow
 from pyroflows.guides.recipes import (
+    AutoCNF,
     AutoIAF,
     AutoPlanar,
     AutoRadial,
@@ -12,6 +13,7 @@ from pyroflows.guides.recipes import (
 )
 
 __all__ = [
+    "AutoCNF",
     "AutoFlow",
     "AutoIAF",
     "AutoPlanar",

@@ -345,6 +345,17 @@ class AutoFlow(AutoContinuous):
         """The distribution of the packed unconstrained latents, with event shape ``(latent_dim,)``."""
         return self._built()()
 
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draw a packed vector, at a sample site of the law of :meth:`get_posterior`.
+
+        With gradients, as ``SVI`` runs the guide, the site has the values and log-densities that layers give in
+        training, and without them the exact ones.
+        """
+        law: Any = self.get_posterior(*args, **kwargs)
+        if torch.is_grad_enabled():
+            law = law.estimated()
+        return pyro.sample(f"_{self._pyro_name}_latent", law, infer={"is_auxiliary": True})
+
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal posterior medians by site, from samples; the medians of a simplex need not sum to one.
 

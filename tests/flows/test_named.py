@@ -12,7 +12,21 @@ from pyroflows import flows
 from pyroflows.errors import OptionError
 from pyroflows.flows import Recipe
 
-NAMES = ["BNAF", "IAF", "MAF", "NAF", "NICE", "NSF", "SOS", "Gaussian", "Planar", "Radial", "RealNVP", "Sylvester"]
+NAMES = [
+    "BNAF",
+    "CNF",
+    "IAF",
+    "MAF",
+    "NAF",
+    "NICE",
+    "NSF",
+    "SOS",
+    "Gaussian",
+    "Planar",
+    "Radial",
+    "RealNVP",
+    "Sylvester",
+]
 
 
 def sizes(flow):
@@ -83,7 +97,7 @@ def test_a_recipe_does_not_change():
 
 @pytest.mark.parametrize("name", ["iaf", "Flow", "Mixture", ""])
 def test_unknown_name_raises(name):
-    with pytest.raises(OptionError, match=f"no recipe '{name}': it must be one of.*'default', 'BNAF', 'IAF'"):
+    with pytest.raises(OptionError, match=f"no recipe '{name}': it must be one of.*'default', 'BNAF', 'CNF'"):
         Recipe(name)
 
 
