@@ -62,13 +62,7 @@ def plot_density_fit(history: History, best_epoch: int, gaussian: float | None =
     Raises:
         PlotError: if matplotlib is not installed.
     """
-    plt = require_matplotlib()
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    curves = np.stack([history["log_prob"], history["validation_log_prob"]], -1)
-    epochs = np.arange(1, len(curves) + 1)
-    for values, name, color in zip(curves.T, ("training rows", "validation rows"), ("C0", "C1"), strict=True):
-        axis.plot(epochs, values, color=color, label=name, marker="." if len(epochs) < 20 else None)
-    low, high = _robust_range(curves.ravel())
+    figure, axis, (low, high) = _plot_epochs(history, "log_prob", best_epoch)
     if gaussian is not None:
         # One further below would leave too little room for the curves, so that its value has to do.
         is_shown = gaussian > 2 * low - high
@@ -77,18 +71,30 @@ def plot_density_fit(history: History, best_epoch: int, gaussian: float | None =
         if is_shown:
             margin = 0.05 * (high - low)
             low, high = min(low, gaussian - margin), max(high, gaussian + margin)
-    axis.axvline(best_epoch, color="black", linestyle=":", linewidth=1.0, label=f"kept: epoch {best_epoch}")
-    rates = history["learning_rate"]
-    num_constant = np.flatnonzero(np.isclose(rates, rates.max()))[-1] + 1
-    if num_constant < len(epochs):
-        label = "learning rate falls, from the best state"
-        axis.axvspan(num_constant + 0.5, len(epochs) + 0.5, color="black", alpha=0.06, linewidth=0, label=label)
-    axis.set_ylim(low, high)
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("mean log-density (nats a row)")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    axis.grid(alpha=0.3)
+    axis.set_ylim(low, high)
+    axis.set_ylabel("mean log-density (nats a row)")
+    return figure
+
+
+def plot_matching_fit(history: History, best_epoch: int) -> Any:
+    """Plot the loss of training and validation rows over the epochs, and mark the epoch that was kept.
+
+    As in :func:`plot_training`, the range of the axis leaves out the fall in the first epochs.
+
+    Args:
+        history: the history of flow matching, with "loss", "validation_loss" and "learning_rate".
+        best_epoch: the epoch whose state was kept, counted from 1.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        PlotError: if matplotlib is not installed.
+    """
+    figure, axis, limits = _plot_epochs(history, "loss", best_epoch)
+    axis.set_ylim(*limits)
+    axis.set_ylabel("mean squared error of the velocity")
     return figure
 
 
@@ -121,6 +127,29 @@ def plot_distillation(history: History, kl: float) -> Any:
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     axis.grid(alpha=0.3)
     return figure
+
+
+def _plot_epochs(history: History, name: str, best_epoch: int) -> tuple[Any, Any, tuple[float, float]]:
+    """Plot a figure of training and validation rows; return figure, axis, and limits of what was plotted."""
+    plt = require_matplotlib()
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    curves = np.stack([history[name], history[f"validation_{name}"]], -1)
+    epochs = np.arange(1, len(curves) + 1)
+    marker = "." if len(epochs) < 20 else None
+    # Batches make the curve of training noisy; it must not hide the other one.
+    axis.plot(epochs, curves[:, 0], color="C0", alpha=0.5, linewidth=1.0, label="training rows", marker=marker)
+    axis.plot(epochs, curves[:, 1], color="C1", label="validation rows", marker=marker)
+    axis.axvline(best_epoch, color="black", linestyle=":", linewidth=1.0, label=f"kept: epoch {best_epoch}")
+    rates = history["learning_rate"]
+    num_constant = np.flatnonzero(np.isclose(rates, rates.max()))[-1] + 1
+    if num_constant < len(epochs):
+        label = "learning rate falls, from the best state"
+        axis.axvspan(num_constant + 0.5, len(epochs) + 0.5, color="black", alpha=0.06, linewidth=0, label=label)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.set_xlabel("epoch")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axis.grid(alpha=0.3)
+    return figure, axis, _robust_range(curves.ravel())
 
 
 def require_matplotlib() -> Any:

@@ -10,11 +10,12 @@ import torch
 
 from pyroflows.arrays import ArrayLike
 from pyroflows.compiling.check import Compiler
-from pyroflows.errors import DivergedError, OptionError, warn
+from pyroflows.compiling.worthwhile import worthwhile
+from pyroflows.errors import DivergedError, OptionError
+from pyroflows.fitting.adaptation import adapted_to
 from pyroflows.fitting.dequantization import (
     VariationalDequantization,
     adapt_noise,
-    adapt_to_integers,
     check_dequantization,
 )
 from pyroflows.fitting.gaussian import gaussian_log_prob
@@ -25,9 +26,8 @@ from pyroflows.options import checked_fraction, checked_int, kind
 from pyroflows.plots import plot_density_fit
 from pyroflows.randomness import seeded
 from pyroflows.shapes import counted
-from pyroflows.training.data import DataLike, Rows, load, split
+from pyroflows.training.data import DataLike, Rows
 from pyroflows.training.history import History
-from pyroflows.training.ill_posed import check_density
 from pyroflows.training.loop import OptimizerLike, Trainer
 from pyroflows.training.objective import trained_parameters
 from pyroflows.training.schedules import EarlyStopping
@@ -39,8 +39,6 @@ STEPS_PER_EPOCH = 8
 MIN_BATCH_SIZE, MAX_BATCH_SIZE = 32, 256
 # Precision of the normal prior on the parameters, whose weight beside the likelihood falls as one over the rows.
 PRIOR_PRECISION = 3.0
-# Tracing costs as much time as it saves in 60 to 130 steps, and generating machine code as much as in thousands.
-MIN_STEPS = {"trace": 200, "inductor": 10_000}
 
 
 @dataclass(frozen=True)
@@ -192,14 +190,7 @@ def fit_density(
     compiler = Compiler(compile)
     # The guard handles values that are not finite; torch's validation would raise at them.
     with seeded(seed), pyro.validation_enabled(False):
-        data = load(flow, x, context, weights, are_integers=dequantization is not None)
-        training, held_out = split(data.rows, validation)
-        check_density(flow, data.rows, training, data.are_integers)
-        if data.are_integers:
-            adapt_to_integers(flow, data.rows[training])
-        elif not flow.is_adapted:
-            rows = data.rows[training]
-            flow.adapt(rows.x, rows.context, rows.weights)
+        data, training, held_out = adapted_to(flow, x, context, weights, validation, dequantization is not None)
         if noise is not None:
             require_trainable(noise)
             adapt_noise(noise, data.rows[training])
@@ -207,7 +198,7 @@ def fit_density(
             batch_size = min(max(len(training) // STEPS_PER_EPOCH, MIN_BATCH_SIZE), MAX_BATCH_SIZE)
         batch_size = min(batch_size, len(training))
         steps_per_epoch = len(training) // batch_size
-        compiler = _worthwhile(compiler, max_epochs * steps_per_epoch)
+        compiler = worthwhile(compiler, max_epochs * steps_per_epoch)
         objective = (
             MaximumLikelihood(flow, data, training, batch_size)
             if noise is None
@@ -245,19 +236,6 @@ def fit_density(
         gaussian,
         noise,
     )
-
-
-def _worthwhile(compiler: Compiler, num_steps: int) -> Compiler:
-    """Return the compiler to use for so many steps at most; warn if one that was asked for costs more than it saves."""
-    if compiler.mode == "none" or num_steps >= MIN_STEPS[mode := "trace" if compiler.mode == "auto" else compiler.mode]:
-        return compiler
-    if compiler.mode == "auto":
-        return Compiler("none")
-    warn(
-        f"compile={mode!r} pays from about {MIN_STEPS[mode]} steps on, but this fit has at most {num_steps}: "
-        "leave compile='auto', which decides by itself"
-    )
-    return compiler
 
 
 def _mean_log_prob(objective: MaximumLikelihood, rows: Rows) -> float:

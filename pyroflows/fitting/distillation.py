@@ -25,6 +25,7 @@ from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 from pyroflows.training.loop import OptimizerLike, train
 from pyroflows.training.objective import Figures, Objective
+from pyroflows.transforms.continuous.equal_steps import equal_steps
 
 LEARNING_RATE = 5e-3
 # The student follows this many batches of the teacher's draws, and the final KL divergence is from this many batches.
@@ -214,6 +215,11 @@ class Imitation(Objective):
         self._weight = weight
         self._penalty = penalty
 
+    @property
+    def reads_values(self) -> bool:
+        """Return whether student or teacher decides by values of tensors."""
+        return self._pair.reads_values
+
     def draw(self) -> list[Tensor]:
         """Draw base draws, rows of the contexts if there are any, and an index of the teacher's draws to follow."""
         followed = [] if self._followed is None else self._followed.draw()
@@ -223,7 +229,8 @@ class Imitation(Objective):
         """Compute the divergence with regression and penalty, and the figures of the divergence alone."""
         rows, index = drawn[: self._pair.num_rows], drawn[self._pair.num_rows :]
         q, p = self._pair.estimated_at(*rows)
-        x, loss, log_weights = self._divergence(q, p, self.base_draws(noise))
+        with equal_steps(self._pair.num_steps):
+            x, loss, log_weights = self._divergence(q, p, self.base_draws(noise))
         if self._followed is not None:
             loss = loss + self._weight * self._followed.end_to_end(*index).mean()
         if self._penalty is not None:

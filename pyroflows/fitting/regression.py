@@ -141,6 +141,7 @@ def _scale(draws: Tensor) -> Tensor:
 def _stages(teacher: Flow, z: Tensor, context: Tensor | None) -> list[Tensor]:
     stages, context = [z], teacher.transform.layer_context(context)
     for layer in teacher.transform.layers:
+        layer = layer if layer.value_is_exact else layer.exact()
         stages.append(layer.forward_and_ladj(stages[-1], context if layer.context_dim else None)[0])
     return stages
 

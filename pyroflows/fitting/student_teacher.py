@@ -14,7 +14,11 @@ from pyroflows.options import kind
 from pyroflows.shapes import described
 from pyroflows.training.data import context_rows
 from pyroflows.training.objective import trained_parameters
-from pyroflows.transforms import Autoregressive, Inverse
+from pyroflows.transforms import Autoregressive, Continuous, Inverse
+from pyroflows.transforms.continuous.equal_steps import enough_steps
+
+# Log-densities by equal steps differ from exact ones by less, in nats, at so many draws of the teacher.
+TOLERANCE, NUM_CHECKED = 0.01, 256
 
 
 class StudentAndTeacher:
@@ -28,6 +32,8 @@ class StudentAndTeacher:
     Attributes:
         contexts: the rows, in the student's dtype, or None.
         num_rows: 1 where there are contexts, else 0.
+        num_steps: the number of equal steps that are enough in training to score with a teacher that solves
+            differential equations; None for other teachers.
 
     Raises:
         OptionError: if the student cannot be trained through its draws, or keeps running statistics of data, or the
@@ -49,6 +55,7 @@ class StudentAndTeacher:
                 "call is distill(student, teacher) and trains the student"
             )
         self.num_rows = 0 if self.contexts is None else 1
+        self.num_steps = self._enough_steps(NUM_CHECKED)
 
     def draw_rows(self, count: int) -> list[Tensor]:
         """Draw indices ``(count,)`` of rows of the contexts, as a list of one tensor, or of none without contexts."""
@@ -70,9 +77,35 @@ class StudentAndTeacher:
         return self.student(*context), self.teacher(*context) if isinstance(self.teacher, Flow) else self.teacher
 
     def estimated_at(self, *rows: Tensor) -> tuple[FlowDistribution, Any]:
-        """Return both laws with the layers' own log-determinants, which may be estimates, for training."""
+        """Return both laws with the layers' own log-determinants, which may be estimates, for training.
+
+        A teacher that solves differential equations keeps its exact ones, for which ``num_steps`` equal steps are
+        enough.
+        """
         q, p = self.at(*rows)
-        return q.estimated(), p.estimated() if isinstance(self.teacher, Flow) else p
+        return q.estimated(), p.estimated() if isinstance(self.teacher, Flow) and self.num_steps is None else p
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether a law of :meth:`estimated_at` decides by values of tensors; with equal steps none does."""
+        teacher_reads = isinstance(self.teacher, Flow) and self.teacher.reads_values
+        return self.num_steps is None and (self.student.reads_values or teacher_reads)
+
+    @torch.no_grad()
+    def _enough_steps(self, count: int) -> int | None:
+        """Return how many equal steps give the log-densities of a teacher that solves differential equations.
+
+        It is None for other teachers, for those whose exact trace is dear, and where no number of steps is enough.
+        """
+        teacher = self.teacher
+        if not isinstance(teacher, Flow):
+            return None
+        layers = [layer for layer in teacher.modules() if isinstance(layer, Continuous)]
+        if not layers or any(layer.trace != "exact" for layer in layers):
+            return None
+        _, p = self.at(*self.draw_rows(count))
+        x = p.sample(() if self.contexts is not None else (count,))
+        return enough_steps(lambda: [p.log_prob(x)], TOLERANCE)
 
     def check_scores(self, count: int) -> None:
         """Check that the teacher scores draws of the student, with gradients that tell how to move them.
