@@ -1,6 +1,8 @@
 """Bayesian inference: fit a posterior to a Pyro model, diagnose it, and correct it."""
 
+from pyroflows.inference.amortized import Amortized, fit_amortized, load_amortized
 from pyroflows.inference.bridge import BridgeEstimate
+from pyroflows.inference.calibration import Calibration, sbc
 from pyroflows.inference.conditional import sample_conditional
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import importance_sample
@@ -11,15 +13,20 @@ from pyroflows.inference.vi import FlowVI, load_posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
 
 __all__ = [
+    "Amortized",
     "BridgeEstimate",
+    "Calibration",
     "Chains",
     "Diagnosis",
     "FlowVI",
     "Posterior",
     "WeightedDraws",
     "Weights",
+    "fit_amortized",
     "importance_sample",
+    "load_amortized",
     "load_posterior",
     "sample_conditional",
+    "sbc",
     "to_arviz",
 ]

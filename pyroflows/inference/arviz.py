@@ -23,6 +23,7 @@ SAMPLED_GROUPS = ("posterior", "sample_stats", "log_likelihood", "posterior_pred
 DATA_GROUPS = ("observed_data", "constant_data")
 
 SAMPLE_DIMS = ("chain", "draw")
+BAND_TRIALS = 1000  # simulated distributions for a band around them
 MAX_PAIRS = 6  # components, since ArviZ 1.x refuses more than 40 panels
 
 # Of fewer weights less than six belong to the tail, to which ArviZ 1.x fits nothing.
@@ -203,6 +204,24 @@ def plot_pairs(
     return _backend().plot_pair(data, var_names=chosen, coords=shown, num_components=num, **kwargs)
 
 
+def ecdf_band(num: int, points: np.ndarray, prob: float) -> tuple[np.ndarray, np.ndarray]:
+    """The band that holds the empirical distribution of N uniform numbers at all points at once.
+
+    The band is ArviZ's, found by simulation (Säilynoja et al. 2022, arXiv:2103.10522).
+
+    Args:
+        num: the number N.
+        points: points between 0 and 1.
+        prob: the probability.
+
+    Examples:
+        >>> low, high = ecdf_band(100, np.array([0.25, 0.5, 0.75]), 0.95)
+        >>> bool((low < 0.5).any() and high[1] < 0.7)
+        True
+    """
+    return _backend().ecdf_band(num, points, prob)
+
+
 def pareto_k_threshold(num_samples: int) -> float:
     r"""The largest :math:`\hat k` with which an estimate from S weights can be trusted.
 
@@ -330,6 +349,7 @@ class _Backend(NamedTuple):
     rhat: Callable[[np.ndarray], Any]
     ess: Callable[[np.ndarray, str], Any]
     plot_pair: Callable[..., Any]
+    ecdf_band: Callable[[int, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
 
 
 @cache
@@ -372,7 +392,18 @@ def _arviz_0() -> _Backend:
     def ess(draws: np.ndarray, method: str) -> Any:
         return arviz.ess(draws, method=method)
 
-    return _Backend(dataset, lambda datasets: arviz.InferenceData(**datasets), arviz.psislw, arviz.rhat, ess, plot_pair)
+    def ecdf_band(num: int, points: np.ndarray, prob: float) -> tuple[np.ndarray, np.ndarray]:
+        from arviz.stats.ecdf_utils import ecdf_confidence_band
+        from scipy.stats import uniform
+
+        # Without rvs ArviZ warns that it takes the variable as continuous, which a level is.
+        options = {"rvs": uniform(0, 1).rvs, "num_trials": BAND_TRIALS, "random_state": np.random.default_rng(0)}
+        return ecdf_confidence_band(num, points, points, prob, method="simulated", **options)
+
+    def container(datasets: dict[str, "Dataset"]) -> Any:
+        return arviz.InferenceData(**datasets)
+
+    return _Backend(dataset, container, arviz.psislw, arviz.rhat, ess, plot_pair, ecdf_band)
 
 
 def _arviz_1() -> _Backend:
@@ -401,4 +432,11 @@ def _arviz_1() -> _Backend:
         # Without a backend ArviZ draws nothing, and fails only when the figure is saved.
         return arviz_plots.plot_pair(data, **{"backend": "matplotlib", **options})
 
-    return _Backend(dataset, DataTree.from_dict, psislw, rhat, ess, plot_pair)
+    def ecdf_band(num: int, points: np.ndarray, prob: float) -> tuple[np.ndarray, np.ndarray]:
+        from arviz_stats import ecdf_utils
+
+        rng = np.random.default_rng(0)
+        pointwise = ecdf_utils.simulate_confidence_bands(num, 1, points, prob, BAND_TRIALS, rng)
+        return ecdf_utils.get_pointwise_confidence_band(pointwise, num, points)
+
+    return _Backend(dataset, DataTree.from_dict, psislw, rhat, ess, plot_pair, ecdf_band)

@@ -15,6 +15,7 @@ from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.summary import default_names, summary_table
 from pyroflows.inference.verdict.diagnosis import Diagnosis
 from pyroflows.inference.verdict.draws import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws
+from pyroflows.inference.verdict.figures import Estimate
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded
@@ -121,16 +122,15 @@ class JudgedApproximation(Approximation):
         if self.structure.subsampled:
             names = ", ".join(p.name for p in self.structure.subsampled)
             return f"{table}\n\nno verdict: plate {names} is subsampled, see Posterior.with_data"
+        log_evidence = Estimate(self.log_evidence, self.log_evidence_se)
         each = " at each mode" if len(self._flow.components) > 1 else ""
         trained = f"a Gaussian{each} was enough, so that no flow was trained\n" if self.is_gaussian else ""
         return (
-            f"{table}\n\n{trained}"
-            f"{self._elbo_in_words()}, log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}\n"
-            f"{self.diagnose()}"
+            f"{table}\n\n{trained}{self._elbo_in_words()}, log evidence {log_evidence.in_words(3)}\n{self.diagnose()}"
         )
 
     def _elbo_in_words(self) -> str:
         outside = self._diagnostics.raw_log_weights == -torch.inf
         if outside.any():
             return f"ELBO -inf, since {outside.double().mean():.2%} of the draws have density zero"
-        return f"ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}"
+        return f"ELBO {Estimate(self.elbo, self.elbo_se).in_words(3)}"

@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pyroflows import plots
-from pyroflows.fitting import DensityFit, Distillation
+from pyroflows.errors import OptionError
+from pyroflows.fitting import DensityFit, Distillation, MatchingFit
 from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
@@ -19,6 +22,7 @@ from pyroflows.inference.mcmc.sampling import sample_latents
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.weights import WeightedDraws, Weights
 from pyroflows.models.structure import model_parameters
+from pyroflows.options import kind
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 
@@ -59,7 +63,7 @@ class Posterior(JudgedApproximation):
         'good'
     """
 
-    refitted: Distillation | DensityFit | None = None
+    refitted: Distillation | DensityFit | MatchingFit | None = None
 
     @with_gradients
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
@@ -130,14 +134,20 @@ class Posterior(JudgedApproximation):
 
     @with_gradients
     def fit_proposal(
-        self, flow_fn: FlowFn | None = None, num_samples: int = 20_000, seed: int | None = None, **options: Any
+        self,
+        flow_fn: FlowFn | None = None,
+        num_samples: int = 20_000,
+        seed: int | None = None,
+        chains: Chains | None = None,
+        method: str = "auto",
+        **options: Any,
     ) -> "Posterior":
-        r"""Fit another flow by maximum likelihood to this posterior's importance-weighted draws.
+        r"""Fit another flow to this posterior's importance-weighted draws, or to draws of chains.
 
-        The fit maximises :math:`\sum_i w_i \log q(x_i)`. If the weights are good, it minimises the forward KL
-        divergence from the exact posterior to q. Where the fit by reverse KL is too narrow, the new flow covers what
-        the weights show, and is the better proposal for importance sampling and for independence chains. It cannot find
-        a region that no draw has visited.
+        By maximum likelihood the fit maximises :math:`\sum_i w_i \log q(x_i)`. If the weights are good, it minimises
+        the forward KL divergence from the exact posterior to q. Where the fit by reverse KL is too narrow, the new flow
+        covers what the weights show, and is the better proposal for importance sampling and for independence chains. It
+        cannot find a region that no draw has visited. Chains that have mixed serve where the weights are poor.
 
         Args:
             flow_fn: ``latent_dim -> flow``, which should be quick to score; None for :class:`pyroflows.flows.MAF`, or
@@ -145,7 +155,12 @@ class Posterior(JudgedApproximation):
             num_samples: number of weighted draws, at least 1.
             seed: seed that makes draws and fit reproducible and leaves the global generator as it was; None to use the
                 global generator.
-            options: options of :func:`pyroflows.fit_density`, whose ``patience`` is 5 here by default.
+            chains: chains of this posterior, by :meth:`mcmc`, to whose draws the flow is fitted; None for weighted
+                draws.
+            method: "maximum_likelihood"; "flow_matching" for continuous flows, such as :class:`pyroflows.flows.CNF`; or
+                "auto", which chooses by the flow.
+            options: options of :func:`pyroflows.fit_density`, whose ``patience`` is 5 here by default, or of
+                :func:`pyroflows.fit_flow_matching`.
 
         Raises:
             OptionError: for an option outside its range.
@@ -153,15 +168,32 @@ class Posterior(JudgedApproximation):
         """
         self._require_full_plates()
         with seeded(seed):
-            latents, log_q = self._latents(num_samples)
-            weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
+            latents, weights = self._weighted_latents(num_samples) if chains is None else self._latents_of(chains)
             guide, found = refit.weighted_guide(
-                self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, options
+                self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, method, options
             )
         # The new flow covers those modes that the draws have visited, so the modes of the first fit say nothing of it.
         return self._with_guide(guide, None, found)
 
-    def _with_guide(self, guide: AutoFlow, starts: Starts | None, found: Distillation | DensityFit) -> "Posterior":
+    def _weighted_latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Draw unconstrained vectors ``(S, dim)`` from the flow, with smoothed weights ``(S,)`` that sum to one."""
+        latents, log_q = self._latents(num_samples)
+        weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
+        return latents, weights.normalized.to(latents)
+
+    def _latents_of(self, chains: Chains) -> tuple[Tensor, Tensor]:
+        """The distinct draws of all chains as unconstrained vectors ``(S, dim)``, and how often each occurs."""
+        if not isinstance(chains, Chains):
+            raise OptionError(f"chains must be what posterior.mcmc returns, got {kind(chains)}")
+        draws = {name: value.flatten(0, 1) for name, value in chains.draws.items()}
+        self.layout.check_draws(draws)
+        # A chain that rejects a proposal repeats its state.
+        latents, counts = self.layout.unconstrain(draws).to(self._center).unique(dim=0, return_counts=True)
+        return latents, counts.to(latents)
+
+    def _with_guide(
+        self, guide: AutoFlow, starts: Starts | None, found: Distillation | DensityFit | MatchingFit
+    ) -> "Posterior":
         made = Posterior(
             self.model,
             guide,

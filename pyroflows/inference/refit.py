@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.fitting import DensityFit, Distillation, distill, fit_density
+from pyroflows.fitting import DensityFit, Distillation, MatchingFit, distill, fit_density
+from pyroflows.fitting.methods import fit_method, require_options
 from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
-from pyroflows.inference.weights import Weights
 from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded
 
@@ -46,29 +46,42 @@ def weighted_guide(
     proposal: AutoFlow,
     flow_fn: FlowFn | None,
     latents: Tensor,
-    weights: Weights,
+    weights: Tensor,
     args: Any,
     kwargs: Any,
+    method: str,
     options: Mapping[str, Any],
-) -> tuple[AutoFlow, DensityFit]:
-    """Make a guide of the model, and fit its flow to weighted draws by maximum likelihood.
+) -> tuple[AutoFlow, DensityFit | MatchingFit]:
+    """Make a guide of the model, and fit its flow to weighted draws.
 
     Args:
         model: the Pyro model.
         proposal: the guide from which the draws are.
         flow_fn: ``latent_dim -> flow``; None for a MAF, or a spline for a single latent.
         latents: unconstrained draws ``(S, dim)``.
-        weights: their weights.
+        weights: their weights ``(S,)``.
         args: the model's arguments.
         kwargs: the model's keyword arguments.
-        options: options of :func:`pyroflows.fit_density`.
+        method: how the flow is fitted, see :func:`pyroflows.fitting.methods.fit_method`.
+        options: options of that fit.
     """
-    normalized = weights.normalized.to(latents)
     # Beyond its bounds a spline is the identity, while an affine map goes on and covers tails with few draws.
     default = Recipe("MAF" if latents.shape[1] > 1 else "NSF")
     guide = _guide_like(proposal, model, flow_fn or default)
-    flow = _start_near(guide, latents, normalized, args, kwargs)
-    return guide, fit_density(flow, latents, weights=normalized, **{"patience": PATIENCE, **options})
+    flow = _start_near(guide, latents, weights, args, kwargs)
+    last = flow.transform.layers[-1]
+    # Flow matching trains a continuous layer alone, in the coordinates that the last layer gives it.
+    last.requires_grad_(False)
+    try:
+        fit = fit_method(flow, method)
+        require_options(fit, options)
+        if fit is fit_density:
+            last.requires_grad_(True)
+            options = {"patience": PATIENCE, **options}
+        found = fit(flow, latents, weights=weights, **options)
+    finally:
+        last.requires_grad_(True)
+    return guide, found
 
 
 def _guide_like(other: AutoFlow, model: Model, flow_fn: FlowFn | None) -> AutoFlow:

@@ -10,7 +10,7 @@ Three ways are tried, and the first whose results agree with single runs is take
 import copy
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -200,10 +200,17 @@ class BatchedModel:
         raise first_error
 
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
-        modes: tuple[Mode, ...] = ("plate", "vmap")
+        # Log-densities of drawn values show whether a batch is right. Where a site has none, vmap alone is right.
+        unscored = self._handler.event_dims.keys() - self.reference.log_probs.keys()
+        modes: tuple[Mode, ...] = ("vmap",) if unscored else ("plate", "vmap")
+        if unscored:
+            self._failures["plate"] = f"site '{min(unscored)}' has no log-density to compare"
         for mode in modes:
             try:
                 record = self._batch(mode, examples, NUM_EXAMPLES, subsample, {})
+                if unscored and not self._differ_by_draw(unscored):
+                    self._failures[mode] = "all draws of a batch have the same noise"
+                    continue
             except Exception as error:  # a model that is written for one draw may raise anything in a batch
                 self._failures[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
@@ -217,6 +224,19 @@ class BatchedModel:
             self._require_fixed()
             self._warn("draw by draw, which makes every step slow")
         return "loop"
+
+    def _differ_by_draw(self, names: Collection[str]) -> bool:
+        """Whether sites differ between the draws of a batch at equal values of all others, if they do in single runs.
+
+        Noise that is not torch's, such as NumPy's, is drawn once for a whole batch under vmap.
+        """
+        given = {name: self.reference.values[name] for name in self._handler.event_dims if name not in names}
+        repeated = {name: value.expand(2, *value.shape) for name, value in given.items()}
+        batch = self._batch("vmap", repeated, 2, {}, {}).values
+        singles = [self._run(given, {}).record.values for _ in range(2)]
+        return all(
+            torch.equal(*(single[name] for single in singles)) or not torch.equal(*batch[name]) for name in names
+        )
 
     def _warn(self, how: str) -> None:
         warn(

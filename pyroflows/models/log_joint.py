@@ -135,7 +135,10 @@ class LogJoint:
         return other
 
     def value_and_grad(
-        self, examples: Tensor, transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self,
+        examples: Tensor,
+        transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        can_be_recorded: bool = True,
     ) -> ValueAndGrad:
         r"""Compile a function that gives the log joint ``(S,)`` of vectors ``(S, dim)``, and its gradient ``(S, dim)``.
 
@@ -151,6 +154,7 @@ class LogJoint:
         Args:
             examples: vectors of the shape for which the function is compiled; it also takes other numbers of vectors.
             transform: a map from z to u and its log-determinant; None for the identity.
+            can_be_recorded: whether the transform runs without reading values; if it does not, nothing is compiled.
         """
         subsample = self.draw_subsample()
 
@@ -162,6 +166,8 @@ class LogJoint:
                 (gradient,) = torch.autograd.grad(value.sum(), leaf)
             return value.detach(), gradient
 
+        if not can_be_recorded:
+            return function
         others = examples + 0.1 * torch.randn_like(examples)
         compiled = self.compiler(function, [examples], [others])
 

@@ -62,7 +62,8 @@ class RunOptions:
     """What all runs of a batched model have in common.
 
     Args:
-        draw: whether every site without a given value is drawn, observed sites included.
+        draw: whether every site without a given value is drawn, observed sites included. Sites whose distribution has
+            no log-density are then left out of the log-densities.
         zero_outside_support: whether a given value outside of its support has log-density -inf.
         is_scaled: whether ``poutine.scale`` counts.
         fillers: values in place of masked NaN, by observed site; the first run, which is a single one, draws them.
@@ -155,10 +156,16 @@ class RunHandler(Messenger):
             self.event_dims[name] = fn.event_dim
         if not msg["infer"].get("_deterministic"):
             self.scored = name
-            if name in self._logs:
-                log_prob = log_density(fn, self._logs[name])
-            else:
-                log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            try:
+                if name in self._logs:
+                    log_prob = log_density(fn, self._logs[name])
+                else:
+                    log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            except NotImplementedError:
+                if not self._options.draw:  # a simulator need not have a density
+                    raise
+                self.scored = None
+                return
             self.scored = None
             is_proposed = self._options.zero_outside_support and name in self._values
             for is_inside in (

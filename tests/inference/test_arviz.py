@@ -562,3 +562,14 @@ def test_khat_that_was_not_fitted_has_no_error(khat):
 def test_the_error_of_khat_of_short_tails():
     module = load()
     assert module.pareto_k_se(-0.9, 10_000) == module.pareto_k_se(-0.5, 10_000)
+
+
+def test_bands_hold_the_whole_distribution_as_often_as_they_say(module):
+    num, points, prob = 50, np.linspace(0, 1, 21)[1:-1], 0.8
+    low, high = module.ecdf_band(num, points, prob)
+    assert low.shape == high.shape == points.shape
+    levels = np.random.default_rng(1).uniform(size=(2000, num, 1))
+    ecdf = (levels <= points).mean(1)
+    is_inside = ((ecdf >= low - 1e-9) & (ecdf <= high + 1e-9)).all(-1)
+    # Bands are of steps of 1/50, so that they hold somewhat more; the sd is that of both simulations.
+    assert prob - 4 * (prob * (1 - prob) * (1 / 2000 + 1 / module.BAND_TRIALS)) ** 0.5 < is_inside.mean() < 0.9

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyroflows import FlowVI, ModelError
 from pyroflows.flows import IAF, MAF, Planar, Radial
-from pyroflows.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSylvester
+from pyroflows.guides import AutoCNF, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSylvester
 
 NUM_DRAWS = 20_000
 SLOW = pytest.mark.slow
@@ -88,6 +88,7 @@ GUIDES = {
     "planar": (partial(AutoPlanar, regression, num_layers=8), CLOSE),
     "radial": (partial(AutoRadial, regression, num_layers=8), CLOSE),
     "sylvester": (partial(AutoSylvester, regression, num_layers=3), CLOSE),
+    "cnf": (partial(AutoCNF, regression, hidden_dims=(16, 16), num_steps=4), CLOSE),
     "residual": (partial(AutoResidual, regression, num_blocks=2), CLOSE),
     "flow_fn": (lambda: partial(IAF, num_layers=2, hidden_dims=(32,)), EXACT),
 }

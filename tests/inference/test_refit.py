@@ -52,6 +52,25 @@ def test_distilled_posterior_judges_itself_against_the_model(slow, fast):
         fast.plot_training()
 
 
+def test_a_proposal_is_fitted_to_chains():
+    def correlated():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("scale", dist.LogNormal(2.0 * x, 0.5))
+
+    short = pf.FlowVI(correlated, Recipe("Gaussian"), num_steps=1, seed=0, progress_bar=False).run()
+    chains = short.mcmc(60, num_chains=32, num_warmup=100, seed=0, progress_bar=False)
+    options = {"seed": 0, "max_epochs": 10, "progress_bar": False}
+    proposal = short.fit_proposal(chains=chains, method="maximum_likelihood", **options)
+    log_scale = proposal.sample(4000)["scale"].log()
+    assert abs(log_scale.std() / chains.draws["scale"].log().std() - 1) < 0.15
+    # The sd of log scale is 2.06, and the ELBO of the exact posterior is 0.
+    assert proposal.elbo > -0.1
+    with pytest.raises(OptionError, match="chains must be what posterior.mcmc returns, got dict"):
+        short.fit_proposal(chains=chains.draws)
+    with pytest.raises(OptionError, match="method must be one of"):
+        short.fit_proposal(chains=chains, method="none")
+
+
 def test_distilled_posterior_is_saved_and_loaded(fast, tmp_path):
     fast.save(tmp_path / "fast")
     again = pf.load_posterior(tmp_path / "fast", model, Y)

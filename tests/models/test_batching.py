@@ -682,6 +682,38 @@ def test_draws_under_vmap():
     assert_moments((draws["y"] - draws["x"].sum(-1)) / draws["x"].sum(-1).sqrt(), 0.0, 1.0)
 
 
+class Undensity(dist.TorchDistribution):
+    """A law of vectors that can be drawn from and has no density."""
+
+    arg_constraints = {}  # noqa: RUF012
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    def sample(self, sample_shape=torch.Size()):  # noqa: B008
+        return self.loc + torch.randn((*sample_shape, *self.loc.shape))
+
+
+def test_a_site_without_a_density_is_never_drawn_under_a_plate():
+    """Under a plate the mean would be that of all draws, and no log-density would show it."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+        pyro.sample("y", Undensity(x - x.mean()))
+
+    batched = BatchedModel(model, (), {}, {}, draw=True)
+    assert batched.mode == "vmap"
+    draws = batched({}, 2000)
+    assert sorted(draws.log_probs) == ["x"]
+    assert_moments(draws.values["y"] - draws.values["x"] + draws.values["x"].mean(-1, keepdim=True), 0.0, 1.0)
+
+
+def test_a_site_without_a_density_must_be_drawn():
+    with pytest.raises(NotImplementedError):
+        BatchedModel(lambda: pyro.sample("y", Undensity(torch.zeros(2))), (), {}, {"y": torch.zeros(1, 2)})
+
+
 def broadcasting_predictive():
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     with pyro.plate("N", 3):

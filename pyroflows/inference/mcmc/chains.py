@@ -104,7 +104,7 @@ class Chains:
         rhat, ess = _labelled(self.rhat), _labelled(self.ess)
         worst = max(rhat, key=lambda name: np.nan_to_num(rhat[name], nan=0.0, posinf=np.inf))
         least = min(ess, key=lambda name: ess[name])
-        mixed = "" if rhat[worst] <= MAX_RHAT else ", not mixed: run longer, or train the flow for longer"
+        mixed = "" if rhat[worst] <= MAX_RHAT else ", not mixed: run longer, or take a better flow"
         flow_rate = self.sample_stats.get("flow_acceptance_rate")
         of_flow = "" if flow_rate is None else f" of trajectories and {flow_rate.double().mean():.2f} of flow proposals"
         return (

@@ -11,6 +11,7 @@ from pyroflows.flows import Flow
 from pyroflows.inference.mcmc.hmc import run_hmc
 from pyroflows.inference.mcmc.independence import run_independence
 from pyroflows.inference.mcmc.nuts import run_nuts
+from pyroflows.inference.mcmc.steady import SteadyMap
 from pyroflows.inference.mcmc.target import where_finite
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.randomness import seeded
@@ -59,9 +60,11 @@ def sample_latents(
     with seeded(seed):
         base, transform = _of_vectors(flow)
         rows = base.sample((1 if method == "nuts" else num_chains,))
-        value_and_grad = where_finite(log_joint.value_and_grad(rows, transform.forward_and_ladj))
+        steady = SteadyMap(transform, base)
+        value_and_grad = where_finite(log_joint.value_and_grad(rows, steady, steady.can_be_recorded))
         z, stats = METHODS[method](value_and_grad, base, num_samples, num_chains, num_warmup, progress_bar)
-        latents, ladj = _mapped(transform, z.flatten(0, 1), log_joint.batched.chunk_size)
+        latents, ladj = _mapped(steady, z.flatten(0, 1), log_joint.batched.chunk_size)
+        steady.check(z.flatten(0, 1))
     # This makes lp the log joint in the unconstrained space, as in the posterior's own ArviZ data.
     lp = stats["lp"] - ladj.reshape(stats["lp"].shape)
     return LatentChains(latents.reshape(z.shape), z, {**stats, "lp": lp})
@@ -77,6 +80,6 @@ def _of_vectors(flow: Flow) -> tuple[Distribution, FlowTransform]:
 
 
 @torch.no_grad()
-def _mapped(transform: FlowTransform, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    parts = [transform.forward_and_ladj(part) for part in z.split(chunk_size)]
+def _mapped(transform: SteadyMap, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    parts = [transform(part) for part in z.split(chunk_size)]
     return torch.cat([x for x, _ in parts]), torch.cat([ladj for _, ladj in parts])

@@ -19,6 +19,11 @@ from pyroflows.inference.verdict.figures import (
 SURELY_MISSED = 3.0
 MAX_EDGE_SHARE = 0.01
 MAX_NEW_MODE_PROBABILITY = 0.06
+# The log weights of draws with next to no density vary without bound, and these draws weigh nothing.
+LARGE_VARIANCE, MANY_EFFECTIVE = 1e3, 0.1
+HOPELESS = (
+    "use posterior.mcmc and look at its R-hat; or try more steps, another form of the model, or dtype=torch.float64"
+)
 MAX_GROWTH = 0.05  # of the ELBO, in nats, over the last tenth of the training
 
 
@@ -146,7 +151,7 @@ def diagnose(figures: Figures, unseen: Unseen | None = None, facts: Facts | None
         *_on_search(facts),
         *facts.mismatch,
         _advice(verdict, figures.verdict_on_tail(unseen)),
-        "none of this can see a mode that neither the flow nor a start visits: other seeds may",
+        _limits(facts),
     ]
     return Diagnosis(
         verdict=verdict,
@@ -212,13 +217,16 @@ def _on_tail(figures: Figures, unseen: Unseen | None) -> str:
 
 def _on_moments(figures: Figures) -> Iterator[str]:
     variance, shift, ratio = figures.log_weight_variance, figures.mean_shift, figures.sd_ratio
+    is_of_few = variance.value > LARGE_VARIANCE and figures.ess > MANY_EFFECTIVE * figures.num_samples
+    of_few = ", from draws with next to no density" if is_of_few else ""
     yield (
         f"effective sample size {figures.ess:.0f} of {figures.num_samples}; variance of the log weights "
-        f"{variance.value:.3f} +- {variance.se:.3f} (good: at most {MAX_LOG_WEIGHT_VARIANCE})"
+        f"{variance.in_words(3)}{of_few} (good: at most {MAX_LOG_WEIGHT_VARIANCE})"
     )
+    change = Estimate(100 * abs(ratio.value - 1), 100 * ratio.se)
     yield (
-        f"under the weights means move by at most {shift.value:.2f} +- {shift.se:.2f} sd, and the sd changes by at "
-        f"most {100 * abs(ratio.value - 1):.0f} +- {100 * ratio.se:.0f} %"
+        f"under the weights means move by at most {shift.in_words(2)} sd, and the sd changes by at most "
+        f"{change.in_words(0)} %"
     )
     if figures.moves_too_far(0.0):
         yield f"the weights move a mean by {shift.value:.1f} sd, to where the flow has few draws"
@@ -247,13 +255,15 @@ def _advice(verdict: Verdict, on_tail: Verdict) -> str:
     if verdict == "good":
         return "the draws can be used as they are"
     if verdict == "do not use":
-        return (
-            "use posterior.mcmc and look at its R-hat; or try more steps, another form of the model, or "
-            "dtype=torch.float64"
-        )
+        return HOPELESS
     if on_tail == "correct it":
         return "use posterior.importance_sample(num_samples) with more draws and look at its k-hat, or posterior.mcmc"
     return "use posterior.importance_sample(num_samples), whose weights are reliable here, or posterior.mcmc"
+
+
+def _limits(facts: Facts) -> str:
+    ending = ", and no search for modes was made" if facts.modes is None else ": other seeds may"
+    return f"none of this can see a mode that neither the flow nor a start visits{ending}"
 
 
 def _percent(share: float) -> str:

@@ -55,6 +55,16 @@ class Estimate(NamedTuple):
         """The value that lies so many standard errors above the estimate."""
         return self.value + errors * self.se
 
+    def in_words(self, digits: int) -> str:
+        """The estimate with its error, to so many digits after the point; to fewer where the error is large.
+
+        Example:
+            >>> Estimate(0.5, 0.25).in_words(3), Estimate(10310636425.381, 7311857651.964).in_words(3)
+            ('0.500 +- 0.250', '1.03e+10 +- 7.31e+09')
+        """
+        form = f".{digits}f" if self.se < 10 else ".0f" if self.se < 1e4 else ".3g"
+        return f"{self.value:{form}} +- {self.se:{form}}"
+
 
 class Unseen(NamedTuple):
     """The share of the posterior that draws from a flow do not see.

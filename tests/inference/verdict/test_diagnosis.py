@@ -222,6 +222,7 @@ def test_a_missed_mode_cannot_be_seen_and_this_is_said(weight):
     diagnosis = posterior.diagnose()
     assert posterior.log_evidence == pytest.approx(math.log(1 - weight), abs=0.02)
     assert any("mode that neither the flow nor a start visits" in reason for reason in diagnosis.reasons), diagnosis
+    assert "no search for modes was made" in diagnosis.reasons[-1]
 
 
 @pytest.mark.parametrize(("weight", "distance"), [(0.7, 4.0), (0.3, 6.0), (0.1, 8.0)])
