@@ -1,0 +1,245 @@
+"""Latents and data drawn jointly from a model, and the model with such data in place of its own."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyroflows.errors import DataError, ModelError, OptionError
+from pyroflows.models.arguments import bound_arguments
+from pyroflows.models.batching import BatchedModel
+from pyroflows.models.requirements import describe_for_flow, require_full_plates
+from pyroflows.models.structure import ModelStructure, describe
+from pyroflows.models.tracing import Model, trace_anywhere
+
+
+class ConditionedModel:
+    """A model whose data are simulated values, with the arguments for which they were simulated.
+
+    Args:
+        model: a Pyro model.
+        data: values by observed site, which replace what the model observes there.
+        args: the arguments with which it runs if it is called without any.
+        kwargs: the same for keyword arguments.
+
+    Example:
+        >>> def model(y=None):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     return pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> conditioned = ConditionedModel(model, {"y": torch.tensor(3.0)}, (), {})
+        >>> conditioned(), conditioned.data
+        (tensor(3.), {'y': tensor(3.)})
+    """
+
+    def __init__(self, model: Model, data: Mapping[str, Tensor], args: Any, kwargs: Any) -> None:
+        self.model, self.data, self.args, self.kwargs = model, dict(data), args, kwargs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:
+            args, kwargs = self.args, self.kwargs
+        with poutine.condition(data={name: _at_least_default(value) for name, value in self.data.items()}):
+            return self.model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """Draws from the joint distribution of a model.
+
+    Args:
+        structure: the structure of the model, conditioned on simulated data.
+        latents: values ``(num_datasets, *site shape)`` by latent site.
+        data: values ``(num_datasets, *site shape)`` by observed site.
+        references: further, independent values of the latents, of the same shapes.
+        nuisance: the names of the latents that do not count.
+    """
+
+    structure: ModelStructure
+    latents: dict[str, Tensor]
+    data: dict[str, Tensor]
+    references: dict[str, Tensor]
+    nuisance: list[str]
+
+
+@torch.no_grad()
+def simulate(
+    model: Model,
+    args: Any,
+    kwargs: Any,
+    observed: Sequence[str],
+    latents: Sequence[str] | None,
+    num_datasets: int,
+) -> Simulations:
+    """Draw latents and data from a model.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        observed: the sites that are data, besides those that the model observes with these arguments.
+        latents: the latents that count; None for all.
+        num_datasets: the number of draws.
+
+    Raises:
+        OptionError: if no site is data, or ``observed`` or ``latents`` names something else than a site.
+        ModelError: if the model cannot be simulated, or a flow could not be its posterior; names the site.
+        DataError: if simulated values are not finite; names the site.
+    """
+    free = _described(model, args, kwargs, observed)
+    names = _data_sites(free, observed, bound_arguments(model, args, kwargs))
+    hidden = _nuisance(free, names, latents)
+    _require_continuous(free, names, hidden)
+    values = _joint_draws(model, args, kwargs, 2 * num_datasets)
+    conditioned = ConditionedModel(model, {name: values[name][0] for name in names}, args, kwargs)
+    # A block of nothing hides all sites.
+    structure, _ = describe_for_flow(poutine.block(conditioned, hide=hidden) if hidden else conditioned, args, kwargs)
+    _require_simulated(structure)
+    inferred = {site.name: values[site.name] for site in structure.latents}
+    data = {name: values[name] for name in names}
+    for name, value in (inferred | data).items():
+        _require_finite(name, value)
+    return Simulations(
+        structure,
+        {name: value[:num_datasets] for name, value in inferred.items()},
+        {name: value[:num_datasets] for name, value in data.items()},
+        {name: value[num_datasets:] for name, value in inferred.items()},
+        hidden,
+    )
+
+
+def complete_arguments(model: Model, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The keyword arguments of a model, with None for arguments that it needs and that are not given.
+
+    A model that takes its data as an argument without a default needs no data to be simulated.
+
+    Example:
+        >>> complete_arguments(lambda x, y: None, (1,), {})
+        {'y': None}
+    """
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # what effect handlers around a model give shows no arguments
+        return kwargs
+    return {**kwargs, **{name: None for name in _required(model) if name not in given}}
+
+
+def _required(model: Model) -> list[str]:
+    """The names of the arguments of a model that have no default; none where it shows no arguments."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.default is p.empty and p.kind in by_name]
+
+
+def _described(model: Model, args: Any, kwargs: Any, observed: Sequence[str]) -> ModelStructure:
+    try:
+        return describe(model, args, kwargs)
+    except (TypeError, AttributeError) as error:
+        empty = [name for name, value in bound_arguments(model, args, kwargs).items() if value is None]
+        if not empty:
+            raise
+        # An argument that has a default, or is a site that is data, may well be None.
+        missing = [name for name in _required(model) if name in empty and name not in observed] or empty
+        raise OptionError(
+            f"the model does not run without a value of {missing} ({error}): give one of the right shape and type, "
+            "by position or name; data are not needed, unless the model asks for their shape, and their numbers do not "
+            "matter"
+        ) from error
+
+
+def _data_sites(structure: ModelStructure, observed: Sequence[str], arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the sites that are data, in the order of the model."""
+    drawn = [site.name for site in (*structure.latents, *structure.deterministic)]
+    given = [site.name for site in structure.observed]
+    if unknown := sorted({*observed} - {*drawn, *given}):
+        raise OptionError(f"observed must name sites of the model, but it has no {unknown}, only {[*drawn, *given]}")
+    if not observed and not given:
+        # By convention data are an argument with the name of their site, None where there are none.
+        observed = [name for name in drawn if name in arguments and arguments[name] is None]
+    names = (*given, *(name for name in drawn if name in observed))
+    if not names:
+        raise OptionError(
+            f"the model observes nothing with these arguments, so that all of its sites {drawn} are latent: say which "
+            'of them are data by observed="y", or give arguments with which the model observes them'
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def _nuisance(structure: ModelStructure, data: Sequence[str], latents: Sequence[str] | None) -> list[str]:
+    """The latents that do not count, in the order of the model."""
+    free = [site.name for site in structure.latents if site.name not in data]
+    if latents is None:
+        return []
+    if unknown := sorted({*latents} - {*free}):
+        raise OptionError(f"latents must name latents of the model, but {unknown} are none, only {free}")
+    return [name for name in free if name not in latents]
+
+
+def _require_continuous(structure: ModelStructure, data: Sequence[str], hidden: Sequence[str]) -> None:
+    for site in structure.latents:
+        if site.name not in (*data, *hidden) and (site.is_discrete or site.is_enumerable):
+            raise ModelError(
+                f"latent site '{site.name}' is discrete ({site.family}), and ranks are those of continuous latents: "
+                "name the ones that the fit infers by latents=[...], which makes the others part of the simulator; or "
+                "sum it out"
+            )
+
+
+def _require_simulated(structure: ModelStructure) -> None:
+    """Raise if draws from a model's sites do not follow the joint distribution to which a fit is fitted."""
+    require_full_plates(structure, "calibrate with arguments for which the model runs on all rows")
+    for factor in structure.factors:
+        raise ModelError(
+            f"pyro.factor site '{factor.name}' changes the density of the model in a way that cannot be drawn from, so "
+            "that its posterior cannot be calibrated by simulation: write it as pyro.sample, or leave it out"
+        )
+    for site in structure.latents:
+        if site.is_flat:
+            raise ModelError(
+                f"the prior of latent site '{site.name}' is flat and cannot be drawn from: calibration by simulation "
+                "needs a proper prior"
+            )
+    for site in (*structure.latents, *structure.observed):
+        if (torch.as_tensor(site.scale) != 1).any():
+            raise ModelError(
+                f"site '{site.name}' is scaled by poutine.scale, so that the posterior is not that of the data which "
+                "the model draws: calibrate the model without the scale"
+            )
+    if structure.parameters:
+        raise ModelError(
+            f"the model has parameters of its own {list(structure.parameters)}, which a fit would learn from each data "
+            "set: calibrate it with fixed values in their place, or freeze its modules by .requires_grad_(False)"
+        )
+
+
+def _joint_draws(model: Model, args: Any, kwargs: Any, num_draws: int) -> dict[str, Tensor]:
+    try:
+        return BatchedModel(model, args, kwargs, {}, draw=True).in_chunks({}, num_draws).values
+    except NotImplementedError:
+        # A simulator may have a distribution without a density, which can be drawn from, run by run.
+        runs = [trace_anywhere(poutine.uncondition(model), args, kwargs, None) for _ in range(num_draws)]
+    sites = [name for name in runs[0].stochastic_nodes if type(runs[0].nodes[name]["fn"]).__name__ != "_Subsample"]
+    return {name: torch.stack([torch.as_tensor(run.nodes[name]["value"]) for run in runs]) for name in sites}
+
+
+def _require_finite(name: str, value: Tensor) -> None:
+    is_bad = ~value.reshape(len(value), -1).isfinite().all(-1)
+    if is_bad.any():
+        raise DataError(
+            f"{int(is_bad.sum())} of {len(value)} draws of site '{name}' from the model's prior hold values that are "
+            "not finite: choose priors with less mass at such values, or float64"
+        )
+
+
+def _at_least_default(value: Tensor) -> Tensor:
+    """Widen floating values to torch's default dtype, which is that of a fit while the model runs in it."""
+    if not value.is_floating_point():
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.get_default_dtype()))
