@@ -185,7 +185,42 @@ def test_widths_are_found_that_give_flows_of_a_size():
         assert images.of_size(make, size**2 + 1).in_features == size
 
 
+def test_density_of_the_pinwheel():
+    matching = example("flow_matching")
+    torch.manual_seed(0)
+    points = matching.draw_pinwheel(20_000, 5)
+    line = torch.linspace(-3, 3, 601)
+    grid = torch.cartesian_prod(line, line)
+    density = matching.true_log_prob(grid, 5).exp()
+    assert density.sum() * 0.01**2 == pytest.approx(1.0, abs=1e-3)
+    # Moments that no rotation by a fifth of a turn keeps, so that a wrong direction of the twist is seen.
+    x, y = (points / points.norm(dim=-1, keepdim=True)).T
+    angle, grid_angle = torch.atan2(y, x), torch.atan2(grid[:, 1], grid[:, 0])
+    for moment in (torch.cos, torch.sin):
+        values = moment(5 * angle) * points.norm(dim=-1)
+        expected = (moment(5 * grid_angle) * grid.norm(dim=-1) * density).sum() * 0.01**2
+        assert values.mean() == pytest.approx(expected.item(), abs=5 * values.std().item() / 20_000**0.5)
+
+
+def test_final_size_of_an_epidemic():
+    epidemic = example("amortized_inference")
+    reproduction, duration, first = torch.tensor([1.5, 3.0]), torch.tensor([5.0, 8.0]), torch.tensor([10.0, 1000.0])
+    new = epidemic.new_infections(reproduction.double(), duration.double(), first.double(), 1000).sum(-1)
+    left = 1 - (new + first) / epidemic.POPULATION
+    started = 1 - first / epidemic.POPULATION
+    # Kermack and McKendrick (1927): ln(s_0 / s_end) = R (1 - s_end).
+    torch.testing.assert_close((started / left).log(), (reproduction * (1 - left)).double(), rtol=1e-5, atol=0.0)
+
+
 RUNS = {
+    "amortized_inference": (
+        [*("--num-simulations", "500", "--max-epochs", "5"), *("--num-outbreaks", "2", "--num-datasets", "10")],
+        ["draws of the posterior of each", "verdicts by the likelihood", "calibration of the corrected posteriors"],
+        [
+            f"amortized_inference_{name}"
+            for name in ("recovery", "forecasts", "calibration_flow", "calibration_corrected")
+        ],
+    ),
     "density_2d": (
         ["--families", "RealNVP", "NSF", "--shapes", "moons", "rings", "--num-rows", "600", "--max-epochs", "2"],
         ["mean log-density of held-out rows"],
@@ -205,6 +240,11 @@ RUNS = {
         ["--num-steps", "20", "--num-particles", "8"],
         ["log evidence", "k-hat", "most of that difference is noise"],
         ["eight_schools_pairs", "eight_schools_elbo"],
+    ),
+    "flow_matching": (
+        ["--num-rows", "500", "--width", "8", "--max-epochs", "2"],
+        ["mean log-density of 5000 fresh points", "by the truth", "evaluations of the network"],
+        ["flow_matching"],
     ),
     "glow_images": (
         ["--data", "digits", "--steps", "1", "--width", "4", "--max-epochs", "1", "--threads", "1"],
@@ -235,3 +275,4 @@ def test_command_line(name, tmp_path, monkeypatch, capsys):
     assert {path.stem for path in tmp_path.glob("*.png")} == set(pictures)
     for path in tmp_path.glob("*.png"):
         assert matplotlib.image.imread(path).std() > 0.01  # something is drawn
+    assert {path.stem for path in tmp_path.glob("*.gif")} == ({name} if name == "flow_matching" else set())
