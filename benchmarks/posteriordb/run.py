@@ -58,12 +58,12 @@ COLUMNS = ("posterior", "seed", "s", "steps", "ELBO", "k-hat", "flow", "correcte
 
 
 def measure(folder: Path, name: str, seed: int, options: Mapping[str, Any], guide: str | None = None) -> dict[str, Any]:
-    """Fit once, correct, and compare both with the reference; the guide is one of ``pf.guides``, or the default."""
+    """Fit once, correct, and compare both with the reference; ``guide`` names a guide, a recipe, or the default."""
     target, ref = TARGETS[name], reference.load(folder, name)
     with target.default_dtype():
         args = target.args(ref.data)
         start, cpu_start = time.perf_counter(), time.process_time()
-        own = guide and getattr(pf.guides, guide)(target.model)
+        own = guide and _made(guide, target.model)
         posterior = pf.FlowVI(target.model, own, seed=seed, progress_bar=False, **options).run(*args)
         diagnosis = posterior.diagnose()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -89,6 +89,11 @@ def measure(folder: Path, name: str, seed: int, options: Mapping[str, Any], guid
         "verdict": diagnosis.verdict,
         "judged": judged(diagnosis.verdict, straight, corrected),
     }
+
+
+def _made(guide: str, model: Any) -> Any:
+    """A guide of the model, which starts where it stands, or a recipe, which starts at the posterior's Gaussian."""
+    return getattr(pf.guides, guide)(model) if hasattr(pf.guides, guide) else pf.flows.Recipe(guide)
 
 
 def judged(verdict: str, straight: Accuracy, corrected: Accuracy) -> str:
@@ -162,7 +167,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, default=os.environ.get("PYROFLOWS_POSTERIORDB"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--no-gate", action="store_true", help="train a flow where a Gaussian would do, too")
-    parser.add_argument("--guide", help="a guide of pf.guides in the place of the default, such as AutoResidual")
+    parser.add_argument("--guide", help="a guide or a recipe in the place of the default, such as AutoResidual or CNF")
     parser.add_argument("--nuts", action="store_true", help="run Pyro's NUTS on each as well, ten minutes at most")
     parser.add_argument("--json", type=Path, help="file to which a line is added for each fit")
     options = parser.parse_args()
