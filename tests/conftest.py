@@ -1,5 +1,6 @@
 """What all tests share: one thread, since tensors are small and the machine is shared, fixed seeds, and grids."""
 
+import sys
 from itertools import combinations, product
 
 import pyro
@@ -34,6 +35,13 @@ def all_pairs(places):
         chosen.append(max(places, key=lambda case: len(pairs[case] & missing)))
         missing -= pairs[chosen[-1]]
     return chosen
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(autouse=True)
