@@ -12,7 +12,7 @@ from pyro import distributions as dist
 from torch import nn
 
 import pyroflows as pf
-from pyroflows.fitting import density
+from pyroflows.fitting import adaptation, density
 from pyroflows.training.data import split
 
 matplotlib.use("Agg")
@@ -384,7 +384,7 @@ def test_the_flows_of_an_ensemble_have_validation_rows_of_their_own(monkeypatch)
         held_out.append(divided[1])
         return divided
 
-    monkeypatch.setattr(density, "split", recorded)
+    monkeypatch.setattr(adaptation, "split", recorded)
     pf.fit_amortized(scaled, flow=coarse, num_flows=2, **QUICK)
     assert len(held_out) == 2 and not torch.equal(held_out[0].sort().values, held_out[1].sort().values)
 
