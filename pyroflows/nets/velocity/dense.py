@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -88,7 +89,15 @@ class DenseField:
 
     def __post_init__(self) -> None:
         self._sizes = [len(weight) for weight in self.weights]
-        self._traced = _traced(self.weights)
+
+    @cached_property
+    def _traced(self) -> tuple[Tensor, ...]:
+        """What the divergence of up to three hidden layers takes of the weights alone, made at the first divergence.
+
+        Gradients flow through it wherever that is, since the adjoint equation goes on with what a solve has made.
+        """
+        with torch.enable_grad():
+            return _traced(*self.weights)
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -103,8 +112,8 @@ class DenseField:
     def with_divergence(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         # The transforms of torch.func cannot see into a gradient that is written out.
         is_written_out = torch.is_grad_enabled() and not is_transformed()
-        if is_written_out and len(self.weights) == 3 and self._traced is not None:
-            return velocity_and_divergence(z, self._offset(t), self.weights, self._traced)
+        if is_written_out and len(self.weights) == 3:
+            return velocity_and_divergence(z, self._offset(t), self.weights, *self._traced)
         velocity, slopes = self._with_slopes(t, z)
         return velocity, self._divergence(slopes)
 
@@ -131,10 +140,8 @@ class DenseField:
         return _affine(h, self.weights[-1], offsets[-1]), slopes
 
     def _divergence(self, slopes: Sequence[Tensor]) -> Tensor:
-        if self._traced is not None:
-            return slopes[0] @ self._traced if len(slopes) == 1 else ((slopes[0] @ self._traced.T) * slopes[1]).sum(-1)
-        if len(slopes) == 3:
-            return _trilinear(*slopes, *self.weights)
+        if len(slopes) <= 3:
+            return _DIVERGENCES[len(slopes) - 1](*slopes, *self._traced)
         rows = slopes[0].unsqueeze(-2) * self.weights[0].T
         for weight, slope in zip(self.weights[1:-1], slopes[1:], strict=True):
             rows = slope.unsqueeze(-2) * (rows @ weight.T)
@@ -146,19 +153,32 @@ def _affine(h: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     return torch.addmm(offset, h, weight.T) if h.dim() == 2 else h @ weight.T + offset
 
 
-def _trilinear(s1: Tensor, s2: Tensor, s3: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, w4: Tensor) -> Tensor:
+def _linear(s1: Tensor, diagonal: Tensor) -> Tensor:
+    return s1 @ diagonal
+
+
+def _bilinear(s1: Tensor, s2: Tensor, m: Tensor) -> Tensor:
+    return torch.linalg.vecdot(s1 @ m.T, s2)
+
+
+def _trilinear(s1: Tensor, s2: Tensor, s3: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""Return the divergence :math:`\sum_{dj} s_{2j} (A s_1)_{dj} (B s_3)_{dj}` of three hidden layers.
 
     The weights make :math:`A_{dji} = W_{2ji} W_{1id}` and :math:`B_{djk} = W_{3kj} W_{4dk}`, which all rows share.
     """
-    a = (w2 * w1.T.unsqueeze(1)).flatten(0, 1)
-    b = (w3.T * w4.unsqueeze(1)).flatten(0, 1)
-    terms = ((s1 @ a.T) * (s3 @ b.T)).unflatten(-1, (len(w4), -1))
+    terms = ((s1 @ a.T) * (s3 @ b.T)).unflatten(-1, (-1, s2.shape[-1]))
     return torch.linalg.vecdot(terms.sum(-2), s2)
 
 
-def _traced(weights: Sequence[Tensor]) -> Tensor | None:
-    """Return the tensor by which the slopes of one or two hidden layers give the divergence."""
+_DIVERGENCES = (_linear, _bilinear, _trilinear)
+
+
+def _traced(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors by which the slopes of up to three hidden layers give the divergence."""
+    first, last = weights[0], weights[-1]
     if len(weights) == 2:
-        return (weights[0].T * weights[1]).sum(0)
-    return weights[1] * (weights[0] @ weights[2]).T if len(weights) == 3 else None
+        return ((first.T * last).sum(0),)
+    if len(weights) == 3:
+        return (weights[1] * (first @ last).T,)
+    a, b = weights[1] * first.T.unsqueeze(1), weights[2].T * last.unsqueeze(1)
+    return a.flatten(0, 1), b.flatten(0, 1)
