@@ -194,15 +194,35 @@ def bound_arguments(model: Model, args: Any, kwargs: Any) -> dict[str, Any]:
         >>> bound_arguments(lambda x, y=None: None, (1,), {})
         {'x': 1, 'y': None}
     """
-    # What effect handlers around the model give is such an object, which shows no names.
-    function = unwrap(model) if type(model).__name__ == "_bound_partial" else model
-    function = function.forward if isinstance(function, torch.nn.Module) else function
     try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound = _signature(model).bind(*args, **kwargs)
     except (TypeError, ValueError):
         return {str(i): value for i, value in enumerate(args)} | kwargs
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def missing_arguments(model: Model, args: Any, kwargs: Any) -> list[str]:
+    """The names of the arguments that a model needs and that a call lacks; none where a model shows no names.
+
+    Example:
+        >>> missing_arguments(lambda x, y, z=None: None, (1,), {})
+        ['y']
+    """
+    try:
+        signature = _signature(model)
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in kinds]
+    return [name for name in needed if name not in given]
+
+
+def _signature(model: Model) -> inspect.Signature:
+    # What effect handlers around the model give is such an object, which shows no names.
+    function = unwrap(model) if type(model).__name__ == "_bound_partial" else model
+    return inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
 
 
 def non_finite(model: Model, args: Any, kwargs: Any) -> list[str]:

@@ -1,6 +1,5 @@
 """A Pyro model as a simulator: what is drawn, what is inferred, and whether it has a likelihood."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pyroflows.errors import DataError, FlowError, ModelError, OptionError, warn
 from pyroflows.inference.amortized.data_sites import DataSites
-from pyroflows.models.arguments import explain_failure, usable_arguments
+from pyroflows.models.arguments import explain_failure, missing_arguments, usable_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
@@ -202,15 +201,7 @@ def _checked_names(option: str, names: Any) -> list[str]:
 
 def _complete(model: Model, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Give None to arguments without a value that have the name of an observed site, since it is drawn."""
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        signature = inspect.signature(function)
-        given = signature.bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return args, kwargs
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in kinds]
-    missing = [p.name for p in needed if p.name not in given]
+    missing = missing_arguments(model, args, kwargs)
     unknown = [name for name in missing if name not in names]
     if unknown:
         raise OptionError(

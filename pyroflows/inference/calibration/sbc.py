@@ -15,8 +15,8 @@ from pyroflows.inference.calibration.fits import Draws, Fitter, draws_of, fitter
 from pyroflows.inference.calibration.likelihood import log_likelihood_of
 from pyroflows.inference.calibration.quantities import Quantities
 from pyroflows.inference.calibration.result import Calibration
-from pyroflows.inference.calibration.simulation import ConditionedModel, Simulations, complete_arguments, simulate
-from pyroflows.models.arguments import usable_arguments
+from pyroflows.inference.calibration.simulation import ConditionedModel, Simulations, simulate
+from pyroflows.models.arguments import missing_arguments, usable_arguments
 from pyroflows.models.tracing import Model
 from pyroflows.options import checked_int
 from pyroflows.randomness import seeded
@@ -97,7 +97,9 @@ def sbc(
         observed = list(fit.simulator.data.shapes) if observed is None else observed
         latents = [site.name for site in fit.simulator.layout.structure.latents] if latents is None else latents
     with seeded(seed):
-        args, kwargs = usable_arguments(model, args, complete_arguments(model, args, kwargs))
+        # A model that takes its data as an argument without a default needs none to be simulated.
+        absent = dict.fromkeys(missing_arguments(model, args, kwargs))
+        args, kwargs = usable_arguments(model, args, {**kwargs, **absent})
         simulations = simulate(model, args, kwargs, _names(observed) or [], _names(latents), num_datasets)
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         log_likelihood, reason = log_likelihood_of(model, args, kwargs, simulations)

@@ -1,6 +1,5 @@
 """Latents and data drawn jointly from a model, and the model with such data in place of its own."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,11 @@ from pyro import poutine
 from torch import Tensor
 
 from pyroflows.errors import DataError, ModelError, OptionError
-from pyroflows.models.arguments import bound_arguments
+from pyroflows.models.arguments import bound_arguments, missing_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.requirements import describe_for_flow, require_full_plates
 from pyroflows.models.structure import ModelStructure, describe
-from pyroflows.models.tracing import Model, trace_anywhere
+from pyroflows.models.tracing import Model
 
 
 class ConditionedModel:
@@ -91,8 +90,8 @@ def simulate(
     free = _described(model, args, kwargs, observed)
     names = _data_sites(free, observed, bound_arguments(model, args, kwargs))
     hidden = _nuisance(free, names, latents)
-    _require_continuous(free, names, hidden)
-    values = _joint_draws(model, args, kwargs, 2 * num_datasets)
+    _require_latents(free, names, hidden)
+    values = BatchedModel(model, args, kwargs, {}, draw=True).in_chunks({}, 2 * num_datasets).values
     conditioned = ConditionedModel(model, {name: values[name][0] for name in names}, args, kwargs)
     # A block of nothing hides all sites.
     structure, _ = describe_for_flow(poutine.block(conditioned, hide=hidden) if hidden else conditioned, args, kwargs)
@@ -110,34 +109,6 @@ def simulate(
     )
 
 
-def complete_arguments(model: Model, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The keyword arguments of a model, with None for arguments that it needs and that are not given.
-
-    A model that takes its data as an argument without a default needs no data to be simulated.
-
-    Example:
-        >>> complete_arguments(lambda x, y: None, (1,), {})
-        {'y': None}
-    """
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # what effect handlers around a model give shows no arguments
-        return kwargs
-    return {**kwargs, **{name: None for name in _required(model) if name not in given}}
-
-
-def _required(model: Model) -> list[str]:
-    """The names of the arguments of a model that have no default; none where it shows no arguments."""
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.default is p.empty and p.kind in by_name]
-
-
 def _described(model: Model, args: Any, kwargs: Any, observed: Sequence[str]) -> ModelStructure:
     try:
         return describe(model, args, kwargs)
@@ -146,7 +117,7 @@ def _described(model: Model, args: Any, kwargs: Any, observed: Sequence[str]) ->
         if not empty:
             raise
         # An argument that has a default, or is a site that is data, may well be None.
-        missing = [name for name in _required(model) if name in empty and name not in observed] or empty
+        missing = [name for name in missing_arguments(model, (), {}) if name in empty and name not in observed] or empty
         raise OptionError(
             f"the model does not run without a value of {missing} ({error}): give one of the right shape and type, "
             "by position or name; data are not needed, unless the model asks for their shape, and their numbers do not "
@@ -182,8 +153,14 @@ def _nuisance(structure: ModelStructure, data: Sequence[str], latents: Sequence[
     return [name for name in free if name not in latents]
 
 
-def _require_continuous(structure: ModelStructure, data: Sequence[str], hidden: Sequence[str]) -> None:
+def _require_latents(structure: ModelStructure, data: Sequence[str], hidden: Sequence[str]) -> None:
+    """Raise if a latent cannot be drawn, or has no ranks."""
     for site in structure.latents:
+        if site.name not in data and site.is_flat:
+            raise ModelError(
+                f"the prior of latent site '{site.name}' is flat and cannot be drawn from: calibration by simulation "
+                "needs a proper prior"
+            )
         if site.name not in (*data, *hidden) and (site.is_discrete or site.is_enumerable):
             raise ModelError(
                 f"latent site '{site.name}' is discrete ({site.family}), and ranks are those of continuous latents: "
@@ -200,12 +177,6 @@ def _require_simulated(structure: ModelStructure) -> None:
             f"pyro.factor site '{factor.name}' changes the density of the model in a way that cannot be drawn from, so "
             "that its posterior cannot be calibrated by simulation: write it as pyro.sample, or leave it out"
         )
-    for site in structure.latents:
-        if site.is_flat:
-            raise ModelError(
-                f"the prior of latent site '{site.name}' is flat and cannot be drawn from: calibration by simulation "
-                "needs a proper prior"
-            )
     for site in (*structure.latents, *structure.observed):
         if (torch.as_tensor(site.scale) != 1).any():
             raise ModelError(
@@ -217,16 +188,6 @@ def _require_simulated(structure: ModelStructure) -> None:
             f"the model has parameters of its own {list(structure.parameters)}, which a fit would learn from each data "
             "set: calibrate it with fixed values in their place, or freeze its modules by .requires_grad_(False)"
         )
-
-
-def _joint_draws(model: Model, args: Any, kwargs: Any, num_draws: int) -> dict[str, Tensor]:
-    try:
-        return BatchedModel(model, args, kwargs, {}, draw=True).in_chunks({}, num_draws).values
-    except NotImplementedError:
-        # A simulator may have a distribution without a density, which can be drawn from, run by run.
-        runs = [trace_anywhere(poutine.uncondition(model), args, kwargs, None) for _ in range(num_draws)]
-    sites = [name for name in runs[0].stochastic_nodes if type(runs[0].nodes[name]["fn"]).__name__ != "_Subsample"]
-    return {name: torch.stack([torch.as_tensor(run.nodes[name]["value"]) for run in runs]) for name in sites}
 
 
 def _require_finite(name: str, value: Tensor) -> None:
