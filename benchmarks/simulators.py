@@ -193,41 +193,35 @@ def fits(num_simulations: int) -> dict[str, dict[str, object]]:
 
 
 def measure(reference: Reference, task: str, model: Model, fit: str, args: argparse.Namespace, seed: int) -> None:
-    """Print a line of the table: one fit, and the accuracies at all observations."""
+    """Print lines of the table: one fit, the accuracy at each observation, and the mean."""
     pyro.set_rng_seed(seed)
     start = time.perf_counter()
     options = fits(args.simulations)[fit]
     amortized = pf.fit_amortized(model, "x", num_simulations=args.simulations, seed=seed, progress_bar=False, **options)
     seconds = time.perf_counter() - start
-    plain, corrected, khats = [], [], []
+    plain, corrected = [], []
     for number in args.observations:
         x = reference.table(task, number, "observation.csv")
         posterior = amortized.posterior(x.reshape(4, 2) if task == "slcp" else x)
         plain.append(reference.accuracy(task, number, posterior.sample(args.draws)["theta"]))
-        weighted = posterior.importance_sample(args.proposals)
-        khats.append(weighted.weights.khat)
-        if not args.no_correction:
+        print(f"| {task} | {fit} | {seed} | {number} | {plain[-1]:.3f} |", end="", flush=True)
+        if args.no_correction:
+            print(" - | - | - |", end="")
+        else:
+            weighted = posterior.importance_sample(args.proposals)
             corrected.append(reference.accuracy(task, number, weighted.resample(args.draws)["theta"]))
-    print(
-        f"| {task} | {fit} | {seed} | {statistics.mean(plain):.3f} | {listed(plain)} | {mean(corrected)} "
-        f"| {listed(corrected)} | {max(khats):.2f} | {seconds:.0f} |",
-        flush=True,
-    )
-
-
-def listed(values: list[float]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
-
-
-def mean(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" if values else "-"
+            weights = weighted.weights
+            print(f" {corrected[-1]:.3f} | {weights.khat:.2f} | {weights.ess:.0f} |", end="")
+        print(f" {seconds:.0f} |", flush=True)
+    means = [f"{statistics.mean(values):.3f}" if values else "-" for values in (plain, corrected)]
+    print(f"| {task} | {fit} | {seed} | mean | {' | '.join(means)} | | | |", flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     reference = Reference(args.sbibm)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {args.threads} thread(s)\n")
-    print("| task | fit | seed | C2ST | by observation | corrected | by observation | largest k-hat | seconds |")
+    print("| task | fit | seed | observation | C2ST | corrected | k-hat | effective sample size | seconds of the fit |")
     print("|---|---|---|---|---|---|---|---|---|")
     for task, model in reference.models().items():
         if task not in args.tasks:
