@@ -208,7 +208,7 @@ def test_free_labels_have_equal_means():
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(w), dist.Normal(mu, s)), obs=y)
 
-    posterior = pf.FlowVI(model, num_steps=500, seed=0, progress_bar=False).run(y)
+    posterior = pf.FlowVI(model, num_steps=300, seed=0, progress_bar=False).run(y)
     mu = posterior.sample(20_000)["mu"].double()
     assert posterior.starts.num_equal == len(posterior.guide.flow.components) == 6
     # The sd of a mean is about 2; weights of six modes add to the error of the draws.
