@@ -19,8 +19,9 @@ from pyroflows.models.batching import BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.masks import entry_mask
-from pyroflows.models.requirements import describe_for_flow, require_full_plates
+from pyroflows.models.requirements import describe_for_flow
 from pyroflows.models.run import run_once
+from pyroflows.models.simulation import require_continuous, require_drawable
 from pyroflows.models.structure import ModelStructure, Site, describe_run
 from pyroflows.models.tracing import Model, sample_nodes, trace_anywhere
 from pyroflows.options import kind
@@ -253,28 +254,11 @@ def _sites(structure: ModelStructure, names: Sequence[str]) -> dict[str, Site]:
 def _require_drawn(structure: ModelStructure, names: Sequence[str]) -> None:
     """Raise if the prior predictive of a model cannot be drawn, or is not all that its posterior follows from."""
     _sites(structure, names)
-    require_full_plates(structure, "give arguments for which the model simulates all rows")
     for site in structure.observed:
         raise ModelError(
             f"site '{site.name}' is observed too, but not named in observed={list(names)}: name it, or give it no value"
         )
-    for site in structure.factors:
-        raise ModelError(
-            f"the factor '{site.name}' changes the law of the latents, and no simulation shows it: draw from that law, "
-            "or fit the model by pf.FlowVI"
-        )
-    for site in structure.latents:
-        if site.name not in names and site.mask is not None and site.is_flat:
-            raise ModelError(
-                f"the prior of site '{site.name}' is flat where it is masked, while simulations draw from it: leave "
-                "the mask out, or fit the model by pf.FlowVI"
-            )
-        if site.is_flat and site.mask is None:
-            raise ModelError(f"the prior of site '{site.name}' is flat and cannot be drawn from: give it a proper one")
-        if not bool(torch.all(torch.as_tensor(site.scale) == 1)):
-            raise ModelError(
-                f"site '{site.name}' has a scale, which simulations do not follow: leave poutine.scale out"
-            )
+    require_drawable(structure, names)
 
 
 def _require_fixed_masks(model: Model, args: Any, kwargs: Any, structure: ModelStructure) -> None:
@@ -302,12 +286,7 @@ def _require_fixed_masks(model: Model, args: Any, kwargs: Any, structure: ModelS
 def _inferred(structure: ModelStructure, names: Sequence[str], latents: Sequence[str] | None) -> list[str]:
     free = {site.name: site for site in structure.latents if site.name not in names}
     if latents is None:
-        for site in free.values():
-            if site.is_discrete or site.is_enumerable:
-                raise ModelError(
-                    f"latent site '{site.name}' is discrete ({site.family}), and a flow needs continuous latents: name "
-                    "the ones to infer by latents=[...], which makes the others part of the simulator; or sum it out"
-                )
+        require_continuous(structure, names)
         return list(free)
     inferred = _checked_names("latents", latents)
     for name in inferred:

@@ -11,7 +11,8 @@ from torch import Tensor
 from pyroflows.errors import DataError, ModelError, OptionError
 from pyroflows.models.arguments import bound_arguments, missing_arguments
 from pyroflows.models.batching import BatchedModel
-from pyroflows.models.requirements import describe_for_flow, require_full_plates
+from pyroflows.models.requirements import describe_for_flow
+from pyroflows.models.simulation import require_continuous, require_drawable
 from pyroflows.models.structure import ModelStructure, describe
 from pyroflows.models.tracing import Model
 
@@ -90,12 +91,17 @@ def simulate(
     free = _described(model, args, kwargs, observed)
     names = _data_sites(free, observed, bound_arguments(model, args, kwargs))
     hidden = _nuisance(free, names, latents)
-    _require_latents(free, names, hidden)
+    require_drawable(free, names)
+    require_continuous(free, (*names, *hidden))
     values = BatchedModel(model, args, kwargs, {}, draw=True).in_chunks({}, 2 * num_datasets).values
     conditioned = ConditionedModel(model, {name: values[name][0] for name in names}, args, kwargs)
     # A block of nothing hides all sites.
     structure, _ = describe_for_flow(poutine.block(conditioned, hide=hidden) if hidden else conditioned, args, kwargs)
-    _require_simulated(structure)
+    if structure.parameters:
+        raise ModelError(
+            f"the model has parameters of its own {list(structure.parameters)}, which a fit would learn from each data "
+            "set: calibrate it with fixed values in their place, or freeze its modules by .requires_grad_(False)"
+        )
     inferred = {site.name: values[site.name] for site in structure.latents}
     data = {name: values[name] for name in names}
     for name, value in (inferred | data).items():
@@ -151,43 +157,6 @@ def _nuisance(structure: ModelStructure, data: Sequence[str], latents: Sequence[
     if unknown := sorted({*latents} - {*free}):
         raise OptionError(f"latents must name latents of the model, but {unknown} are none, only {free}")
     return [name for name in free if name not in latents]
-
-
-def _require_latents(structure: ModelStructure, data: Sequence[str], hidden: Sequence[str]) -> None:
-    """Raise if a latent cannot be drawn, or has no ranks."""
-    for site in structure.latents:
-        if site.name not in data and site.is_flat:
-            raise ModelError(
-                f"the prior of latent site '{site.name}' is flat and cannot be drawn from: calibration by simulation "
-                "needs a proper prior"
-            )
-        if site.name not in (*data, *hidden) and (site.is_discrete or site.is_enumerable):
-            raise ModelError(
-                f"latent site '{site.name}' is discrete ({site.family}), and ranks are those of continuous latents: "
-                "name the ones that the fit infers by latents=[...], which makes the others part of the simulator; or "
-                "sum it out"
-            )
-
-
-def _require_simulated(structure: ModelStructure) -> None:
-    """Raise if draws from a model's sites do not follow the joint distribution to which a fit is fitted."""
-    require_full_plates(structure, "calibrate with arguments for which the model runs on all rows")
-    for factor in structure.factors:
-        raise ModelError(
-            f"pyro.factor site '{factor.name}' changes the density of the model in a way that cannot be drawn from, so "
-            "that its posterior cannot be calibrated by simulation: write it as pyro.sample, or leave it out"
-        )
-    for site in (*structure.latents, *structure.observed):
-        if (torch.as_tensor(site.scale) != 1).any():
-            raise ModelError(
-                f"site '{site.name}' is scaled by poutine.scale, so that the posterior is not that of the data which "
-                "the model draws: calibrate the model without the scale"
-            )
-    if structure.parameters:
-        raise ModelError(
-            f"the model has parameters of its own {list(structure.parameters)}, which a fit would learn from each data "
-            "set: calibrate it with fixed values in their place, or freeze its modules by .requires_grad_(False)"
-        )
 
 
 def _require_finite(name: str, value: Tensor) -> None:
