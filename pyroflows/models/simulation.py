@@ -62,6 +62,6 @@ def require_continuous(structure: ModelStructure, left_out: Collection[str]) -> 
     for site in structure.latents:
         if site.name not in left_out and (site.is_discrete or site.is_enumerable):
             raise ModelError(
-                f"latent site '{site.name}' is discrete ({site.family}), and a flow needs continuous latents: name the "
-                "ones to infer by latents=[...], which makes the others part of the simulator; or sum it out"
+                f"latent site '{site.name}' is discrete ({site.family}), and only continuous ones can be inferred: "
+                "name the ones to infer by latents=[...], which makes the others part of the simulator; or sum it out"
             )

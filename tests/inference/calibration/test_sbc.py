@@ -323,13 +323,13 @@ def test_what_cannot_be_simulated_is_refused():
             pyro.sample("y", dist.LogNormal(mu, 1.0), obs=y)
 
     refused = {
-        factor: "pyro.factor site 'penalty'",
-        flat: "prior of latent site 'scale' is flat",
+        factor: "the factor 'penalty' changes the law of the latents",
+        flat: "prior of site 'scale' is flat",
         subsampled: "plate 'rows' is subsampled",
         parametrised: r"parameters of its own \['bias'\]",
         discrete: r"latent site 'k' is discrete.* by latents=\[...\]",
         infinite: "draws of site 'y' from the model's prior hold values that are not finite",
-        poutine.scale(scalar, 0.5): "is scaled by poutine.scale",
+        poutine.scale(scalar, 0.5): "has a scale, which simulations do not follow",
     }
     for model, words in refused.items():
         with pytest.raises(pf.FlowError, match=words):
