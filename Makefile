@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-slow lint benchmark clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -15,7 +15,10 @@ demo: $(INSTALLED)
 	$(RUN) examples/eight_schools.py
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 -m 'not slow'
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -n 2 -m slow
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
