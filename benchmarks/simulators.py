@@ -244,7 +244,7 @@ if __name__ == "__main__":
     parser.add_argument("--observations", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--simulations", type=int, default=10_000)
     parser.add_argument("--draws", type=int, default=10_000, help="number of draws for the classifier, at most 10,000")
-    parser.add_argument("--proposals", type=int, default=200_000, help="number of weighted draws for the correction")
+    parser.add_argument("--proposals", type=int, default=1_000_000, help="number of weighted draws for the correction")
     parser.add_argument("--no-correction", action="store_true", help="leave out the test of corrected draws")
     parser.add_argument("--threads", type=int, default=1)
     main(parser.parse_args())
