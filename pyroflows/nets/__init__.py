@@ -5,7 +5,8 @@ The output layer of every conditioner starts at zero, so that a layer starts at 
 
 from pyroflows.nets.angles import AngleFeatures, OnAngles
 from pyroflows.nets.causal_conv import CausalConv
-from pyroflows.nets.conv import Conv, ResidualConv
+from pyroflows.nets.conv import Conv, DilatedConv, ResidualConv
+from pyroflows.nets.groupwise import GroupwiseConv
 from pyroflows.nets.incremental import GradientSteps, Incremental, IncrementalGradient, ParameterSteps
 from pyroflows.nets.made import MADE, MaskedLinear, ResMADE, ScaledMADE
 from pyroflows.nets.mlp import MLP, Parameters, Pointwise, ResidualMLP, ScaledMLP
@@ -16,7 +17,9 @@ __all__ = [
     "AngleFeatures",
     "CausalConv",
     "Conv",
+    "DilatedConv",
     "GradientSteps",
+    "GroupwiseConv",
     "Incremental",
     "IncrementalGradient",
     "MaskedLinear",

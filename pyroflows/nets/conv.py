@@ -11,6 +11,9 @@ from pyroflows.errors import OptionError
 from pyroflows.nets.convolutions import convolutions
 from pyroflows.nets.mlp import checked_widths, zero_initialized
 
+# Dilations double with each block, and start anew after so many.
+MAX_DILATIONS = 8
+
 
 class Conv(nn.Module):
     """Convolutions with rectified linear units, as in Glow (Kingma and Dhariwal 2018, arXiv:1807.03039), whose output
@@ -95,6 +98,58 @@ class ResidualConv(nn.Module):
         for inner, outer in zip(self.inner, self.outer, strict=True):
             h = h + outer(F.relu_(inner(F.relu(h))))
         return self.output(F.relu(h))
+
+
+class DilatedConv(nn.Module):
+    r"""Dilated convolutions with gates (WaveNet; van den Oord et al. 2016, arXiv:1609.03499) that look both ways, whose
+    output layer starts at zero.
+
+    Starting from :math:`h_0 = W * x + b`, each width in ``hidden_dims`` adds a block,
+
+    .. math:: h_{k+1} = h_k + R_k \left(\tanh(W_k * h_k + b_k) \odot \sigma(W_k' * h_k + b_k')\right),
+
+    where :math:`*` is a convolution with three taps along each axis, at distances 1, 2, 4, ..., 128, and then from 1
+    again; the output is a perceptron of h at each place. All :math:`h_k` have the first width; the gates of block k
+    have the k-th. So n blocks, up to eight, let the parameters at a place depend on places at a distance of up to
+    ``2 ** n``, where those of :class:`Conv` see two. Places beyond the border are zero.
+
+    Args:
+        in_dim: number of channels of the input.
+        out_dim: number of channels of the output.
+        hidden_dims: one or more widths, a block for each.
+        num_axes: the number of axes after the channels, from 1 to 3; 1 for a sequence ``(C, length)``.
+
+    Shapes: it maps ``(N, in_dim, *rest)`` to ``(N, out_dim, *rest)``, where ``rest`` has ``num_axes`` axes.
+
+    Raises:
+        OptionError: if there is no hidden layer, a width is not positive, or there is another number of axes.
+
+    Example:
+        >>> DilatedConv(3, 8, hidden_dims=(16,) * 4, num_axes=1)(torch.randn(5, 3, 100)).shape
+        torch.Size([5, 8, 100])
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = (64,) * 4, num_axes: int = 2) -> None:
+        super().__init__()
+        self.hidden_dims = checked_widths(hidden_dims)
+        convolution = _convolution(num_axes)
+        width = self.hidden_dims[0]
+        distances = [2 ** (k % MAX_DILATIONS) for k in range(len(self.hidden_dims))]
+        self.input = convolution(in_dim, width, 3, padding=1)
+        self.gates = nn.ModuleList(
+            convolution(width, 2 * h, 3, padding=distance, dilation=distance)
+            for h, distance in zip(self.hidden_dims, distances, strict=True)
+        )
+        self.residuals = nn.ModuleList(convolution(h, width, 1) for h in self.hidden_dims)
+        self.head = convolution(width, width, 1)
+        self.output = zero_initialized(convolution(width, out_dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.input(x)
+        for gate, residual in zip(self.gates, self.residuals, strict=True):
+            value, openness = gate(h).chunk(2, 1)
+            h = h + residual(value.tanh() * openness.sigmoid())
+        return self.output(F.silu(self.head(F.silu(h))))
 
 
 def _convolution(num_axes: int) -> Any:

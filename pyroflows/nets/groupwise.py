@@ -1,0 +1,144 @@
+"""A network of sequences of categories in groups, whose parameters at a place depend on the groups before its own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyroflows.compiling.eager import is_transformed
+from pyroflows.errors import OptionError
+from pyroflows.nets.categories import Embedding
+from pyroflows.nets.causal_conv import CausalConv
+from pyroflows.nets.constants import Constants
+from pyroflows.options import checked_int
+
+
+class GroupwiseConv(Constants):
+    r"""Causal convolutions along all blocks of a sequence at once.
+
+    A sequence is cut into blocks of m adjacent places. Group r consists of the r-th places of all blocks, so that place
+    j is in group ``j % m``. Let :math:`x_{b,r}` be the category of place r in block b. One pass gives, for all places,
+
+    .. math:: \theta_{b,r} = f_r(x_{b-h,<r}, \dots, x_{b,<r}, \dots, x_{b+h,<r}),
+
+    where one :class:`CausalConv` computes all :math:`f_r`: it runs along the block and sees the embeddings of the
+    blocks within reach h as channels. So parameters depend on earlier groups only, and can also be computed group after
+    group, in m steps however long the sequence is. The last block may be shorter. Places beyond the border have
+    embeddings of zeros.
+
+    Args:
+        length: number of places of a sequence.
+        num_categories: number of categories K.
+        num_params: number of parameters of each place.
+        num_groups: number m of groups, from 1 to ``length``.
+        hidden_dims: one or more widths, a block of the network for each.
+        embedding_dim: size of an embedding; None for one-hot vectors.
+        reach: number h of blocks on either side that the network sees.
+
+    Shapes: it maps ``(..., length, K)`` to ``(..., length, num_params)``.
+
+    Attributes:
+        order: all places, group after group.
+
+    Raises:
+        OptionError: if a size is not positive, the reach is negative, there is no hidden layer, or there are more
+            groups than places.
+
+    Example:
+        >>> net = GroupwiseConv(100, num_categories=5, num_params=7, num_groups=8, hidden_dims=(16,) * 3)
+        >>> net(torch.eye(5)[torch.randint(5, (3, 100))]).shape, net.order[:4]
+        (torch.Size([3, 100, 7]), [0, 8, 16, 24])
+    """
+
+    one_hots: Tensor
+
+    def __init__(
+        self,
+        length: int,
+        num_categories: int,
+        num_params: int,
+        num_groups: int,
+        hidden_dims: Sequence[int] = (64,) * 5,
+        embedding_dim: int | None = None,
+        reach: int = 1,
+    ) -> None:
+        super().__init__()
+        self.reach = checked_int("reach", reach, least=0)
+        self.length, self.num_groups = checked_int("length", length), checked_int("num_groups", num_groups)
+        if self.num_groups > self.length:
+            raise OptionError(f"num_groups must be at most the length {self.length}, got {self.num_groups}")
+        self.num_categories = num_categories
+        self.num_params = num_params
+        self.order = [place for r in range(self.num_groups) for place in range(r, self.length, self.num_groups)]
+        self.register_constants()
+        self.embedding = Embedding(num_categories, embedding_dim)
+        channels = (1 + 2 * self.reach) * self.embedding.dim
+        self.net = CausalConv(range(self.num_groups), -(-num_params // channels), hidden_dims, channels=channels)
+
+    def constants(self) -> dict[str, Tensor | None]:
+        return {"one_hots": torch.eye(self.num_categories)}
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks."""
+        return -(-self.length // self.num_groups)
+
+    def forward(self, one_hot: Tensor) -> Tensor:
+        batch_shape = one_hot.shape[:-2]
+        vectors = self._in_blocks(self.embedding(one_hot).reshape(-1, self.length, self.embedding.dim))
+        theta = self.net(self._with_neighbours(vectors).mT)  # (N, blocks, channels, m, parameters of a channel)
+        theta = theta.movedim(-1, -3).flatten(-3, -2)[..., : self.num_params, :]
+        return theta.mT.flatten(1, 2)[:, : self.length].reshape(*batch_shape, self.length, self.num_params)
+
+    @torch.no_grad()
+    def by_place(self, given: Tensor, context: Any, category_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Find the categories of rows group after group; see :meth:`pyroflows.nets.categories.OnCategories.by_place`.
+
+        Args:
+            given: what is known of each place, ``(N, length)``.
+            context: None.
+            category_of: the categories of places ``(n,)``, from what is known of them ``(n,)`` and from their
+                parameters ``(n, num_params)``.
+
+        Returns:
+            Categories ``(N, length)``.
+        """
+        if is_transformed():
+            return self._by_passes(given, category_of)
+        num_rows, num_blocks, num_groups = len(given), self.num_blocks, self.num_groups
+        with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
+            given = self._in_blocks(given[..., None])[..., 0]
+            categories = torch.empty_like(given, dtype=torch.long)
+            vectors = self.embedding(self.one_hots)
+            steps = self.net.incremental(num_rows * num_blocks)
+            for r in range(num_groups):
+                theta = steps.parameters_at(r).flatten(0, 1)[: self.num_params]
+                categories[..., r] = category_of(given[..., r].flatten(), theta.mT).unflatten(0, (num_rows, -1))
+                seen = vectors[categories[..., r]]  # (N, blocks, E)
+                if r + (num_blocks - 1) * num_groups >= self.length:  # The last block is shorter.
+                    seen[:, -1] = 0.0
+                steps.inputs[r] = self._with_neighbours(seen).flatten(0, 1).mT
+            categories = categories.flatten(1)[:, : self.length]
+        return categories.clone()
+
+    def _by_passes(self, given: Tensor, category_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Do what :meth:`by_place` does by a pass of the network for each group, which can be traced."""
+        # Parameters depend on earlier groups only, so that it does not matter what stands in later ones.
+        categories = torch.zeros_like(given, dtype=torch.long)
+        for _ in range(self.num_groups):
+            theta = self(self.one_hots[categories])
+            categories = category_of(given.flatten(), theta.flatten(0, 1)).view_as(given)
+        return categories
+
+    def _in_blocks(self, value: Tensor) -> Tensor:
+        """Return places ``(N, length, channels)`` as ``(N, blocks, m, channels)``, with zeros beyond the end."""
+        padded = F.pad(value, (0, 0, 0, self.num_blocks * self.num_groups - self.length))
+        return padded.unflatten(1, (self.num_blocks, self.num_groups))
+
+    def _with_neighbours(self, blocks: Tensor) -> Tensor:
+        """Append to the channels of blocks ``(N, blocks, ..., E)`` those of the blocks within reach, zero outside."""
+        outside = torch.zeros_like(blocks[:, :1]).expand(-1, self.reach, *blocks.shape[2:])
+        padded = torch.cat([outside, blocks, outside], 1)
+        return torch.cat([padded[:, i : i + self.num_blocks] for i in range(1 + 2 * self.reach)], -1)
