@@ -4,6 +4,7 @@ from pyroflows.transforms import univariate
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.continuous import Adaptive, Continuous, FixedSteps
+from pyroflows.transforms.discrete import DiscreteAutoregressive, DiscreteCoupling, DiscreteTransform, OneHot
 from pyroflows.transforms.image import Conv1x1, EmergingConv, Multiscale, Squeeze
 from pyroflows.transforms.linear import LU, QR, LowRank, Orthogonal, Permutation, Triangular
 from pyroflows.transforms.normalization import ActNorm, BatchNorm, Standardize
@@ -38,6 +39,9 @@ __all__ = [
     "Conv1x1",
     "Coupling",
     "Diagonal",
+    "DiscreteAutoregressive",
+    "DiscreteCoupling",
+    "DiscreteTransform",
     "Elementwise",
     "EmergingConv",
     "FixedSteps",
@@ -46,6 +50,7 @@ __all__ = [
     "LeakyReLU",
     "LowRank",
     "Multiscale",
+    "OneHot",
     "Orthogonal",
     "Permutation",
     "Planar",

@@ -168,9 +168,10 @@ class FlowTransform(Learning):
     def is_bounding(self) -> bool:
         """Whether some numbers x have no base value, since the codomain is bounded.
 
-        Layers that map angles to angles are maps of all numbers, which commute with whole turns.
+        Layers that map angles to angles are maps of all numbers, which commute with whole turns. Discrete layers take
+        categories alone, and no number nearby could stand for another.
         """
-        if is_unbounded(self.codomain):
+        if is_unbounded(self.codomain) or self.codomain.is_discrete:
             return False
         keeps_angles = angles_in(self.domain, self.base_shape[-1]) == angles_in(self.codomain, self.event_shape[-1])
         return not (keeps_angles and is_unbounded(without_angles(self.codomain)))
@@ -268,6 +269,9 @@ class FlowTransform(Learning):
             score: :math:`\nabla_z \log p(z)`, of the shape of z.
             context: ``(..., *context_shape)``, if the layer takes one.
 
+        Raises:
+            InexactError: if the layer maps categories, whose law has no score.
+
         Example:
             >>> t = Planar(3)
             >>> z = torch.randn(5, 3)
@@ -275,6 +279,8 @@ class FlowTransform(Learning):
             >>> x.shape, ladj.shape, score.shape
             (torch.Size([5, 3]), torch.Size([5]), torch.Size([5, 3]))
         """
+        if self.domain.is_discrete or self.codomain.is_discrete:
+            raise InexactError(f"{type(self).__name__} maps categories, whose law has no density, and so no score")
         z = self._checked(z, context, self.base_shape)
         score = score.detach().expand_as(z)
         with torch.enable_grad():

@@ -59,7 +59,9 @@ class Compose(FlowTransform):
             found = ", ".join(f"{name} has {as_given(shape)}" for shape, name in by_context.items())
             raise ShapeError(f"the context sizes of layers of one flow must agree, but {found}")
         context_shape = next(iter(by_context), torch.Size())
-        super().__init__(layers[-1].event_shape, context_shape, layers[0].base_shape)
+        super().__init__(layers[-1].event_shape, context_shape)
+        # The layers know whether they keep the number of elements, which one-hot vectors of categories do not.
+        self.base_shape = layers[0].base_shape
         self.layers: Any = nn.ModuleList(layers)
         self.context_scale = context_scale
         # The inverses of layers at the data end of a bounded one may give it values that it cannot invert, unless they

@@ -18,7 +18,9 @@ class View(FlowTransform):
     """The base class of views: a layer that computes by another one and shares its parameters."""
 
     def __init__(self, layer: FlowTransform, event_shape: torch.Size, context_dim: Any, base_shape: torch.Size) -> None:
-        super().__init__(event_shape, context_dim, base_shape)
+        super().__init__(event_shape, context_dim)
+        # The layer knows whether it keeps the number of elements, which one-hot vectors of categories do not.
+        self.base_shape = base_shape
         self.layer = layer
 
     @property
