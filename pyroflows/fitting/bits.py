@@ -4,8 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyroflows.arrays import ArrayLike, labels_of, require_one_index, require_values
+from pyroflows.constraints import without_events
 from pyroflows.errors import OptionError, ShapeError, warn
 from pyroflows.fitting.dequantization import check_noise, log_weights
 from pyroflows.fitting.maximum_likelihood import num_scored
@@ -14,6 +16,7 @@ from pyroflows.options import checked_int, kind
 from pyroflows.randomness import seeded
 from pyroflows.training.data import contexts_of, event_rows
 from pyroflows.training.integers import refuse_fractions, refuse_other_levels
+from pyroflows.training.refusals import refuse_outside
 
 # More bits than those of the uniform law, by this factor, are a sign of a flow on another scale.
 MAX_RATIO = 10.0
@@ -29,10 +32,12 @@ def bits_per_dim(
     num_samples: int = 16,
     seed: int | None = None,
 ) -> Tensor:
-    r"""Estimate how many bits a dimension of integer data takes under a flow that was fitted to them with noise.
+    r"""Compute how many bits a dimension of integer data takes under a flow that was fitted to them.
 
-    It is the mean over rows of :math:`-\log_2 P(x \mid c) / D`, where importance sampling gives the probability of the
-    D integers x from the density p of their sum with noise,
+    For a flow of categories it is exact, the mean over rows of :math:`-\log_2 q(x \mid c) / D` for sequences of length
+    D, such as bits per character. For a flow of real numbers that was fitted to integers with noise, it is the mean of
+    :math:`-\log_2 P(x \mid c) / D`, where importance sampling gives the probability of the D integers x from the
+    density p of their sum with noise,
 
     .. math:: P(x \mid c) = \int_{[0, 1]^D} p(x + u \mid c) \, du
         \approx \frac1S \sum_{s=1}^S \frac{p(x + u_s \mid c)}{q(u_s \mid x)}, \qquad u_s \sim q(u \mid x).
@@ -42,12 +47,14 @@ def bits_per_dim(
     draw gives the bound that training maximises.
 
     Args:
-        flow: a flow that :func:`pyroflows.fit_density` fitted to integers, with ``dequantization``.
-        x: integers from 0 to ``levels - 1``, rows ``(n, *event_shape)``.
-        levels: the number of levels, at least 2, such as 256 for bytes. It only serves to check x.
+        flow: a flow that :func:`pyroflows.fit_density` fitted to integers, with ``dequantization`` unless it is one of
+            categories.
+        x: integers from 0 to ``levels - 1``, or one-hot vectors of categories, rows ``(n, *event_shape)``.
+        levels: the number of levels, at least 2, such as 256 for bytes. It only serves to check x, and a flow of
+            categories.
         context: rows ``(n, *context_shape)``, if the flow takes a context.
         noise: the flow q that was fitted with it, ``fit.noise``; None for uniform noise.
-        num_samples: number S of draws of the noise for each row, at least 1.
+        num_samples: number S of draws of the noise for each row, at least 1; a flow of categories needs no noise.
         seed: makes the estimate reproducible and leaves the global generator as it was; None to draw from that one.
 
     Returns:
@@ -57,7 +64,7 @@ def bits_per_dim(
     Raises:
         ShapeError: if numbers of rows or columns do not fit.
         DataError: if a value of x is none of the levels, or cannot be used; the message names the row and the column.
-        OptionError: if an option is outside its range.
+        OptionError: if an option is outside its range, or the flow has another number of categories than levels.
 
     Example:
         >>> x = torch.randint(16, (500, 2))
@@ -68,20 +75,21 @@ def bits_per_dim(
     """
     if not isinstance(flow, Flow):
         raise OptionError(f"bits_per_dim takes a pyroflows.Flow, got {kind(flow)}")
-    if flow.support.is_discrete:
-        raise OptionError(
-            "this flow is a law of integers itself, whose log_prob(x) is exact: the bits per dimension are "
-            "-flow().log_prob(x).mean() / (flow.dim * math.log(2))"
-        )
     require_values(flow)
     levels, num_samples = checked_int("levels", levels, least=2), checked_int("num_samples", num_samples)
-    if noise is not None:
+    is_exact = flow.support.is_discrete
+    if is_exact:
+        _check_categories(flow, levels, noise)
+    elif noise is not None:
         check_noise(flow, noise)
     require_one_index(x=x, context=context)
     values = event_rows(x, flow)
     if not len(values):
         raise ShapeError("x has no rows, of which bits per dimension could be the mean")
-    refuse_fractions(values, labels_of(x))
+    if is_exact:
+        refuse_outside(flow.support, values, labels_of(x))
+    else:
+        refuse_fractions(values, labels_of(x))
     refuse_other_levels(values, levels, labels_of(x))
     contexts = contexts_of(context, len(values), flow)
     size = num_scored(flow.dim)
@@ -90,15 +98,32 @@ def bits_per_dim(
     total = 0.0
     with seeded(seed):
         for i in range(0, len(values), size):
-            part = slice(i, i + size)
-            given = None if contexts is None else contexts[part]
-            log_ratios = torch.cat([log_weights(flow, noise, values[part], given, count) for count in counts])
+            rows, given = values[i : i + size], None if contexts is None else contexts[i : i + size]
+            if is_exact:
+                total += flow(given).log_prob(rows).double().sum().item()
+                continue
+            log_ratios = torch.cat([log_weights(flow, noise, rows, given, count) for count in counts])
             total += (log_ratios.double().logsumexp(0) - math.log(num_samples)).sum().item()
-    bits = -total / (len(values) * flow.dim * math.log(2))
-    if bits > MAX_RATIO * math.log2(levels):
+    num_places = flow.event_shape[0] if _is_one_hot(flow) else flow.dim
+    bits = -total / (len(values) * num_places * math.log(2))
+    if bits > MAX_RATIO * math.log2(levels) and not is_exact:
         warn(
             f"{bits:.3g} bits per dimension are many more than the {math.log2(levels):.3g} that tell {levels} levels "
             "apart without any flow: fit the flow to these integers, by fit_density with dequantization, not to "
             "another scale of them"
         )
     return values.new_tensor(bits)
+
+
+def _is_one_hot(flow: Flow) -> bool:
+    return without_events(flow.support) is constraints.one_hot
+
+
+def _check_categories(flow: Flow, levels: int, noise: Flow | None) -> None:
+    """Raise if a flow of whole numbers has another number of categories, or noise is given."""
+    if noise is not None:
+        raise OptionError("this flow is a law of categories, whose probabilities need no noise: leave noise out")
+    last = getattr(without_events(flow.support), "upper_bound", levels - 1)
+    size = flow.event_shape[-1] if _is_one_hot(flow) else last + 1
+    if size != levels:
+        raise OptionError(f"this flow is one of {size} categories, but levels is {levels}: give the number that it has")

@@ -162,6 +162,11 @@ def _check_flows(flows: Mapping[str, Flow]) -> None:
                     f"flows {other!r} and {name!r} have parameters in common, so that the second fit would change the "
                     "first flow: make a flow for each name"
                 )
+    if len({flow.support.is_discrete for flow in flows.values()}) > 1:
+        raise OptionError(
+            "compare_densities compares densities of real numbers, or probabilities of categories, but not one with "
+            "the other: of integers, compare pf.bits_per_dim on rows that none of the flows has seen"
+        )
 
 
 def _has_learned(flow: Flow) -> bool:

@@ -9,6 +9,7 @@ from torch.distributions import Distribution, constraints
 from pyroflows.arrays import ArrayLike
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError, warn
 from pyroflows.flows import Flow, FlowDistribution, Mixture
+from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.options import kind
 from pyroflows.shapes import described
@@ -182,6 +183,7 @@ def _check_student(student: Flow) -> None:
     if not trained_parameters(student):
         raise OptionError("this student has no parameters to train")
     require_no_statistics(student, "a student")
+    require_real(student, "a student", "fit it to draws of the teacher by pf.fit_density")
     if isinstance(student, Mixture) or not student.base().has_rsample:
         raise OptionError(
             "draws of this student carry no gradients, so that it cannot be trained by them: give it a base that has "
@@ -201,6 +203,7 @@ def _contexts(student: Flow, teacher: Flow | Distribution, context: ArrayLike | 
     """Return the contexts as a tensor, or None; raise if student, teacher and contexts do not fit each other."""
     if not isinstance(teacher, Flow | Distribution):
         raise OptionError(f"the teacher must be a flow or a distribution, got {kind(teacher)}")
+    require_real(teacher, "a teacher", "fit another flow of categories to its draws by pf.fit_density")
     if isinstance(teacher, Distribution) and teacher.batch_shape:
         raise ShapeError(
             f"the teacher must be a single distribution, but has batch shape {tuple(teacher.batch_shape)}: give a flow "

@@ -3,6 +3,10 @@
 from pyroflows.flows.columns import Blocks, CircularUniform
 from pyroflows.flows.continuous_recipes import CNF
 from pyroflows.flows.dequantizer import Dequantizer
+from pyroflows.flows.discrete.base import AutoregressiveCategorical, FactorizedCategorical
+from pyroflows.flows.discrete.distribution import DiscreteFlowDistribution
+from pyroflows.flows.discrete.groupwise import GroupwiseCategorical
+from pyroflows.flows.discrete.recipes import DiscreteAutoregressive, DiscreteCoupling
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.files import load_flow
 from pyroflows.flows.flow import Flow
@@ -36,14 +40,20 @@ __all__ = [
     "NICE",
     "NSF",
     "SOS",
+    "AutoregressiveCategorical",
     "Blocks",
     "CircularNSF",
     "CircularUniform",
     "Dequantizer",
+    "DiscreteAutoregressive",
+    "DiscreteCoupling",
+    "DiscreteFlowDistribution",
+    "FactorizedCategorical",
     "Flow",
     "FlowDistribution",
     "Gaussian",
     "Glow",
+    "GroupwiseCategorical",
     "Law",
     "Mixture",
     "MultiscaleRealNVP",

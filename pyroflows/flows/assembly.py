@@ -10,11 +10,13 @@ from pyroflows.constraints import angles_and_reals, angles_in, num_axes_of, of_s
 from pyroflows.errors import FlowError, OptionError, ShapeError
 from pyroflows.flows.angles import angles_at_ends, angles_of
 from pyroflows.flows.base import Base
+from pyroflows.flows.discrete.checks import check_layers_of_categories
 from pyroflows.options import kind
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
+from pyroflows.transforms.discrete.one_hot import maps_categories
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.views import Inverse
@@ -46,6 +48,9 @@ def assemble(
     """
     parts = list(flattened([transforms] if isinstance(transforms, Transform) else transforms))
     layers = list(_as_layers(parts, base))
+    if any(maps_categories(layer) for layer in layers):
+        check_layers_of_categories(layers, support)
+        return Stack(layers, None, [])
     base_shape, event_shape = layers[0].base_shape, layers[-1].event_shape
     angles_at_base, angles = angles_of(layers)
     rest = support if support is None else _beside_angles(support, angles)

@@ -11,6 +11,7 @@ from pyroflows.constraints import angles_in
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows.assembly import flattened
 from pyroflows.flows.base import standard_normal
+from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.flows.flow import Flow
 from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform
@@ -44,6 +45,7 @@ def as_flow(flow: Any, dim: int) -> Flow:
             f"a flow of {dim} dimensions without a context is needed, but this one has events of "
             f"{described(flow.event_shape)} and context {described(flow.context_shape)}"
         )
+    require_real(flow, "a guide", "latents that are categories are enumerated, by pyro.infer.TraceEnum_ELBO")
     if any(angles_in(flow.support, dim)):
         raise OptionError("a flow of real numbers is needed, but this one is of angles: guides map angles themselves")
     # Transforms of other libraries do not know their sizes, so a draw has to show whether they fit.

@@ -17,6 +17,9 @@ from pyroflows.flows.angles import check_base_of_angles
 from pyroflows.flows.assembly import assemble
 from pyroflows.flows.base import Base, base_module
 from pyroflows.flows.columns import standard_base
+from pyroflows.flows.discrete.base import FactorizedCategorical
+from pyroflows.flows.discrete.checks import check_base_of_categories
+from pyroflows.flows.discrete.distribution import DiscreteFlowDistribution
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
@@ -26,6 +29,7 @@ from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
 from pyroflows.transforms.compose import Compose
+from pyroflows.transforms.discrete.one_hot import maps_categories, num_categories_of
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import ContextScale, Standardize
 
@@ -51,12 +55,16 @@ class Flow(LearningFlow):
     Layers with the univariate map "circular_spline" make a flow of angles in radians, or of angles in some columns. It
     takes whole turns out of them at both ends, and leaves their location and scale alone.
 
+    Discrete layers, such as :class:`pyroflows.transforms.DiscreteCoupling`, make a flow of sequences of categories. Its
+    call returns a :class:`pyroflows.flows.DiscreteFlowDistribution`.
+
     Args:
         transforms: layers from base to data, the first next to the base: layers of this library, or any torch or Pyro
             transforms.
         base: a torch or Pyro distribution of the first layer's ``base_shape``, whose tensors become buffers; None for a
-            standard normal, and the uniform law for angles; "student_t" for independent Student-t variables with
-            learned degrees of freedom; or a module whose call returns a distribution.
+            standard normal, the uniform law for angles, and :class:`pyroflows.flows.FactorizedCategorical` for discrete
+            layers; "student_t" for independent Student-t variables with learned degrees of freedom; or a module whose
+            call returns a distribution.
         support: where the data lie, a torch constraint such as ``constraints.positive``; the bijection that
             ``biject_to`` has for it follows the transforms. With one constraint for each column it is
             ``constraints.cat([...], dim=-1)``, with ``pf.constraints.circular`` for angles. None if the transforms map
@@ -76,7 +84,7 @@ class Flow(LearningFlow):
     Raises:
         ShapeError: if the shapes of layers, base, support or context do not agree, or the event size is unknown.
         OptionError: if the base or a transform is none of these, or there is no bijection onto the support; or if only
-            some layers, or the base, treat a column as angles.
+            some layers, or the base, treat a column as angles, or as categories.
 
     Example:
         >>> flow = Flow([Planar(2), Planar(2)])
@@ -98,9 +106,14 @@ class Flow(LearningFlow):
         context_shape = next((layer.context_shape for layer in stack.layers if layer.context_dim), torch.Size())
         self.transform = Compose(stack.layers, ContextScale(context_shape) if standardize and context_shape else None)
         base_shape, angles = self.transform.base_shape, stack.angles_at_base
-        self.base = base_module(standard_base(base_shape, angles) if base is None else base, base_shape)
+        self._maps_categories = maps_categories(self.transform)
+        if base is None:
+            base = default_base(self.transform, angles)
+        self.base = base_module(base, base_shape)
         if any(angles):
             check_base_of_angles(self.base, angles)
+        if self._maps_categories:
+            check_base_of_categories(self.base, num_categories_of(self.transform))
         self._places: Places | None = None
         self._note_stateful_layers()
 
@@ -241,7 +254,8 @@ class Flow(LearningFlow):
         transform, base = self.transform, self.base
         if self._places is None or not self._places.are_current:
             self._places = Places(transform, base)
-        return FlowDistribution(base, transform, context, is_validated(), places=self._places)
+        law = DiscreteFlowDistribution if self._maps_categories else FlowDistribution
+        return law(base, transform, context, is_validated(), places=self._places)
 
     def conditional(
         self, given: ArrayLike, context: ArrayLike | None = None, columns: Sequence[int] | None = None
@@ -300,6 +314,13 @@ class Flow(LearningFlow):
         for layer in reversed(layers[len(layers) if self._standardize_at is None else self._standardize_at + 1 :]):
             x = layer.inverse_and_ladj(x)[0]
         return x
+
+
+def default_base(transform: FlowTransform, angles: Sequence[bool]) -> Base:
+    """Return the base of a flow for which none was given."""
+    if maps_categories(transform):
+        return FactorizedCategorical(transform.base_shape[0], num_categories_of(transform))
+    return standard_base(transform.base_shape, angles)
 
 
 def _hint_at_classes(context: Any) -> str:

@@ -58,6 +58,21 @@ class MixtureDistribution(TorchDistribution):
         """The union of the supports of the components."""
         return union_of([law.support for law in self.components], self.event_shape)
 
+    @property
+    def has_enumerate_support(self) -> bool:
+        """Whether the components are laws of categories."""
+        return all(law.has_enumerate_support for law in self.components)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all sequences of categories, ``(S, *batch_shape, *event_shape)``, if the components have such laws.
+
+        Args:
+            expand: whether the batch shape is that of the mixture, or ones.
+        """
+        values: Tensor = self.components[0].enumerate_support(expand=False)
+        values = values.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
+        return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+
     def estimated(self) -> "MixtureDistribution":
         """Return this law: its log-densities are exact in training too."""
         return self
@@ -93,6 +108,8 @@ class MixtureDistribution(TorchDistribution):
         x = log_weights.new_zeros(count, *own, *self.event_shape)
         for k, law in enumerate(self.components):
             x = self._filled(x, which == k, law.expand(own), temperature)
+        if self.has_enumerate_support and len(self.event_shape) == 1:
+            x = x.long()
         return x.reshape(shape + self.event_shape)
 
     def _filled(self, x: Tensor, is_here: Tensor, law: Any, temperature: float) -> Tensor:

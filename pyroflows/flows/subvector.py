@@ -13,6 +13,7 @@ from pyroflows.arrays import as_tensor, require_finite
 from pyroflows.compiling.eager import runs_in_python
 from pyroflows.constraints import of_columns
 from pyroflows.errors import DataError, OptionError, ShapeError
+from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.flows.law import shapes_of_law
 from pyroflows.transforms.codomain import is_inside, is_unbounded, moved_inside
@@ -260,6 +261,11 @@ def _common_order(law: FlowDistribution) -> tuple[int, ...]:
     """Return the order in which all layers are triangular, empty if any will do."""
     if not isinstance(law, FlowDistribution):
         raise OptionError("a mixture has no conditional and marginal laws in closed form: use pf.sample_conditional")
+    require_real(
+        law,
+        "a conditional or marginal law",
+        "where the support is small, weigh flow().enumerate_support() by flow().log_prob",
+    )
     layers = flattened(law.transform)
     orders = orders_of(layers)
     distinct = {order for order in orders if order}

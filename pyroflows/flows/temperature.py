@@ -38,7 +38,7 @@ def sample_at(law: Any, sample_shape: torch.Size, temperature: float) -> Tensor:
     if hasattr(law, "estimated"):
         return law.sample(sample_shape, temperature=temperature)
     if not _is_normal(law):
-        name = type(_innermost(law)).__name__
+        name = type(innermost(law)).__name__
         raise OptionError(
             f"draws at temperature {temperature} are defined for a normal base, whose standard deviations it "
             f"multiplies, but the base of this flow is {name}: leave temperature out, or fit a flow with base=None"
@@ -48,10 +48,10 @@ def sample_at(law: Any, sample_shape: torch.Size, temperature: float) -> Tensor:
 
 
 def _is_normal(law: Distribution) -> bool:
-    return isinstance(_innermost(law), Normal | MultivariateNormal | LowRankMultivariateNormal)
+    return isinstance(innermost(law), Normal | MultivariateNormal | LowRankMultivariateNormal)
 
 
-def _innermost(law: Any) -> Distribution:
+def innermost(law: Any) -> Distribution:
     """Return the law of which another one is an expansion, or whose axes it takes as those of an event."""
     while isinstance(law, Independent | ExpandedDistribution | MaskedDistribution):
         law = law.base_dist

@@ -12,6 +12,7 @@ from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor
 from pyroflows.constraints import of_columns
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.flows import Flow, FlowDistribution
+from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.flows.subvector import checked_columns, require_possible
 from pyroflows.flows.union import Union
 from pyroflows.inference.weights import WeightedDraws, Weights
@@ -75,6 +76,9 @@ def sample_conditional(
     """
     if not isinstance(flow, Flow) or len(flow.event_shape) > 1:
         raise OptionError(f"sample_conditional needs a pyroflows.Flow of vectors, got {kind(flow)}")
+    require_real(
+        flow, "sample_conditional", "where the support is small, weigh flow().enumerate_support() by flow().log_prob"
+    )
     columns = checked_columns(columns, flow.dim)
     law, given = flow(context), as_tensor("given", given, floating_tensor(flow))
     _check(law, given, columns, num_samples)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyroflows.errors import ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow
+from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.grad_mode import with_gradients
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.posterior import Posterior
@@ -168,6 +169,8 @@ def _of_flow(flow: Flow, layout: Layout) -> Proposal:
             f"the model has {layout.dim} unconstrained latents, but the flow has events of "
             f"{described(flow.event_shape)} and context {described(flow.context_shape)}"
         )
+
+    require_real(flow, "a proposal of unconstrained latents", "take pf.flows.IAF")
 
     def draw(num_draws: int) -> tuple[SiteValues, Tensor]:
         vectors, log_q = flow().rsample_and_log_prob((num_draws,))

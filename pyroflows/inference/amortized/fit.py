@@ -14,6 +14,7 @@ from pyroflows.errors import OptionError, ShapeError
 from pyroflows.fitting.density import LEARNING_RATE, fit_density
 from pyroflows.fitting.methods import fit_method, require_options
 from pyroflows.flows import NSF, Flow, Mixture, Recipe
+from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.flows.embedded import checked_embedding, with_embedding
 from pyroflows.grad_mode import with_gradients
 from pyroflows.inference.amortized.amortized import Amortized
@@ -202,6 +203,7 @@ def _flow(flow: Any, dim: int, context_dim: int) -> Flow:
             f"data or their embedding, but has events of {described(flow.event_shape)} and context "
             f"{described(flow.context_shape)}"
         )
+    require_real(flow, "an amortised posterior", "take pf.flows.NSF")
     if any(angles_in(flow.support, dim)):
         raise OptionError(
             "a flow of real numbers is needed, but this one is of angles: sites of angles are mapped to them"
