@@ -40,7 +40,7 @@ def adapted_to(
         (90, 10, True)
     """
     data = load(flow, x, context, weights, are_integers)
-    training, held_out = split(data.rows, validation)
+    training, held_out = split(data.rows, validation, may_be_constant=flow.support.is_discrete)
     check_density(flow, data.rows, training, data.are_integers)
     if data.are_integers:
         adapt_to_integers(flow, data.rows[training])

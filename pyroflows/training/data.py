@@ -14,6 +14,7 @@ from pyroflows.flows import Flow
 from pyroflows.shapes import counted, described, listed, places
 from pyroflows.training.integers import dequantized, refuse_fractions, uniform_noise
 from pyroflows.training.refusals import refuse, refuse_lost_digits, refuse_outside
+from pyroflows.transforms.discrete.one_hot import maps_categories
 from pyroflows.transforms.wild import wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset
@@ -123,7 +124,12 @@ def load(
         y = values
         refuse_outside(flow.support, y, labels_of(x))
         # Of x as the layer of location and scale takes it: a value of a bounded support is far out only on that scale.
-        is_wild = _wild_rows(flow.before_support(y), masses, is_by_channel(flow))
+        # The number of a category says nothing of how far out it is.
+        is_wild = (
+            torch.zeros(len(y), dtype=torch.bool, device=y.device)
+            if maps_categories(flow)
+            else _wild_rows(flow.before_support(y), masses, is_by_channel(flow))
+        )
     if contexts is not None:
         is_wild = is_wild | _wild_rows(contexts, masses)
     # Equal rows of a discrete law are draws of one value, not repetitions of one draw. Images are too large for that.
@@ -162,7 +168,7 @@ def equal_rows(x: Tensor, context: Tensor | None = None) -> Tensor:
     return torch.cat(hashes).unique(return_inverse=True)[1].to(x.device)
 
 
-def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
+def split(rows: Rows, validation: float, may_be_constant: bool = False) -> tuple[Tensor, Tensor]:
     """Draw the indices of training rows and of validation rows; rows of weight zero are in neither.
 
     Equal rows, such as those of a bootstrap or repeated measurements, are all on one side: what a flow has learned by
@@ -174,6 +180,7 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
         validation: the fraction of the rows to validate with, between 0 and 1. Rows with a wild element (see
             :class:`Rows`) are trained on, but not validated with: the log-density of a single one would outweigh that
             of all others.
+        may_be_constant: whether a column may be constant, as one of a discrete law may.
 
     Returns:
         The indices ``(n,)`` of the training rows, and those ``(m,)`` of the validation rows.
@@ -198,7 +205,7 @@ def split(rows: Rows, validation: float) -> tuple[Tensor, Tensor]:
     training = torch.cat([training, wild])
     x = rows.x[training]
     constant = places((x == x[0]).all(0))
-    if constant:
+    if constant and not may_be_constant:
         advice = ', or give dequantization="uniform" to the fit' if torch.equal(x, x.round()) else ""
         raise DataError(
             f"columns {listed(constant)} of x are constant in all {num_training} training rows, in {x.dtype}, so that "
@@ -326,6 +333,10 @@ def _rows(name: str, values: Any, shape: torch.Size, flow: Flow) -> Tensor:
     if values.dim() == 0 or values.shape[1:] != shape:
         column = f"{name}.to_frame()" if is_series else f"{name}[:, None]"
         hint = f": give {column}" if values.dim() == 1 and shape == (1,) else ""
+        if name == "x" and maps_categories(flow):
+            hint = ": give integers, which one_hot.argmax(-1) are, or make the flow with one_hot=True"
+            if len(shape) > 1:
+                hint = ": give one-hot vectors, which torch.nn.functional.one_hot makes, or make the flow of integers"
         if name == "context" and not given.is_floating_point():
             hint = ": classes are one-hot vectors, which torch.nn.functional.one_hot makes"
         expected = ", ".join(map(str, shape))

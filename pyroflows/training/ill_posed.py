@@ -366,7 +366,8 @@ def _flat(transform: FlowTransform) -> list[FlowTransform]:
 
 def _warn_of_size(flow: Flow, num_rows: int) -> None:
     count = sum(parameter.numel() for parameter in flow.parameters() if parameter.requires_grad)
-    if count > MAX_PARAMETERS_PER_ROW * num_rows:
+    # No Gaussian is a law of categories; and few windows of a text are many characters.
+    if not flow.support.is_discrete and count > MAX_PARAMETERS_PER_ROW * num_rows:
         warn(
             f"this flow has {count} parameters for {num_rows} training rows of size {as_given(flow.event_shape)}, and "
             "fits of so few rows rarely beat a Gaussian on others: compare with pf.flows.Gaussian, give fewer and "

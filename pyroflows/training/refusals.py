@@ -76,7 +76,9 @@ def refuse_outside(support: constraints.Constraint, x: Tensor, labels: Labels, n
             is_inside = is_inside & (values != getattr(constraint, bound, torch.nan))
         is_bad = torch.zeros_like(x, dtype=torch.bool)
         is_bad[..., columns] = ~is_inside
-        what = f"values outside the support {constraint} or on its boundary"
+        what = f"values outside the support {constraint}" + ("" if constraint.is_discrete else " or on its boundary")
+        if isinstance(constraint, type(constraints.integer_interval(0, 1))):
+            what = f"values that are no integers from {constraint.lower_bound} to {constraint.upper_bound}"
         if is_angular(constraint):
             what = (
                 "angles outside of -pi to pi (make degrees radians by torch.deg2rad, "
