@@ -212,6 +212,33 @@ def test_final_size_of_an_epidemic():
     torch.testing.assert_close((started / left).log(), (reproduction * (1 - left)).double(), rtol=1e-5, atol=0.0)
 
 
+def test_laws_of_discrete_flows():
+    flows = example("discrete_flow")
+    for make in flows.LAWS.values():
+        assert make().sum().item() == pytest.approx(1.0, abs=1e-5)
+    gaussians = flows.eight_gaussians()
+    assert (gaussians[45, 45] < 1e-6) and gaussians.flatten().topk(8).values.std() < 1e-3
+    torch.testing.assert_close(gaussians, gaussians.T)
+    torch.testing.assert_close(gaussians, gaussians.flip(0))
+    # Of twelve pairs of neighbours all agree, or all but the two of a corner.
+    potts = flows.potts().flatten()
+    assert (potts[0] / potts[1]).log() == pytest.approx(0.5 * 2)
+    assert flows._counted(torch.tensor([[0, 2], [0, 2], [1, 0]]), 3).tolist() == [[0, 0, 2], [1, 0, 0], [0, 0, 0]]
+
+
+def test_windows_of_text():
+    flows = example("discrete_flow")
+    text = flows.read_text(flows.PASSAGE)
+    words = "".join(flows.CHARACTERS[k] for k in text)
+    assert words.startswith("pride and prejudice by jane austen chapter it is a truth universally acknowledged that a")
+    assert "  " not in words and len(words) > 100_000
+    windows = flows.Windows(torch.arange(100), 12)
+    assert len(windows) == 4
+    drawn = torch.stack([windows[i] for i in [1] * 200])
+    assert (drawn.diff(dim=1) == 1).all()
+    assert drawn.min() == 24 and drawn.max() == 47  # all within its own part
+
+
 RUNS = {
     "amortized_inference": (
         [*("--num-simulations", "500", "--max-epochs", "5"), *("--num-outbreaks", "2", "--num-datasets", "10")],
@@ -230,6 +257,24 @@ RUNS = {
         ["--layers", "2", "--max-epochs", "2", "--threads", "1"],
         ["bits per dimension", "the right one"],
         ["digits_samples", "digits_training"],
+    ),
+    "discrete_flow": (
+        [
+            "--num-rows",
+            "200",
+            "--max-epochs",
+            "1",
+            "--text-epochs",
+            "1",
+            "--length",
+            "128",
+            "--groups",
+            "8",
+            "--width",
+            "4",
+        ],
+        ["entropy", "bits a character", "times as fast"],
+        ["discrete_flow"],
     ),
     "distillation": (
         ["--layers", "2", "--width", "8", "--max-epochs", "2", "--num-steps", "20"],
