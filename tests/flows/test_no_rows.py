@@ -25,9 +25,12 @@ OTHERS = {
 # Noise has a context of its own size.
 IMAGES = ("Glow", "MultiscaleRealNVP", "MultiscaleResidual")
 SIZES = {**dict.fromkeys(IMAGES, (1, 4, 4)), "Dequantizer": 3}
+DISCRETE = ("DiscreteAutoregressive", "DiscreteCoupling")
 
 
 def made(recipe, **options):
+    if recipe.__name__ in DISCRETE:
+        options = {"num_categories": 4, **options}
     return recipe(SIZES.get(recipe.__name__, 2), **options)
 
 

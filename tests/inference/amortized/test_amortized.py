@@ -379,8 +379,8 @@ def test_an_ensemble_is_the_mixture_in_equal_parts_of_flows_trained_apart(tmp_pa
 def test_the_flows_of_an_ensemble_have_validation_rows_of_their_own(monkeypatch):
     held_out = []
 
-    def recorded(rows, validation):
-        divided = split(rows, validation)
+    def recorded(*args, **options):
+        divided = split(*args, **options)
         held_out.append(divided[1])
         return divided
 
