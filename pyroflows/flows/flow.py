@@ -84,7 +84,7 @@ class Flow(LearningFlow):
     Raises:
         ShapeError: if the shapes of layers, base, support or context do not agree, or the event size is unknown.
         OptionError: if the base or a transform is none of these, or there is no bijection onto the support; or if only
-            some layers, or the base, treat a column as angles, or as categories.
+            some layers, or the base, treat a column as angles, or if only some layers map categories.
 
     Example:
         >>> flow = Flow([Planar(2), Planar(2)])
