@@ -150,7 +150,9 @@ def _unfolded(h: Tensor) -> Tensor:
     padded = F.pad(h, (0, 0) + (1, 1) * num_axes)
     per_channel, *by_axis, per_row = padded.stride()
     shape = (h.shape[0], *[3] * num_axes, *h.shape[1:])
-    return padded.as_strided(shape, (per_channel, *by_axis, *by_axis, per_row)).reshape(h.shape[0] * 3**num_axes, -1)
+    columns = padded.as_strided(shape, (per_channel, *by_axis, *by_axis, per_row))
+    # Of one channel along one axis reshape makes a view that overlaps itself, which oneDNN does not multiply.
+    return columns.reshape(h.shape[0] * 3**num_axes, -1).contiguous()
 
 
 def _folded(y: Tensor, shape: torch.Size) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.func import jacrev, vmap
 
-from pyroflows.nets.convolutions import _recorded, _WrittenOut, convolutions
+from pyroflows.nets.convolutions import _recorded, _unfolded, _WrittenOut, convolutions
 
 # Widths whose 3-tap convolutions unfold their input, fold their output, or both; and one convolution alone.
 WIDTHS = [(3, 5, 5, 2), (2, 4, 4, 6), (4, 2), (2, 4)]
@@ -32,6 +32,18 @@ def test_gradients_are_those_of_recorded_convolutions(widths, num_axes):
     gradient = torch.randn_like(output)
     found = torch.autograd.grad(output, arguments, gradient)
     torch.testing.assert_close(found, torch.autograd.grad(expected, arguments, gradient))
+
+
+@pytest.mark.parametrize("widths", [(1, 4), (8, 1, 8)])
+def test_large_products_with_one_channel(widths):
+    """So many rows are multiplied by oneDNN on some processors, which takes no matrix that overlaps itself."""
+    assert _unfolded(torch.randn(1, 4, 2)).is_contiguous()
+    arguments = [t.detach().float().requires_grad_() for t in network(widths, 1)]
+    arguments[0] = torch.randn(30_000, widths[0], 8, requires_grad=True)
+    output, expected = convolutions(*split_up(arguments)), _recorded(*split_up(arguments))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    found, right = (torch.autograd.grad(y.square().mean(), arguments) for y in (output, expected))
+    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-5)
 
 
 def test_second_derivatives():
