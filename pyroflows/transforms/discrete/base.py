@@ -48,6 +48,7 @@ class DiscreteTransform(FlowTransform):
     """
 
     temperature: Tensor
+    rounded_off: Tensor
     # The maps of a place, by the name of the option.
     maps: ClassVar[dict[str, MapFactory]] = MAPS
 
@@ -63,6 +64,8 @@ class DiscreteTransform(FlowTransform):
         self.num_categories = checked_int("num_categories", num_categories, least=2)
         self.univariate = map_named(univariate, self.num_categories, self.maps)
         self.register_buffer("temperature", torch.tensor(checked_number("temperature", temperature)))
+        # What the dtype of the temperature lacks of it, which the next step adds again.
+        self.register_buffer("rounded_off", torch.zeros(()))
         self.domain = self.codomain = constraints.independent(
             constraints.integer_interval(0, self.num_categories - 1), 1
         )
@@ -121,8 +124,11 @@ class DiscreteTransform(FlowTransform):
     @torch.no_grad()
     def before_step(self) -> None:
         """Lower the temperature."""
-        lower = (COOLING * self.temperature).clamp(min=LAST_TEMPERATURE)
-        self.temperature.copy_(torch.minimum(self.temperature, lower))
+        # A number of half precision would stay as it is, since a thousandth of it is lost when it is rounded.
+        exact = self.temperature.to(torch.promote_types(self.temperature.dtype, torch.float32)) + self.rounded_off
+        lower = torch.minimum(exact, (COOLING * exact).clamp(min=LAST_TEMPERATURE))
+        self.temperature.copy_(lower)
+        self.rounded_off.copy_(lower - self.temperature)
 
     def one_hot(self, value: Tensor) -> Tensor:
         """Return categories ``(..., length)`` as one-hot vectors ``(..., length, K)`` of the layer's dtype."""

@@ -213,6 +213,16 @@ def test_recorded_steps_read_the_temperature(name):
 # The temperature
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_temperature_falls_in_every_dtype(dtype):
+    t = DiscreteCoupling(3, 5).to(dtype)
+    for step in range(1, 2501):
+        t.before_step()
+        if step in (500, 1000, 2500):
+            expected = torch.tensor(max(COOLING**step, LAST_TEMPERATURE), dtype=dtype)
+            torch.testing.assert_close(t.temperature, expected)
+
+
 def test_temperature_falls_each_step_down_to_the_last():
     t = made("coupling-affine")
     for _ in range(3):
