@@ -13,7 +13,7 @@ from pyroflows.arrays import (
     require_one_index,
     require_values,
 )
-from pyroflows.errors import DataError, ShapeError
+from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.randomness import seeded
 from pyroflows.shapes import counted, described
 from pyroflows.transforms.base import FlowTransform
@@ -30,6 +30,7 @@ class LearningFlow(nn.Module):
     context_dim: Any
     context_shape: Any
     event_shape: Any
+    support: Any
 
     def _note_stateful_layers(self) -> None:
         """Find the layers that keep up a state, once for all steps."""
@@ -63,7 +64,8 @@ class LearningFlow(nn.Module):
 
         Raises:
             ShapeError: if the rows or their contexts have another shape.
-            OptionError: if the flow is on the meta device, where tensors have no values.
+            OptionError: if the flow is on the meta device, where tensors have no values; or if it is one of categories
+                without a context, which has nothing to learn before training.
             DataError: if a column, that is one element of the event, is constant or contains values on the boundary of
                 the support or outside it; if a value is not finite or a weight negative; or if frames have different
                 indices.
@@ -74,7 +76,13 @@ class LearningFlow(nn.Module):
             >>> flow.standardization.loc
             tensor([1., 3.])
         """
-        self._adapt(*self._rows(x, context, weights))
+        rows = self._rows(x, context, weights)
+        if self.support.is_discrete and not self.adapts:
+            raise OptionError(
+                "a flow of categories, which have no location and scale, has nothing to learn from data before "
+                "training: leave adapt out, or fit the flow by fit_density"
+            )
+        self._adapt(*rows)
 
     def _adapt(self, x: Tensor, context: Tensor | None, weights: Tensor | None) -> None:
         self.transform.adapt(x, context, weights)

@@ -131,12 +131,17 @@ def test_nothing_is_standardised():
     flow = make()
     assert flow.standardization is None
     assert not flow.adapts
-    flow.adapt(rows().float())
+    for nothing_to_adapt in (flow, flows.Mixture([flow, of_dim(3)])):
+        with pytest.raises(OptionError, match="categories.* has nothing to learn from data before training"):
+            nothing_to_adapt.adapt(rows())
     flow.adapt_to_draws()
     flow = make(context_dim=2)
     context = 5 + 3 * torch.randn(50, 2)
     flow.adapt(rows().float(), context)
     torch.testing.assert_close(flow.transform.context_scale.loc, context.mean(0))
+    mixture = flows.Mixture([flow, of_dim(3)])
+    mixture.adapt(rows(), context)
+    torch.testing.assert_close(mixture.gate.context_scale.loc, context.mean(0))
 
 
 def test_comparison_of_discrete_flows():
