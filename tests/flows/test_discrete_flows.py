@@ -303,6 +303,11 @@ def test_layers_stacked_by_hand():
     flow = Flow([DiscreteCoupling(3, 2, hidden_dims=(8,))], bits)
     x = torch.tensor([[0, 1, 1], [1, 0, 0]])
     torch.testing.assert_close(flow().log_prob(x), bits.log_prob(x.float()))
+    for z in (flow().latent(x), flow().base.sample((2,))):
+        y, log_q = flow().transport(z)
+        assert y.dtype == torch.long
+        assert torch.equal(flow().latent(y), z.long())
+        torch.testing.assert_close(log_q, flow().log_prob(y))
     batch = dist.Categorical(torch.rand(6, 3, 4)).to_event(1)
     flow = Flow(layers, batch)
     assert (flow().batch_shape, flow().sample((2,)).shape) == ((6,), (2, 6, 3))

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from pyroflows.arrays import floating_tensor
 from pyroflows.constraints import without_events
 from pyroflows.errors import InexactError, OptionError, ShapeError
-from pyroflows.flows.discrete.scoring import log_prob_of, one_hot_log_prob
+from pyroflows.flows.discrete.scoring import as_taken_by, log_prob_of, one_hot_log_prob
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
@@ -70,6 +70,10 @@ class DiscreteFlowDistribution(FlowDistribution):
         """Return draws, without gradients, and their log-probabilities, whose gradients reach all layers."""
         x = self.sample(sample_shape)
         return x, self.log_prob(x)
+
+    def _transport(self, transform: FlowTransform, base: Distribution, z: Tensor) -> Pair:
+        x, log_q = super()._transport(transform, base, as_taken_by(base, z))
+        return x.long() if len(self.event_shape) == 1 else x, log_q
 
     def transport_and_score(self, z: Tensor) -> Triple:
         """Raise, since categories have no density whose gradient could be the score."""

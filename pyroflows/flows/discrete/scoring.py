@@ -18,10 +18,20 @@ def log_prob_of(law: Any, categories: Tensor) -> Tensor:
         >>> log_prob_of(dist.Bernoulli(torch.full((3,), 0.5)).to_event(1), torch.tensor([0, 1, 1])).exp()
         tensor(0.1250)
     """
+    log_prob: Tensor = law.log_prob(as_taken_by(law, categories))
+    return log_prob
+
+
+def as_taken_by(law: Any, categories: Tensor) -> Tensor:
+    """Return whole numbers in the dtype that a distribution of them takes.
+
+    Example:
+        >>> as_taken_by(dist.Bernoulli(0.5), torch.tensor([0, 1]))
+        tensor([0., 1.])
+    """
     # Torch's Bernoulli variables are the only ones that do not take integers.
     inner = innermost(law)
-    log_prob: Tensor = law.log_prob(categories.to(inner.logits) if isinstance(inner, Bernoulli) else categories)
-    return log_prob
+    return categories.to(inner.logits) if isinstance(inner, Bernoulli) else categories.long()
 
 
 def one_hot_log_prob(law: Any, value: Tensor) -> Tensor:
