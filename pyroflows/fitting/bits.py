@@ -4,10 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyroflows.arrays import ArrayLike, labels_of, require_one_index, require_values
-from pyroflows.constraints import without_events
 from pyroflows.errors import OptionError, ShapeError, warn
 from pyroflows.fitting.dequantization import check_noise, log_weights
 from pyroflows.fitting.maximum_likelihood import num_scored
@@ -17,6 +15,7 @@ from pyroflows.randomness import seeded
 from pyroflows.training.data import contexts_of, event_rows
 from pyroflows.training.integers import refuse_fractions, refuse_other_levels
 from pyroflows.training.refusals import refuse_outside
+from pyroflows.transforms.discrete.stacks import maps_categories, num_categories_of
 
 # More bits than those of the uniform law, by this factor, are a sign of a flow on another scale.
 MAX_RATIO = 10.0
@@ -104,7 +103,7 @@ def bits_per_dim(
                 continue
             log_ratios = torch.cat([log_weights(flow, noise, rows, given, count) for count in counts])
             total += (log_ratios.double().logsumexp(0) - math.log(num_samples)).sum().item()
-    num_places = flow.event_shape[0] if _is_one_hot(flow) else flow.dim
+    num_places = flow.event_shape[0] if maps_categories(flow) else flow.dim  # one-hot vectors have more elements
     bits = -total / (len(values) * num_places * math.log(2))
     if bits > MAX_RATIO * math.log2(levels) and not is_exact:
         warn(
@@ -115,15 +114,9 @@ def bits_per_dim(
     return values.new_tensor(bits)
 
 
-def _is_one_hot(flow: Flow) -> bool:
-    return without_events(flow.support) is constraints.one_hot
-
-
 def _check_categories(flow: Flow, levels: int, noise: Flow | None) -> None:
     """Raise if a flow of whole numbers has another number of categories, or noise is given."""
     if noise is not None:
         raise OptionError("this flow is a law of categories, whose probabilities need no noise: leave noise out")
-    last = getattr(without_events(flow.support), "upper_bound", levels - 1)
-    size = flow.event_shape[-1] if _is_one_hot(flow) else last + 1
-    if size != levels:
+    if maps_categories(flow) and (size := num_categories_of(flow)) != levels:
         raise OptionError(f"this flow is one of {size} categories, but levels is {levels}: give the number that it has")

@@ -16,7 +16,7 @@ from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
-from pyroflows.transforms.discrete.one_hot import maps_categories
+from pyroflows.transforms.discrete.stacks import maps_categories
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.normalization import Standardize
 from pyroflows.transforms.views import Inverse

@@ -29,7 +29,7 @@ from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
 from pyroflows.transforms.compose import Compose
-from pyroflows.transforms.discrete.one_hot import maps_categories, num_categories_of
+from pyroflows.transforms.discrete.stacks import maps_categories, num_categories_of
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import ContextScale, Standardize
 

@@ -17,6 +17,7 @@ from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.randomness import seeded
 from pyroflows.shapes import counted, described
 from pyroflows.transforms.base import FlowTransform
+from pyroflows.transforms.discrete.stacks import maps_categories
 
 # The number of draws of the base that layers learn from where there are no data.
 NUM_DRAWS = 1000
@@ -30,7 +31,6 @@ class LearningFlow(nn.Module):
     context_dim: Any
     context_shape: Any
     event_shape: Any
-    support: Any
 
     def _note_stateful_layers(self) -> None:
         """Find the layers that keep up a state, once for all steps."""
@@ -77,7 +77,7 @@ class LearningFlow(nn.Module):
             tensor([1., 3.])
         """
         rows = self._rows(x, context, weights)
-        if self.support.is_discrete and not self.adapts:
+        if maps_categories(self) and not self.adapts:
             raise OptionError(
                 "a flow of categories, which have no location and scale, has nothing to learn from data before "
                 "training: leave adapt out, or fit the flow by fit_density"

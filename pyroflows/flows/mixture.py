@@ -21,7 +21,7 @@ from pyroflows.options import kind
 from pyroflows.shapes import as_given, described, shape_of
 from pyroflows.transforms.binding import Binding, Places
 from pyroflows.transforms.codomain import is_inside
-from pyroflows.transforms.discrete.one_hot import maps_categories, num_categories_of
+from pyroflows.transforms.discrete.stacks import maps_categories, num_categories_of
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.held import is_validated
 from pyroflows.transforms.normalization import ContextScale
@@ -322,7 +322,7 @@ def _checked(flows: Sequence[Flow]) -> list[Flow]:
         raise ShapeError(f"a mixture needs one or more flows of one size, but got flows of sizes {list(shapes)}")
     if len({flow.support.is_discrete for flow in flows}) > 1:
         raise OptionError("the flows of a mixture must all be of categories, or all of real numbers, but are of both")
-    sizes = {num_categories_of(flow.transform): None for flow in flows if maps_categories(flow.transform)}
+    sizes = {num_categories_of(flow): None for flow in flows if maps_categories(flow)}
     if len(sizes) > 1:
         raise OptionError(f"the flows of a mixture must have the same categories, but have {list(sizes)} of them")
     kinds = list({(t.dtype, t.device): None for flow in flows for t in _numbers(flow)})

@@ -14,7 +14,7 @@ from pyroflows.flows import Flow
 from pyroflows.shapes import counted, described, listed, places
 from pyroflows.training.integers import dequantized, refuse_fractions, uniform_noise
 from pyroflows.training.refusals import refuse, refuse_lost_digits, refuse_outside
-from pyroflows.transforms.discrete.one_hot import maps_categories
+from pyroflows.transforms.discrete.stacks import maps_categories
 from pyroflows.transforms.wild import wild_elements_among
 
 DataLike: TypeAlias = ArrayLike | Dataset

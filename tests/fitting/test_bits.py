@@ -185,3 +185,12 @@ def test_a_flow_on_another_scale_is_noticed():
     flow = pf.Flow([Standardize(2, LOC / LEVELS, SCALE / LEVELS)]).double()
     with pytest.warns(UserWarning, match=r"many more than the 4.32 that tell 20 levels apart without any flow"):
         pf.bits_per_dim(flow, narrow(), LEVELS, seed=0)
+
+
+def test_a_law_of_counts_needs_no_noise():
+    swap = pf.transforms.Permutation([1, 0, 2])
+    swap.codomain = constraints.independent(constraints.nonnegative_integer, 1)
+    flow = pf.Flow([swap], base=dist.Poisson(2 * torch.ones(3)).to_event(1), standardize=False)
+    x = torch.randint(8, (50, 3))
+    expected = -flow().log_prob(x).mean() / (3 * math.log(2))
+    torch.testing.assert_close(pf.bits_per_dim(flow, x, 8), expected)

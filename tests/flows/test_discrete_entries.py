@@ -53,6 +53,10 @@ REFUSALS = {
         "a proposal .* needs a law of real numbers",
     ),
     "a mixture with real numbers": (lambda flow: flows.Mixture([flow, REAL]), "all be of categories, or all of real"),
+    "a mixture of mixtures": (
+        lambda flow: flows.Mixture([flow, flows.Mixture([flows.DiscreteCoupling(3, 5)])]),
+        "same categories, but have .4, 5. of them",
+    ),
     "a comparison with real numbers": (
         lambda flow: pf.compare_densities({"a": flow, "b": flows.MAF(3)}, rows()),
         "bits_per_dim",

@@ -15,7 +15,7 @@ from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.codomain import is_met
 from pyroflows.transforms.discrete.base import as_one_hot
-from pyroflows.transforms.discrete.one_hot import num_categories_of, one_hot_value
+from pyroflows.transforms.discrete.stacks import num_categories_of, one_hot_value
 
 # A support with more sequences than this is not enumerated.
 MAX_SUPPORT = 2**20

@@ -1,22 +1,15 @@
-"""One-hot vectors, through which gradients go: their way through a stack of discrete layers, and the layer that makes
-them.
-"""
-
-from typing import Any
+"""The layer that writes categories as one-hot vectors."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.compiling.eager import runs_in_python
-from pyroflows.errors import DataError, OptionError
+from pyroflows.errors import DataError
 from pyroflows.options import checked_int
-from pyroflows.shapes import expanded_to_context
 from pyroflows.transforms.base import FlowTransform, Pair
-from pyroflows.transforms.compose import Compose
-from pyroflows.transforms.discrete.base import DiscreteTransform, as_one_hot, require_categories
+from pyroflows.transforms.discrete.base import as_one_hot, require_categories
 from pyroflows.transforms.held import is_validated
-from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 
 class OneHot(FlowTransform):
@@ -63,59 +56,3 @@ class OneHot(FlowTransform):
                 place = is_wrong.nonzero()[0].tolist()
                 raise DataError(f"OneHot takes one-hot vectors in its inverse, but the one at {place} is none")
         return x.argmax(-1), self.like.new_zeros(x.shape[:-2])
-
-
-def num_categories_of(transform: FlowTransform) -> int:
-    """Return the number of categories that a stack of discrete layers maps.
-
-    Example:
-        >>> num_categories_of(pf.transforms.DiscreteCoupling(4, num_categories=6).inv)
-        6
-    """
-    constraint: Any = transform.domain
-    return int(constraint.base_constraint.upper_bound) + 1
-
-
-def maps_categories(transform: nn.Module) -> bool:
-    """Tell whether a layer, or a layer of a view, a composition or a flow, is discrete."""
-    return any(isinstance(part, DiscreteTransform | OneHot) for part in transform.modules())
-
-
-def one_hot_value(transform: FlowTransform, value: Tensor, context: Tensor | None, direction: str) -> Tensor:
-    """Map one-hot vectors by a stack of discrete layers, with gradients straight through.
-
-    Args:
-        transform: a discrete layer, or views and compositions of these.
-        value: one-hot vectors ``(..., length, K)``.
-        context: ``(..., *context_shape)``, or None.
-        direction: "forward" or "inverse".
-
-    Raises:
-        OptionError: if a layer is not discrete.
-        ShapeError: if the vectors or the context have another shape.
-
-    Example:
-        >>> t = pf.transforms.DiscreteAutoregressive(2, num_categories=3)
-        >>> one_hot_value(t.inv, torch.eye(3)[torch.tensor([2, 0])], None, "inverse").argmax(-1)
-        tensor([2, 0])
-    """
-    is_forward = direction == "forward"
-    if isinstance(transform, Compose):
-        context = transform.layer_context(context)
-        for layer in transform.layers if is_forward else [*transform.layers][::-1]:
-            value = one_hot_value(layer, value, context if layer.context_dim else None, direction)
-        return value
-    if isinstance(transform, Inverse):
-        return one_hot_value(transform.layer, value, context, "inverse" if is_forward else "forward")
-    if isinstance(transform, Conditioned):
-        return one_hot_value(transform.layer, value, transform.context, direction)
-    if isinstance(transform, Cached):
-        return one_hot_value(transform.layer, value, context, direction)
-    if isinstance(transform, OneHot):
-        return value
-    name = type(transform).__name__
-    if not isinstance(transform, DiscreteTransform):
-        raise OptionError(f"{name} is no discrete layer, so that gradients of categories cannot go through it")
-    shape = torch.Size([transform.dim, transform.num_categories])
-    value = expanded_to_context(value, context, shape, transform.context_shape, name)
-    return transform._forward_one_hot(value, context) if is_forward else transform._inverse_one_hot(value, context)

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.errors import DataError, InexactError, OptionError, ShapeError
 from pyroflows.transforms import Compose, DiscreteAutoregressive, DiscreteCoupling, OneHot, Planar
-from pyroflows.transforms.discrete.one_hot import one_hot_value
+from pyroflows.transforms.discrete.stacks import one_hot_value
 from tests.transforms.discrete.registry import Running, wide_convolution
 
 LAYERS = {"autoregressive": DiscreteAutoregressive, "coupling": DiscreteCoupling}

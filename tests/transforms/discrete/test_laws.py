@@ -14,7 +14,7 @@ from pyroflows.compiling.program import compiled
 from pyroflows.errors import ShapeError
 from pyroflows.transforms import Compose, Conditioned, DiscreteAutoregressive, DiscreteCoupling, Inverse, OneHot
 from pyroflows.transforms.discrete.base import COOLING, LAST_TEMPERATURE, DiscreteTransform
-from pyroflows.transforms.discrete.one_hot import one_hot_value
+from pyroflows.transforms.discrete.stacks import one_hot_value
 from tests.transforms.discrete.registry import (
     CASES,
     CONTEXT_DIM,

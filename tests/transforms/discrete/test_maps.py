@@ -18,7 +18,7 @@ from pyroflows.transforms.discrete.maps import (
     seen_by_network,
     straight_through,
 )
-from pyroflows.transforms.discrete.one_hot import one_hot_value
+from pyroflows.transforms.discrete.stacks import one_hot_value
 from tests.transforms.discrete.registry import one_hots, randomized, some_sequences
 
 ALL_MAPS = {**MAPS, "sorting": Sorting}
