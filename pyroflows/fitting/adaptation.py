@@ -5,8 +5,9 @@ from torch import Tensor
 from pyroflows.arrays import ArrayLike
 from pyroflows.fitting.dequantization import adapt_to_integers
 from pyroflows.flows import Flow
-from pyroflows.training.data import Data, DataLike, load, split
+from pyroflows.training.data import Data, DataLike, load
 from pyroflows.training.ill_posed import check_density
+from pyroflows.training.shuffling import split
 
 
 def adapted_to(

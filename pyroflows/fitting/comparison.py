@@ -16,8 +16,9 @@ from pyroflows.fitting.maximum_likelihood import log_probs
 from pyroflows.flows import Flow
 from pyroflows.options import checked_fraction, kind
 from pyroflows.randomness import seeded
-from pyroflows.training.data import load, split
+from pyroflows.training.data import load
 from pyroflows.training.objective import trained_parameters
+from pyroflows.training.shuffling import split
 from pyroflows.transforms.normalization import Standardize
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from pyroflows.flows import Flow
-from pyroflows.training.data import Data, Rows, ShuffledBatches
+from pyroflows.training.data import Data, Rows
 from pyroflows.training.objective import Figures, Objective
+from pyroflows.training.shuffling import ShuffledBatches
 
 # Where no gradient is needed, this many rows are scored at once, or as many as have this many elements.
 MAX_SCORED, MAX_SCORED_ELEMENTS = 4096, 2**18

@@ -10,8 +10,9 @@ from pyroflows.errors import OptionError
 from pyroflows.fitting.coupling import Coupling, independent
 from pyroflows.flows import Flow, Mixture
 from pyroflows.training.averaging import MovingAverage
-from pyroflows.training.data import Data, Rows, ShuffledBatches
+from pyroflows.training.data import Data, Rows
 from pyroflows.training.objective import Figures, Objective, trained_parameters
+from pyroflows.training.shuffling import ShuffledBatches
 from pyroflows.transforms import Continuous, FlowTransform
 
 # Held-out rows are repeated, each time with noise and times of their own, until there are this many.

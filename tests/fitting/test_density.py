@@ -17,7 +17,8 @@ import pyroflows as pf
 from pyroflows.errors import DataError, DivergedError, OptionError
 from pyroflows.fitting import density, maximum_likelihood
 from pyroflows.randomness import seeded
-from pyroflows.training.data import load, split
+from pyroflows.training.data import load
+from pyroflows.training.shuffling import split
 from pyroflows.transforms import Elementwise
 from tests.transforms.registry import perturb
 

@@ -18,7 +18,8 @@ from pyroflows.errors import DataError, OptionError, ShapeError
 from pyroflows.fitting import density
 from pyroflows.fitting.dequantization import VariationalDequantization, adapt_noise, log_weights
 from pyroflows.randomness import seeded
-from pyroflows.training.data import load, split
+from pyroflows.training.data import load
+from pyroflows.training.shuffling import split
 from pyroflows.transforms import Coupling, Elementwise, Standardize, masks
 from tests.transforms.registry import perturb
 

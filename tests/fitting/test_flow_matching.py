@@ -17,7 +17,8 @@ from pyroflows.fitting.coupling import independent, optimal_transport
 from pyroflows.fitting.velocity_regression import VelocityRegression, stratified_times
 from pyroflows.randomness import seeded
 from pyroflows.training.averaging import MovingAverage
-from pyroflows.training.data import load, resampled, split
+from pyroflows.training.data import load
+from pyroflows.training.shuffling import resampled, split
 from pyroflows.transforms import Continuous, Elementwise, Planar
 
 CNF = partial(pf.flows.CNF, hidden_dims=(32, 32))

@@ -11,7 +11,8 @@ import pyroflows as pf
 from pyroflows.errors import DataError
 from pyroflows.flows import NSF, Flow, Mixture
 from pyroflows.randomness import seeded
-from pyroflows.training.data import load, split
+from pyroflows.training.data import load
+from pyroflows.training.shuffling import split
 from pyroflows.transforms import Elementwise, Triangular
 
 QUIET = {"seed": 0, "progress_bar": False}

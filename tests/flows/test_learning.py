@@ -13,7 +13,8 @@ import pyroflows as pf
 from pyroflows.errors import DataError, OptionError, ShapeError, StateError
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow, Mixture
-from pyroflows.training.data import load, split
+from pyroflows.training.data import load
+from pyroflows.training.shuffling import split
 from pyroflows.transforms import ActNorm, Autoregressive, BatchNorm, Compose, Coupling, Elementwise, Planar, Standardize
 
 SHAPE = (2, 4, 3)

@@ -12,8 +12,9 @@ from torch.distributions import constraints
 
 import pyroflows as pf
 from pyroflows import DataError, Flow, flows
-from pyroflows.training.data import load, split
+from pyroflows.training.data import load
 from pyroflows.training.ill_posed import check_density
+from pyroflows.training.shuffling import split
 from pyroflows.transforms import Elementwise, Planar
 
 N = 1000

@@ -10,9 +10,10 @@ from torch.utils.data import Dataset
 import pyroflows as pf
 from pyroflows.errors import DataError
 from pyroflows.randomness import seeded
-from pyroflows.training.data import load, split
+from pyroflows.training.data import load
 from pyroflows.training.ill_posed import check_density
 from pyroflows.training.integers import dequantized, uniform_noise
+from pyroflows.training.shuffling import split
 from pyroflows.transforms import Elementwise
 from pyroflows.transforms.wild import wild_elements
 

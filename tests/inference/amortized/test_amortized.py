@@ -13,7 +13,7 @@ from torch import nn
 
 import pyroflows as pf
 from pyroflows.fitting import adaptation, density
-from pyroflows.training.data import split
+from pyroflows.training.shuffling import split
 
 matplotlib.use("Agg")
 
