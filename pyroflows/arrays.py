@@ -14,6 +14,10 @@ from pyroflows.shapes import places
 # Whatever as_numbers takes; NumPy's type has nested sequences, and frames by the protocol that they share with arrays.
 ArrayLike: TypeAlias = Tensor | npt.ArrayLike
 
+# What makes numbers of strings, for messages.
+_CODES = "np.unique(x, return_inverse=True)[1].reshape(np.shape(x))"
+_OF_CONTEXTS = "and a context one-hot columns"
+
 
 def as_numbers(name: str, values: Any) -> Tensor:
     """Return values as a tensor of real numbers: a tensor as it is, anything else in float64.
@@ -163,6 +167,7 @@ def _array(name: str, values: Any) -> np.ndarray:
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(values, pandas.DataFrame | pandas.Series):
         values = _from_pandas(name, values, pandas)
+    array = np.zeros(0)
     try:
         if np.ma.isMaskedArray(values):
             values = np.ma.filled(values.astype(float), np.nan)
@@ -171,7 +176,9 @@ def _array(name: str, values: Any) -> np.ndarray:
             raise TypeError(f"its values are of type {array.dtype}")
         return array.astype(complex if np.iscomplexobj(array) else float)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name} is no array of numbers: {error}") from error
+        is_text = array.dtype.kind in "USO" and any(isinstance(value, str | bytes) for value in array.flat)
+        advice = f": a flow of categories takes integer codes of strings, such as {_CODES}, {_OF_CONTEXTS}"
+        raise DataError(f"{name} is no array of numbers: {error}{advice if is_text else ''}") from error
 
 
 def _from_pandas(name: str, values: Any, pandas: Any) -> np.ndarray:
@@ -180,9 +187,14 @@ def _from_pandas(name: str, values: Any, pandas: Any) -> np.ndarray:
     for label, column in columns:
         kind = pandas.api.types.infer_dtype(column, skipna=True)
         if kind not in ("integer", "floating", "mixed-integer-float", "boolean", "decimal", "empty"):
+            given = f"{name}[{label!r}]" if isinstance(values, pandas.DataFrame) else name
+            codes = f"{given}.cat.codes" if kind == "categorical" else _CODES
+            advice = f"a flow of categories takes their codes, {codes}, {_OF_CONTEXTS}"
+            if "date" in kind or "time" in kind:
+                advice = "dates can be differences from an origin"
             raise DataError(
-                f"column {label!r} of {name} holds values of kind {kind!r}, which are no numbers: leave it out; "
-                "categories can be one-hot columns of the context, dates differences from an origin"
+                f"column {label!r} of {name} holds values of kind {kind!r}, which are no numbers: leave it out, or "
+                f"give numbers: {advice}"
             )
     # A nullable column would otherwise become one of objects.
     return values.to_numpy(dtype=float, na_value=np.nan)

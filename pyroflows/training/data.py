@@ -223,8 +223,13 @@ def event_rows(x: Any, flow: Flow) -> Tensor:
 
     Raises:
         ShapeError: if the shape of the events does not fit.
-        DataError: if values cannot be used; the message names the row and the column.
+        DataError: if values cannot be used; the message names the row and the column. Also if they are a Dataset.
     """
+    if isinstance(x, Dataset):
+        raise DataError(
+            f"x is a {type(x).__name__}: give its rows as a tensor, torch.stack([dataset[i][0] for i in "
+            "range(len(dataset))]) if its items are tuples"
+        )
     return _rows("x", x, flow.event_shape, flow)
 
 

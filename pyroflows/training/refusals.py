@@ -9,6 +9,7 @@ from torch.distributions import constraints
 from pyroflows.constraints import is_angular, num_axes_of, parts_of
 from pyroflows.errors import DataError
 from pyroflows.shapes import as_given, listed, places
+from pyroflows.transforms.discrete.base import advice_on
 from pyroflows.transforms.wild import center_and_spread
 
 Labels: TypeAlias = list[Any] | None
@@ -17,7 +18,9 @@ Labels: TypeAlias = list[Any] | None
 MIN_RESOLUTION = 10
 
 
-def refuse(is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels = None) -> None:
+def refuse(
+    is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels = None, advice: str | None = None
+) -> None:
     """Raise if there is a bad value; the message names the first one, and says how many rows have one.
 
     Args:
@@ -26,6 +29,7 @@ def refuse(is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels 
         name: what they are.
         what: what is bad.
         labels: the labels of the columns of a frame, or None.
+        advice: what to do, or None.
     """
     if not is_bad.any():
         return
@@ -36,7 +40,8 @@ def refuse(is_bad: Tensor, values: Tensor, name: str, what: str, labels: Labels 
         place += f" ({labels[column[0]]!r})"
     first = values[row, *column]
     shown = listed([f"{value:.6g}" for value in first.flatten().tolist()]) if first.dim() else f"{first.item():.6g}"
-    raise DataError(f"{name} has {what} in {count} of {len(values)} rows, the first is {shown} in {place}")
+    advice = f": {advice}" if advice else ""
+    raise DataError(f"{name} has {what} in {count} of {len(values)} rows, the first is {shown} in {place}{advice}")
 
 
 def refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
@@ -77,11 +82,13 @@ def refuse_outside(support: constraints.Constraint, x: Tensor, labels: Labels, n
         is_bad = torch.zeros_like(x, dtype=torch.bool)
         is_bad[..., columns] = ~is_inside
         what = f"values outside the support {constraint}" + ("" if constraint.is_discrete else " or on its boundary")
+        advice = None
         if isinstance(constraint, type(constraints.integer_interval(0, 1))):
             what = f"values that are no integers from {constraint.lower_bound} to {constraint.upper_bound}"
+            advice = None if is_inside.all() else advice_on(values)
         if is_angular(constraint):
             what = (
                 "angles outside of -pi to pi (make degrees radians by torch.deg2rad, "
                 "then take whole turns out by torch.remainder(x + pi, 2 * pi) - pi)"
             )
-        refuse(is_bad, x, name, what, labels)
+        refuse(is_bad, x, name, what, labels, advice)

@@ -2,17 +2,21 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch.nn.functional import one_hot
+from torch.utils.data import TensorDataset
 
 import pyroflows as pf
 from pyroflows import DataError, FlowError, OptionError, flows
 
 from .categories import make
 
+LETTERS = np.array(list("abcd"))
 REAL = flows.IAF(3, hidden_dims=(8,))
 
 
@@ -82,6 +86,35 @@ REFUSALS = {
     "data of other categories": (lambda flow: pf.fit_density(flow, rows() + 1), "the first is 4 in row"),
     "negative data": (lambda flow: pf.fit_density(flow, rows() - 1), "the first is -1 in row"),
     "fractions": (lambda flow: pf.fit_density(flow, rows() + 0.5), "no integers from 0 to 3"),
+    "data that take more categories": (
+        lambda flow: pf.fit_density(flow, rows() + 3),
+        "no integers from 0 to 3 in .*: the largest is 6, which takes num_categories=7",
+    ),
+    "data that start below 0": (
+        lambda flow: pf.bits_per_dim(flow, rows() - 2, 4),
+        "the smallest is -2 and the largest 1: give x . 2, whose categories are 0 to 3, with num_categories=4",
+    ),
+    "fractions of a number": (
+        lambda flow: pf.fit_density(flow, rows() / 4),
+        "give it whole numbers from 0 to num_categories - 1",
+    ),
+    "strings": (lambda flow: pf.fit_density(flow, LETTERS[rows()]), "integer codes of strings, such as np.unique"),
+    "a column of strings": (
+        lambda flow: pf.fit_density(flow, pd.DataFrame(LETTERS[rows()])),
+        "of kind 'string', .*a flow of categories takes their codes, np.unique",
+    ),
+    "a column of categories": (
+        lambda flow: pf.fit_density(flow, pd.DataFrame(LETTERS[rows()]).astype("category")),
+        r"of kind 'categorical', .*x\[0\].cat.codes",
+    ),
+    "a series of categories": (
+        lambda flow: pf.fit_density(of_dim(1), pd.Series(["a", "b"] * 9, dtype="category")),
+        "takes their codes, x.cat.codes",
+    ),
+    "bits of a Dataset": (
+        lambda flow: pf.bits_per_dim(flow, TensorDataset(rows()), 4),
+        r"x is a TensorDataset: give its rows as a tensor, torch.stack",
+    ),
     "a context of the wrong width": (lambda flow: flow(torch.zeros(2)), "no context|context size|has context"),
 }
 
@@ -90,6 +123,14 @@ REFUSALS = {
 def test_what_does_not_apply_says_so(call, message):
     with pytest.raises(FlowError, match=message):
         call(make(order=[0, 1, 2]))
+
+
+def test_what_messages_advise_for_strings_and_categories_works():
+    letters = LETTERS[rows()]
+    codes = np.unique(letters, return_inverse=True)[1].reshape(np.shape(letters))
+    frame = pd.DataFrame(letters).astype("category")
+    for x in (codes, pd.DataFrame({label: frame[label].cat.codes for label in frame})):
+        assert pf.bits_per_dim(of_dim(3), x, 4).item() == pytest.approx(2)
 
 
 def test_bits_per_character_are_exact():

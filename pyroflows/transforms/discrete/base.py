@@ -169,8 +169,7 @@ def require_categories(value: Tensor, num_categories: int, name: str) -> None:
         ...     require_categories(torch.tensor([[0, 2], [1, 3]]), 3, "this layer")
         ... except pf.FlowError as error:
         ...     print(error)
-        this layer takes categories 0 to 2, but got 3 at [1, 1]: give it whole numbers from 0 on, and num_categories
-        that is larger than all
+        this layer takes categories 0 to 2, but got 3 at [1, 1]: the largest is 3, which takes num_categories=4
     """
     if _largest_of(value.dtype) < num_categories - 1:
         raise DataError(
@@ -185,8 +184,29 @@ def require_categories(value: Tensor, num_categories: int, name: str) -> None:
         place = is_wrong.nonzero()[0].tolist()
         raise DataError(
             f"{name} takes categories 0 to {num_categories - 1}, but got {number[tuple(place)].item():g} at {place}: "
-            "give it whole numbers from 0 on, and num_categories that is larger than all"
+            f"{advice_on(number)}"
         )
+
+
+def advice_on(numbers: Tensor) -> str:
+    """Return what to do with numbers of which some are no categories, for a message.
+
+    Example:
+        >>> advice_on(torch.tensor([-1, 4]))
+        'the smallest is -1 and the largest 4: give x + 1, whose categories are 0 to 5, with num_categories=6'
+        >>> advice_on(torch.tensor([2, 4]))
+        'the largest is 4, which takes num_categories=5'
+    """
+    if not (numbers.isfinite() & (numbers == numbers.round())).all():
+        return "give it whole numbers from 0 to num_categories - 1"
+    smallest, largest = int(numbers.min()), int(numbers.max())
+    if smallest >= 0:
+        return f"the largest is {largest}, which takes num_categories={largest + 1}"
+    last = largest - smallest
+    return (
+        f"the smallest is {smallest} and the largest {largest}: give x + {-smallest}, whose categories are 0 to "
+        f"{last}, with num_categories={last + 1}"
+    )
 
 
 def _largest_of(dtype: torch.dtype) -> float:

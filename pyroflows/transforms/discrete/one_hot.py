@@ -50,9 +50,29 @@ class OneHot(FlowTransform):
         return as_one_hot(z, self.num_categories, self.like.dtype), self.like.new_zeros(z.shape[:-1])
 
     def _inverse_and_ladj(self, x: Tensor, context: Tensor | None) -> Pair:
-        if is_validated() and runs_in_python():
-            is_wrong = ~constraints.one_hot.check(x)
-            if is_wrong.any():
-                place = is_wrong.nonzero()[0].tolist()
-                raise DataError(f"OneHot takes one-hot vectors in its inverse, but the one at {place} is none")
+        require_one_hot(x, "the inverse of OneHot")
         return x.argmax(-1), self.like.new_zeros(x.shape[:-2])
+
+
+def require_one_hot(value: Tensor, name: str) -> None:
+    """Raise if a vector is not one-hot, where values are validated.
+
+    Args:
+        value: vectors ``(..., K)``.
+        name: what the message calls what takes them.
+
+    Raises:
+        DataError: if one is not; the message names the place of the first.
+
+    Example:
+        >>> require_one_hot(torch.eye(3), "this flow")
+    """
+    if not (is_validated() and runs_in_python()):
+        return
+    is_wrong = ~constraints.one_hot.check(value)
+    if is_wrong.any():
+        place = is_wrong.nonzero()[0].tolist()
+        raise DataError(
+            f"{name} takes one-hot vectors, but the one at {place} is none: torch.nn.functional.one_hot makes them of "
+            "categories"
+        )

@@ -85,7 +85,7 @@ def test_one_hot_refuses_other_values():
     t = OneHot(2, 3)
     with pytest.raises(DataError, match=r"OneHot takes categories 0 to 2, but got 3 at \[0, 1\]"):
         t(torch.tensor([[0, 3]]))
-    with pytest.raises(DataError, match=r"one-hot vectors in its inverse, but the one at \[1\] is none"):
+    with pytest.raises(DataError, match=r"the inverse of OneHot takes one-hot vectors, but the one at \[1\] is none"):
         t.inv(torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]))
     with pytest.raises(ShapeError, match=r"event shape \(2, 3\)"):
         t.inv(torch.zeros(3, 2))
