@@ -10,7 +10,7 @@ from pyroflows.constraints import angles_and_reals, angles_in, num_axes_of, of_s
 from pyroflows.errors import FlowError, OptionError, ShapeError
 from pyroflows.flows.angles import angles_at_ends, angles_of
 from pyroflows.flows.base import Base
-from pyroflows.flows.discrete.checks import check_layers_of_categories
+from pyroflows.flows.discrete.checks import check_layers_of_categories, require_integer_base
 from pyroflows.options import kind
 from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform
@@ -50,6 +50,7 @@ def assemble(
     layers = list(_as_layers(parts, base))
     if any(maps_categories(layer) for layer in layers):
         check_layers_of_categories(layers, support)
+        require_integer_base(base)
         return Stack(layers, None, [])
     base_shape, event_shape = layers[0].base_shape, layers[-1].event_shape
     angles_at_base, angles = angles_of(layers)

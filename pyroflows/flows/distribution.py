@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyroflows.arrays import as_tensor, floating_tensor
 from pyroflows.compiling.eager import is_under_func
-from pyroflows.flows.law import shapes_of_law
+from pyroflows.flows.law import refuse_moments, shapes_of_law
 from pyroflows.flows.temperature import sample_at
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.binding import Binding, Places
@@ -92,6 +92,7 @@ class FlowDistribution(TransformedDistribution):
 
     # A vector has no distribution function. Torch's would take the layers for maps of scalars.
     cdf, icdf = Distribution.cdf, Distribution.icdf
+    mean = variance = property(refuse_moments)
     __repr__ = shapes_of_law
 
     def _bind(self, transform: FlowTransform, places: Places | None) -> None:

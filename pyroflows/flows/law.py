@@ -65,3 +65,15 @@ def shapes_of_law(law: Any) -> str:
         FlowDistribution(batch_shape: torch.Size([]), event_shape: torch.Size([2]))
     """
     return f"{type(law).__name__}(batch_shape: {law.batch_shape}, event_shape: {law.event_shape})"
+
+
+def refuse_moments(law: Any) -> Tensor:
+    """Raise, where the mean or the variance of a law is asked for that nobody knows.
+
+    Raises:
+        NotImplementedError: always; it says how to estimate them.
+    """
+    raise NotImplementedError(
+        f"{type(law).__name__} has no mean and variance in closed form: estimate them from draws, such as by "
+        "law.sample((1000,)).double().mean(0)"
+    )

@@ -10,7 +10,8 @@ from torch.distributions import constraints
 
 from pyroflows.arrays import as_tensor
 from pyroflows.compiling.eager import is_under_func, runs_in_python
-from pyroflows.flows.law import shapes_of_law
+from pyroflows.flows.discrete.checks import validate_event
+from pyroflows.flows.law import refuse_moments, shapes_of_law
 from pyroflows.flows.temperature import sample_at
 from pyroflows.flows.union import union_of
 
@@ -38,6 +39,7 @@ class MixtureDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
     is_exact = True
+    mean = variance = property(refuse_moments)
     __repr__ = shapes_of_law
 
     def __init__(
@@ -76,6 +78,17 @@ class MixtureDistribution(TorchDistribution):
     def estimated(self) -> "MixtureDistribution":
         """Return this law: its log-densities are exact in training too."""
         return self
+
+    @property
+    def num_categories(self) -> int:
+        """The number of categories, if the components are laws of categories."""
+        return self.components[0].num_categories
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if self.has_enumerate_support:
+            validate_event(super()._validate_sample, value, self.event_shape, self.num_categories)
+        else:
+            super()._validate_sample(value)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "MixtureDistribution":
         law = self._get_checked_instance(MixtureDistribution, _instance)

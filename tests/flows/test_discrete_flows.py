@@ -12,7 +12,7 @@ import torch
 from scipy.stats import chi2
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from pyroflows import FlowError, InexactError, OptionError, ShapeError, flows, load_flow
+from pyroflows import DataError, FlowError, InexactError, OptionError, ShapeError, flows, load_flow
 from pyroflows.flows import Flow
 from pyroflows.flows.discrete.scoring import one_hot_log_prob
 from pyroflows.transforms import Compose, Coupling, DiscreteAutoregressive, DiscreteCoupling, OneHot, Permutation
@@ -123,9 +123,9 @@ WRONG = {"too large": [4, 0, 0], "negative": [0, -1, 0], "a fraction": [0.5, 0, 
 @pytest.mark.parametrize("univariate", MAPS)
 def test_values_that_are_no_categories(univariate, value):
     flow, value = make(univariate=univariate), torch.tensor([value, [0, 1, 2]])
-    with pytest.raises(ValueError, match="within the support"):
+    with pytest.raises(DataError, match="takes categories 0 to 3, but got"):
         flow().log_prob(value)
-    with pytest.raises(ValueError, match="within the support"):
+    with pytest.raises(DataError, match="takes categories 0 to 3, but got"):
         flow().latent(value)
     with pyro.validation_enabled(False):
         expected = flow().log_prob(torch.tensor([0, 1, 2]))
@@ -138,7 +138,7 @@ def test_values_that_are_no_categories(univariate, value):
 
 
 def test_values_of_another_shape():
-    with pytest.raises(ValueError, match="right-most size"):
+    with pytest.raises(ShapeError, match="events of size 3"):
         make()().log_prob(torch.zeros(4, dtype=torch.long))
     with pyro.validation_enabled(False), pytest.raises(ShapeError, match="events of size 3"):
         make()().log_prob(torch.zeros(5, 4, dtype=torch.long))
@@ -314,7 +314,59 @@ def test_layers_stacked_by_hand():
     assert flow().log_prob(torch.zeros(3)).shape == (6,)
 
 
+NO_EVENTS = {
+    "too large": (
+        torch.tensor([[0, 1, 2], [0, 6, 1]]),
+        DataError,
+        r"takes categories 0 to 3, but got 6 at .1, 1.: .*=7",
+    ),
+    "negative": (torch.tensor([-1, 1, 2]), DataError, r"takes categories 0 to 3, but got -1 at .0.: .*give x . 1"),
+    "fractions": (torch.tensor([0.0, 0.5, 1.0]), DataError, r"takes categories 0 to 3, but got 0.5 at .1.: .*whole"),
+    "too short": (torch.zeros(2), ShapeError, r"has events of size 3, but got a tensor of shape .2,."),
+}
+
+
+@pytest.mark.parametrize("kind", NO_EVENTS)
+def test_values_that_are_no_events_are_named(kind):
+    x, error, message = NO_EVENTS[kind]
+    flow = flows.DiscreteCoupling(3, 4, hidden_dims=(8,))
+    for part in (flow, flows.Mixture([flow, flow])):
+        with pytest.raises(error, match=message) as raised:
+            part().log_prob(x)
+        assert raised.value.__context__ is None  # torch's message would show all values
+    with pytest.raises(error, match=message):
+        flow().latent(x)
+    trace = pyro.poutine.trace(lambda: pyro.sample("x", flow(), obs=x)).get_trace()
+    with pytest.raises(ValueError, match=message):
+        trace.log_prob_sum()
+
+
+def test_vectors_that_are_not_one_hot_are_named():
+    flow = flows.DiscreteCoupling(3, 4, hidden_dims=(8,), one_hot=True)
+    x = flow().sample((2,))
+    x[1, 2] = 0.25
+    with pytest.raises(DataError, match=r"this flow takes one-hot vectors, but the one at \[1, 2\] is none"):
+        flow().log_prob(x)
+    with pytest.raises(ShapeError, match=r"events of shape \(3, 4\), but got a tensor of shape \(2, 3\)"):
+        flow().log_prob(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("law", [flows.DiscreteCoupling(3, 4), flows.Mixture([flows.DiscreteCoupling(3, 4)])])
+def test_moments_are_not_known(law):
+    for moment in ("mean", "variance", "stddev"):
+        with pytest.raises(NotImplementedError, match=r"no mean and variance in closed form: .* by law.sample"):
+            getattr(law(), moment)
+
+
+ONE_HOT = dist.OneHotCategorical(torch.ones(3, 4))
 REFUSED = {
+    "base of vectors": ([DiscreteCoupling(3, 4)], {"base": ONE_HOT.to_event(1)}, "OneHotCategorical gives one-hot"),
+    "base of rows of vectors": ([DiscreteCoupling(3, 4)], {"base": ONE_HOT}, r"give dist.Categorical.*to_event\(1\)"),
+    "base that is a flow of vectors": (
+        [DiscreteCoupling(3, 4)],
+        {"base": flows.DiscreteCoupling(3, 4, one_hot=True)},
+        "gives integers, but DiscreteCoupling gives one-hot vectors: .* without one_hot=True",
+    ),
     "other categories": ([DiscreteCoupling(3, 4), DiscreteCoupling(3, 5)], {}, "has 4 and layer 1 .* has 5"),
     "a real layer behind": ([DiscreteCoupling(3, 4), Coupling(3)], {}, "layer 1 .Coupling. maps real numbers"),
     "a real layer before": ([Permutation([2, 0, 1]), DiscreteCoupling(3, 4)], {}, "layer 0 .Permutation. maps real"),

@@ -1,17 +1,21 @@
 """What a flow of categories needs of its layers, its support and its base."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.constraints import without_events
-from pyroflows.errors import OptionError
+from pyroflows.errors import OptionError, ShapeError
+from pyroflows.flows.temperature import innermost
+from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.discrete import DiscreteTransform, OneHot
+from pyroflows.transforms.discrete.base import require_categories
+from pyroflows.transforms.discrete.one_hot import require_one_hot
 from pyroflows.transforms.views import Cached, Conditioned, Inverse
 
 
@@ -105,3 +109,67 @@ def check_base_of_categories(base: nn.Module, num_categories: int) -> None:
         "pf.flows.FactorizedCategorical, pf.flows.AutoregressiveCategorical, or a distribution such as "
         f"dist.Categorical with {num_categories} categories"
     )
+
+
+def validate_event(
+    validate: Callable[[Tensor], None], value: Tensor, event_shape: torch.Size, num_categories: int
+) -> None:
+    """Let torch validate a value that a flow of categories is to score, and say what is wrong, and where.
+
+    Args:
+        validate: torch's own check, whose message would show all values.
+        value: the value, ``(..., *event_shape)``.
+        event_shape: ``(length,)`` for integers, ``(length, K)`` for one-hot vectors.
+        num_categories: the number K of categories.
+
+    Raises:
+        ShapeError: if it has another shape.
+        DataError: if it has a number that is no category, or a vector that is not one-hot.
+        ValueError: from torch, if it is wrong in another way.
+
+    Example:
+        >>> q = dist.Categorical(torch.ones(2, 4)).to_event(1)
+        >>> validate_event(q._validate_sample, torch.tensor([0, 4]), q.event_shape, num_categories=4)
+        Traceback (most recent call last):
+        pyroflows.errors.DataError: this flow takes categories 0 to 3, but got 4 at [1]: the largest is 4, ...
+    """
+    try:
+        validate(value)
+        return
+    except ValueError as error:
+        refusal = error
+    if value.shape[max(value.dim() - len(event_shape), 0) :] != event_shape:
+        raise ShapeError(
+            f"this flow has events of {described(event_shape)}, but got a tensor of shape {tuple(value.shape)}"
+        )
+    if len(event_shape) > 1:
+        require_one_hot(value, "this flow")
+    else:
+        require_categories(value, num_categories, "this flow")
+    raise refusal
+
+
+def require_integer_base(base: Any) -> None:
+    """Raise if the base of a flow of categories is a law of one-hot vectors.
+
+    Args:
+        base: a base, as :class:`pyroflows.Flow` takes it.
+
+    Raises:
+        OptionError: if so.
+
+    Example:
+        >>> require_integer_base(dist.OneHotCategorical(torch.ones(3, 4)).to_event(1))
+        Traceback (most recent call last):
+        pyroflows.errors.OptionError: the base of a flow of categories gives integers, but OneHotCategorical gives ...
+    """
+    try:
+        support = getattr(base, "support", None)
+    except NotImplementedError:  # A law of the user's own need not say where its values lie.
+        return
+    if isinstance(support, constraints.Constraint) and without_events(support) is constraints.one_hot:
+        name = type(innermost(base)).__name__
+        raise OptionError(
+            f"the base of a flow of categories gives integers, but {name} gives one-hot vectors: give "
+            "dist.Categorical(...).to_event(1), or a flow without one_hot=True"
+        )

@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 from pyroflows.arrays import floating_tensor
 from pyroflows.constraints import without_events
 from pyroflows.errors import InexactError, OptionError, ShapeError
+from pyroflows.flows.discrete.checks import validate_event
 from pyroflows.flows.discrete.scoring import as_taken_by, log_prob_of, one_hot_log_prob
 from pyroflows.flows.distribution import FlowDistribution
 from pyroflows.shapes import described
@@ -42,7 +43,7 @@ class DiscreteFlowDistribution(FlowDistribution):
     Shapes: draws are integers ``(*sample_shape, *batch_shape, length)``, or one-hot vectors with a last axis of K.
 
     Raises:
-        ValueError: when it scores a value that is no sequence of categories, if values are validated.
+        DataError: when it scores a value that is no sequence of categories, if values are validated.
 
     Example:
         >>> q = pf.flows.DiscreteCoupling(3, num_categories=4, context_dim=2)(torch.zeros(5, 2))
@@ -165,6 +166,9 @@ class DiscreteFlowDistribution(FlowDistribution):
         if len(self.event_shape) > 1:
             values = as_one_hot(values, size, self._like.dtype)
         return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+
+    def _validate_sample(self, value: Tensor) -> None:
+        validate_event(super()._validate_sample, value, self.event_shape, self.num_categories)
 
     def _unexpanded(self) -> tuple[FlowTransform, Distribution]:
         """Return transform and base with the tensors that are bound, the base with a batch shape of its own."""
