@@ -95,7 +95,7 @@ def test_one_hot_refuses_other_values():
 
 
 @all_layers
-@pytest.mark.parametrize("length", [0, -1, 2.0, "3"])
+@pytest.mark.parametrize("length", [0, -1, 2.0, "3", (2, 2)])
 def test_no_length_raises(layer, length):
     with pytest.raises(OptionError, match="length must be"):
         layer(length, 5)
