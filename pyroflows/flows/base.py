@@ -5,14 +5,16 @@ from typing import Any
 
 import torch
 from pyro import distributions as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite
+from pyroflows.compiling.eager import runs_in_python
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.options import kind
-from pyroflows.shapes import as_given, shape_of
-from pyroflows.transforms.held import Held
+from pyroflows.shapes import as_given, described, shape_of
+from pyroflows.transforms.held import Held, is_validated
 
 Base = Distribution | nn.Module | str | None
 
@@ -42,12 +44,63 @@ def base_module(base: Base, shape: torch.Size) -> nn.Module:
     if isinstance(base, Distribution):
         return Held(_checked_event(base, shape))
     if isinstance(base, nn.Module):
-        _checked_event(base(), shape)
+        _checked_event(example_of(base), shape)
         return base
     if base == "student_t":
         return StudentT(shape)
     given = repr(base) if isinstance(base, str) else kind(base)
     raise OptionError(f'base must be a distribution, a module that returns one, "student_t" or None, got {given}')
+
+
+def context_shape_of(base: nn.Module) -> torch.Size:
+    """Return the shape of the context that a base takes, empty for none: its ``context_shape`` or ``context_dim``.
+
+    Example:
+        >>> context_shape_of(pf.flows.FactorizedCategorical(3, 5, context_dim=2)), context_shape_of(StudentT(2))
+        (torch.Size([2]), torch.Size([]))
+    """
+    given = getattr(base, "context_shape", None) or getattr(base, "context_dim", 0)
+    return shape_of(given) if given else torch.Size()
+
+
+def example_of(base: nn.Module) -> Distribution:
+    """Return the law that a base gives, at a context of zeros if it takes one, whose shapes and support are those of
+    all.
+
+    Example:
+        >>> example_of(pf.flows.FactorizedCategorical(3, 5, context_dim=2)).event_shape
+        torch.Size([3])
+    """
+    shape = context_shape_of(base)
+    law: Distribution = base(torch.zeros(shape).to(floating_tensor(base))) if shape else base()
+    return law
+
+
+def checked_context(context: ArrayLike | None, module: Any, name: str) -> Tensor | None:
+    """Return a context in the dtype and on the device of the flow or the base that takes it.
+
+    Args:
+        context: ``(..., *context_shape)``, or None.
+        module: a flow or a base.
+        name: what messages call it.
+
+    Raises:
+        ShapeError: if the context has another shape, or is missing.
+        DataError: if it has NaN or infinite values, where values are validated; names the row.
+
+    Example:
+        >>> checked_context([1, 2], pf.flows.MAF(3, context_dim=2), "this flow")
+        tensor([1., 2.])
+    """
+    shape, given = module.context_shape, context
+    if context is not None:
+        context = as_tensor("context", context, floating_tensor(module))
+    if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
+        got = "none" if context is None else f"shape {tuple(context.shape)}"
+        raise ShapeError(f"{name} has context {described(shape)}, but got {got}{_hint_at_classes(given)}")
+    if context is not None and is_validated() and runs_in_python():
+        require_finite("context", context, len(shape))
+    return context
 
 
 def standard_normal(shape: torch.Size) -> Distribution:
@@ -99,3 +152,9 @@ def _checked_event(base: Distribution, event_shape: torch.Size) -> Distribution:
             f".expand({list(event_shape)}).to_event({len(event_shape)})"
         )
     return base
+
+
+def _hint_at_classes(context: Any) -> str:
+    """Return what to do with a context that may be the numbers of classes, for a message."""
+    is_index = isinstance(context, Tensor) and not context.is_floating_point() and not context.is_complex()
+    return ": classes are one-hot vectors, which torch.nn.functional.one_hot makes" if is_index else ""

@@ -9,6 +9,7 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyroflows.arrays import as_tensor, floating_tensor
 from pyroflows.compiling.eager import is_under_func
+from pyroflows.flows.base import context_shape_of
 from pyroflows.flows.law import refuse_moments, shapes_of_law
 from pyroflows.flows.temperature import sample_at
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
@@ -42,7 +43,8 @@ class FlowDistribution(TransformedDistribution):
     Args:
         base: the distribution of z, of the transform's base shape; or a module whose call returns it.
         transform: the map from base to data.
-        context: ``(..., *context_shape)``, if the transform takes one; its leading axes belong to the batch shape.
+        context: ``(..., *context_shape)``, if the transform takes one; its leading axes belong to the batch shape. A
+            base that is a module with ``context_dim`` is called with it, as layers see it.
         validate_args: whether values are checked; None for the setting of Pyro.
         is_estimate: whether log-densities use the transform's own log-determinant, exact or not.
         places: where transform and base hold their tensors, if it is known already; see :class:`Places`.
@@ -75,13 +77,13 @@ class FlowDistribution(TransformedDistribution):
         # where Pyro's handlers see it, and again only once its tensors have other values.
         batch_shape: Any = getattr(base, "batch_shape", None)
         self._called: tuple[Distribution, Any] | None = None
+        self.context = context
         if isinstance(base, nn.Module) and not isinstance(batch_shape, torch.Size):
-            self._called = base(), values_of(_tensors(base))
+            self._called = self._call(base, transform), values_of(_tensors(base))
             batch_shape = self._called[0].batch_shape
         if context is not None:
             context_batch = context.shape[: context.dim() - len(transform.context_shape)]
             batch_shape = torch.broadcast_shapes(batch_shape, context_batch)
-        self.context = context
         self._base = base
         self._is_estimate = is_estimate
         self._expanded_to: torch.Size | None = None
@@ -131,20 +133,26 @@ class FlowDistribution(TransformedDistribution):
         modules: Any = self._binding.modules
         base: Any = self._base
         if len(modules) > 1:
-            base = modules[1]() if self._called is None else self._called_base(modules[1])
+            transform, module = modules
+            base = self._call(module, transform) if self._called is None else self._called_base(module, transform)
         if self._is_estimate and hasattr(base, "estimated"):
             base = base.estimated()
         return modules[0], base if self._expanded_to is None else base.expand(self._expanded_to)
 
-    def _called_base(self, module: nn.Module) -> Distribution:
+    def _call(self, module: nn.Module, transform: FlowTransform) -> Distribution:
+        """Return the law that a base gives, at the context as layers see it if it takes one."""
+        given = [transform.layer_context(self.context)] if context_shape_of(module) else []
+        law: Distribution = module(*given)
+        return law
+
+    def _called_base(self, module: nn.Module, transform: FlowTransform) -> Distribution:
         """Return the law that the user's base gave, or what it gives now that its tensors have changed."""
         assert self._called is not None
         base, values = self._called
         now = values_of(_tensors(module))
         if values is None or now is None or are_equal(values, now):
             return base
-        changed: Distribution = module()
-        return changed
+        return self._call(module, transform)
 
     @property
     def base_dist(self) -> Distribution:

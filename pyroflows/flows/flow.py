@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyroflows.archive import write_archive
-from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_finite, require_values
-from pyroflows.compiling.eager import runs_in_python
-from pyroflows.errors import NotCalledError, OptionError, ShapeError, StateError
+from pyroflows.arrays import ArrayLike, as_tensor, floating_tensor, require_values
+from pyroflows.errors import NotCalledError, OptionError, StateError
 from pyroflows.flows.angles import check_base_of_angles
 from pyroflows.flows.assembly import assemble
-from pyroflows.flows.base import Base, base_module
+from pyroflows.flows.base import Base, base_module, checked_context, context_shape_of
 from pyroflows.flows.columns import standard_base
 from pyroflows.flows.discrete.base import FactorizedCategorical
 from pyroflows.flows.discrete.checks import check_base_of_categories
@@ -25,7 +24,7 @@ from pyroflows.flows.encoding import FORMAT, encode
 from pyroflows.flows.facts import Facts, facts_of, json_from_tensor, json_to_tensor, require_same
 from pyroflows.flows.learning import LearningFlow
 from pyroflows.flows.subvector import SubvectorDistribution, subvector
-from pyroflows.shapes import described
+from pyroflows.shapes import as_given, described
 from pyroflows.transforms.base import FlowTransform, drop_param_store_references
 from pyroflows.transforms.binding import Places
 from pyroflows.transforms.compose import Compose
@@ -64,7 +63,8 @@ class Flow(LearningFlow):
         base: a torch or Pyro distribution of the first layer's ``base_shape``, whose tensors become buffers; None for a
             standard normal, the uniform law for angles, and :class:`pyroflows.flows.FactorizedCategorical` for discrete
             layers; "student_t" for independent Student-t variables with learned degrees of freedom; or a module whose
-            call returns a distribution.
+            call returns a distribution. A base of discrete layers may take a context: a module with the attribute
+            ``context_dim``, a size or a shape, is called with the context as layers see it.
         support: where the data lie, a torch constraint such as ``constraints.positive``; the bijection that
             ``biject_to`` has for it follows the transforms. With one constraint for each column it is
             ``constraints.cat([...], dim=-1)``, with ``pf.constraints.circular`` for angles. None if the transforms map
@@ -83,8 +83,9 @@ class Flow(LearningFlow):
 
     Raises:
         ShapeError: if the shapes of layers, base, support or context do not agree, or the event size is unknown.
-        OptionError: if the base or a transform is none of these, or there is no bijection onto the support; or if only
-            some layers, or the base, treat a column as angles, or if only some layers map categories.
+        OptionError: if the base or a transform is none of these, or there is no bijection onto the support; if only
+            some layers, or the base, treat a column as angles, or if only some layers map categories; or if the base
+            takes a context, but layers map real numbers.
 
     Example:
         >>> flow = Flow([Planar(2), Planar(2)])
@@ -103,13 +104,22 @@ class Flow(LearningFlow):
         super().__init__()
         stack = assemble(transforms, base, support, standardize)
         self._standardize_at = stack.standardize_at
-        context_shape = next((layer.context_shape for layer in stack.layers if layer.context_dim), torch.Size())
-        self.transform = Compose(stack.layers, ContextScale(context_shape) if standardize and context_shape else None)
-        base_shape, angles = self.transform.base_shape, stack.angles_at_base
-        self._maps_categories = maps_categories(self.transform)
+        layers, angles = stack.layers, stack.angles_at_base
+        self._maps_categories = any(maps_categories(layer) for layer in layers)
+        context_shape = next((layer.context_shape for layer in layers if layer.context_dim), torch.Size())
         if base is None:
-            base = default_base(self.transform, angles)
-        self.base = base_module(base, base_shape)
+            base = default_base(layers[0], angles, context_shape)
+        base = base_module(base, layers[0].base_shape)
+        if (of_base := context_shape_of(base)) and not self._maps_categories:
+            raise OptionError(
+                f"the base takes a context of {described(of_base)}, but a flow of real numbers does not give its base "
+                "one: give the context to layers, such as pf.transforms.Elementwise with its context_dim next to the "
+                "base"
+            )
+        context_shape = context_shape or of_base
+        scale = ContextScale(context_shape) if standardize and context_shape else None
+        self.transform = Compose(layers, scale, as_given(of_base))
+        self.base = base
         if any(angles):
             check_base_of_angles(self.base, angles)
         if self._maps_categories:
@@ -238,14 +248,7 @@ class Flow(LearningFlow):
             ShapeError: if the context has another shape, or is missing.
             DataError: if the context has NaN or infinite values, where values are validated; names the row.
         """
-        shape, given = self.context_shape, context
-        if context is not None:
-            context = as_tensor("context", context, floating_tensor(self))
-        if (None if context is None else context.shape[context.dim() - len(shape) :]) != (shape or None):
-            got = "none" if context is None else f"shape {tuple(context.shape)}"
-            raise ShapeError(f"this flow has context {described(shape)}, but got {got}{_hint_at_classes(given)}")
-        if context is not None and is_validated() and runs_in_python():
-            require_finite("context", context, len(shape))
+        context = checked_context(context, self, "this flow")
         if isinstance(self, PyroModule):
             _register_parameters(self)
         return self._law(context)
@@ -316,17 +319,11 @@ class Flow(LearningFlow):
         return x
 
 
-def default_base(transform: FlowTransform, angles: Sequence[bool]) -> Base:
-    """Return the base of a flow for which none was given."""
-    if maps_categories(transform):
-        return FactorizedCategorical(transform.base_shape[0], num_categories_of(transform))
-    return standard_base(transform.base_shape, angles)
-
-
-def _hint_at_classes(context: Any) -> str:
-    """Return what to do with a context that may be the numbers of classes, for a message."""
-    is_index = isinstance(context, Tensor) and not context.is_floating_point() and not context.is_complex()
-    return ": classes are one-hot vectors, which torch.nn.functional.one_hot makes" if is_index else ""
+def default_base(first: FlowTransform, angles: Sequence[bool], context_shape: torch.Size) -> Base:
+    """Return the base of a flow for which none was given, from its first layer and the context of its layers."""
+    if maps_categories(first):
+        return FactorizedCategorical(first.base_shape[0], num_categories_of(first), as_given(context_shape))
+    return standard_base(first.base_shape, angles)
 
 
 def _register_parameters(flow: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.shapes import as_given, described
+from pyroflows.shapes import as_given, described, shape_of
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.circle import WholeTurns
 from pyroflows.transforms.codomain import is_unbounded
@@ -29,6 +29,8 @@ class Compose(FlowTransform):
             that take a context take one of the same shape, and get the same.
         context_scale: the location and scale of contexts, which layers get without them; None to give contexts to the
             layers as they are.
+        base_context_dim: size or shape of the context that the base of a flow takes; the composition takes it even if
+            no layer does. 0 if the base takes none.
 
     Shapes: z is ``(..., *base_shape)`` of the first layer, x is ``(..., *event_shape)`` of the last, a context is
     ``(..., *context_shape)``.
@@ -44,7 +46,12 @@ class Compose(FlowTransform):
         True
     """
 
-    def __init__(self, layers: Sequence[FlowTransform], context_scale: FlowTransform | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[FlowTransform],
+        context_scale: FlowTransform | None = None,
+        base_context_dim: int | Sequence[int] = 0,
+    ) -> None:
         if not layers:
             raise OptionError("a composition needs at least one layer")
         for place, (before, after) in enumerate(pairwise(layers)):
@@ -55,6 +62,8 @@ class Compose(FlowTransform):
                     f"layer {place + 1} ({type(after).__name__}) takes events of {described(after.base_shape)}"
                 )
         by_context = {layer.context_shape: type(layer).__name__ for layer in layers if layer.context_dim}
+        if base_context_dim:
+            by_context.setdefault(shape_of(base_context_dim), "the base")
         if len(by_context) > 1:
             found = ", ".join(f"{name} has {as_given(shape)}" for shape, name in by_context.items())
             raise ShapeError(f"the context sizes of layers of one flow must agree, but {found}")
@@ -144,7 +153,7 @@ class Compose(FlowTransform):
         return any(layer.reads_values for layer in self.layers)
 
     def _exact(self) -> FlowTransform:
-        return Compose([layer.exact() for layer in self.layers], self.context_scale)
+        return Compose([layer.exact() for layer in self.layers], self.context_scale, as_given(self.context_shape))
 
     @property
     def adapts(self) -> bool:

@@ -9,6 +9,7 @@ from torch.distributions import constraints
 
 from pyroflows.constraints import without_events
 from pyroflows.errors import OptionError, ShapeError
+from pyroflows.flows.base import example_of
 from pyroflows.flows.temperature import innermost
 from pyroflows.shapes import described
 from pyroflows.transforms.base import FlowTransform
@@ -91,7 +92,7 @@ def check_base_of_categories(base: nn.Module, num_categories: int) -> None:
         Traceback (most recent call last):
         pyroflows.errors.OptionError: the base of a flow of 4 categories must be a law of the numbers 0 to 3 at each ...
     """
-    law = base()
+    law: Any = example_of(base)
     try:
         support: constraints.Constraint = law.support
     except NotImplementedError:  # A law of the user's own need not say where its values lie.

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from pyroflows.flows.discrete.base import AutoregressiveLaw
+from pyroflows.flows.discrete.base import AutoregressiveLaw, CategoricalBase
 from pyroflows.nets.groupwise import GroupwiseConv
 from pyroflows.options import checked_int
+from pyroflows.shapes import as_given
 
 
-class GroupwiseCategorical(nn.Module):
+class GroupwiseCategorical(CategoricalBase):
     r"""Categories in m groups, each drawn at once given the groups before it,
 
     .. math:: p(z) = \prod_{r=0}^{m-1} \prod_{j \,:\, j \bmod m = r} p(z_j \mid z_{i}, \, i \bmod m < r),
@@ -29,12 +29,14 @@ class GroupwiseCategorical(nn.Module):
         embedding_dim: size of the vectors, learned, as which the network sees categories; None for one-hot vectors.
         reach: number of blocks on either side that the network sees; 0 makes blocks independent, which learns faster
             where places so far apart have little to do with each other.
+        context_dim: size of the context, 0 for none; or ``(context_channels, length)``, of which a place sees its own
+            element and those before it in its block.
 
-    Shapes: a draw is a sequence ``(length,)``.
+    Shapes: a draw is a sequence ``(length,)``; a context ``(..., *context_shape)`` gives batch shape ``(...)``.
 
     Raises:
-        OptionError: if a size is not positive, the reach is negative, there is no hidden layer, or there are more
-            groups than places.
+        OptionError: if a size is not positive, the reach is negative, there is no hidden layer, there are more groups
+            than places, or the context is a sequence of another length.
 
     Example:
         >>> base = GroupwiseCategorical(100, 5)
@@ -50,16 +52,13 @@ class GroupwiseCategorical(nn.Module):
         hidden_dims: Sequence[int] = (64,) * 5,
         embedding_dim: int | None = None,
         reach: int = 1,
+        context_dim: int | Sequence[int] = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(context_dim)
         length, size = checked_int("length", length), checked_int("num_categories", num_categories, least=2)
         num_groups = round(math.sqrt(length)) if num_groups is None else num_groups
-        self.net = GroupwiseConv(length, size, size, num_groups, hidden_dims, embedding_dim, reach)
+        context = as_given(self.context_shape)
+        self.net = GroupwiseConv(length, size, size, num_groups, hidden_dims, embedding_dim, reach, context)
 
-    @property
-    def batch_shape(self) -> torch.Size:
-        """The batch shape of the distribution."""
-        return torch.Size()
-
-    def forward(self) -> AutoregressiveLaw:
-        return AutoregressiveLaw(self.net)
+    def _law(self, context: Tensor | None) -> AutoregressiveLaw:
+        return AutoregressiveLaw.of(self.net, context, self.context_shape)

@@ -34,12 +34,13 @@ class StackedDiscreteFlow(Flow):
             autoregressive flows without a context whose base is autoregressive too.
         hidden_dims: widths of the hidden layers of each layer's network.
         conditioner: the network of each layer, by name or as a factory, see the layers.
-        context_dim: size of the context, 0 for none. Layers see it; the base does not.
+        context_dim: size of the context, 0 for none. Layers see it, and so does a base that is named.
         base: the law of z: "factorized" for independent categories with learned probabilities
             (:class:`pyroflows.flows.FactorizedCategorical`), as is None; "autoregressive" for
             :class:`pyroflows.flows.AutoregressiveCategorical`; "groupwise" for
             :class:`pyroflows.flows.GroupwiseCategorical`, which is drawn in few steps; any Pyro distribution of event
-            shape ``(length,)`` and the categories 0 to K - 1; or a module whose call returns one.
+            shape ``(length,)`` and the categories 0 to K - 1; or a module whose call returns one, see
+            :class:`pyroflows.Flow` for those that take a context.
         embedding_dim: size of the vectors, learned, as which networks see categories; None for one-hot vectors.
         one_hot: whether events are one-hot vectors ``(length, K)``, rather than integers.
 
@@ -97,7 +98,7 @@ class DiscreteAutoregressive(StackedDiscreteFlow):
         one_hot: bool = False,
     ) -> None:
         length = checked_int("length", length)
-        base = base_named(base, length, num_categories, order, conditioner, hidden_dims, embedding_dim)
+        base = base_named(base, length, num_categories, order, conditioner, hidden_dims, context_dim, embedding_dim)
         if univariate is None:
             # Measured: an autoregressive base learns dependence better than layers do, which then had better do little.
             # It sees no context, and what layers alone have to say they say by permutations.
@@ -179,7 +180,9 @@ class DiscreteCoupling(StackedDiscreteFlow):
             )
             for i in range(checked_int("num_layers", num_layers))
         ]
-        base = base_named(base, length, num_categories, hidden_dims=hidden_dims, embedding_dim=embedding_dim)
+        base = base_named(
+            base, length, num_categories, None, "made", hidden_dims, context_dim, embedding_dim=embedding_dim
+        )
         super().__init__(layers, length, num_categories, base, one_hot)
 
 
@@ -190,6 +193,7 @@ def base_named(
     order: Sequence[int] | None = None,
     conditioner: str | ConditionerFactory = "made",
     hidden_dims: Sequence[int] = (64, 64),
+    context_dim: int | Sequence[int] = 0,
     embedding_dim: int | None = None,
 ) -> Base:
     """Return the base that a recipe's argument names; a distribution or a module is returned as it is.
@@ -202,6 +206,7 @@ def base_named(
             that follow.
         conditioner: its network.
         hidden_dims: widths of the hidden layers.
+        context_dim: size or shape of the context, 0 for none.
         embedding_dim: size of embeddings.
 
     Raises:
@@ -212,11 +217,13 @@ def base_named(
         'FactorizedCategorical'
     """
     if base is None or base == "factorized":
-        return FactorizedCategorical(length, num_categories)
+        return FactorizedCategorical(length, num_categories, context_dim, hidden_dims)
     if base == "autoregressive":
-        return AutoregressiveCategorical(length, num_categories, order, conditioner, hidden_dims, embedding_dim)
+        return AutoregressiveCategorical(
+            length, num_categories, order, conditioner, hidden_dims, embedding_dim, context_dim
+        )
     if base == "groupwise":
-        return GroupwiseCategorical(length, num_categories, embedding_dim=embedding_dim)
+        return GroupwiseCategorical(length, num_categories, embedding_dim=embedding_dim, context_dim=context_dim)
     if isinstance(base, str):
         raise OptionError(f"base must be one of {list(BASES)}, or a distribution of categories, got {base!r}")
     return base

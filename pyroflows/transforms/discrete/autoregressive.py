@@ -70,14 +70,10 @@ class DiscreteAutoregressive(DiscreteTransform):
     ) -> None:
         super().__init__(length, num_categories, univariate, context_dim, temperature)
         self.order = checked_order(order, self.dim, type(self).__name__)
-        if conditioner in ("made", "residual") and len(self.context_shape) > 1:
-            raise OptionError(
-                f"DiscreteAutoregressive with conditioner={conditioner!r} takes a context vector, but got a context of "
-                f'{described(self.context_shape)}: use "causal_conv" for sequences, or a factory'
-            )
-        factory, size = conditioner_named(conditioner), self.univariate.num_params
+        factory = conditioner_named(conditioner, self.context_shape, type(self).__name__)
+        size, context = self.univariate.num_params, as_given(self.context_shape)
         self.conditioner = OnCategories(
-            factory, self.order, self.num_categories, size, hidden_dims, as_given(self.context_shape), embedding_dim
+            factory, self.order, self.num_categories, size, hidden_dims, context, embedding_dim
         )
 
     def _forward_categories(self, z: Tensor, context: Tensor | None) -> Tensor:
@@ -128,14 +124,26 @@ def checked_order(order: Sequence[int] | None, length: int, name: str) -> list[i
     return found
 
 
-def conditioner_named(conditioner: str | ConditionerFactory) -> ConditionerFactory:
+def conditioner_named(
+    conditioner: str | ConditionerFactory, context_shape: torch.Size, owner: str
+) -> ConditionerFactory:
     """Return the factory of autoregressive networks of this name, or the user's own.
 
+    Args:
+        conditioner: the name or the factory.
+        context_shape: the shape of the context that the network is to take, empty for none.
+        owner: the name of what owns the network, for messages.
+
     Raises:
-        OptionError: if the name is unknown.
+        OptionError: if the name is unknown, or these networks take no context of this shape.
     """
     if not isinstance(conditioner, str):
         return checked_factory(conditioner)
     if conditioner not in CONDITIONERS:
         raise OptionError(f"conditioner must be one of {sorted(CONDITIONERS)} or a factory, got {conditioner!r}")
+    if conditioner in ("made", "residual") and len(context_shape) > 1:
+        raise OptionError(
+            f"{owner} with conditioner={conditioner!r} takes a context vector, but got a context of "
+            f'{described(context_shape)}: use "causal_conv" for sequences, or a factory'
+        )
     return CONDITIONERS[conditioner]
