@@ -37,7 +37,7 @@ class GroupwiseConv(Constants):
         embedding_dim: size of an embedding; None for one-hot vectors.
         reach: number h of blocks on either side that the network sees.
         context_dim: size of a context vector that all places see, 0 for none; or ``(context_channels, length)``, the
-            shape of a conditioning sequence, of which a place sees its own element and those before it in its block.
+            shape of a conditioning sequence, whose elements the gates see each at its own place.
 
     Shapes: ``(..., length, K)`` and a context give ``(..., length, num_params)``.
 

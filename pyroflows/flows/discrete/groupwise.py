@@ -29,8 +29,8 @@ class GroupwiseCategorical(CategoricalBase):
         embedding_dim: size of the vectors, learned, as which the network sees categories; None for one-hot vectors.
         reach: number of blocks on either side that the network sees; 0 makes blocks independent, which learns faster
             where places so far apart have little to do with each other.
-        context_dim: size of the context, 0 for none; or ``(context_channels, length)``, of which a place sees its own
-            element and those before it in its block.
+        context_dim: size of the context, 0 for none; or ``(context_channels, length)``, a sequence of which each place
+            sees its own element.
 
     Shapes: a draw is a sequence ``(length,)``; a context ``(..., *context_shape)`` gives batch shape ``(...)``.
 
