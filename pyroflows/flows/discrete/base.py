@@ -234,16 +234,15 @@ class AutoregressiveLaw(dist.TorchDistribution):
         if 0 in batch_shape:
             return like.new_zeros(batch_shape)
         log_prob = self.one_hot_log_prob(as_one_hot(value, self.net.num_categories, like.dtype))
-        return torch.where(self.support.check(value), log_prob, -torch.inf)
+        return torch.where(self.support.check(value), log_prob, -torch.inf).expand(batch_shape)
 
     def one_hot_log_prob(self, value: Tensor) -> Tensor:
-        """Return log-probabilities of one-hot vectors ``(..., length, K)``, with gradients."""
-        batch_shape = torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
-        value = value.expand(*torch.broadcast_shapes(value.shape[:-2], self._own_shape), -1, -1)
+        """Return log-probabilities of one-hot vectors ``(..., length, K)``, with gradients, before any expansion."""
+        if self._own_shape:
+            value = value.expand(*torch.broadcast_shapes(value.shape[:-2], self._own_shape), -1, -1)
         table = self.net(seen_by_network(value), self.context).log_softmax(-1)
         log_prob = (value.detach() * table).sum((-1, -2))
-        log_prob = log_prob + straight_through((value * balanced(table.detach())).sum((-1, -2)))
-        return log_prob.expand(batch_shape)
+        return log_prob + straight_through((value * balanced(table.detach())).sum((-1, -2)))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         shape, net = self._extended_shape(torch.Size(sample_shape)), self.net

@@ -31,7 +31,7 @@ class StackedDiscreteFlow(Flow):
         num_layers: number of layers, at least 1.
         univariate: the map of each place, "additive", "affine" or "permutation", see
             :class:`pyroflows.transforms.DiscreteAutoregressive`. None for permutations, or for affine maps in
-            autoregressive flows without a context whose base is autoregressive too.
+            autoregressive flows whose base is autoregressive too, and sees the context if there is one.
         hidden_dims: widths of the hidden layers of each layer's network.
         conditioner: the network of each layer, by name or as a factory, see the layers.
         context_dim: size of the context, 0 for none. Layers see it, and so does a base that is named.
@@ -100,10 +100,10 @@ class DiscreteAutoregressive(StackedDiscreteFlow):
         length = checked_int("length", length)
         base = base_named(base, length, num_categories, order, conditioner, hidden_dims, context_dim, embedding_dim)
         if univariate is None:
-            # Measured: an autoregressive base learns dependence better than layers do, which then had better do little.
-            # It sees no context, and what layers alone have to say they say by permutations.
-            has_complete_base = isinstance(base, AutoregressiveCategorical) and not context_dim
-            univariate = "affine" if has_complete_base else "permutation"
+            # Measured, with contexts too: an autoregressive base learns dependence better than layers do, which then
+            # had better do little. What a base does not see is left to layers, which say it best by permutations.
+            sees_all = isinstance(base, AutoregressiveCategorical) and bool(base.context_dim or not context_dim)
+            univariate = "affine" if sees_all else "permutation"
         layers = [
             AutoregressiveLayer(
                 length,
