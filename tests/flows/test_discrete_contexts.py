@@ -204,11 +204,7 @@ def test_the_default_base_of_layers_with_a_context_takes_it():
 def test_contexts_that_are_sequences(recipe, name):
     length, conditioner = 5, {"autoregressive": "causal_conv", "coupling": "dilated_conv"}[recipe]
     maker = {"autoregressive": flows.DiscreteAutoregressive, "coupling": flows.DiscreteCoupling}[recipe]
-    if name == "autoregressive":  # the base of couplings has masked networks, which take vectors
-        base = flows.AutoregressiveCategorical(length, 2, None, "causal_conv", (6, 6), context_dim=(2, length))
-    else:
-        base = name
-    flow = perturbed(maker(length, 2, hidden_dims=(6, 6), conditioner=conditioner, context_dim=(2, length), base=base))
+    flow = perturbed(maker(length, 2, hidden_dims=(6, 6), conditioner=conditioner, context_dim=(2, length), base=name))
     context = torch.randn(4, 2, length)
     probs = probabilities(flow(context))
     torch.testing.assert_close(probs.sum(0), torch.ones(4))

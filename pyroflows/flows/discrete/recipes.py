@@ -132,6 +132,7 @@ class DiscreteCoupling(StackedDiscreteFlow):
     Args:
         conditioner: "mlp" or "residual", networks of all places; or "dilated_conv", "conv" or "residual_conv",
             convolutions along the sequence, for long ones; or a factory of such convolutions.
+        context_dim: size of the context, 0 for none; with convolutions also ``(context_channels, length)``.
         num_groups: number of groups of places, from 2 to ``length``; None for one of each place, at most 8.
         num_layers: number of layers; None for one of each group, and at least four.
 
@@ -151,7 +152,7 @@ class DiscreteCoupling(StackedDiscreteFlow):
         hidden_dims: Sequence[int] = (64, 64),
         conditioner: str | ConditionerFactory = "mlp",
         num_groups: int | None = None,
-        context_dim: int = 0,
+        context_dim: int | Sequence[int] = 0,
         base: Base = None,
         embedding_dim: int | None = None,
         one_hot: bool = False,
@@ -180,9 +181,9 @@ class DiscreteCoupling(StackedDiscreteFlow):
             )
             for i in range(checked_int("num_layers", num_layers))
         ]
-        base = base_named(
-            base, length, num_categories, None, "made", hidden_dims, context_dim, embedding_dim=embedding_dim
-        )
+        # Masked networks take context vectors alone.
+        of_base = "causal_conv" if isinstance(context_dim, Sequence) else "made"
+        base = base_named(base, length, num_categories, None, of_base, hidden_dims, context_dim, embedding_dim)
         super().__init__(layers, length, num_categories, base, one_hot)
 
 
