@@ -26,6 +26,7 @@ class Compiler:
 
     Attributes:
         failure: the reason why a function could not be compiled, or None.
+        is_quiet: whether it goes on without compilation and without a warning; False unless it is set.
 
     Example:
         >>> scale = torch.tensor(2.0)
@@ -41,6 +42,7 @@ class Compiler:
             raise OptionError(f"compile must be one of {list(MODES)}, got {mode!r}")
         self.mode = mode
         self.failure: str | None = None
+        self.is_quiet = False
 
     def __call__(
         self, function: Callable[..., Any], examples: Sequence[Tensor], others: Sequence[Tensor], state: State = ()
@@ -74,10 +76,11 @@ class Compiler:
             if self.mode != "auto":
                 raise UntraceableError(f"compilation failed: {error}") from error
             self.failure = str(error) or type(error).__name__
-            warn(
-                f"this fit runs without compilation, several times slower: {self.failure}. Give compile='none' to "
-                "silence this warning",
-            )
+            if not self.is_quiet:
+                warn(
+                    f"this fit runs without compilation, several times slower: {self.failure}. Give compile='none' to "
+                    "silence this warning",
+                )
             return function
         return fast
 

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger, unwrap
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
-from pyroflows.errors import DataError, FlowError
+from pyroflows.errors import DataError, FlowError, ModelError, OptionError
 from pyroflows.models.masks import draw_like, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import TensorObservations, as_tensor, is_array, is_list, named_type
 from pyroflows.models.tracing import Model, latent_init, trace_model
@@ -141,6 +141,38 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0].rstrip(':')}" if lines else type(error).__name__
 
 
+@contextmanager
+def unwritten(model: Model, args: Any, kwargs: Any) -> Iterator[None]:
+    """Raise if a run of the model inside of the block writes into its arguments, and give these their values back.
+
+    Args:
+        model: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ModelError: if so; names the argument.
+    """
+    tensors = {name: leaf for name, leaf in _leaves(model, args, kwargs) if isinstance(leaf, Tensor)}
+    before = {name: (tensor._version, tensor.detach().clone()) for name, tensor in tensors.items()}
+    failure = None
+    try:
+        yield
+    except Exception as error:  # what fails may do so because of the values that were written
+        failure = error
+    for name, tensor in tensors.items():
+        version, value = before[name]
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(value)
+            raise ModelError(
+                f"the model writes into its argument '{name}', which would change your data; they have their values "
+                f"back. Make a copy in the model and write into that: {name} = {name}.clone()"
+            ) from failure
+    if failure is not None:
+        raise failure
+
+
 def _leaves(model: Model, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
     """The arguments by name, those inside of dictionaries and lists too, as in ``data['x'][0]``."""
     for name, value in bound_arguments(model, args, kwargs).items():
@@ -217,6 +249,49 @@ def missing_arguments(model: Model, args: Any, kwargs: Any) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in kinds]
     return [name for name in needed if name not in given]
+
+
+def require_arguments(model: Model, args: Any, kwargs: Any) -> None:
+    """Raise if a model cannot be called with arguments, as far as it shows their names.
+
+    Raises:
+        OptionError: if so; says which argument is the matter, and what the model takes.
+
+    Example:
+        >>> try:
+        ...     require_arguments(lambda x, y=None: None, (1,), {"z": 2})
+        ... except pf.FlowError as error:
+        ...     print(error)
+        the model does not take these arguments (got an unexpected keyword argument 'z'): it takes (x, y=None)
+    """
+    try:
+        signature = _signature(model)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise OptionError(f"the model does not take these arguments ({error}): it takes {signature}") from None
+
+
+def require_own_seed(seed: int | None, model: Model, args: Any) -> None:
+    """Raise if the keyword ``seed`` of a function with a model's arguments could be meant for the model.
+
+    Raises:
+        OptionError: if the model has an argument ``seed`` too, which is not among those by position.
+    """
+    if seed is None:
+        return
+    try:
+        signature = _signature(model)
+        bound = signature.bind_partial(*args).arguments
+    except (TypeError, ValueError):
+        return
+    if "seed" in signature.parameters and "seed" not in bound:
+        raise OptionError(
+            "seed is an option here and also an argument of the model: give the model its arguments by position, up to "
+            "seed"
+        )
 
 
 def _signature(model: Model) -> inspect.Signature:

@@ -1,16 +1,16 @@
 """Run a model for a batch of draws at once, so that every draw gets what a run for it alone gives.
 
-Three ways are tried, and the first whose results agree with single runs is taken:
+Four ways are tried, and the first whose results agree with single runs is taken:
 
 - "plate" is one run under an outer ``pyro.plate``, which is right for models that are written to broadcast;
 - "vmap" is ``torch.func.vmap`` of a run, which is right for any model whose operations vmap supports;
+- "paths" is the same for models that fill tensors in place or branch on values, see :mod:`pyroflows.models.paths`;
 - "loop" is one run for each draw.
 """
 
 import copy
 import time
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,18 +22,28 @@ from torch.utils._pytree import tree_map
 
 from pyroflows.compiling.singular import nan_where_singular
 from pyroflows.errors import FlowError, ModelError, warn
+from pyroflows.models.leaves import are_close, gradients_of_leaves, gradients_of_leaves_with_writes
+from pyroflows.models.mixed import keeps_draws_apart
+from pyroflows.models.one_draw import ManyPaths, Place, WritesOutside
+from pyroflows.models.paths import DifferentPaths, Results, run_paths, run_vmapped
 from pyroflows.models.run import LogsBySite, RunHandler, RunOptions, RunRecord, SiteValues
+from pyroflows.models.slow import duration, failure, how_to_speed_up
 from pyroflows.models.tracing import Model
+from pyroflows.models.value_reads import ValueReads
+from pyroflows.models.ways import chunks_with_all_factors, joined, rows_of, run_plate, run_singly
 from pyroflows.randomness import random_state, seeded
 
-Mode = Literal["plate", "vmap", "loop"]
+Mode = Literal["plate", "vmap", "paths", "loop"]
 
 # A batch is cut into chunks whose sites hold about this many numbers, since work that stays in a processor's cache is
 # up to four times as fast as work that does not.
 MAX_NUMBERS = 2**19
 NUM_EXAMPLES = 5
+NUM_FAR = 8  # further examples, which may lie anywhere
+NUM_TRIALS = 10  # draws of a vague prior may be ones that the rest of the model refuses
 # A model that draws random numbers of its own, such as dropout with a small rate, repeats itself by chance only rarely.
 NUM_REPEATS, SEED_OF_REPEATS = 10, 20_011
+SEED_OF_VARIANTS = 20_021
 NOT_FIXED = (
     "the model has no fixed log joint: two runs at equal values of all sites give site '{}' other log-densities, since "
     "the model draws random numbers outside of pyro.sample, or at a site that poutine.block hides. Take rows by "
@@ -51,7 +61,8 @@ class BatchedModel:
         args: its positional arguments.
         kwargs: its keyword arguments.
         examples: values ``(n, *site shape)`` by latent site, n at least 1, at which the ways of running a batch are
-            compared with single runs; may be empty if ``draw`` is True.
+            compared with single runs; may be empty if ``draw`` is True. Those after the first ``NUM_EXAMPLES`` may lie
+            anywhere.
         draw: whether every site without a given value is drawn, observed sites included; otherwise a latent without a
             value is an error.
         subsample: row indices by subsampled plate, for the runs at the examples.
@@ -59,14 +70,18 @@ class BatchedModel:
             others are drawn from the site's distribution. None to take all.
         zero_outside_support: whether a given value outside of its support has log-density -inf, as an observed one has;
             without validation the distribution's ``log_prob`` may give any number there.
+        undrawn: the sites that are not drawn although others are, for ``draw``, see :class:`RunOptions`.
+        needs_densities: whether a site whose distribution has no log-density is an error, see :class:`RunOptions`.
 
     Attributes:
-        mode: the way of running that agrees with single runs: "plate", "vmap" or "loop".
+        mode: the way of running that agrees with single runs: "plate", "vmap", "paths" or "loop".
+        said: the warnings about ArviZ data that were given, which need not be repeated.
         reference: the single run at the first example that passes validation.
 
     Raises:
-        ModelError: if a latent has no value, a given value has another shape than its site, or the log-densities of two
-            runs at equal values differ, as in a model that draws random numbers outside of ``pyro.sample``.
+        ModelError: if a latent has no value, a given value has another shape than its site, a site cannot be drawn
+            although it should be, or the log-densities of two runs at equal values differ, as in a model that draws
+            random numbers outside of ``pyro.sample``.
 
     Example:
         >>> def model():
@@ -90,21 +105,34 @@ class BatchedModel:
         subsample: SiteValues | None = None,
         kept: SiteValues | None = None,
         zero_outside_support: bool = False,
+        undrawn: frozenset[str] = frozenset(),
+        needs_densities: bool = True,
     ) -> None:
         self._model, self._args, self._kwargs = model, args, kwargs
         self._kept = kept or {}
-        self._options = RunOptions(draw=draw, zero_outside_support=zero_outside_support)
+        self.said: set[str] = set()
+        self._options = RunOptions(
+            draw=draw,
+            needs_densities=needs_densities,
+            zero_outside_support=zero_outside_support,
+            undrawn=undrawn,
+        )
+        self._far = {name: value[NUM_EXAMPLES:][:NUM_FAR] for name, value in examples.items()}
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
             state = random_state()
-            handler, index = self._first_valid(examples, subsample or {})
+            with ValueReads() as reads:
+                handler, index = self._first_valid(examples, subsample or {})
+            self._reads_values = reads.any
             examples = {name: value.roll(-index, 0) for name, value in examples.items()}
             self._handler, self.reference = handler, handler.record
             self._first = {name: value[0] for name, value in examples.items()}
             if not draw and not kept and _differs(state, random_state()):
                 self._require_fixed()
-            self._variants: dict[tuple[frozenset[str], bool, bool], BatchedModel] = {}
+            self._variants: dict[tuple[frozenset[str], bool, bool, frozenset[str]], BatchedModel] = {}
             self._failures: dict[str, str] = {}
+            self._places: set[Place] = set()
+            self._is_said = False
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
     def __call__(
@@ -123,7 +151,12 @@ class BatchedModel:
             logs: the logarithms of the values' distances from the edges of their supports, of the shapes of the values,
                 by site whose log-density is computed from them.
         """
-        return self._batch(self.mode, values, num_draws, subsample or {}, logs or {})
+        try:
+            return self._batch(self.mode, values, num_draws, subsample or {}, logs or {})
+        except (ManyPaths, DifferentPaths) as error:  # such as with rows of data that the examples did not have
+            self._failures = {"plate": "can differ from single draws", **self._failures, "paths": failure(error)}
+            self._warn("which makes some steps slow")
+            return self._batch("loop", values, num_draws, subsample or {}, logs or {})
 
     @property
     def chunk_size(self) -> int:
@@ -134,13 +167,15 @@ class BatchedModel:
     def in_chunks(self, values: SiteValues, num_draws: int, logs: LogsBySite | None = None) -> RunRecord:
         """Run the model for any number of draws, chunk by chunk and without gradients."""
         if self.mode == "loop" and num_draws * self._seconds > LONG:
-            self._warn(f"draw by draw, which takes about {num_draws * self._seconds:.0f} seconds for {num_draws} draws")
+            self._warn(f"which takes about {duration(num_draws * self._seconds)} for {num_draws} draws")
         size = self.chunk_size
+        sizes = [min(size, num_draws - start) for start in range(0, num_draws, size)]
         parts = []
-        for start in range(0, num_draws, size):
-            rows = slice(start, start + size)
-            parts.append(self(_rows(values, rows), min(size, num_draws - start), logs=_rows(logs or {}, rows)))
-        return RunRecord(_join([p.values for p in parts], torch.cat), _join([p.log_probs for p in parts], torch.cat))
+        for i, length in enumerate(sizes):
+            rows = slice(i * size, i * size + length)
+            parts.append(self(rows_of(values, rows), length, logs=rows_of(logs or {}, rows)))
+        log_probs = chunks_with_all_factors([part.log_probs for part in parts], sizes)
+        return RunRecord(joined([part.values for part in parts], torch.cat), log_probs)
 
     def unscaled(self) -> "BatchedModel":
         """The same model without ``poutine.scale``, for the log-densities of single observations."""
@@ -148,14 +183,17 @@ class BatchedModel:
         made._options = replace(self._options, is_scaled=False)
         return made
 
-    def drawing(self, examples: SiteValues, kept: SiteValues | None = None) -> "BatchedModel":
+    def drawing(
+        self, examples: SiteValues, kept: SiteValues | None = None, undrawn: frozenset[str] = frozenset()
+    ) -> "BatchedModel":
         """The same model with ``draw=True``, made once for each set of sites with given values.
 
         Args:
             examples: values ``(n, *site shape)`` by given site, as for the class; may be empty.
             kept: which entries of a given value are taken, as for the class.
+            undrawn: the sites that are not drawn although others are, as for the class.
         """
-        return self._variant(examples, True, kept)
+        return self._variant(examples, True, kept, undrawn)
 
     def filling(self, examples: SiteValues, kept: SiteValues) -> "BatchedModel":
         """The same model, except that it takes only some entries of given values, and draws the others.
@@ -166,32 +204,39 @@ class BatchedModel:
         """
         return self._variant(examples, self._options.draw, kept)
 
-    def _variant(self, examples: SiteValues, draw: bool, kept: SiteValues | None) -> "BatchedModel":
-        key = (frozenset(examples), draw, bool(kept))
+    def _variant(
+        self, examples: SiteValues, draw: bool, kept: SiteValues | None, undrawn: frozenset[str] = frozenset()
+    ) -> "BatchedModel":
+        key = (frozenset(examples), draw, bool(kept), undrawn)
         if key not in self._variants:
-            self._variants[key] = BatchedModel(self._model, self._args, self._kwargs, examples, draw, kept=kept)
+            # The draws of a caller with a seed are then the same whether or not the variant existed before.
+            with seeded(SEED_OF_VARIANTS):
+                made = BatchedModel(self._model, self._args, self._kwargs, examples, draw, kept=kept, undrawn=undrawn)
+            made._is_said |= self._is_said
+            self._variants[key] = made
         return self._variants[key]
 
     def _require_fixed(self) -> None:
         """Raise if another run at the values of the reference, with other random numbers, has other log-densities."""
-        with seeded(SEED_OF_REPEATS):
-            for _ in range(NUM_REPEATS):
-                state = random_state()
-                other = self._run(self._first, self._handler.rows).record.log_probs
-                for name, log_prob in self.reference.log_probs.items():
-                    if name in other and not _close(log_prob, other[name]):
-                        raise ModelError(NOT_FIXED.format(name))
-                # A model that draws no numbers of torch's has now shown what it does.
-                if not _differs(state, random_state()):
-                    break
+        _require_same(self.reference.log_probs, lambda: self._run(self._first, self._handler.rows).record.log_probs)
+
+    def _require_fixed_paths(self, examples: SiteValues) -> None:
+        """The same for each path through the branches of the model, most of which the reference does not take."""
+
+        def check(results: Results, again: Callable[[], Results]) -> None:
+            _require_same(results[1], lambda: again()[1])
+
+        self._batch("paths", examples, NUM_EXAMPLES, self._handler.rows, {}, check)
 
     def _first_valid(self, examples: SiteValues, subsample: SiteValues) -> tuple[RunHandler, int]:
         """Run at the first example that passes validation, which may fail where the density is zero."""
         first_error = None
-        for index in range(NUM_EXAMPLES if examples else 1):
+        # Without examples each run draws all sites anew; without some draws no validation would pass.
+        for index in range(NUM_EXAMPLES if examples else NUM_TRIALS):
             try:
                 values = {name: value[index] for name, value in examples.items()}
-                return self._run(values, subsample, single=True), index
+                with pyro.validation_enabled(False) if self._options.undrawn else nullcontext():
+                    return self._run(values, subsample, single=True), index
             except ValueError as error:
                 if isinstance(error, FlowError):
                     raise
@@ -202,48 +247,102 @@ class BatchedModel:
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         # Log-densities of drawn values show whether a batch is right. Where a site has none, vmap alone is right.
         unscored = self._handler.event_dims.keys() - self.reference.log_probs.keys()
-        modes: tuple[Mode, ...] = ("vmap",) if unscored else ("plate", "vmap")
+        modes: tuple[Mode, ...] = ("plate", "vmap", "paths")
         if unscored:
-            self._failures["plate"] = f"site '{min(unscored)}' has no log-density to compare"
+            self._failures["plate"] = f"cannot be compared, since site '{min(unscored)}' has no log-density"
+            modes = ("vmap", "paths")
+        elif self._reads_values and not self._is_right("vmap", examples, subsample, unscored):
+            # Under a plate (x > 0).all() asks for all draws at once, which examples on one side do not show.
+            modes = ("paths", "plate")
         for mode in modes:
-            try:
-                record = self._batch(mode, examples, NUM_EXAMPLES, subsample, {})
-                if unscored and not self._differ_by_draw(unscored):
-                    self._failures[mode] = "all draws of a batch have the same noise"
-                    continue
-            except Exception as error:  # a model that is written for one draw may raise anything in a batch
-                self._failures[mode] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                continue
-            if self._agrees(record, subsample):
+            if self._is_right(mode, examples, subsample, unscored):
                 return mode
-            self._failures[mode] = "differs from single draws"
         start = time.perf_counter()
         self._run(self._first, subsample)
         self._seconds = time.perf_counter() - start
         if not self._options.draw and not self._kept:
             self._require_fixed()
-            self._warn("draw by draw, which makes every step slow")
+            self._warn(f"which makes every step slow: a run takes about {duration(self._seconds)}")
         return "loop"
 
-    def _differ_by_draw(self, names: Collection[str]) -> bool:
+    def _is_right(self, mode: Mode, examples: SiteValues, subsample: SiteValues, unscored: Collection[str]) -> bool:
+        """Whether a way of running gives what single runs give; if it does not, note why."""
+        try:
+            record = self._batch(mode, examples, NUM_EXAMPLES, subsample, {})
+            if unscored and not self._differ_by_draw(mode, unscored):
+                self._failures[mode] = "gives all draws of a batch the same noise"
+                return False
+            if not self._agrees(record, subsample) or not self._keeps_draws_apart(mode, examples, record, subsample):
+                self._failures[mode] = "differs from single draws"
+                return False
+        except Exception as error:  # a model that is written for one draw may raise anything in a batch
+            if isinstance(error, WritesOutside) and not self._options.draw:
+                raise  # the next step of a fit would go through the gradients of all steps before
+            self._failures[mode] = failure(error)
+            return False
+        if mode == "paths" and not self._options.draw and not self._kept:
+            self._require_fixed_paths(examples)
+            return self._is_right_under_gradients(mode, examples, subsample)
+        return True
+
+    @torch.enable_grad()
+    def _is_right_under_gradients(self, mode: Mode, examples: SiteValues, subsample: SiteValues) -> bool:
+        """Whether a way of running gives what single runs give, and their gradients; if it does not, note why.
+
+        Code that fills tensors runs in another way where gradients are needed, see :class:`OneDraw`.
+        """
+        leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in examples.items()}
+
+        def singly() -> Tensor:
+            rows = [{k: v[i].clone() for k, v in leaves.items()} for i in range(NUM_EXAMPLES)]
+            return _total([self._run(values, subsample).record for values in rows])
+
+        try:
+            record = self._batch(mode, {k: v.clone() for k, v in leaves.items()}, NUM_EXAMPLES, subsample, {})
+            found = gradients_of_leaves(_total([record]))
+            with pyro.validation_enabled(False):
+                expected = gradients_of_leaves_with_writes(singly)
+        except Exception as error:  # as above
+            self._failures[mode] = failure(error)
+            return False
+        with torch.no_grad():
+            is_same = self._agrees(RunRecord(*tree_map(torch.detach, (record.values, record.log_probs))), subsample)
+        if not is_same or not are_close(found, expected):
+            self._failures[mode] = "differs from single draws where gradients are computed"
+            return False
+        return True
+
+    def _keeps_draws_apart(self, mode: Mode, near: SiteValues, record: RunRecord, subsample: SiteValues) -> bool:
+        """Whether draws keep their log-densities in a batch with draws that lie far from them."""
+        if self._options.draw or self._kept:
+            return True
+
+        def batch(values: SiteValues, num_draws: int) -> RunRecord:
+            return self._batch(mode, values, num_draws, subsample, {})
+
+        def single(values: SiteValues) -> RunRecord:
+            with pyro.validation_enabled(False):
+                return self._run(values, subsample).record
+
+        return keeps_draws_apart(batch, single, _close, near, record, self._far)
+
+    def _differ_by_draw(self, mode: Mode, names: Collection[str]) -> bool:
         """Whether sites differ between the draws of a batch at equal values of all others, if they do in single runs.
 
         Noise that is not torch's, such as NumPy's, is drawn once for a whole batch under vmap.
         """
         given = {name: self.reference.values[name] for name in self._handler.event_dims if name not in names}
         repeated = {name: value.expand(2, *value.shape) for name, value in given.items()}
-        batch = self._batch("vmap", repeated, 2, {}, {}).values
+        batch = self._batch(mode, repeated, 2, {}, {}).values
         singles = [self._run(given, {}).record.values for _ in range(2)]
         return all(
             torch.equal(*(single[name] for single in singles)) or not torch.equal(*batch[name]) for name in names
         )
 
-    def _warn(self, how: str) -> None:
-        warn(
-            f"the model runs {how}: under an outer plate it fails with [{self._failures['plate']}], under vmap with "
-            f"[{self._failures['vmap']}]. A model runs under a plate if it indexes from the right, x[..., 0] for x[0], "
-            "and x[..., None] where a scalar site meets a vector",
-        )
+    def _warn(self, cost: str) -> None:
+        if not self._is_said:
+            warn(f"the model runs draw by draw, {cost}; {how_to_speed_up(self._failures)}")
+            self._is_said = True
 
     def _agrees(self, record: RunRecord, subsample: SiteValues) -> bool:
         """Whether single runs at the values of a batch give the same values and log-densities as the batch."""
@@ -282,62 +381,54 @@ class BatchedModel:
         return nan_where_singular(run)
 
     def _batch(
-        self, mode: Mode, values: SiteValues, num_draws: int, subsample: SiteValues, logs: LogsBySite
+        self,
+        mode: Mode,
+        values: SiteValues,
+        num_draws: int,
+        subsample: SiteValues,
+        logs: LogsBySite,
+        check: Callable[[Results, Callable[[], Results]], None] | None = None,
     ) -> RunRecord:
+        def run(values: SiteValues, logs: LogsBySite, plate: Any = nullcontext()) -> RunRecord:  # noqa: B008
+            return self._run(values, subsample, logs, plate).record
+
+        def results(inputs: tuple[SiteValues, LogsBySite]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            record = run(*inputs)
+            return record.values, record.log_probs
+
+        inputs = (dict(values), dict(logs))
         # The single run has validated the arguments; vmap cannot look at values, and validation costs time.
         with pyro.validation_enabled(False):
             if mode == "plate":
-                return self._plate(values, num_draws, subsample, logs)
+                return run_plate(run, inputs, num_draws, self._handler)
             if mode == "vmap":
-                return self._vmap(values, num_draws, subsample, logs)
-            singles = [self._run(_rows(values, i), subsample, _rows(logs, i)).record for i in range(num_draws)]
-        for name in {name for single in singles for name in single.values.keys() ^ self.reference.values.keys()}:
-            raise ModelError(
-                f"the model has dynamic structure: site '{name}' appears in one run and not in another; a flow "
-                "needs the same sites in every run"
-            )
-        return RunRecord(
-            _join([s.values for s in singles], torch.stack), _join([s.log_probs for s in singles], torch.stack)
-        )
+                return RunRecord(*run_vmapped(results, inputs, num_draws))
+            if mode == "paths":
+                seed = int(torch.randint(2**62, ())) if self._options.draw or self._kept else None
+                return RunRecord(*run_paths(results, inputs, num_draws, self._places, seed, check))
+            return run_singly(run, inputs, num_draws, self.reference)
 
-    def _vmap(self, values: SiteValues, num_draws: int, subsample: SiteValues, logs: LogsBySite) -> RunRecord:
-        def single(values: SiteValues, logs: LogsBySite, _: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            record = self._run(values, subsample, logs).record
-            return record.values, record.log_probs
 
-        run = torch.func.vmap(single, randomness="different")
-        with warnings.catch_warnings():
-            # Torch warns of operations that it runs one by one, about which a user can do nothing.
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            return RunRecord(*run(dict(values), dict(logs), torch.arange(num_draws)))
-
-    def _plate(self, values: SiteValues, num_draws: int, subsample: SiteValues, logs: LogsBySite) -> RunRecord:
-        nesting = self._handler.max_plate_nesting
-
-        def placed(name: str, value: Tensor) -> Tensor:
-            batch_dim = value.dim() - 1 - self._handler.event_dims[name]
-            return value.reshape((num_draws,) + (1,) * (nesting - batch_dim) + value.shape[1:])
-
-        placed_values = {name: placed(name, value) for name, value in values.items()}
-        placed_logs = {name: tuple(placed(name, part) for part in parts) for name, parts in logs.items()}
-        plate = pyro.plate("_pyroflows_draws", num_draws, dim=-1 - nesting)
-        record = self._run(placed_values, subsample, placed_logs, plate).record
-
-        def flat(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: _draws_first(t, num_draws, like[name].shape) for name, t in tensors.items()}
-
-        return RunRecord(flat(record.values, self.reference.values), flat(record.log_probs, self.reference.log_probs))
+def _require_same(log_probs: SiteValues, again: Callable[[], SiteValues]) -> None:
+    """Raise if a repeated run, with other random numbers, has other log-densities."""
+    with seeded(SEED_OF_REPEATS):
+        for _ in range(NUM_REPEATS):
+            state = random_state()
+            others = again()
+            for name, log_prob in log_probs.items():
+                if name in others and not _close(log_prob, others[name]):
+                    raise ModelError(NOT_FIXED.format(name))
+            # A model that draws no numbers of torch's has now shown what it does.
+            if not _differs(state, random_state()):
+                break
 
 
 def _differs(state: list[Tensor], other: list[Tensor]) -> bool:
     return not all(map(torch.equal, state, other))
 
 
-def _draws_first(tensor: Tensor, num_draws: int, shape: torch.Size) -> Tensor:
-    """Bring a tensor from a run under an outer plate to ``(num_draws, *shape)``, also if no draw affects it."""
-    if tensor.numel() == num_draws * shape.numel():
-        return tensor.reshape((num_draws, *shape))
-    return tensor.expand((num_draws, *shape))
+def _total(records: list[RunRecord]) -> Tensor:
+    return torch.stack([log_prob.sum() for record in records for log_prob in record.log_probs.values()]).sum()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -347,12 +438,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     tolerance = torch.finfo(torch.promote_types(a.dtype, b.dtype)).eps ** 0.5
     return torch.allclose(a.to(b.dtype), b, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def _rows(values: Mapping[str, Any], rows: int | slice) -> dict[str, Any]:
-    """Take rows of the tensors of each site."""
-    return tree_map(lambda value: value[rows], dict(values))
-
-
-def _join(parts: list[dict[str, Tensor]], how: Any) -> dict[str, Tensor]:
-    return {name: how([part[name] for part in parts]) for name in parts[0]}

@@ -122,18 +122,32 @@ def bijection_of(fn: Any, shape: torch.Size, support: c.Constraint | None) -> Bi
         shape: the shape of its value.
         support: its support, see :func:`pyroflows.models.supports.support_of`.
     """
+    if support is not None and is_circular(fn):
+        return Bijection(Wrap(_direction(fn).expand(shape)), shape, fn.event_dim, support)
+    return bijection_to(support, shape, fn.event_dim, has_log_density(fn))
+
+
+def bijection_to(
+    support: c.Constraint | None, shape: torch.Size, event_dim: int, has_logs: bool = False
+) -> Bijection | None:
+    """Find the bijection from the reals to a support; None if there is none.
+
+    Args:
+        support: the support.
+        shape: the shape of a value.
+        event_dim: the number of event dimensions of a value.
+        has_logs: see :class:`Bijection`.
+    """
     if support is None:
         return None
-    if is_circular(fn):
-        return Bijection(Wrap(_direction(fn).expand(shape)), shape, fn.event_dim, support)
     if is_angular(support):
         # A law without a mean direction, such as that of a flow.
-        return Bijection(Wrap(torch.zeros(shape)), shape, fn.event_dim, support)
+        return Bijection(Wrap(torch.zeros(shape)), shape, event_dim, support)
     try:
         transform = _transform_to(support)
     except NotImplementedError:
         return None
-    return Bijection(transform, shape, fn.event_dim, support, has_log_density(fn))
+    return Bijection(transform, shape, event_dim, support, has_logs)
 
 
 def declared_bijection(fn: Any, shape: torch.Size) -> Bijection:

@@ -60,6 +60,8 @@ class LogJoint:
         self.compiler = compiler or Compiler("none")
         values, _ = layout.constrain(examples)
         self.batched = BatchedModel(model, args, kwargs, values, subsample=self.draw_subsample())
+        # The warning that the model runs draw by draw is the worse one, and says what to change.
+        self.compiler.is_quiet |= self.batched.mode == "loop"
 
     def draw_subsample(self) -> dict[str, Tensor]:
         """Draw rows of each subsampled plate, which all vectors of a batch share; indices by plate."""

@@ -20,6 +20,7 @@ from torch.distributions import Independent, biject_to
 
 from pyroflows.errors import ModelError
 from pyroflows.models.observations import TensorObservations
+from pyroflows.models.replicates import replicate
 from pyroflows.models.tracing import Model, latent_nodes, trace_model
 from pyroflows.randomness import seeded
 
@@ -179,7 +180,8 @@ def without_masked_nan(msg: Any, filler: Tensor) -> Tensor:
     """Replace NaN in masked entries of an observed value, since a NaN under a mask makes gradients NaN."""
     value = msg["value"]
     mask = entry_mask(msg["fn"], msg["mask"], value.shape)
-    assert mask is not None
+    if mask is None:  # in this run nothing is masked, where another has masked entries
+        return value
     return torch.where(value.isnan() & ~to_rank(mask, value.dim()), filler, value)
 
 
@@ -196,10 +198,8 @@ def drawn_where_left_out(fn: Any, value: Tensor, kept: Tensor) -> Tensor:
 
 def draw_like(fn: Any, value: Tensor) -> Tensor:
     """Draw from a distribution in the shape of a value; the value itself if there is no way to draw."""
-    batch_shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
     try:
-        # A call of fn would use rsample, which in many distributions fills tensors in place; vmap refuses that.
-        return (fn if fn.batch_shape == batch_shape else fn.expand(batch_shape)).sample()
+        return replicate(fn, value)
     except NotImplementedError:
         return value
 

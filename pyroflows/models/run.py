@@ -15,6 +15,7 @@ from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.inside import inside_support, inside_turn
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import observe_tensor
+from pyroflows.models.replicates import draw_site, replicate_shape
 from pyroflows.models.tracing import Model, follows_from_others
 from pyroflows.randomness import seeded
 
@@ -62,17 +63,22 @@ class RunOptions:
     """What all runs of a batched model have in common.
 
     Args:
-        draw: whether every site without a given value is drawn, observed sites included. Sites whose distribution has
-            no log-density are then left out of the log-densities.
+        draw: whether every site without a given value is drawn, observed sites included.
+        needs_densities: whether a site whose distribution has no log-density is an error; otherwise, and for ``draw``,
+            it is left out of the log-densities.
         zero_outside_support: whether a given value outside of its support has log-density -inf.
         is_scaled: whether ``poutine.scale`` counts.
         fillers: values in place of masked NaN, by observed site; the first run, which is a single one, draws them.
+        undrawn: the sites that are not drawn although others are. Their value is NaN, and so is what follows from it;
+            they are left out of values and log-densities.
     """
 
     draw: bool = False
+    needs_densities: bool = True
     zero_outside_support: bool = False
     is_scaled: bool = True
     fillers: dict[str, Tensor] = field(default_factory=dict)
+    undrawn: frozenset[str] = frozenset()
 
 
 class RunHandler(Messenger):
@@ -117,10 +123,11 @@ class RunHandler(Messenger):
         name, fn = msg["name"], msg["fn"]
         observe_tensor(msg)
         if name in self._values:
+            shape = replicate_shape(fn, _observed(msg), _plate_dims(msg)) if self._single else None
             msg["value"] = self._values[name]
-            if self._single and msg["value"].shape != fn.shape():
+            if shape is not None and msg["value"].shape != shape:
                 raise ModelError(
-                    f"site '{name}' has shape {tuple(fn.shape())} with these arguments, but its draws have shape "
+                    f"site '{name}' has shape {tuple(shape)} with these arguments, but its draws have shape "
                     f"{tuple(msg['value'].shape)}: latents that are local to rows of the data cannot serve other rows"
                 )
             if name in self._kept:
@@ -129,8 +136,9 @@ class RunHandler(Messenger):
             msg["value"] = self._subsample[name]
         elif self._options.draw:
             if not _is_fixed(msg) and type(fn).__name__ != "_Subsample":
-                # A call of fn would use rsample, which in many distributions fills tensors in place; vmap refuses that.
-                msg["is_observed"], msg["value"] = False, fn.sample()
+                is_drawn = name not in self._options.undrawn
+                msg["value"] = draw_site(name, fn, _observed(msg), _plate_dims(msg)) if is_drawn else _no_draw(msg)
+                msg["is_observed"] = False
         elif not msg["is_observed"] and type(fn).__name__ != "_Subsample":
             raise ModelError(
                 f"the model has dynamic structure: site '{name}' is neither observed nor a latent of the model's first "
@@ -149,7 +157,11 @@ class RunHandler(Messenger):
         if type(fn).__name__ == "_Subsample":
             self.rows[name] = msg["value"]
             return
-        self.max_plate_nesting = max([self.max_plate_nesting, len(fn.batch_shape)])
+        self.max_plate_nesting = max(self.max_plate_nesting, len(fn.batch_shape))
+        if name in self._options.undrawn:
+            return
+        # Data may have more batch dimensions than their distribution.
+        self.max_plate_nesting = max(self.max_plate_nesting, torch.as_tensor(msg["value"]).dim() - fn.event_dim)
         if not isinstance(fn, dist.Unit):
             self.record.values[name] = torch.as_tensor(msg["value"])
         if not _is_fixed(msg):
@@ -162,7 +174,7 @@ class RunHandler(Messenger):
                 else:
                     log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
             except NotImplementedError:
-                if not self._options.draw:  # a simulator need not have a density
+                if self._options.needs_densities and not self._options.draw:  # a simulator need not have a density
                     raise
                 self.scored = None
                 return
@@ -176,6 +188,21 @@ class RunHandler(Messenger):
                     log_prob = torch.where(is_inside, log_prob, -torch.inf)
             scale = msg["scale"] if self._options.is_scaled else 1.0
             self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
+
+
+def _observed(msg: Any) -> Tensor | None:
+    return msg["value"] if msg["is_observed"] else None
+
+
+def _plate_dims(msg: Any) -> list[int]:
+    """The batch dimensions that plates with a size declare."""
+    return [frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized and frame.size != -1]
+
+
+def _no_draw(msg: Any) -> Tensor:
+    """NaN in place of a draw, so that what follows from it can be told."""
+    shape = replicate_shape(msg["fn"], _observed(msg), _plate_dims(msg))
+    return torch.full(shape, torch.nan, device=getattr(_observed(msg), "device", None))
 
 
 def _is_fixed(msg: Any) -> bool:

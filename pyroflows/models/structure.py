@@ -25,8 +25,8 @@ class Plate:
 
     Args:
         name: the name of the plate.
-        size: the number of its rows.
-        subsample_size: the number of rows that one run of the model sees, at most ``size``.
+        size: the number of its rows; -1 for a plate without a size, which takes those of the values in it.
+        subsample_size: the number of rows that one run of the model sees, at most ``size``; -1 without a size.
         dim: its batch dimension, negative, counted from the right; None for a sequential plate, and for a plate without
             sites.
 
@@ -44,6 +44,10 @@ class Plate:
     def is_subsampled(self) -> bool:
         """Whether a run sees only a part of the rows."""
         return self.subsample_size < self.size
+
+    def fits(self, length: int) -> bool:
+        """Whether a dimension of this length can be that of the plate."""
+        return length == self.subsample_size or (self.size == -1 and length > 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +101,22 @@ class Site:
         return None if self.bijection is None else self.bijection.unconstrained_shape
 
     @property
+    def full_shape(self) -> torch.Size:
+        """The shape of its draws; that of its value, unless an observed value counts for several entries."""
+        try:
+            return torch.broadcast_shapes(self.shape, self.law_shape)
+        except RuntimeError:  # such as a series of another length, for which a distribution has its own rules
+            return self.shape
+
+    @property
     def plate_names(self) -> tuple[str | None, ...]:
         """The names of the plates of the batch dimensions, from left to right; None for a dimension without a plate."""
-        batch_shape = self.shape[: len(self.shape) - self.event_dim]
+        shape = self.full_shape
+        batch_shape = shape[: len(shape) - self.event_dim]
         names: list[str | None] = [None] * len(batch_shape)
         for plate in self.plates:
             dim = plate.dim
-            if dim is not None and -dim <= len(batch_shape) and batch_shape[dim] == plate.subsample_size:
+            if dim is not None and -dim <= len(batch_shape) and plate.fits(batch_shape[dim]):
                 names[dim] = plate.name
         return tuple(names)
 
@@ -239,9 +252,10 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
         nesting = max([nesting, len(node["fn"].batch_shape), *frames])
         site = _site(node)
         if follows_from_others(node):
-            # Pyro counts all dimensions of pyro.deterministic as event dimensions, and masks its density.
+            # Pyro counts all dimensions of pyro.deterministic as event dimensions, which plates then expand, and masks
+            # its density.
             event_dim = 0 if node["infer"].get("_deterministic") else site.event_dim
-            deterministic.append(replace(site, event_dim=event_dim, mask=None, is_flat=False))
+            deterministic.append(replace(site, event_dim=event_dim, mask=None, is_flat=False, law_shape=site.shape))
         elif not node["is_observed"]:
             latents.append(replace(site, bijection=bijection_of(node["fn"], site.shape, site.support)))
         elif isinstance(node["fn"], dist.Unit):

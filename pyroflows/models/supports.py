@@ -96,6 +96,54 @@ def bounds(support: constraints.Constraint) -> Iterator[End]:
                 yield part
 
 
+# Supports of these kinds differ by an end that no number is.
+_LIKE = {
+    type(constraints.nonnegative): type(constraints.positive),
+    type(constraints.half_open_interval(0.0, 1.0)): type(constraints.unit_interval),
+}
+# The ends of supports on two machines agree up to the rounding of float32.
+_TOLERANCE = 1e-6
+
+
+def is_same_support(support: constraints.Constraint | None, other: constraints.Constraint | None) -> bool:
+    """Whether two supports are the same set, up to an end that belongs to one of them.
+
+    Example:
+        >>> is_same_support(dist.Gamma(1.0, 1.0).support, dist.LogNormal(0.0, 1.0).support)
+        True
+        >>> is_same_support(dist.Uniform(0.0, 1.0).support, dist.Uniform(0.0, 2.0).support)
+        False
+    """
+    if support is None or other is None:
+        return support is other
+    kinds, other_kinds = list(_kinds(support)), list(_kinds(other))
+    ends, other_ends = list(bounds(support)), list(bounds(other))
+    return (
+        kinds == other_kinds
+        and len(ends) == len(other_ends)
+        and all(_is_close(a, b) for a, b in zip(ends, other_ends, strict=True))
+    )
+
+
+def _kinds(support: constraints.Constraint) -> Iterator[Any]:
+    """The kinds of the constraints that a support is made of, and the lengths of its parts."""
+    support = without_events(support)
+    yield _LIKE.get(type(support), type(support))
+    for value in vars(support).values():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, constraints.Constraint):
+                yield from _kinds(part)
+            elif not isinstance(part, Tensor | float):
+                yield part
+
+
+def _is_close(a: End, b: End) -> bool:
+    try:
+        return torch.allclose(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=_TOLERANCE, atol=0.0)
+    except RuntimeError:  # of shapes that do not broadcast
+        return False
+
+
 def simplified(support: constraints.Constraint | None) -> constraints.Constraint | None:
     """Name an interval whose ends are infinite by its kind; None if only some entries of an end are infinite.
 
@@ -125,6 +173,8 @@ def _image(support: constraints.Constraint | None, transforms: list[Transform]) 
         elif ends is None:
             # A simplex or an angle, moved or scaled, has no name among the constraints.
             return None
+        elif _is_whole(ends, domain):
+            support = transform.codomain
         else:
             support = _between(*_moved(ends, transform))
     return support
@@ -150,6 +200,10 @@ def _ends(support: constraints.Constraint) -> tuple[End, End] | None:
     if hasattr(support, "lower_bound") or hasattr(support, "upper_bound"):
         return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
     return None
+
+
+def _is_whole(ends: tuple[End, End], domain: tuple[End, End]) -> bool:
+    return not any(isinstance(end, Tensor) for end in (*ends, *domain)) and ends == domain
 
 
 def _moved(ends: tuple[End, End], transform: Transform) -> tuple[End, End]:

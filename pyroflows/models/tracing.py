@@ -11,6 +11,7 @@ from pyro.distributions.torch import Independent
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils._python_dispatch import _disable_current_modes
@@ -31,7 +32,8 @@ def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = N
     reason are broadcast, and the model is run once more with them.
 
     Raises:
-        ModelError: if a latent's initial value has another shape than its distribution, and cannot be broadcast.
+        ModelError: if a latent's initial value has another shape than its distribution, and cannot be broadcast; or if
+            the model changes the value of a latent in place.
     """
     with torch.no_grad():
         trace = _run(InitMessenger(latent_init(init_fn or _drawn))(model), args, kwargs)
@@ -44,15 +46,41 @@ def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = N
 
 
 def _run(model: Model, args: Any, kwargs: Any) -> Trace:
-    tracer = poutine.trace(model)
+    tracer, versions = poutine.trace(model), _Versions()
     try:
-        with poutine.block(), TensorObservations():
-            return tracer.get_trace(*args, **kwargs)
+        with poutine.block(), TensorObservations(), versions:
+            trace = tracer.get_trace(*args, **kwargs)
+        versions.require_unchanged()
+        return trace
     except Exception:
+        versions.require_unchanged()
         # A value of a wrong shape fails where the model uses it, with an error that does not name the site.
         for node in latent_nodes(tracer.trace):
             _broadcast_value(node)
         raise
+
+
+class _Versions(Messenger):
+    """An effect handler that notices whether the model changes values of latents in place after they are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[tuple[str, Tensor, int]] = []
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        is_latent = not msg["is_observed"] and type(msg["fn"]).__name__ != "_Subsample"
+        if is_latent and isinstance(value, Tensor) and not value.is_inference():
+            self._seen.append((msg["name"], value, value._version))
+
+    def require_unchanged(self) -> None:
+        """Raise if a value has changed, since its density is then that of another value."""
+        for name, value, version in self._seen:
+            if value._version != version:
+                raise ModelError(
+                    f"the model changes the value of site '{name}' in place, as by x += b or x[0] = b, so that its "
+                    "density is that of another value: make a new tensor, as by x = x + b, or change x.clone()"
+                )
 
 
 def _broadcast_value(node: Any) -> Tensor:
@@ -90,19 +118,24 @@ def latent_init(init_fn: InitFn) -> InitFn:
     Args:
         init_fn: an init function of Pyro's, such as ``init_to_median``.
     """
+    return _LatentInit(init_fn)
 
-    def init(site: Any = None) -> Any:
+
+class _LatentInit:
+    # A nested function that returned itself would keep what it holds until Python looks for cycles of references.
+    def __init__(self, init_fn: InitFn) -> None:
+        self._init_fn = init_fn
+
+    def __call__(self, site: Any = None) -> Any:
         # Pyro's init functions return a configured version of themselves when called without a site.
         if site is None:
-            return init
+            return self
         # An init function may read values; only the model's own reads count.
         with _disable_current_modes():
-            value = _initial_value(init_fn, site)
+            value = _initial_value(self._init_fn, site)
         shape = site["fn"].shape()
         num_extra = max(value.dim() - len(shape), 0)
         return value.reshape(shape) if num_extra and value.shape == (1,) * num_extra + shape else value
-
-    return init
 
 
 def _initial_value(init_fn: InitFn, site: Any) -> Tensor:

@@ -190,7 +190,7 @@ def one_draw_regression():
         pyro.sample("y", dist.Normal(x @ b, 0.5), obs=x.sum(-1))
 
 
-def one_draw_no_plate():
+def no_plate():
     """Data without a plate."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.linspace(-1, 1, batching.NUM_EXAMPLES))
@@ -223,30 +223,6 @@ def one_draw_covariance():
     pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), torch.diag(scale) + torch.eye(3)), obs=torch.ones(3))
 
 
-# Models for which only a loop is right
-
-
-def item():
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(x, 1.0 + abs(x.item())), obs=torch.tensor(1.0))
-
-
-def branch():
-    """A branch that leaves the sites as they are."""
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    scale = 1.0 if x > 0 else 2.0
-    pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(1.0))
-
-
-def in_place():
-    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-    mean = torch.zeros(3)
-    mean[0] = x[0]
-    mean[1:] += x[1]
-    with pyro.plate("N", 3):
-        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.arange(3.0))
-
-
 def one_draw_discrete_hmm():
     logits = pyro.sample("logits", dist.Normal(0.0, 1.0).expand([2, 2]).to_event(2))
     transition = torch.stack([logits[0], logits[1]]).log_softmax(-1)
@@ -277,6 +253,103 @@ def one_draw_multinomial():
     pyro.sample("y", dist.Multinomial(10, logits=logits), obs=torch.tensor([3.0, 3.0, 4.0]))
 
 
+# Models for which only a loop is right
+
+
+def item():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0 + abs(x.item())), obs=torch.tensor(1.0))
+
+
+def branch():
+    """A branch that leaves the sites as they are."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    scale = 1.0 if x > 0 else 2.0
+    pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(1.0))
+
+
+def in_place():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    mean = torch.zeros(3)
+    mean[0] = x[0]
+    mean[1:] += x[1]
+    with pyro.plate("N", 3):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.arange(3.0))
+
+
+AGES = torch.tensor([1.0, torch.nan, 0.5, torch.nan, -1.0])
+
+
+def filled():
+    """Missing entries of data, filled with latents by a mask that is the same for all draws."""
+    u = pyro.sample("u", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    full = AGES.clone()
+    full[AGES.isnan()] = u
+    with pyro.plate("N", 5):
+        pyro.sample("y", dist.Normal(full, 1.0), obs=torch.zeros(5))
+
+
+def series():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    states = torch.empty(6, dtype=x.dtype)
+    states[0] = x[0]
+    for t in range(1, 6):
+        states[t] = x[1] * states[t - 1].clone() + 0.1 * t
+    with pyro.plate("N", 6):
+        pyro.sample("y", dist.Normal(states, 1.0), obs=torch.zeros(6))
+
+
+def made_in_many_ways():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    total = torch.zeros(())
+    for i in range(3):
+        total += x[i].square()
+    signs = torch.ones(3, dtype=torch.long)
+    signs[x > 0.1] = 2
+    matrix = torch.eye(3)
+    matrix[torch.arange(2), torch.arange(1, 3)] = x[:2]
+    matrix.diagonal().mul_(x.exp())
+    row = AGES.new_full((4,), 0.5)
+    row[1:].copy_(x)
+    row.index_add_(0, torch.tensor([3]), total[None])
+    like = torch.zeros_like(AGES)
+    like.scatter_(0, torch.tensor([1, 3]), x[:2])
+    is_low = torch.zeros(3, dtype=torch.bool)
+    is_low |= x < 0
+    mean = torch.cat([matrix.sum(-1) * signs, row, like, torch.where(is_low, x, 0.5)])
+    with pyro.plate("N", len(mean)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(len(mean)))
+
+
+def cut_off():
+    """By a mask that differs between draws."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    mean = x[0] + x[1] * torch.linspace(-1, 1, 5)
+    mean[mean < 0] = 0.0
+    pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.ones(5))
+
+
+def undefined_on_the_other_path():
+    """The gradient of the logarithm at zero times zero is NaN."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    mean = (x.relu().sqrt() + x.relu().log()).clamp(min=-10.0) if x > 0 else x
+    pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(1.0))
+
+
+def several_branches():
+    """A chain, a nested branch, Python's max, and a condition that a loop asks for again and again."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    if x[0] > 0.5:
+        mean = x[0]
+    elif x[0] > -0.5 and x[1] > 0:
+        mean = 2 * x[1]
+    else:
+        mean = -x.sum()
+    means = [mean + (x[1] if x[0] > 0.5 else t) for t in range(10)]
+    pyro.sample("y", dist.Normal(torch.stack(means), 1.0).to_event(1), obs=torch.zeros(10))
+    pyro.factor("largest", max(x[0], x[1] - 0.2))
+
+
 ALL = ("vmap", "loop")
 CASES = {
     "hierarchical": Case(hierarchical, "plate", ALL),
@@ -285,8 +358,8 @@ CASES = {
     "factors": Case(factors, "plate", ALL),
     "masks": Case(masks, "plate", ALL),
     "scales": Case(scales, "plate", ALL),
-    "ordered logistic": Case(ordered, "plate"),
-    "multinomial": Case(multinomial, "plate"),
+    "ordered logistic": Case(ordered, "plate", ALL),
+    "multinomial": Case(multinomial, "plate", ALL),
     "correlation": Case(correlation, "plate", ALL),
     "matrix": Case(matrix, "plate", ALL),
     "mixture": Case(mixture, "plate", ALL),
@@ -294,22 +367,28 @@ CASES = {
     "flat": Case(flat, "plate", ALL),
     "reparametrised": Case(reparametrised, "plate", ALL),
     "float64": Case(in_double, "plate", ALL),
-    "gaussian hmm": Case(gaussian_hmm, "plate"),
+    "gaussian hmm": Case(gaussian_hmm, "plate", ALL),
     "one draw": Case(one_draw, "vmap"),
     "one draw, as many": Case(one_draw_of_as_many_as_examples, "vmap"),
     "one draw, regression": Case(one_draw_regression, "vmap"),
-    "one draw, no plate": Case(one_draw_no_plate, "vmap"),
+    "no plate": Case(no_plate, "plate", ("vmap", "loop")),
     "one draw, sum": Case(one_draw_sum, "vmap"),
     "one draw, gathered": Case(one_draw_gathered, "vmap"),
     "one draw, sequential": Case(one_draw_sequential, "vmap"),
     "one draw, covariance": Case(one_draw_covariance, "vmap"),
     "item": Case(item, "loop"),
-    "branch": Case(branch, "loop"),
-    "in place": Case(in_place, "loop"),
-    "one draw, discrete hmm": Case(one_draw_discrete_hmm, "loop"),
-    "one draw, gaussian hmm": Case(one_draw_gaussian_hmm, "loop"),
-    "one draw, ordered logistic": Case(one_draw_ordered, "loop"),
-    "one draw, multinomial": Case(one_draw_multinomial, "loop"),
+    "branch": Case(branch, "paths"),
+    "in place": Case(in_place, "paths"),
+    "filled": Case(filled, "paths"),
+    "series": Case(series, "paths"),
+    "made in many ways": Case(made_in_many_ways, "paths"),
+    "cut off": Case(cut_off, "paths"),
+    "undefined on the other path": Case(undefined_on_the_other_path, "paths"),
+    "several branches": Case(several_branches, "paths"),
+    "one draw, discrete hmm": Case(one_draw_discrete_hmm, "vmap"),
+    "one draw, gaussian hmm": Case(one_draw_gaussian_hmm, "vmap"),
+    "one draw, ordered logistic": Case(one_draw_ordered, "vmap"),
+    "one draw, multinomial": Case(one_draw_multinomial, "vmap"),
 }
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 FORCED = [(case, mode) for case in CASES.values() for mode in (case.mode, *case.also)]
@@ -379,7 +458,7 @@ def test_mode(case):
 
 def test_the_warning_of_the_loop_says_why():
     layout = Layout(describe(item, (), {}))
-    with pytest.warns(UserWarning, match=r"draw by draw.*slow.*under an outer plate.*\[.+\].*vmap.*\[.+\]"):
+    with pytest.warns(UserWarning, match=r"draw by draw.*slow.*vmap.*test_batching.py:\d+, .*\[.+\].*outer plate.*\["):
         LogJoint(item, (), {}, layout, around(torch.zeros(1)))
 
 
@@ -473,6 +552,48 @@ def test_a_branch_over_all_draws_is_no_broadcasting():
     log_joint = log_joint_of(model)
     vectors = torch.tensor([[-1.0], [1.0]])
     assert same(log_joint(vectors), torch.stack([single_log_joint(model, vector) for vector in vectors]))
+
+
+def reads_through_numpy():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    scale = 1.0 if (x.detach().numpy() > -1.0).all() else 5.0
+    pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(-1.0))
+
+
+def catches_a_failed_factor():
+    r = pyro.sample("x", dist.Normal(0.0, 1.0))
+    matrix = torch.eye(2) + r * torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    try:
+        factor = torch.linalg.cholesky(matrix)
+    except RuntimeError:
+        factor = torch.linalg.cholesky(matrix + (r.abs() + 0.1) * torch.eye(2))
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=torch.tensor([1.0, 0.5]))
+
+
+@pytest.mark.parametrize("model", [reads_through_numpy, catches_a_failed_factor])
+def test_far_examples_show_a_branch_that_one_draw_takes_for_all(model):
+    """Near examples all want the same branch, and do not show it."""
+    near, far = torch.linspace(-0.1, 0.1, batching.NUM_EXAMPLES), torch.tensor([3.0, -3.0])
+    x = torch.cat([near, far])
+    with pytest.warns(UserWarning, match="draw by draw"):
+        batched = BatchedModel(model, (), {}, {"x": x})
+    log_probs = batched({"x": x}, len(x)).log_probs["y"]
+    expected = [poutine.trace(poutine.condition(model, {"x": value})).get_trace() for value in x]
+    for log_prob, trace in zip(log_probs, expected, strict=True):
+        trace.compute_log_prob()
+        assert torch.isclose(log_prob, trace.nodes["y"]["log_prob"])
+
+
+def test_far_examples_without_a_density_tell_nothing():
+    """A matrix may be singular there, or the model may raise."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        factor = torch.linalg.cholesky((1 - x**2)[..., None, None] * torch.eye(2))
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=torch.ones(2))
+
+    x = torch.cat([torch.linspace(-0.1, 0.1, batching.NUM_EXAMPLES), torch.tensor([3.0, -3.0, 0.9])])
+    assert BatchedModel(model, (), {}, {"x": x}).mode == "plate"
 
 
 # What is recorded
@@ -611,11 +732,53 @@ def test_site_that_vanishes_later_raises(first):
         batched({"x": torch.tensor([first, 4.0 - first]), "z": torch.zeros(2)}, 2)
 
 
+def test_a_factor_in_one_branch_counts_zero_in_the_other(monkeypatch):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x > 2:
+            pyro.factor("reward", 3.0 * x)
+
+    with pytest.warns(UserWarning, match="draw by draw"):
+        batched = BatchedModel(model, (), {}, {"x": torch.zeros(5)})
+    for first in (0.0, 4.0):
+        log_probs = batched({"x": torch.tensor([first, 4.0 - first])}, 2).log_probs
+        assert log_probs["reward"].tolist() == [3 * first, 3 * (4 - first)]
+    monkeypatch.setattr(batching, "MAX_NUMBERS", 2)  # two draws a chunk
+    log_probs = batched.in_chunks({"x": torch.tensor([0.0, 1.0, 4.0, 1.0, 5.0])}, 5).log_probs
+    assert log_probs["reward"].tolist() == [0.0, 0.0, 12.0, 0.0, 15.0]
+
+
+@pytest.mark.parametrize("first", [0.0, 4.0])
+def test_data_in_one_branch_are_refused(first):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x > 2:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.warns(UserWarning, match="draw by draw"):
+        batched = BatchedModel(model, (), {}, {"x": torch.zeros(5)})
+    with pytest.raises(ModelError, match=r"dynamic structure.*'y'"):
+        batched({"x": torch.tensor([first, 4.0 - first])}, 2)
+
+
+@pytest.mark.parametrize("first", [0.0, 4.0])
+def test_data_that_a_branch_masks(first):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=bool(x > 2.0)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    x = torch.tensor([first, 4.0 - first])
+    batched = BatchedModel(model, (), {}, {"x": torch.linspace(first - 0.1, first + 0.1, 5)})
+    log_probs = batched({"x": x}, 2).log_probs
+    assert same(log_probs["y"], torch.where(x > 2, dist.Normal(x, 1.0).log_prob(torch.tensor(1.0)), 0.0))
+
+
 # Drawing
 
 
 def priors():
-    """Each of these samplers fails under vmap."""
+    """Most of these samplers fail under vmap as Pyro and torch write them."""
     pyro.sample("beta", dist.Beta(2.0, 3.0))
     pyro.sample("dirichlet", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
     pyro.sample("student", dist.StudentT(5.0, 1.0, 2.0))
@@ -643,11 +806,9 @@ def assert_moments(draws, mean, variance):
     assert ((squares.mean(0) - variance).abs() < MAX_Z * squares.std(0) / count**0.5).all()
 
 
-@pytest.mark.filterwarnings("ignore:the model runs draw by draw")
-@pytest.mark.parametrize(
-    ("model", "mode", "count"), [(priors, "plate", 20_000), (priors_one_draw, "loop", 1500)], ids=["plate", "loop"]
-)
-def test_prior_draws(model, mode, count):
+@pytest.mark.parametrize(("model", "mode"), [(priors, "plate"), (priors_one_draw, "vmap")], ids=["plate", "vmap"])
+def test_prior_draws(model, mode):
+    count = 20_000
     batched = BatchedModel(model, (), {}, {}, draw=True)
     assert batched.mode == mode
     draws = batched.in_chunks({}, count).values

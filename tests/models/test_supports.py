@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import TransformedDistribution as Transformed
+from pyro.distributions.transforms import Spline
 from torch.distributions import AffineTransform, ExpTransform, PowerTransform, SigmoidTransform, TanhTransform
 from torch.distributions.constraints import (
     corr_cholesky,
@@ -125,3 +126,9 @@ def test_declared_supports_are_told_from_others():
     assert has_declared_support(dist.HalfNormal(torch.ones(2)).to_event(1))
     assert not has_declared_support(dist.VonMises(torch.ones(2), 1.0).to_event(1))
     assert not has_declared_support(Transformed(dist.HalfNormal(1.0), [FLIP]).expand([2]))
+
+
+def test_a_bijection_of_all_numbers_need_not_tell_its_direction():
+    """A spline of Pyro's has no sign."""
+    support = support_of(Transformed(dist.Normal(torch.zeros(3), 1.0).to_event(1), [Spline(3)]))
+    assert (support.base_constraint, support.event_dim) == (real, 1)

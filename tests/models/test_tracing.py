@@ -1,5 +1,6 @@
 """Runs of a model with initial values, also where there is nothing to draw from."""
 
+import pyro
 import pytest
 import torch
 from pyro import distributions as dist
@@ -7,6 +8,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_sample, init_to_value
 from torch.distributions import biject_to, constraints
 
+from pyroflows import FlowVI, ModelError
 from pyroflows.models.structure import describe
 from pyroflows.models.tracing import latent_init, trace_model
 from tests.models.test_structure import DOUBLE, everything
@@ -25,6 +27,51 @@ def test_initial_values_are_used():
     trace = trace_model(everything, (), {}, init)
     assert trace.nodes["loc"]["value"] == 3
     assert trace.nodes["double"]["value"] == 6
+
+
+# Values that a model changes in place
+
+
+def adds_to_it():
+    a = pyro.sample("a", dist.HalfNormal(1.0))
+    a += 0.1
+    pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.5))
+
+
+def adds_another_to_it():
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    mean = a
+    mean += b
+    pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(0.5))
+
+
+def fills_an_entry():
+    a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    a[0] = 0.0
+    pyro.sample("y", dist.Normal(a.sum(), 1.0), obs=torch.tensor(0.5))
+
+
+def fails_after_the_change():
+    a = pyro.sample("a", dist.HalfNormal(1.0))
+    a.neg_()
+    pyro.sample("y", dist.Normal(0.0, a), obs=torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("model", [adds_to_it, adds_another_to_it, fills_an_entry, fails_after_the_change])
+def test_a_value_that_changes_in_place_is_refused(model):
+    with pytest.raises(ModelError, match="changes the value of site 'a' in place"):
+        FlowVI(model, progress_bar=False).run()
+
+
+def test_a_copy_may_change_in_place():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0)).clone()
+        a += 1.0
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.5))
+
+    trace = trace_model(model, (), {})
+    assert trace.nodes["y"]["fn"].mean == trace.nodes["a"]["value"] + 1
 
 
 # An initial value where there is nothing to draw from
