@@ -43,6 +43,8 @@ _COLLECTIONS: dict[Any, str] = {tuple: "tuple", torch.Size: "size", set: "set"}
 # What each module has of its own. Hooks are functions, which no file can hold.
 _OF_MODULES = frozenset(vars(nn.Module()))
 _CONTENTS_OF_MODULES = {"training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"}
+# More numbers along an axis than any flow has.
+_LARGEST_SIZE = 2**31
 _HOOKS = _OF_MODULES - _CONTENTS_OF_MODULES - {"_is_full_backward_hook"}
 
 
@@ -183,6 +185,8 @@ class _Decoder:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
         self._made: list[Any] = []
+        # The numbers of the parts that are not finished. Modules that hold themselves would recurse for ever.
+        self._around: set[int] = set()
 
     def decode(self, code: Any) -> Any:
         if isinstance(code, list):
@@ -191,7 +195,10 @@ class _Decoder:
             return code
         for kind, name in _COLLECTIONS.items():
             if name in code:
-                return kind(self.decode(item) for item in code[name])
+                value = kind(self.decode(item) for item in code[name])
+                if kind is torch.Size and not all(0 <= size <= _LARGEST_SIZE for size in value):
+                    raise CheckpointError(f"{tuple(value)} is no shape of a tensor")
+                return value
         if "constraint" in code:
             return CONSTRAINTS[code["constraint"]]
         if "dict" in code:
@@ -201,8 +208,13 @@ class _Decoder:
         if "slice" in code:
             return slice(*code["slice"])
         if "same" in code:
-            return self._made[code["same"]]
+            return self._made_before(code["same"])
         return self._tensor(code) if "tensor" in code else self._part(code)
+
+    def _made_before(self, number: int) -> Any:
+        if number < 0 or number in self._around:
+            raise CheckpointError("a part is said to hold itself")
+        return self._made[number]
 
     def _tensor(self, code: dict[str, Any]) -> Tensor:
         value = self._tensors[code["tensor"]]
@@ -212,12 +224,15 @@ class _Decoder:
 
     def _part(self, code: dict[str, Any]) -> Any:
         part: Any = object.__new__(_class_named(code["class"]))
+        number = len(self._made)
         self._made.append(part)
+        self._around.add(number)
         if isinstance(part, nn.Module):
             nn.Module.__init__(part)
         vars(part).update({attribute: self.decode(value) for attribute, value in code["has"].items()})
         if isinstance(part, Transform):
             vars(part)["_cached_x_y"] = (None, None)
+        self._around.remove(number)
         return part
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pyroflows.errors import OptionError
@@ -137,6 +138,30 @@ class Recipe:
     def from_json(cls, value: Mapping[str, Any]) -> "Recipe":
         """Return the recipe from the JSON object that :meth:`to_json` returned."""
         return cls(value["name"], **value["options"])
+
+    @classmethod
+    def of(cls, flow_fn: Any) -> "Recipe | None":
+        """Return the recipe that makes the same flows as a class does, perhaps with options by ``functools.partial``.
+
+        Args:
+            flow_fn: the class, or the partial; anything else has no recipe.
+
+        Returns:
+            The recipe; None if there is none, such as for an option that JSON cannot hold.
+
+        Example:
+            >>> Recipe.of(IAF), Recipe.of(lambda dim: IAF(dim))
+            (Recipe('IAF'), None)
+        """
+        if isinstance(flow_fn, cls):
+            return flow_fn
+        is_partial = isinstance(flow_fn, partial) and not flow_fn.args
+        made, options = (flow_fn.func, flow_fn.keywords) if is_partial else (flow_fn, {})
+        names = [name for name, function in _RECIPES.items() if function is made]
+        try:
+            return cls(names[0], **options) if names else None
+        except OptionError:
+            return None
 
     def __repr__(self) -> str:
         defaults = json.loads(json.dumps(_defaults(self.name)))

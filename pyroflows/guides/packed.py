@@ -19,7 +19,8 @@ from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.conversion import as_flow
 from pyroflows.flows.without_data import require_no_statistics
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
+from pyroflows.guides.flow_functions import as_flow_fn
 from pyroflows.guides.left_out import with_left_out
 from pyroflows.guides.neutra import ToDeclaredSpace
 from pyroflows.guides.param_store import claim_parameters
@@ -95,9 +96,9 @@ class AutoFlow(AutoContinuous):
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
         flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
-            of these, or a Zuko flow; or a :class:`pyroflows.flows.Recipe`, which a saved posterior can rebuild; None
-            for ``Recipe("default", scaled=True)``: affine IAF layers for 2 to 64 latents, couplings for more, planar
-            layers for one.
+            of these, or a Zuko flow; or a :class:`pyroflows.flows.Recipe`, or a class of flows that has one, which a
+            saved posterior can rebuild; None for ``Recipe("default", scaled=True)``: affine IAF layers for 2 to 64
+            latents, couplings for more, planar layers for one.
         init_loc_fn: function that gives the initial values by site, one of Pyro's ``init_to_...`` functions.
         init_scale: initial standard deviation in the unconstrained space, positive.
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
@@ -125,16 +126,11 @@ class AutoFlow(AutoContinuous):
         init_scale: float = 0.1,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if flow_fn is not None and (isinstance(flow_fn, Flow) or not callable(flow_fn)):
-            raise OptionError(
-                "flow_fn must be a function latent_dim -> flow, such as lambda dim: pf.flows.IAF(dim), got "
-                f"{type(flow_fn).__name__}"
-            )
         if not init_scale > 0:
             raise OptionError(f"init_scale must be positive, got {init_scale}")
         require_dtype(dtype)
         super().__init__(in_dtype(model, dtype), init_loc_fn=latent_init(init_loc_fn))
-        self.flow_fn = flow_fn or Recipe("default", scaled=True)
+        self.flow_fn = Recipe("default", scaled=True) if flow_fn is None else as_flow_fn(flow_fn)
         self._init_scale = init_scale
         self.dtype = dtype
         self.layout: Layout | None = None
@@ -177,7 +173,7 @@ class AutoFlow(AutoContinuous):
             claim_parameters(self._pyro_get_fullname("flow"), flow, takes_loaded=not self._holds_new_values)
             self._holds_new_values = False
 
-    @with_gradients
+    @isolated
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         structure, trace = describe_for_flow(self.model, args, kwargs)
         require_fixed_supports(structure, self.model, args, kwargs)
@@ -252,6 +248,13 @@ class AutoFlow(AutoContinuous):
         """
         self.flow, self.flow_fn = flow, flow_fn
         self._holds_new_values = True
+
+    def holding(self, flow: Flow, flow_fn: FlowFn) -> "AutoFlow":
+        """Return a guide like this one that holds another flow, as by :meth:`hold`; this one stays as it is."""
+        made = self.__class__.__new__(self.__class__)
+        made.__dict__.update(self.__dict__, _modules=dict(self._modules))
+        made.hold(flow, flow_fn)
+        return made
 
     def center_at(self, centers: Mapping[str, Tensor]) -> None:
         """Put other angles at the origin of the unconstrained space, so that draws of the flow stand for other angles.

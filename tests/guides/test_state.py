@@ -225,7 +225,7 @@ OTHER_RECIPES = {
     ),
     "not the user's": (
         AutoFlow,
-        partial(AutoFlow, flow_fn=IAF),
+        partial(AutoFlow, flow_fn=lambda dim: IAF(dim)),
         r"Recipe\('default', scaled=True\) made, but this guide has a function of the user's",
     ),
 }
