@@ -1,4 +1,4 @@
-"""What a fit needs of torch's modes, whatever the modes of its caller: gradients, and no automatic casts."""
+"""What a fit needs, whatever its caller does: gradients, no automatic casts, and no other thread in between."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,22 +10,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_any, tree_map
 
 from pyroflows.errors import OptionError
+from pyroflows.exclusive import exclusive
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def with_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function do the same under ``no_grad``, ``inference_mode`` and ``autocast`` as outside of them.
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function do the same whatever goes on around it: ``no_grad``, ``inference_mode``, ``autocast``, threads.
 
     Tensors among its arguments that were made under ``inference_mode`` are cloned, since torch refuses gradients to
-    them.
+    them. One thread at a time is in such functions, see :func:`pyroflows.exclusive.exclusive`; another one waits.
 
     Args:
         function: a function that fits something, or that runs a model.
 
     Example:
-        >>> @with_gradients
+        >>> @isolated
         ... def slope(x):
         ...     leaf = torch.ones((), requires_grad=True)
         ...     return torch.autograd.grad((leaf * x).sum(), leaf)[0]
@@ -36,7 +37,7 @@ def with_gradients(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _plain_modes():
+        with exclusive(), _plain_modes():
             if tree_any(_is_inference, (args, kwargs)):
                 args, kwargs = tree_map(lambda leaf: leaf.clone() if _is_inference(leaf) else leaf, (args, kwargs))
             return function(*args, **kwargs)

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError
+from pyroflows.exclusive import exclusive
 from pyroflows.options import as_int, kind
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Start torch's generators at a seed inside a ``with`` block, and restore them after it.
+
+    Another thread with a seed waits until the end of the block, since all threads share the generators.
 
     Args:
         seed: the seed; None to leave the generators alone, so that draws inside advance them as usual.
@@ -29,12 +32,12 @@ def seeded(seed: int | None) -> Iterator[None]:
         >>> torch.equal(first, second)
         True
     """
-    if seed is not None:
-        seed = _checked_seed(seed)
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    if seed is None:
+        yield
+        return
+    seed = _checked_seed(seed)
+    with exclusive(), torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        torch.manual_seed(seed)
         yield
 
 

@@ -6,7 +6,7 @@ import torch
 from pyro import distributions as dist
 
 import pyroflows as pf
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 
 Y = torch.tensor([0.5, -1.0, 2.0])
 
@@ -100,7 +100,7 @@ def test_a_flow_that_was_made_under_inference_mode():
 
 
 def test_modes_are_as_they_were_afterwards():
-    @with_gradients
+    @isolated
     def fails():
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()

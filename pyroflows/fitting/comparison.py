@@ -14,6 +14,8 @@ from pyroflows.errors import OptionError
 from pyroflows.fitting.density import DensityFit, fit_density
 from pyroflows.fitting.maximum_likelihood import log_probs
 from pyroflows.flows import Flow
+from pyroflows.grad_mode import isolated
+from pyroflows.interruption import keeping
 from pyroflows.options import checked_fraction, kind
 from pyroflows.randomness import seeded
 from pyroflows.training.data import load
@@ -75,6 +77,7 @@ class DensityComparison:
         return "\n".join(lines)
 
 
+@isolated
 def compare_densities(
     flows: Mapping[str, Flow],
     x: ArrayLike,
@@ -105,6 +108,8 @@ def compare_densities(
         ShapeError: if numbers of rows or columns of the data do not fit.
         DataError: if values cannot be used; the message names the row or the columns.
         DivergedError: if log-densities stay non-finite.
+        FitInterrupted: if the fits are interrupted, such as by Ctrl-C; its ``result`` compares the flows that were
+            fitted by then.
 
     Example:
         >>> flows = {"MAF": pf.flows.MAF(2, num_layers=2), "NSF": pf.flows.NSF(2, num_layers=2)}
@@ -116,17 +121,24 @@ def compare_densities(
     checked_fraction("test", test)
     are_integers = _checked_dequantization(options.get("dequantization")) is not None
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    fits, scores, held_out_weights = {}, {}, np.empty(0)
-    for name, flow in flows.items():
-        with seeded(seed):
-            rows = load(flow, x, context, weights, are_integers).rows
-            training, held_out = (rows[index] for index in split(rows, test))
-        # A fit adds noise of its own to integers.
-        given = training.x.floor() if are_integers else training.x
-        fits[name] = fit_density(flow, given, training.context, training.weights, seed=seed, **options)
-        with pyro.validation_enabled(False):
-            scores[name] = log_probs(flow, held_out).double().cpu().numpy()
-        held_out_weights = held_out.weights.double().cpu().numpy()
+    fits: dict[str, DensityFit] = {}
+    scores: dict[str, np.ndarray] = {}
+    held_out_weights = np.empty(0)
+
+    def found(_: Any = None) -> DensityComparison | None:
+        return DensityComparison({name: fits[name] for name in scores}, scores, held_out_weights) if scores else None
+
+    with keeping("the comparison", found, least="a fit"):
+        for name, flow in flows.items():
+            with seeded(seed):
+                rows = load(flow, x, context, weights, are_integers).rows
+                training, held_out = (rows[index] for index in split(rows, test))
+            # A fit adds noise of its own to integers.
+            given = training.x.floor() if are_integers else training.x
+            fits[name] = fit_density(flow, given, training.context, training.weights, seed=seed, **options)
+            with pyro.validation_enabled(False):
+                held_out_weights = held_out.weights.double().cpu().numpy()
+                scores[name] = log_probs(flow, held_out).double().cpu().numpy()
     return DensityComparison(fits, scores, held_out_weights)
 
 

@@ -21,9 +21,11 @@ from pyroflows.fitting.dequantization import (
 from pyroflows.fitting.gaussian import gaussian_log_prob
 from pyroflows.fitting.maximum_likelihood import MaximumLikelihood
 from pyroflows.flows import Flow
-from pyroflows.grad_mode import require_trainable, with_gradients
+from pyroflows.grad_mode import isolated, require_trainable
+from pyroflows.interruption import keeping
 from pyroflows.options import checked_fraction, checked_int, kind
 from pyroflows.plots import plot_density_fit
+from pyroflows.progress import Progress
 from pyroflows.randomness import seeded
 from pyroflows.shapes import counted
 from pyroflows.training.data import DataLike, Rows
@@ -51,7 +53,8 @@ class DensityFit:
             ``grad_norm`` and of ``learning_rate``.
         best_log_prob: mean log-density of the validation rows in the best state, in nats per row.
         best_epoch: the epoch after which the flow was in that state; 0 for the state before training.
-        stopped_early: whether the fit ended because the validation log-density no longer grew, before ``max_epochs``.
+        stopped_early: whether the fit ended before ``max_epochs``, because the validation log-density no longer grew or
+            the fit was interrupted.
         still_improving: whether it still grew where ``max_epochs`` made the learning rate fall. To go on from there,
             call :func:`fit_density` again, with the same seed to have the same validation rows.
         gaussian_log_prob: mean log-density that a Gaussian of full covariance, which has the moments of the training
@@ -105,7 +108,7 @@ class DensityFit:
         return text
 
 
-@with_gradients
+@isolated
 def fit_density(
     flow: Flow,
     x: DataLike,
@@ -118,7 +121,7 @@ def fit_density(
     optimizer: OptimizerLike | None = None,
     compile: str = "auto",
     seed: int | None = None,
-    progress_bar: bool = True,
+    progress_bar: bool | Progress = True,
     dequantization: str | Flow | None = None,
 ) -> DensityFit:
     r"""Fit a flow to data by maximum likelihood.
@@ -173,7 +176,8 @@ def fit_density(
         DataError: if values cannot be used; the message names the row or the columns.
         OptionError: if an option is outside its range.
         UntraceableError: if a step cannot be compiled, and ``compile`` is not "auto".
-        DivergedError: if log-densities stay non-finite.
+        DivergedError: if log-densities stay non-finite; its ``result`` is the fit in its best state.
+        FitInterrupted: if the fit is interrupted, such as by Ctrl-C; its ``result`` is the fit in its best state.
 
     Example:
         >>> x = torch.randn(2000, 2) @ torch.tensor([[100.0, 0.0], [80.0, 1.0]])
@@ -216,26 +220,31 @@ def fit_density(
         optimizer = optimizer or partial(
             torch.optim.Adam, lr=LEARNING_RATE, weight_decay=PRIOR_PRECISION / len(training), fused=True
         )
-        try:
-            Trainer(objective, schedule, optimizer, compile=compiler, progress_bar=progress_bar).run()
-        finally:
+
+        def found(_: Any = None) -> DensityFit:
             schedule.restore_best()
-        gaussian = gaussian_log_prob(flow, data.rows[training], data.rows[held_out])
+            return DensityFit(
+                flow,
+                schedule.epochs,
+                schedule.best,
+                schedule.best_epoch,
+                schedule.epochs.num_steps < max_epochs,
+                schedule.still_growing,
+                gaussian_log_prob(flow, data.rows[training], data.rows[held_out]),
+                noise,
+            )
+
+        with keeping("the fit", found):
+            try:
+                Trainer(objective, schedule, optimizer, compile=compiler, progress_bar=progress_bar).run()
+            finally:
+                schedule.restore_best()
+            fit = found()
     if not math.isfinite(schedule.best):
         raise DivergedError(
             "the validation rows never had a finite mean log-density: look for outliers in x, or give a wider base"
         )
-    stopped_early = schedule.epochs.num_steps < max_epochs
-    return DensityFit(
-        flow,
-        schedule.epochs,
-        schedule.best,
-        schedule.best_epoch,
-        stopped_early,
-        schedule.still_growing,
-        gaussian,
-        noise,
-    )
+    return fit
 
 
 def _mean_log_prob(objective: MaximumLikelihood, rows: Rows) -> float:

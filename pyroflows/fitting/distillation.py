@@ -19,7 +19,9 @@ from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.fitting.regression import Regression, draw_stages, same_law
 from pyroflows.fitting.student_teacher import StudentAndTeacher
 from pyroflows.flows import Flow, FlowDistribution, Mixture
-from pyroflows.grad_mode import require_trainable, with_gradients
+from pyroflows.grad_mode import isolated, require_trainable
+from pyroflows.interruption import keeping
+from pyroflows.options import checked_int
 from pyroflows.plots import plot_distillation
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
@@ -79,7 +81,7 @@ class Distillation:
         )
 
 
-@with_gradients
+@isolated
 def distill(
     student: Flow,
     teacher: Flow | Distribution,
@@ -143,7 +145,10 @@ def distill(
         ShapeError: if the event or context shapes of student and teacher differ, or the context does not fit.
         DataError: if the context holds NaN, or draws of one are outside the support of the other.
         UntraceableError: if a step cannot be compiled, and ``compile`` is not "auto".
-        DivergedError: if the loss stays non-finite; the student is then in the last good state.
+        DivergedError: if the loss stays non-finite; the student is then in the last good state, and the exception's
+            ``result`` is the distillation so far.
+        FitInterrupted: if the fit is interrupted, such as by Ctrl-C; the student is then in its present state or in the
+            last good one, if that is better, and the exception's ``result`` is the distillation so far.
 
     Example:
         >>> teacher = pf.flows.MAF(2, num_layers=2, hidden_dims=(16,))
@@ -166,14 +171,23 @@ def distill(
         optimizer = optimizer or partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True)
         fit = partial(train, optimizer=optimizer, compile=Compiler(compile), progress_bar=progress_bar)
         followed = _followed(pair, batch_size, warm_start > 0) if warm_start or regression else None
-        if followed is not None and warm_start:
-            fit(followed, warm_start)
         divergence = _divergence(name, regularization)
         objective = Imitation(pair, divergence, batch_size, followed if regression else None, regression, penalty)
-        history = fit(objective, num_steps)
-        log_weights = torch.cat([_log_weights(pair, name, batch_size) for _ in range(NUM_FINAL_BATCHES)]).double()
-    kl_se = log_weights.std().item() / math.sqrt(len(log_weights))
-    return Distillation(student, history, -log_weights.mean().item(), kl_se)
+        history = History()
+
+        def found(interrupted: History | None = None) -> Distillation:
+            # The history of the warm start has no KL divergence.
+            steps = interrupted if interrupted is not None and "kl" in interrupted else history
+            parts = [_log_weights(pair, name, batch_size) for _ in range(NUM_FINAL_BATCHES)]
+            log_weights = torch.cat(parts).double()
+            kl_se = log_weights.std().item() / math.sqrt(len(log_weights))
+            return Distillation(student, steps, -log_weights.mean().item(), kl_se)
+
+        with keeping("the fit", found):
+            if followed is not None and warm_start:
+                fit(followed, warm_start)
+            history = fit(objective, num_steps)
+            return found()
 
 
 class Imitation(Objective):
@@ -347,7 +361,7 @@ def _check_penalty(penalty: Penalty, pair: StudentAndTeacher, count: int) -> Non
 def _check_options(num_steps: int | None, batch_size: int, warm_start: int, regression: float) -> None:
     at_least = {"num_steps": (num_steps, 1), "batch_size": (batch_size, 2), "warm_start": (warm_start, 0)}
     for name, (value, least) in at_least.items():
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if value is not None:
+            checked_int(name, value, least)
     if not 0 <= regression < math.inf:
         raise OptionError(f"regression must be a weight, zero or positive, got {regression}")

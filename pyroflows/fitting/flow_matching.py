@@ -19,10 +19,12 @@ from pyroflows.fitting.gaussian import gaussian_log_prob
 from pyroflows.fitting.maximum_likelihood import log_probs
 from pyroflows.fitting.velocity_regression import VelocityRegression, continuous_layer
 from pyroflows.flows import Flow
-from pyroflows.grad_mode import require_trainable, with_gradients
+from pyroflows.grad_mode import isolated, require_trainable
+from pyroflows.interruption import keeping
 from pyroflows.nets.velocity import VelocityMLP
 from pyroflows.options import checked_fraction, checked_int, checked_number, kind
 from pyroflows.plots import plot_matching_fit
+from pyroflows.progress import Progress
 from pyroflows.randomness import seeded
 from pyroflows.shapes import counted
 from pyroflows.training.data import DataLike, Rows
@@ -109,7 +111,7 @@ class MatchingFit:
         return text
 
 
-@with_gradients
+@isolated
 def fit_flow_matching(
     flow: Flow,
     x: DataLike,
@@ -122,7 +124,7 @@ def fit_flow_matching(
     optimizer: OptimizerLike | None = None,
     compile: str = "auto",
     seed: int | None = None,
-    progress_bar: bool = True,
+    progress_bar: bool | Progress = True,
     dequantization: str | None = None,
     coupling: str = "independent",
     time_power: float = 1.0,
@@ -172,7 +174,8 @@ def fit_flow_matching(
         DataError: if values cannot be used; the message names the row or the columns.
         OptionError: if an option is outside its range, or the flow has not exactly one trained layer, a continuous one.
         UntraceableError: if a step cannot be compiled, and ``compile`` is not "auto".
-        DivergedError: if losses stay non-finite.
+        DivergedError: if losses stay non-finite; its ``result`` is the fit in its best state.
+        FitInterrupted: if the fit is interrupted, such as by Ctrl-C; its ``result`` is the fit in its best state.
 
     Example:
         >>> x = torch.randn(2000, 2) @ torch.tensor([[100.0, 0.0], [80.0, 1.0]])
@@ -204,25 +207,32 @@ def fit_flow_matching(
         )
         optimizer = optimizer or partial(torch.optim.Adam, lr=LEARNING_RATE, fused=True)
         compiler = worthwhile(compiler, max_epochs * steps_per_epoch)
-        try:
-            Trainer(objective, schedule, optimizer, compile=compiler, progress_bar=progress_bar).run()
-        finally:
+
+        def put_best() -> None:
             schedule.restore_best()
             objective.average.put_in()
-        if not math.isfinite(schedule.best):
-            raise DivergedError("the validation rows never had a finite loss: look for outliers in x")
-        log_prob = _mean_log_prob(flow, data.rows[held_out[: _num_affordable(flow)]])
-        gaussian = gaussian_log_prob(flow, data.rows[training], data.rows[held_out])
-    return MatchingFit(
-        flow,
-        schedule.epochs,
-        schedule.best,
-        log_prob,
-        schedule.best_epoch,
-        schedule.epochs.num_steps < max_epochs,
-        schedule.still_growing,
-        gaussian,
-    )
+
+        def found(_: Any = None) -> MatchingFit:
+            put_best()
+            return MatchingFit(
+                flow,
+                schedule.epochs,
+                schedule.best,
+                _mean_log_prob(flow, data.rows[held_out[: _num_affordable(flow)]]),
+                schedule.best_epoch,
+                schedule.epochs.num_steps < max_epochs,
+                schedule.still_growing,
+                gaussian_log_prob(flow, data.rows[training], data.rows[held_out]),
+            )
+
+        with keeping("the fit", found):
+            try:
+                Trainer(objective, schedule, optimizer, compile=compiler, progress_bar=progress_bar).run()
+            finally:
+                put_best()
+            if not math.isfinite(schedule.best):
+                raise DivergedError("the validation rows never had a finite loss: look for outliers in x")
+            return found()
 
 
 def _num_affordable(flow: Flow) -> int | None:

@@ -1,10 +1,11 @@
 """Check that a student and its teacher fit each other, and give their laws at the same contexts."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, biject_to, constraints
 
 from pyroflows.arrays import ArrayLike
 from pyroflows.errors import DataError, InversionError, OptionError, ShapeError, warn
@@ -53,7 +54,8 @@ class StudentAndTeacher:
         if is_flow and self._is_new(teacher) and not self._is_new(student):
             raise OptionError(
                 "the teacher is an untrained flow, the identity, and the student is not: they are swapped, since the "
-                "call is distill(student, teacher) and trains the student"
+                "call is distill(student, teacher) and trains the student. To train it towards this teacher after all, "
+                "give the teacher's law: distill(student, teacher())"
             )
         self.num_rows = 0 if self.contexts is None else 1
         self.num_steps = self._enough_steps(NUM_CHECKED)
@@ -65,11 +67,16 @@ class StudentAndTeacher:
 
     @torch.no_grad()
     def _is_new(self, flow: Any) -> bool:
-        """Tell whether a flow maps base values to themselves, up to their order, as one that was never trained does."""
+        """Tell whether a flow maps base values to themselves, up to their order, as one that was never trained does.
+
+        On a bounded support these are the values before the map onto the support.
+        """
         z = torch.linspace(-2, 2, 4 * flow.dim).to(next(flow.parameters(), torch.zeros(())))
         z = z.reshape(4, *flow.base_shape)
         context = None if self.contexts is None else self.contexts[:1].expand(4, *flow.context_shape)
         x, _ = flow.transform.forward_and_ladj(z, context)
+        with suppress(NotImplementedError):  # some supports have no bijection from the reals
+            x = biject_to(flow.support).inv(x)
         return torch.allclose(x.flatten(1).sort()[0], z.flatten(1), atol=1e-3)
 
     def at(self, *rows: Tensor) -> tuple[FlowDistribution, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ NUM_EVIDENCE_DRAWS = 4000
 # A Gaussian is enough up to this variance of its log weights, this share of the posterior that its draws do not see,
 # and this change under the weights of any mean (in standard deviations) and any standard deviation (relative).
 MAX_VARIANCE, MAX_SHARE, MAX_MOVE = 0.05, 0.001, 0.05
+
+
+# It trains a flow in place, given a function that makes the whole candidate from the history of this training.
+Train: TypeAlias = Callable[[Flow, Callable[[History], "FittedCandidate"]], History]
 
 
 @dataclass(frozen=True)
@@ -43,27 +48,34 @@ class Candidate:
     starts: tuple[GaussianApproximation, ...]
     is_trained: bool = True
 
-    def fit(self, log_joint: LogJoint, train: Callable[[Flow], History], found: Starts) -> "FittedCandidate":
+    def fit(self, log_joint: LogJoint, train: Train, found: Starts | None) -> "FittedCandidate":
         """Build and train a flow at each start, and mix them where there are several.
 
         Args:
             log_joint: the log joint of the model.
-            train: a function that trains a flow in place.
-            found: what the search for starts found.
+            train: a function that trains a flow in place. It also gets a function that makes the candidate as it is by
+                then from the history of this training.
+            found: what the search for starts found; None if it has found nothing yet.
 
         Raises:
             DivergedError: if a training diverges.
         """
-        flows, histories = [], []
+        flows: list[Flow] = []
+        histories: list[History] = []
+
+        def so_far(history: History) -> FittedCandidate:
+            # A flow that was not trained yet stays at its start. To make it now must not change the draws of the fit.
+            with torch.random.fork_rng():
+                all_flows = flows + [self._flow_at(start) for start in self.starts[len(flows) :]]
+            return FittedCandidate(self, _mixed(all_flows, log_joint), [*histories, history][0], log_joint, found)
+
         for start in self.starts:
-            flow = flow_near(self.flow_fn, start.loc, start.scale_tril)
-            histories.append(train(flow) if self.is_trained else History())
-            flows.append(flow)
-        if len(flows) == 1:
-            return FittedCandidate(self, flows[0], histories[0], log_joint, found)
-        mixture = Mixture(flows, torch.stack([_log_evidence(flow(), log_joint) for flow in flows]))
-        mixture.gate.requires_grad_(False)  # The evidences are the weights.
-        return FittedCandidate(self, mixture, histories[0], log_joint, found)
+            flows.append(self._flow_at(start))
+            histories.append(train(flows[-1], so_far) if self.is_trained else History())
+        return so_far(History())
+
+    def _flow_at(self, start: GaussianApproximation) -> Flow:
+        return flow_near(self.flow_fn, start.loc, start.scale_tril)
 
 
 @dataclass(frozen=True)
@@ -75,14 +87,14 @@ class FittedCandidate:
         flow: its flow, or the mixture of its flows.
         history: the history of its training; that of the first flow where there are several.
         log_joint: the log joint of the model.
-        found: what the search for starts found.
+        found: what the search for starts found; None if it has found nothing yet.
     """
 
     candidate: Candidate
     flow: Flow
     history: History
     log_joint: LogJoint
-    found: Starts
+    found: Starts | None
 
     @cached_property
     def first_draws(self) -> DiagnosticDraws:
@@ -110,6 +122,15 @@ def is_enough(gaussian: FittedCandidate) -> bool:
         and gaussian.diagnosis.verdict == "good"
         and (gaussian.diagnosis.unseen_share or 0.0) < MAX_SHARE
     )
+
+
+def _mixed(flows: list[Flow], log_joint: LogJoint) -> Flow:
+    """Mix flows, weighted by the evidences of the parts of the posterior that they cover; one stays as it is."""
+    if len(flows) == 1:
+        return flows[0]
+    mixture = Mixture(flows, torch.stack([_log_evidence(flow(), log_joint) for flow in flows]))
+    mixture.gate.requires_grad_(False)  # The evidences are the weights.
+    return mixture
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ from pyroflows.shapes import counted
 class History(Mapping[str, np.ndarray]):
     """A history maps the name of each figure that a fit recorded to its numbers, one for each step or epoch.
 
-    Besides the figures of the objective it has ``grad_norm``, the norm of the gradient before clipping, and
-    ``learning_rate``.
+    It is the attribute ``history`` of what a fit returns, and reads like a dictionary: ``history["elbo"]`` is an array
+    ``(num_steps,)``, and ``list(history)`` are the names. Besides the figures of the objective it has ``grad_norm``,
+    the norm of the gradient before clipping, and ``learning_rate``. :class:`pyroflows.FlowVI` records ``elbo``, in
+    nats, and ``log_weight_variance``, about twice the KL divergence to the posterior where it is small.
 
     Args:
         records: the numbers of each figure by name, all of one length; None for none.
         unit: "step" or "epoch", to which one number belongs.
-
-    Shapes: ``history[name]`` is ``(num_steps,)``.
 
     Example:
         >>> history = History({"elbo": [-3.0, -2.0]})
@@ -53,7 +53,7 @@ class History(Mapping[str, np.ndarray]):
 
     @property
     def num_steps(self) -> int:
-        """Return the number of steps, or of epochs, that were recorded."""
+        """The number of steps, or of epochs, that were recorded; the length of a history is its number of figures."""
         return len(next(iter(self._records.values()), []))
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,11 +13,12 @@ import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DivergedError, IntegrationError, OptionError
-from pyroflows.grad_mode import require_trainable, with_gradients
+from pyroflows.grad_mode import isolated, require_trainable
+from pyroflows.interruption import keeping
+from pyroflows.progress import Progress
 from pyroflows.randomness import random_state, seeded, set_random_state
 from pyroflows.training.history import History
 from pyroflows.training.objective import Objective
@@ -36,8 +38,9 @@ class Trainer:
     r"""A trainer minimises an objective for as long as a schedule says.
 
     The learning rate rises linearly over 20 steps and then follows the schedule; gradients are clipped to a norm of 10.
-    A step with a non-finite gradient or monitored figure is left out. After 25 such steps in a row, or if the fit is
-    interrupted after such a step, or the solve of a continuous layer fails, the flow goes back to the last good state.
+    A step with a non-finite gradient or monitored figure is left out. After 25 such steps in a row, or if the fit ends
+    by an interrupt or another error, the flow goes back to the last good state, unless it is in a better one. A state
+    is good if the mean of the monitored figure over the 50 steps before it is the best so far, up to its noise.
 
     Args:
         objective: the objective to minimise.
@@ -48,7 +51,9 @@ class Trainer:
             :class:`pyroflows.compiling.Compiler`.
         combine_gradients: a function that changes the list of gradients in place, after they are computed and before
             they are clipped. Several processes, each with a part of the batch, can average their gradients here.
-        progress_bar: whether to show a progress bar.
+        callback: a function of the history, called once in 50 steps; training ends if it returns False.
+        progress_bar: whether to show a progress bar; or a :class:`pyroflows.progress.Progress` whose present stage is
+            the training.
 
     Attributes:
         history: the figures of all steps so far.
@@ -64,6 +69,7 @@ class Trainer:
         History(50 steps: elbo, log_weight_variance, grad_norm, learning_rate)
     """
 
+    @isolated
     def __init__(
         self,
         objective: Objective,
@@ -72,7 +78,8 @@ class Trainer:
         learning_rate: float = LEARNING_RATE,
         compile: str | Compiler = "auto",
         combine_gradients: Callable[[list[Tensor]], None] | None = None,
-        progress_bar: bool = True,
+        callback: Callable[[History], bool | None] | None = None,
+        progress_bar: bool | Progress = True,
     ) -> None:
         self.history = History()
         self._objective = objective
@@ -83,39 +90,52 @@ class Trainer:
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._combine_gradients = combine_gradients
+        self._callback = callback
         self._progress_bar = progress_bar
+        self._best_mean = -math.inf
+        self._is_worse = False
         self._good = Snapshot([*self._step.parameters, *objective.flow.buffers()])
         self._num_bad = 0
 
-    @with_gradients
+    @isolated
     def run(self) -> History:
         """Train until the schedule ends, from the start or from the state that was loaded.
 
         Raises:
             DivergedError: if 25 steps in a row are not finite; the flow is then in the last good state.
+            FitInterrupted: if training is interrupted, such as by Ctrl-C; its ``result`` is the history, and the flow
+                is in its present state or in the last good one, if that is better.
             IntegrationError: if the solve of a continuous layer fails; the flow is then in the last good state.
             OptionError: if the objective does not record the figure that it monitors.
         """
-        shown = tqdm(
-            total=self._schedule.num_steps,
-            initial=self.history.num_steps,
-            disable=not self._progress_bar,
-            unit="step",
-        )
         # The guard handles values that are not finite; validation would raise at them, and costs time in each step.
-        with shown, pyro.validation_enabled(False), self._step.flattened():
+        with (
+            keeping("training", lambda _: self.history),
+            self._shown() as shown,
+            pyro.validation_enabled(False),
+            self._step.flattened(),
+        ):
             try:
                 while (factor := self._schedule.factor(self.history.num_steps)) is not None:
                     self._take_step(factor)
                     self._schedule.look(self.history)
-                    shown.update()
-                    shown.set_postfix(self._schedule.status(self.history), refresh=False)
+                    shown.update(1, self._schedule.num_steps, **self._schedule.status(self.history))
+                    if self.history.num_steps % WINDOW == 0 and self._is_told_to_end():
+                        break
             except BaseException as error:
                 # A field that cannot be solved is bad, though no figure of its step could say so.
-                if self._num_bad or isinstance(error, IntegrationError):
+                if self._num_bad or self._is_worse or isinstance(error, IntegrationError):
                     self._good.put_back()
                 raise
         return self.history
+
+    def _shown(self) -> AbstractContextManager[Progress]:
+        """A bar of its own, or the one that the caller shows and closes."""
+        if isinstance(self._progress_bar, Progress):
+            return nullcontext(self._progress_bar)
+        progress = Progress(self._progress_bar)
+        progress.start("", self._schedule.num_steps, self.history.num_steps)
+        return progress
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that decides how training goes on.
@@ -131,6 +151,8 @@ class Trainer:
             "schedule": copy.deepcopy(self._schedule.state_dict()),
             "last_good": list(self._good.values),
             "num_bad": self._num_bad,
+            "best_mean": self._best_mean,
+            "is_worse": self._is_worse,
             "history": self.history.as_lists(),
             "random_state": random_state(),
         }
@@ -152,6 +174,7 @@ class Trainer:
         self._schedule.load_state_dict(copy.deepcopy(state["schedule"]))
         self._good.load(state["last_good"])
         self._num_bad = state["num_bad"]
+        self._best_mean, self._is_worse = state["best_mean"], state["is_worse"]
         self.history = History(state["history"])
         set_random_state(state["random_state"])
 
@@ -170,7 +193,7 @@ class Trainer:
         if is_good:
             # It is the state before this step that has just given a finite objective.
             if self.history.num_steps % WINDOW == 0:
-                self._good.take()
+                self._take_if_good()
             self._optimizer.step()
         if self._num_bad == MAX_BAD_STEPS:
             raise DivergedError(
@@ -178,6 +201,23 @@ class Trainer:
                 f"{self._objective.monitor} or gradient; the parameters are back in the last good state. Try "
                 f"{self._objective.remedy}"
             )
+
+    def _take_if_good(self) -> None:
+        """Keep the state if the last window is the best so far, up to its noise."""
+        window = self.history.recent(self._objective.monitor, WINDOW)
+        mean = float(window.mean()) * (-1 if self._objective.falls else 1)
+        noise = float(window.std()) / math.sqrt(len(window))
+        self._is_worse = mean < self._best_mean - 2 * noise
+        self._best_mean = max(self._best_mean, mean)
+        if not self._is_worse:
+            self._good.take()
+
+    def _is_told_to_end(self) -> bool:
+        """Call the callback, whose draws do not change those of the fit."""
+        if self._callback is None:
+            return False
+        with torch.random.fork_rng():
+            return ends_training(self._callback(self.history))
 
     def _monitored(self, figures: Mapping[str, float]) -> float:
         monitor = self._objective.monitor
@@ -189,7 +229,7 @@ class Trainer:
         return figures[monitor]
 
 
-@with_gradients
+@isolated
 def train(
     objective: Objective,
     num_steps: int | None = None,
@@ -220,6 +260,8 @@ def train(
         OptionError: if an option is outside its range.
         UntraceableError: if a step cannot be compiled, and the mode is not "auto".
         DivergedError: if 25 steps in a row are not finite; the flow is then in the last good state.
+        FitInterrupted: if training is interrupted, such as by Ctrl-C; its ``result`` is the history, and the flow is in
+            its present state or in the last good one, if that is better.
 
     Example:
         >>> flow = pf.flows.Planar(2)
@@ -232,6 +274,16 @@ def train(
     schedule = Plateau(objective.monitor, num_steps, falls=objective.falls)
     with seeded(seed):
         return Trainer(objective, schedule, optimizer, compile=compile, progress_bar=progress_bar).run()
+
+
+def ends_training(answer: Any) -> bool:
+    """Whether the answer of a callback is False, that of NumPy or of torch included; None is not.
+
+    Example:
+        >>> ends_training(None), ends_training(torch.tensor(1.0) > 2)
+        (False, True)
+    """
+    return answer is not None and not answer
 
 
 def _copy(value: Any) -> Any:

@@ -22,7 +22,7 @@ class Schedule(Protocol):
 
     @property
     def num_steps(self) -> int | None:
-        """Return the number of steps of the whole fit, or None if it is not known before training."""
+        """Return the number of steps of the whole fit, or None as long as it is not known."""
 
     def factor(self, step: int) -> float | None:
         """Return the factor of the learning rate at a step, from 0 to 1, or None if the fit ends before that step."""
@@ -79,7 +79,6 @@ class Plateau:
     ) -> None:
         if num_steps is not None and num_steps < 1:
             raise OptionError(f"num_steps must be positive, got {num_steps}")
-        self.num_steps = num_steps
         self._monitor = monitor
         self._settled = settled
         self._hold = hold
@@ -88,6 +87,11 @@ class Plateau:
         self._end = num_steps
         self._best = -math.inf
         self._stalled = 0
+
+    @property
+    def num_steps(self) -> int | None:
+        """Return the number of steps of the whole fit, or None before the decay begins."""
+        return self._end
 
     def factor(self, step: int) -> float | None:
         """Return 1 until the decay begins, then the cosine, and None after the end."""
@@ -161,8 +165,6 @@ class EarlyStopping:
         (1, tensor([1.]))
     """
 
-    num_steps = None
-
     def __init__(
         self,
         monitor: str,
@@ -187,6 +189,12 @@ class EarlyStopping:
         self._end = max_epochs
         self._begin = max_epochs - max_epochs // 3
         self._keep_if_best(score(), 0)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Return the largest number of steps of the whole fit, or None before the decay begins."""
+        is_decaying = self.epochs.num_steps >= self._begin
+        return self._end * self._steps_per_epoch if is_decaying else None
 
     def factor(self, step: int) -> float | None:
         """Return 1 until the decay begins, then the cosine, and None after the end."""

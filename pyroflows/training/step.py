@@ -51,7 +51,7 @@ class Step:
         self._is_flat = len({(p.dtype, p.device) for p in self._trained}) == 1
         self.parameters = [_flat(self._trained)] if self._is_flat else self._trained
         self._views = [p.detach() for p in self._trained]
-        self._names: list[str] = []
+        self._gradient = _Gradient(objective, self._trained)
         self._shapes: list[torch.Size] = []
         self._function = self._compiled(compiler) if _can_record(objective, compiler.mode) else self._gradient
 
@@ -68,7 +68,7 @@ class Step:
         parts = gradient.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter)
-        return dict(zip(self._names, figures.tolist(), strict=True))
+        return dict(zip(self._gradient.names, figures.tolist(), strict=True))
 
     @contextmanager
     def flattened(self) -> Iterator[None]:
@@ -93,8 +93,45 @@ class Step:
             parameter.data = view.copy_(parameter.detach())
         self._views = [p.detach() for p in self._trained]
 
-    def _gradient(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the flat gradient and the figures, one number each, from the parameters and what was drawn."""
+    def _compiled(self, compiler: Compiler) -> Callable[..., Sequence[Tensor]]:
+        # Compilation must change neither the place in the data nor the random numbers of the fit.
+        place = self._objective.state_dict()
+        with torch.random.fork_rng():
+            drawn = self._objective.draw()
+            examples = [*self._trained, *drawn]
+            noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
+            others = [*noisy, *self._objective.draw()]
+        self._objective.load_state_dict(place)
+        self._shapes = [tensor.shape for tensor in drawn]
+        return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
+
+    def _left_out(self) -> dict[str, float]:
+        """Fill gradients and figures with NaN, so that the guard leaves out this step."""
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, math.nan)
+        return dict.fromkeys(self._gradient.names or [self._objective.monitor], math.nan)
+
+
+class _Gradient:
+    """This function of parameters and draws returns the flat gradient and the figures of an objective, one number each.
+
+    A compiled step keeps it to be recorded again. It holds no :class:`Step`, so that a step with its program is freed
+    at once where it is no longer used, and not only when Python next looks for cycles of references.
+
+    Args:
+        objective: the objective.
+        trained: the parameters, which are also the first inputs.
+
+    Attributes:
+        names: the names of the figures of the last call.
+    """
+
+    def __init__(self, objective: Objective, trained: Sequence[Tensor]) -> None:
+        self.names: list[str] = []
+        self._objective = objective
+        self._trained = trained
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             with Penalties() as penalties, Evaluations() as evaluations:
                 loss, figures = self._checked(self._objective.loss(*inputs[len(self._trained) :]))
@@ -104,7 +141,7 @@ class Step:
             figures = {"loss": loss, **figures}
         if evaluations.total:  # of the networks of continuous layers
             figures = {**figures, "evaluations": loss.new_tensor(float(evaluations.total))}
-        self._names = list(figures)
+        self.names = list(figures)
         return torch.cat([g.reshape(-1) for g in gradients]), torch.stack([f.detach() for f in figures.values()])
 
     def _checked(self, result: Any) -> tuple[Tensor, Figures]:
@@ -123,24 +160,6 @@ class Step:
             if key in RESERVED:
                 raise OptionError(f"{name} must give its figure {key!r} another name: the trainer records one itself")
         return loss, figures
-
-    def _compiled(self, compiler: Compiler) -> Callable[..., Sequence[Tensor]]:
-        # Compilation must change neither the place in the data nor the random numbers of the fit.
-        place = self._objective.state_dict()
-        with torch.random.fork_rng():
-            drawn = self._objective.draw()
-            examples = [*self._trained, *drawn]
-            noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
-            others = [*noisy, *self._objective.draw()]
-        self._objective.load_state_dict(place)
-        self._shapes = [tensor.shape for tensor in drawn]
-        return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
-
-    def _left_out(self) -> dict[str, float]:
-        """Fill gradients and figures with NaN, so that the guard leaves out this step."""
-        for parameter in self.parameters:
-            parameter.grad = torch.full_like(parameter, math.nan)
-        return dict.fromkeys(self._names or [self._objective.monitor], math.nan)
 
 
 def _can_record(objective: Objective, mode: str) -> bool:

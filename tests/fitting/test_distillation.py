@@ -471,9 +471,9 @@ def test_what_cannot_be_is_refused(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
-        ({"batch_size": 1}, "batch_size must be an integer of at least 2"),
-        ({"warm_start": -1}, "warm_start must be an integer of at least 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"warm_start": -1}, "warm_start must be at least 0"),
         ({"regression": -1.0}, "regression must be a weight"),
         ({"estimator": "iwae"}, 'must be "auto", "total", "path" or "closed_form"'),
         ({"estimator": "closed_form"}, "no closed form for this student and teacher"),
@@ -526,6 +526,14 @@ def test_a_trained_student_is_not_overwritten_by_an_untrained_teacher(context_di
     with pytest.raises(OptionError, match=r"they are swapped, since the call is distill\(student, teacher\)"):
         pf.distill(teacher, student, torch.randn(99, 2) if context_dim else None, **quick)
     assert all(torch.equal(p, q) for p, q in zip(before, teacher.parameters(), strict=True))
+
+
+def test_swapped_flows_with_bounds_are_told():
+    teacher, student = (make(2, support=constraints.positive, **small) for make in (RealNVP, IAF))
+    with pytest.raises(OptionError, match=r"they are swapped.*give the teacher's law: distill\(student, teacher\(\)\)"):
+        pf.distill(disturbed(teacher), student, **quick)
+    # This is how to go on deliberately.
+    assert pf.distill(teacher, student(), **{**quick, "num_steps": 1, "warm_start": 0}).history.num_steps == 1
 
 
 def test_a_student_of_conditional_couplings_is_compiled():
