@@ -5,6 +5,7 @@ from pyroflows.errors import (
     CheckpointError,
     DataError,
     DivergedError,
+    FitInterrupted,
     FlowError,
     InexactError,
     IntegrationError,
@@ -31,9 +32,15 @@ from pyroflows.fitting import (
 from pyroflows.flows import Flow, load_flow
 from pyroflows.inference import (
     Amortized,
+    BridgeEstimate,
     Calibration,
+    Chains,
+    Diagnosis,
     FlowVI,
     Posterior,
+    Starts,
+    WeightedDraws,
+    Weights,
     fit_amortized,
     importance_sample,
     load_amortized,
@@ -42,22 +49,27 @@ from pyroflows.inference import (
     sbc,
     to_arviz,
 )
-from pyroflows.training import Objective, Trainer, train
+from pyroflows.training import History, Objective, Trainer, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Amortized",
+    "BridgeEstimate",
     "Calibration",
+    "Chains",
     "CheckpointError",
     "DataError",
     "DensityComparison",
     "DensityFit",
+    "Diagnosis",
     "Distillation",
     "DivergedError",
+    "FitInterrupted",
     "Flow",
     "FlowError",
     "FlowVI",
+    "History",
     "InexactError",
     "IntegrationError",
     "InversionError",
@@ -69,9 +81,12 @@ __all__ = [
     "PlotError",
     "Posterior",
     "ShapeError",
+    "Starts",
     "StateError",
     "Trainer",
     "UntraceableError",
+    "WeightedDraws",
+    "Weights",
     "bits_per_dim",
     "compare_densities",
     "constraints",

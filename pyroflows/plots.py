@@ -8,6 +8,9 @@ import numpy as np
 from pyroflows.errors import PlotError
 from pyroflows.training.history import History
 
+# A variance of log weights, and a divergence in nats, below which a flow is as good as exact.
+NEGLIGIBLE_VARIANCE, NEGLIGIBLE_KL = 1e-4, 1e-5
+
 
 def plot_training(history: History) -> Any:
     """Plot the ELBO and the variance of the log weights over the steps, each step and running medians.
@@ -37,8 +40,10 @@ def plot_training(history: History) -> Any:
     top.set_ylabel("ELBO (nats)")
     variance = history["log_weight_variance"]
     if np.isfinite(variance).any():  # the variance of one particle a step is NaN
-        bottom.semilogy(steps, variance, color="C1", alpha=0.25, linewidth=0.8)
-        bottom.semilogy(steps, _smooth(variance), color="C1")
+        bottom.plot(steps, variance, color="C1", alpha=0.25, linewidth=0.8)
+        curve = _smooth(variance)
+        bottom.plot(steps, curve, color="C1")
+        _set_log_axis(bottom, variance, curve, NEGLIGIBLE_VARIANCE)
     bottom.set_ylabel("variance of log weights")
     bottom.set_xlabel("step")
     for axis in (top, bottom):
@@ -99,7 +104,9 @@ def plot_matching_fit(history: History, best_epoch: int) -> Any:
 
 
 def plot_distillation(history: History, kl: float) -> Any:
-    """Plot the KL divergence over the steps, on a logarithmic axis, and its value after training.
+    """Plot the KL divergence over the steps, and its value after training.
+
+    The axis is logarithmic, and linear about zero where the divergence is as small as the noise of its estimates.
 
     Args:
         history: the history of a distillation, with "kl".
@@ -115,13 +122,11 @@ def plot_distillation(history: History, kl: float) -> Any:
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     values = history["kl"]
     steps = np.arange(1, len(values) + 1)
-    # If the divergence is close to zero, the estimate of a step can be negative, which the axis cannot show.
-    axis.semilogy(steps, np.where(values > 0, values, np.nan), color="C0", alpha=0.25, lw=0.8, label="draws of a step")
-    mean = _smooth(values, np.nanmean)
-    axis.semilogy(steps, mean, color="C0", label="running mean")
+    axis.plot(steps, values, color="C0", alpha=0.25, lw=0.8, label="draws of a step")
+    curve = _smooth(values, np.nanmean)
+    axis.plot(steps, curve, color="C0", label="running mean")
     axis.axhline(kl, color="black", linestyle=":", linewidth=1.0, label=f"after training: {kl:.3g} nats")
-    # Estimates that are small by chance would take up most of the axis.
-    axis.set_ylim(bottom=max(kl, 1e-4 * values.max()) / 10)
+    _set_log_axis(axis, values, curve, NEGLIGIBLE_KL)
     axis.set_xlabel("step")
     axis.set_ylabel("KL(student || teacher) (nats)")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
@@ -163,6 +168,27 @@ def require_matplotlib() -> Any:
     except ImportError as error:
         raise PlotError("plots need matplotlib: pip install 'pyroflows[plots]'") from error
     return plt
+
+
+def _set_log_axis(axis: Any, values: np.ndarray, curve: np.ndarray, negligible: float) -> None:
+    """Make the vertical axis logarithmic, and linear about zero where the curve is as small as the noise of the values.
+
+    Args:
+        axis: the axis, with its curves.
+        values: estimates of what is positive or zero; those below zero tell the size of their noise.
+        curve: the smoothed values.
+        negligible: the size below which values do not matter.
+    """
+    negative = -values[values < 0]
+    noise = max(negligible, float(np.quantile(negative, 0.9)) if len(negative) else 0.0)
+    if (curve <= noise).any() or (values <= 0).any():
+        axis.set_yscale("symlog", linthresh=noise)
+        axis.axhline(0.0, color="black", linewidth=0.5)
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, -0.1 * noise), max(high, noise))
+    else:
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], noise))
 
 
 def _smooth(values: np.ndarray, statistic: Callable[[np.ndarray], Any] = np.nanmedian, window: int = 25) -> np.ndarray:

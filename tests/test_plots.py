@@ -9,8 +9,8 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyroflows import FlowError, FlowVI, PlotError
-from pyroflows.plots import plot_density_fit, plot_training
+from pyroflows import FlowError, FlowVI, OptionError, PlotError
+from pyroflows.plots import plot_density_fit, plot_distillation, plot_training
 from pyroflows.training.loop import History
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -172,9 +172,109 @@ def test_plot_pairs(plt, posterior, tmp_path):
     assert (tmp_path / "pairs.png").stat().st_size > 0
 
 
-def test_plot_pairs_of_too_few_components(plt, posterior):
-    with pytest.raises(ValueError, match=r"2 to 6 components.*\['scale'\] have 1"):
-        posterior.plot_pairs(var_names=["scale"], num_samples=200)
+def labels_of(figure):
+    """The labels along the bottom, and those of single panels."""
+    return [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
+
+
+def test_plot_pairs_of_a_single_component(plt, posterior):
+    plt.figure()
+    figure = posterior.plot_pairs(var_names=["scale"], num_samples=200)
+    assert labels_of(figure) == ["scale"]
+    assert len(plt.get_fignums()) == 2  # beside the figure that was there
+
+
+def big_model(y):
+    rows = pyro.plate("row", len(y))
+    with rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    slope = pyro.sample("slope", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with rows:
+        pyro.sample("y", dist.Normal(z + (slope.sum((-1, -2)) * scale)[..., None], 1.0), obs=y)
+
+
+@pytest.fixture(scope="module")
+def big():
+    labels = {"coords": {"row": list("abcdefghijkl"), "kind": ["wet", "dry"]}, "dims": {"slope": ["kind"]}}
+    return FlowVI(big_model, num_steps=20, seed=0, progress_bar=False, num_starts=1, **labels).run(torch.zeros(12))
+
+
+def test_plot_pairs_of_a_big_model_shows_six_scalars_and_says_what_it_leaves_out(plt, big):
+    figure = big.plot_pairs(num_samples=100)
+    assert labels_of(figure) == ["scale", "z[a]", "z[b]", "z[c]", "z[d]", "z[e]"]
+    title = "6 of 17 components, without z (7), slope (4): choose by var_names, coords"
+    assert figure.get_suptitle() == title
+
+
+def test_plot_pairs_of_chosen_labels(plt, big):
+    figure = big.plot_pairs(
+        ["slope", "z"], coords={"kind": "dry", "row": ["l", "a"], "slope_dim_1": [0]}, num_samples=9
+    )
+    assert labels_of(figure) == ["slope[dry, 0]", "z[a]", "z[l]"]
+    assert not figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"var_names": ["z"]}, r"up to 6 components, but \['z'\] have 12: choose by var_names and coords"),
+        ({"coords": {"kind": ["wett"]}}, r"dimension 'kind' has no labels \['wett'\], only \[wet, dry\]"),
+        ({"coords": {"knd": ["wet"]}}, r"no dimension 'knd' to choose from, only \['row', 'kind', 'slope_dim_1'\]"),
+        ({"var_names": ["zz"]}, r"no draws of \['zz'\], only of \['z', 'slope', 'scale'\]"),
+    ],
+)
+def test_plot_pairs_of_what_there_is_not(plt, big, options, message):
+    with pytest.raises(OptionError, match=message):
+        big.plot_pairs(num_samples=100, **options)
+    assert not plt.get_fignums()
+
+
+def test_plot_pairs_of_corrected_draws(plt, big):
+    weighted = big.importance_sample(100)
+    assert labels_of(weighted.plot_pairs(["scale", "z"], {"row": ["b", "c"]})) == ["scale", "z[b]", "z[c]"]
+    chains = big.mcmc(4, 2, num_warmup=1, seed=0, progress_bar=False)
+    assert labels_of(chains.plot_pairs(["scale", "z"], {"row": ["b", "c"]})) == ["scale", "z[b]", "z[c]"]
+
+
+# Axes of what is near zero
+
+
+def steps_of(name, values):
+    return History({"elbo": np.zeros(len(values)), name: values})
+
+
+def test_a_variance_of_rounding_errors_looks_like_zero(plt):
+    """A logarithmic axis would show the noise of an exact flow, from 1e-16 to 1e-13."""
+    rng = np.random.default_rng(0)
+    axis = plot_training(steps_of("log_weight_variance", 1e-13 * rng.random(100))).axes[1]
+    assert axis.get_yscale() == "symlog"
+    low, high = axis.get_ylim()
+    assert -1e-4 < low < 0 and 1e-5 < high < 1e-3
+
+
+def test_a_single_exact_step_does_not_stretch_the_axis(plt):
+    variance = np.full(100, 0.02)
+    variance[0] = 1e-13
+    axis = plot_training(steps_of("log_weight_variance", variance)).axes[1]
+    assert axis.get_yscale() == "log"
+    assert axis.get_ylim()[0] == pytest.approx(1e-4)
+
+
+def test_a_divergence_within_its_noise_is_on_a_linear_part_of_the_axis(plt):
+    noise = 1e-3 * np.random.default_rng(0).normal(size=300)
+    (axis,) = plot_distillation(History({"kl": noise + 10 * np.exp(-np.arange(300) / 10)}), 1e-5).axes
+    assert axis.get_yscale() == "symlog"
+    raw = axis.get_lines()[0]
+    assert np.isfinite(raw.get_ydata()).all() and (raw.get_ydata() < 0).any()
+    assert 5e-4 < axis.yaxis.get_transform().linthresh < 3e-3
+    low, high = axis.get_ylim()
+    assert low < 0 and high > 10
+
+
+def test_a_divergence_far_from_zero_is_on_a_logarithmic_axis(plt):
+    (axis,) = plot_distillation(History({"kl": 1 + np.exp(-np.arange(300) / 10)}), 1.0).axes
+    assert axis.get_yscale() == "log"
 
 
 # Without matplotlib

@@ -6,10 +6,12 @@ from pyroflows.inference.calibration import Calibration, sbc
 from pyroflows.inference.conditional import sample_conditional
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import importance_sample
+from pyroflows.inference.loading import load_posterior
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.posterior import Posterior
+from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.verdict.diagnosis import Diagnosis
-from pyroflows.inference.vi import FlowVI, load_posterior
+from pyroflows.inference.vi import FlowVI
 from pyroflows.inference.weights import WeightedDraws, Weights
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Diagnosis",
     "FlowVI",
     "Posterior",
+    "Starts",
     "WeightedDraws",
     "Weights",
     "fit_amortized",

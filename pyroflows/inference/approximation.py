@@ -1,7 +1,6 @@
 """A flow on the latents of a Pyro model, which draws and scores values by site."""
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,18 +9,27 @@ from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import ModelError, OptionError
+from pyroflows.exclusive import exclusive_property
 from pyroflows.flows import Flow
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import NOT_BUILT
 from pyroflows.inference.predictive import posterior_predictive
-from pyroflows.models.arguments import explain_failure, in_dtype, usable_arguments
+from pyroflows.models.arguments import (
+    explain_failure,
+    in_dtype,
+    require_arguments,
+    require_own_seed,
+    usable_arguments,
+)
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static, describe_for_flow, require_full_plates
+from pyroflows.models.structure import ModelStructure
 from pyroflows.models.tracing import Model
+from pyroflows.options import checked_int
 from pyroflows.randomness import seeded
 
 
@@ -54,68 +62,92 @@ class Approximation:
         self._center = _median(self._flow)
         self._init_fn = init_to_value(values=guide.layout.constrain(self._center)[0])
         if log_joint is None:
-            structure, _ = describe_for_flow(self._model, self._args, self._kwargs, self._init_fn)
-            require_fixed_supports(structure, self._model, self._args, self._kwargs)
-            check_static(guide.layout.structure, structure)
-            self.layout = Layout(structure).at_centers(guide.layout.centers)
+            self.layout = self._found_layout()
         else:
             self.log_joint = log_joint
             self.layout = log_joint.layout
         self.structure = self.layout.structure
 
-    @cached_property
-    @with_gradients
+    def _found_layout(self) -> Layout:
+        """The layout of the latents that the model shows at these arguments."""
+        assert self.guide.layout is not None
+        structure, _ = describe_for_flow(self._model, self._args, self._kwargs, self._init_fn)
+        require_fixed_supports(structure, self._model, self._args, self._kwargs)
+        check_static(self.guide.layout.structure, structure)
+        return Layout(structure).at_centers(self.guide.layout.centers)
+
+    @exclusive_property
+    @isolated
     def log_joint(self) -> LogJoint:
         """The log joint of the model with these arguments, made at the first use."""
-        with seeded(0), torch.no_grad():
-            examples = self._flow().sample((NUM_EXAMPLES,))
-        return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
+        with seeded(0):
+            with torch.no_grad():
+                examples = self._flow().sample((NUM_EXAMPLES,))
+            return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, Compiler(self._compile))
 
-    @with_gradients
-    def sample(self, num_samples: int) -> dict[str, Tensor]:
+    @isolated
+    def sample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
         """Draw latents from the flow, in the constrained space, and the deterministic sites that follow from them.
 
         Args:
             num_samples: number of draws, at least 1.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator.
 
         Returns:
             Tensors ``(num_samples, *site shape)`` by site.
 
         Raises:
             OptionError: if ``num_samples`` is not a positive integer.
-        """
-        return self._sites(self._draw(num_samples))
 
-    def log_prob(self, draws: Mapping[str, Tensor]) -> Tensor:
+        Example:
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            >>> posterior = pf.FlowVI(model, seed=0, progress_bar=False).run(torch.tensor(1.0))
+            >>> torch.equal(posterior.sample(5, seed=1)["mu"], posterior.sample(5, seed=1)["mu"])
+            True
+        """
+        with seeded(seed):
+            return self._sites(self._draw(num_samples))
+
+    def log_prob(self, draws: Mapping[str, Any]) -> Tensor:
         """The log-density of the flow at values of all latent sites, as a density on the constrained space, ``(S,)``.
 
         Args:
-            draws: tensors ``(S, *site shape)`` by site.
+            draws: tensors or arrays ``(S, *site shape)`` by site. Those of deterministic and observed sites are no part
+                of the density.
 
         Raises:
+            OptionError: if a name is that of no site.
             ShapeError: if a latent site is missing or has another shape.
             DataError: if a value is outside of its site's support.
         """
+        self._require_sites(draws)
+        draws = {site.name: torch.as_tensor(draws[site.name]) for site in self.structure.latents if site.name in draws}
         self.layout.check_draws(draws)
         vectors = self.layout.unconstrain(draws).to(self._center)
         _, ladj = self.layout.constrain(vectors)
         with torch.no_grad():
             return self._flow().log_prob(vectors) - ladj
 
-    @with_gradients
-    def predictive(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    @isolated
+    def predictive(self, num_samples: int, *args: Any, seed: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Draw observed and deterministic sites given draws from the flow, ``(num_samples, *site shape)`` by site.
 
-        Observed sites are drawn even where the arguments give them values.
+        Observed sites are drawn even where the arguments give them values, in the shape of these values.
 
         Args:
             num_samples: number of draws, at least 1.
             args: arguments of the model, for instance new inputs; those of the fit if none are given.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator. A model with an argument of this name gets it by position.
             kwargs: keyword arguments of the model.
 
         Raises:
-            OptionError: if ``num_samples`` is not a positive integer.
-            ModelError: if a latent site has another shape at these arguments.
+            OptionError: if ``num_samples`` is not a positive integer, or the model does not take these arguments.
+            ModelError: if a latent site has another shape at these arguments, if the distribution of a site cannot be
+                drawn from, or if the model has neither observed nor deterministic sites; names the site.
             DataError: if the model fails because an argument holds NaN, infinite values, or something other than
                 numbers; names the argument.
 
@@ -129,6 +161,17 @@ class Approximation:
             >>> posterior.predictive(100, torch.arange(5.0))["y"].shape
             torch.Size([100, 5])
         """
+        require_own_seed(seed, self._model, args)
+        if args or kwargs:
+            require_arguments(self._model, args, kwargs)
+        with seeded(seed):
+            predicted = self._predicted(num_samples, args, kwargs)
+        if not predicted:
+            raise ModelError(_nothing_to_predict(self.structure))
+        return predicted
+
+    def _predicted(self, num_samples: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Draw all sites but the latents given draws from the flow; with the arguments of the fit if none are given."""
         values, _ = self.layout.constrain(self._draw(num_samples))
         if args or kwargs:
             args, kwargs = usable_arguments(self._model, args, kwargs, self.guide.dtype)
@@ -139,18 +182,16 @@ class Approximation:
                 raise
         else:
             batched = self.log_joint.batched.drawing(values, self.structure.kept)
-        return posterior_predictive(batched, values, num_samples)
+        return posterior_predictive(batched, values, len(next(iter(values.values()))))
 
     def _draw(self, num_samples: int) -> Tensor:
         """Draw unconstrained vectors ``(S, dim)`` from the flow."""
-        _check_number(num_samples)
-        return self._flow().sample((num_samples,))
+        return self._flow().sample((checked_int("num_samples", num_samples),))
 
     @torch.no_grad()
     def _latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Draw unconstrained vectors ``(S, dim)`` from the flow, and give their log-densities ``(S,)``."""
-        _check_number(num_samples)
-        return self._flow().rsample_and_log_prob((num_samples,))
+        return self._flow().rsample_and_log_prob((checked_int("num_samples", num_samples),))
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:
         """Latent and deterministic sites, except those in a subsampled plate, whose rows differ from run to run.
@@ -167,15 +208,29 @@ class Approximation:
         recorded = batched.in_chunks(values, len(latents)).values
         return {name: recorded[name] for name in (*values, *names)}
 
+    def _require_sites(self, names: Iterable[str]) -> None:
+        """Raise if a name is that of no site."""
+        structure = self.structure
+        known = [site.name for site in (*structure.latents, *structure.deterministic, *structure.observed)]
+        for name in names:
+            if name not in known:
+                raise OptionError(f"the model has no site {name!r}: its sites are {', '.join(map(repr, known))}")
+
     def _require_full_plates(self) -> None:
         require_full_plates(
             self.structure, "use posterior.with_data(...) with arguments for which the model runs on all rows"
         )
 
 
-def _check_number(num_samples: int) -> None:
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
+def _nothing_to_predict(structure: ModelStructure) -> str:
+    """Say why a model without observed and deterministic sites predicts nothing."""
+    if not structure.factors:
+        return "there is nothing to predict, since the model has neither observed nor deterministic sites"
+    return (
+        f"there is nothing to predict: data enter this model by pyro.factor('{structure.factors[0].name}', ...), which "
+        "weights the latents and has no law to draw from. Observe them by pyro.sample(..., obs=...), or compute what "
+        "is to be predicted by pyro.deterministic"
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The interface to ArviZ: conversion to its data, Pareto-smoothed importance sampling, R-hat, ESS and pair plots.
+"""The interface to ArviZ: conversion to its data, Pareto-smoothed importance sampling, R-hat, ESS, intervals, pictures.
 
 No other file uses ArviZ. Both generations are supported: 0.x with ``InferenceData``, and 1.x with xarray's
 ``DataTree``. Everything here takes NumPy arrays, and neither torch nor the rest of pyroflows is needed, so
@@ -8,6 +8,7 @@ that each generation can be tested in an environment of its own. ArviZ is import
 
 import importlib.metadata
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -23,8 +24,8 @@ SAMPLED_GROUPS = ("posterior", "sample_stats", "log_likelihood", "posterior_pred
 DATA_GROUPS = ("observed_data", "constant_data")
 
 SAMPLE_DIMS = ("chain", "draw")
+LABEL_WIDTH = 16  # characters in a line of an axis label
 BAND_TRIALS = 1000  # simulated distributions for a band around them
-MAX_PAIRS = 6  # components, since ArviZ 1.x refuses more than 40 panels
 
 # Of fewer weights less than six belong to the tail, to which ArviZ 1.x fits nothing.
 MIN_WEIGHTS = 30
@@ -85,6 +86,11 @@ def to_arviz_data(
             )
             _check_aligned(group, arrays, datasets[group])
     return backend.container(datasets)
+
+
+def allows_slashes() -> bool:
+    """Whether variables and dimensions may have a slash in their names; 1.x takes it as one between groups."""
+    return _backend().allows_slashes
 
 
 def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
@@ -168,40 +174,39 @@ def ess(draws: np.ndarray, method: str = "bulk") -> np.ndarray:
     return _by_component(lambda component: _backend().ess(component, method), draws)
 
 
-def plot_pairs(
-    data: "InferenceData | DataTree",
-    var_names: Sequence[str] | None = None,
-    coords: Mapping[str, Sequence] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Plot marginals and pairs of two to six components of the posterior, by ArviZ's ``plot_pair``.
+def hdi(values: np.ndarray, prob: float) -> tuple[float, float]:
+    """The ends of the highest-density interval of draws ``(S,)``, the shortest one that holds a share of them.
 
     Args:
-        data: the result of :func:`to_arviz_data`.
-        var_names: variables to show; None for all.
-        coords: labels to show by dimension; a dimension that is left out is shown in full.
-        kwargs: further options of ``plot_pair`` of the installed ArviZ.
+        values: the draws.
+        prob: the share.
+
+    Examples:
+        >>> hdi(np.array([0.0, 8.0, 8.5, 9.0, 9.5, 10.0]), 0.5)
+        (8.0, 9.5)
+    """
+    low, high = _backend().hdi(values, prob)
+    return float(low), float(high)
+
+
+def plot_components(components: Mapping[str, np.ndarray], title: str | None = None, **kwargs: Any) -> Any:
+    """Plot marginals and pairs of components by ArviZ's ``plot_pair``, or one marginal by its ``plot_dist``.
+
+    Args:
+        components: draws ``(S,)`` by the name that the picture shows, at most six.
+        title: the title; None for none.
+        kwargs: further options of the function of the installed ArviZ.
 
     Returns:
-        A matplotlib figure (0.x) or ArviZ's ``PlotMatrix`` (1.x); both have ``savefig``.
-
-    Raises:
-        ValueError: if there are fewer than two components to show, or more than six.
+        A matplotlib figure (0.x) or ArviZ's ``PlotMatrix`` or ``PlotCollection`` (1.x); all have ``savefig``.
     """
-    posterior: Any = data["posterior"]
-    chosen = list(var_names or posterior.data_vars)
-    shown = dict(coords or {})
-    if unknown := set(shown) - set(posterior.dims):
-        raise ValueError(f"there are no dimensions {sorted(unknown)} to choose from, only {list(posterior.dims)}")
-    parts = [posterior[name].sel({d: shown[d] for d in posterior[name].dims if d in shown}) for name in chosen]
-    num = sum(part[0, 0].size for part in parts)
-    if not 2 <= num <= MAX_PAIRS:
-        dimensions = [d for d in posterior.dims if d not in SAMPLE_DIMS]
-        raise ValueError(
-            f"a pair plot shows 2 to {MAX_PAIRS} components, but {chosen} have {num}: choose by var_names and coords, "
-            f"from variables {list(posterior.data_vars)} and dimensions {dimensions}"
-        )
-    return _backend().plot_pair(data, var_names=chosen, coords=shown, num_components=num, **kwargs)
+    backend = _backend()
+    # ArviZ 1.x refuses a slash in a name; this one looks the same.
+    draws = {name.replace("/", "\u2215"): values[None] for name, values in components.items()}
+    data = to_arviz_data({"posterior": draws})
+    if len(components) == 1:
+        return backend.plot_dist(data, title=title, **kwargs)
+    return backend.plot_pair(data, title=title, num_components=len(components), **kwargs)
 
 
 def ecdf_band(num: int, points: np.ndarray, prob: float) -> tuple[np.ndarray, np.ndarray]:
@@ -322,7 +327,7 @@ def _row_dims(num_dims: int, variable: str, names: Mapping[str, list]) -> list[s
 
 
 def _labels(is_seen: np.ndarray, given: Sequence | None) -> list:
-    """Labels of the rows that are seen: those that are given, or their indices."""
+    """ComponentLabels of the rows that are seen: those that are given, or their indices."""
     indices = np.argwhere(is_seen)
     if is_seen.ndim > 1:
         return [", ".join(map(str, index)) for index in indices]
@@ -348,8 +353,11 @@ class _Backend(NamedTuple):
     psislw: Callable[[np.ndarray], tuple[np.ndarray, Any]]
     rhat: Callable[[np.ndarray], Any]
     ess: Callable[[np.ndarray, str], Any]
+    hdi: Callable[[np.ndarray, float], np.ndarray]
     plot_pair: Callable[..., Any]
+    plot_dist: Callable[..., Any]
     ecdf_band: Callable[[int, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
+    allows_slashes: bool
 
 
 @cache
@@ -377,16 +385,39 @@ def _arviz_0() -> _Backend:
             warnings.filterwarnings("ignore", "More chains", UserWarning)
             return arviz.dict_to_dataset(arrays, default_dims=sample_dims, **options)
 
-    def plot_pair(data: "InferenceData", **options: Any) -> Any:
+    def hdi(values: np.ndarray, prob: float) -> np.ndarray:
+        return arviz.hdi(values, hdi_prob=prob)
+
+    def plot_pair(data: "InferenceData", title: str | None, **options: Any) -> Any:
         size = (2.2 * options.pop("num_components"),) * 2
         # Faint points, since thousands of them overlap.
-        look = {"kind": "scatter", "marginals": True, "figsize": size, "scatter_kwargs": {"alpha": 0.2}}
+        look = {"kind": "scatter", "marginals": True, "figsize": size, "textsize": 11, "scatter_kwargs": {"alpha": 0.2}}
+        axes = quietly(arviz.plot_pair, data, **{**look, **options})
+        return finished(axes.flat[0].figure, title)
+
+    def plot_dist(data: "InferenceData", title: str | None, **options: Any) -> Any:
+        import matplotlib.pyplot as plt
+
+        ((name, values),) = data["posterior"].data_vars.items()
+        _, axis = plt.subplots(figsize=options.pop("figsize", (4.0, 3.0)))
+        quietly(arviz.plot_dist, values.values.ravel(), ax=axis, **{"textsize": 11, **options})
+        axis.set_xlabel(name, fontsize=11)
+        axis.set_yticks([])
+        return finished(axis.figure, title)
+
+    def quietly(plot: Callable[..., Any], *args: Any, **options: Any) -> Any:
         with warnings.catch_warnings():
             # ArviZ uses a call that matplotlib 3.11 deprecates.
             warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping")
-            axes = arviz.plot_pair(data, **{**look, **options})
-        figure = axes.flat[0].figure
+            return plot(*args, **options)
+
+    def finished(figure: Any, title: str | None) -> Any:
         figure.set_layout_engine("constrained")
+        for axis in figure.axes:  # long labels would run into those of the panels beside
+            axis.set_xlabel(textwrap.fill(axis.get_xlabel(), LABEL_WIDTH, break_long_words=False))
+            axis.set_ylabel(textwrap.fill(axis.get_ylabel(), LABEL_WIDTH, break_long_words=False))
+        if title is not None:
+            figure.suptitle(title, fontsize=12)
         return figure
 
     def ess(draws: np.ndarray, method: str) -> Any:
@@ -403,7 +434,9 @@ def _arviz_0() -> _Backend:
     def container(datasets: dict[str, "Dataset"]) -> Any:
         return arviz.InferenceData(**datasets)
 
-    return _Backend(dataset, container, arviz.psislw, arviz.rhat, ess, plot_pair, ecdf_band)
+    return _Backend(
+        dataset, container, arviz.psislw, arviz.rhat, ess, hdi, plot_pair, plot_dist, ecdf_band, allows_slashes=True
+    )
 
 
 def _arviz_1() -> _Backend:
@@ -425,12 +458,22 @@ def _arviz_1() -> _Backend:
     def ess(draws: np.ndarray, method: str) -> Any:
         return array_stats.ess(draws, chain_axis=0, draw_axis=1, method=method)
 
-    def plot_pair(data: "DataTree", **options: Any) -> Any:
+    def plot_pair(data: "DataTree", title: str | None, **options: Any) -> Any:
         import arviz_plots
 
         options.pop("num_components")
         # Without a backend ArviZ draws nothing, and fails only when the figure is saved.
-        return arviz_plots.plot_pair(data, **{"backend": "matplotlib", **options})
+        return finished(arviz_plots.plot_pair(data, **{"backend": "matplotlib", **options}), title)
+
+    def plot_dist(data: "DataTree", title: str | None, **options: Any) -> Any:
+        import arviz_plots
+
+        return finished(arviz_plots.plot_dist(data, **{"backend": "matplotlib", **options}), title)
+
+    def finished(plots: Any, title: str | None) -> Any:
+        if title is not None:
+            plots.viz["figure"].item().suptitle(title, fontsize=12)
+        return plots
 
     def ecdf_band(num: int, points: np.ndarray, prob: float) -> tuple[np.ndarray, np.ndarray]:
         from arviz_stats import ecdf_utils
@@ -439,4 +482,15 @@ def _arviz_1() -> _Backend:
         pointwise = ecdf_utils.simulate_confidence_bands(num, 1, points, prob, BAND_TRIALS, rng)
         return ecdf_utils.get_pointwise_confidence_band(pointwise, num, points)
 
-    return _Backend(dataset, DataTree.from_dict, psislw, rhat, ess, plot_pair, ecdf_band)
+    return _Backend(
+        dataset,
+        DataTree.from_dict,
+        psislw,
+        rhat,
+        ess,
+        array_stats.hdi,
+        plot_pair,
+        plot_dist,
+        ecdf_band,
+        allows_slashes=False,
+    )

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pyroflows.errors import OptionError, warn
+from pyroflows.errors import warn
 from pyroflows.flows import Flow
 from pyroflows.inference import arviz
-from pyroflows.inference.mcmc.sampling import sample_latents
+from pyroflows.inference.mcmc.sampling import LatentChains, sample_latents
+from pyroflows.interruption import keeping
 from pyroflows.models.log_joint import LogJoint
+from pyroflows.options import checked_int
 from pyroflows.randomness import seeded
 
 MIN_SAMPLES = 1000
@@ -22,7 +24,7 @@ NUM_HALVINGS = 80
 
 @dataclass(frozen=True)
 class BridgeEstimate:
-    """An estimate of the log evidence by bridge sampling.
+    """An estimate of the log evidence by bridge sampling; see :meth:`pyroflows.Posterior.bridge_sample`.
 
     Args:
         log_evidence: the estimate, in nats.
@@ -61,18 +63,31 @@ def bridge_estimate(
     Raises:
         OptionError: for an option outside its range.
         ModelError: if the log joint is finite at too few draws from the flow to start chains from.
+        FitInterrupted: if the chains are interrupted; its ``result`` is the estimate by the draws so far, if they are
+            at least 100 of each chain, and otherwise None.
     """
-    if not isinstance(num_samples, int) or num_samples < MIN_SAMPLES:
-        raise OptionError(f"num_samples must be an integer of at least {MIN_SAMPLES}, got {num_samples!r}")
+    num_samples = checked_int("num_samples", num_samples, MIN_SAMPLES)
     num_chains = min(MAX_CHAINS, num_samples // MIN_DRAWS)
     num_draws = math.ceil(num_samples / num_chains)
     with seeded(seed), torch.no_grad():
         # Trajectories alone do not move between the modes of a mixture.
         method = "hmc" if len(flow.components) == 1 else "independence"
-        chains = sample_latents(flow, log_joint, method, num_draws, num_chains, num_warmup, None, progress_bar)
-        _, log_q = flow().transport(chains.z.unflatten(-1, flow.base_shape))
-        x, log_q_of_flow = flow().rsample_and_log_prob((num_chains * num_draws,))
-        of_flow = log_joint.in_chunks(x) - log_q_of_flow
+        chains: LatentChains | None = None
+
+        def found(interrupted: LatentChains | None = None) -> BridgeEstimate | None:
+            drawn = chains if interrupted is None else interrupted
+            return None if drawn is None or drawn.z.shape[1] < MIN_DRAWS else _estimate(flow, log_joint, drawn)
+
+        with keeping("the bridge", found, f"{MIN_DRAWS} draws of each chain after the warm-up"):
+            chains = sample_latents(flow, log_joint, method, num_draws, num_chains, num_warmup, None, progress_bar)
+            return _estimate(flow, log_joint, chains)
+
+
+def _estimate(flow: Flow, log_joint: LogJoint, chains: LatentChains) -> BridgeEstimate:
+    """Bridge between chains and as many draws from the flow."""
+    _, log_q = flow().transport(chains.z.unflatten(-1, flow.base_shape))
+    x, log_q_of_flow = flow().rsample_and_log_prob((chains.z.shape[:2].numel(),))
+    of_flow = log_joint.in_chunks(x) - log_q_of_flow
     return bridge(_array(chains.stats["lp"] - log_q), _array(of_flow))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +57,7 @@ class ModelELBO(ReverseKL):
         own_parameters: Iterable[Tensor] = (),
         tempering: Tempering | None = None,
     ) -> None:
-        super().__init__(flow, self._tempered, estimator, num_particles, own_parameters)
+        super().__init__(flow, partial(_tempered, log_joint), estimator, num_particles, own_parameters)
         self._log_joint = log_joint
         self._tempering = tempering
         self._num_drawn = 0
@@ -79,6 +80,7 @@ class ModelELBO(ReverseKL):
         """Go on from what :meth:`state_dict` gave."""
         self._num_drawn = state["num_drawn"]
 
-    def _tempered(self, x: Tensor, beta: Tensor, *rows: Tensor) -> Tensor:
-        names = [plate.name for plate in self._log_joint.structure.subsampled]
-        return beta * self._log_joint(x, dict(zip(names, rows, strict=True)))
+
+def _tempered(log_joint: LogJoint, x: Tensor, beta: Tensor, *rows: Tensor) -> Tensor:
+    names = [plate.name for plate in log_joint.structure.subsampled]
+    return beta * log_joint(x, dict(zip(names, rows, strict=True)))

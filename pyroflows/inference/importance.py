@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from pyroflows.errors import ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow
 from pyroflows.flows.discrete.refusal import require_real
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
+from pyroflows.inference.component_labels import ComponentLabels
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.arguments import in_dtype, usable_arguments
+from pyroflows.models.arguments import in_dtype, require_arguments, require_own_seed, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.bijections import declared_bijection
 from pyroflows.models.fixed_supports import require_fixed_supports
@@ -30,6 +31,8 @@ from pyroflows.models.run import SiteValues
 from pyroflows.models.structure import ModelStructure
 from pyroflows.models.supports import has_declared_support
 from pyroflows.models.tracing import Model
+from pyroflows.options import checked_int
+from pyroflows.randomness import seeded
 from pyroflows.shapes import described
 
 # The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
@@ -39,13 +42,14 @@ BATCH_SIZE = 16_384
 Proposal = Callable[[int], tuple[SiteValues, Tensor]]
 
 
-@with_gradients
+@isolated
 @torch.no_grad()
 def importance_sample(
     model: Model,
     proposal: Callable[..., Any] | Flow | Posterior,
     *args: Any,
     num_samples: int = 10_000,
+    seed: int | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> WeightedDraws:
@@ -61,6 +65,8 @@ def importance_sample(
             :class:`pyroflows.Posterior`.
         args: arguments of model and guide.
         num_samples: number of draws, at least 1.
+        seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the global
+            generator. A model with an argument of this name gets it by position.
         progress_bar: whether to show one.
         kwargs: keyword arguments of model and guide.
 
@@ -68,7 +74,7 @@ def importance_sample(
         ModelError: if the sites of proposal and model differ, if the proposal is a point mass at a site, or if a plate
             is subsampled; names the site or plate.
         ShapeError: if a flow has another dimension than the model.
-        OptionError: if ``num_samples`` is not a positive integer.
+        OptionError: if ``num_samples`` is not a positive integer, or the model does not take these arguments.
 
     Example:
         >>> def model(y):
@@ -82,10 +88,19 @@ def importance_sample(
         >>> abs(error) < 4 * weighted.log_evidence_se
         True
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
+    num_samples = checked_int("num_samples", num_samples)
+    require_own_seed(seed, model, args)
+    require_arguments(model, args, kwargs)
+    with seeded(seed):
+        return _weighted_draws(model, proposal, args, kwargs, num_samples, progress_bar)
+
+
+def _weighted_draws(
+    model: Model, proposal: Any, args: Any, kwargs: Any, num_samples: int, progress_bar: bool
+) -> WeightedDraws:
+    labels = ComponentLabels()
     if isinstance(proposal, Posterior):
-        proposal = proposal.guide
+        labels, proposal = proposal.labels, proposal.guide
     dtype = proposal.dtype if isinstance(proposal, AutoFlow) else None
     model = in_dtype(model, dtype)
     args, kwargs = usable_arguments(model, args, kwargs, dtype)
@@ -122,7 +137,7 @@ def importance_sample(
             bar.update(num_draws)
     draws = {name: torch.cat(values) for name, values in parts.items()}
     _require_density(structure, draws, num_samples)
-    return WeightedDraws(draws, Weights.smoothed(torch.cat(log_weights)))
+    return WeightedDraws(draws, Weights.smoothed(torch.cat(log_weights)), structure, labels.updated(structure))
 
 
 def _proposal(proposal: Any, layout: Layout, args: Any, kwargs: Any) -> Proposal:

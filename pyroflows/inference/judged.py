@@ -1,18 +1,21 @@
 """A flow on the latents of a Pyro model, with the figures and the verdict that its draws give."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyroflows.errors import OptionError
+from pyroflows.exclusive import exclusive_property
 from pyroflows.flows import Recipe
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.approximation import Approximation
+from pyroflows.inference.component_labels import NO_LABELS, ComponentLabels
+from pyroflows.inference.outcome import Outcome
 from pyroflows.inference.search.starts import Starts
-from pyroflows.inference.summary import default_names, summary_table
+from pyroflows.inference.summary import Summary
 from pyroflows.inference.verdict.diagnosis import Diagnosis
 from pyroflows.inference.verdict.draws import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws
 from pyroflows.inference.verdict.figures import Estimate
@@ -43,6 +46,8 @@ class JudgedApproximation(Approximation):
         compile: str = "auto",
         log_joint: LogJoint | None = None,
         draws: DiagnosticDraws | None = None,
+        outcome: Outcome | None = None,
+        labels: ComponentLabels = NO_LABELS,
     ) -> None:
         if num_diagnostic_samples < 100:
             raise OptionError(f"num_diagnostic_samples must be at least 100, got {num_diagnostic_samples}")
@@ -50,16 +55,29 @@ class JudgedApproximation(Approximation):
         self.history = history
         self.starts = starts
         self.num_diagnostic_samples = num_diagnostic_samples
+        self.outcome = outcome
+        self.labels = labels.updated(self.structure)
         if draws is not None:
             self._diagnostics = draws
 
     @property
     def is_gaussian(self) -> bool:
         """Whether a Gaussian, or one at each mode, was enough, so that no flow was trained."""
-        return not self.history and self.guide.flow_fn == Recipe("Gaussian")
+        is_complete = self.outcome is None or self.outcome.is_complete
+        return is_complete and not self.history and self.guide.flow_fn == Recipe("Gaussian")
 
-    @cached_property
-    @with_gradients
+    @property
+    def coords(self) -> dict[str, tuple[Any, ...]]:
+        """The labels of the entries of dimensions, by dimension."""
+        return dict(self.labels.coords)
+
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """The names of the dimensions, by site, of sites that are in plates, or whose dimensions were named."""
+        return {**self.labels.plates, **self.labels.dims}
+
+    @exclusive_property
+    @isolated
     def _diagnostics(self) -> DiagnosticDraws:
         self._require_full_plates()
         return DiagnosticDraws.drawn(self._flow(), self.log_joint, self.num_diagnostic_samples)
@@ -95,39 +113,77 @@ class JudgedApproximation(Approximation):
         """Standard error of the log evidence, in nats."""
         return self._diagnostics.weights.log_evidence_se
 
+    @isolated
     def diagnose(self) -> Diagnosis:
         """Judge whether the draws can be used as they are, need to be corrected, or should not be used.
 
+        The verdict is computed at the first use, from ``num_diagnostic_samples`` draws with a seed of their own, so
+        that it is the same each time. What follows from each verdict stands among its reasons.
+
+        Returns:
+            The :class:`pyroflows.Diagnosis`: ``verdict`` is "good", "correct it" or "do not use", ``reasons`` are
+            sentences that say why and what to do, and the other attributes are the figures behind them.
+
         Raises:
             ModelError: if a plate is subsampled.
+
+        Example:
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            >>> diagnosis = pf.FlowVI(model, seed=0, progress_bar=False).run(torch.tensor(1.0)).diagnose()
+            >>> diagnosis.verdict, diagnosis.khat < diagnosis.khat_threshold
+            ('good', True)
         """
-        return self._diagnostics.diagnosis(self._flow, self.history, self.starts)
+        diagnosis = self._diagnostics.diagnosis(self._flow, self.history, self.starts)
+        if self.outcome is None or self.outcome.is_complete:
+            return diagnosis
+        how = self.outcome.in_words(self.history.num_steps)
+        reason = f"the fit was {how}: this is the verdict on what it had found by then"
+        return replace(diagnosis, reasons=(reason, *diagnosis.reasons))
 
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
-        """Tabulate mean, standard deviation and quantiles of every component of uncorrected draws, with pandas.
+        r"""Tabulate every component of uncorrected draws, with pandas.
+
+        The columns are the mean; the standard deviation; ``mcse``, the Monte Carlo standard error of the mean,
+        :math:`s / \sqrt S` for S draws, which says nothing of how far the flow is from the posterior; the quantiles
+        5 %, 50 % and 95 %; and the ends ``hdi_5%`` and ``hdi_95%`` of the highest-density interval, the shortest one
+        that holds 90 % of the draws, as many as lie between the outer quantiles (ArviZ's own default is 94 %).
 
         Entries of masked latents that have no posterior are left out. The mean of an angle is its mean direction.
 
         Args:
             var_names: sites to show; None for all, except deterministic sites in plates without latents, which have a
                 value for each observation, and sites with ``obs_mask``, whose missing values are a latent's.
+
+        Raises:
+            OptionError: if there is no such site.
         """
+        return self._summary().table(var_names)
+
+    @isolated
+    def _summary(self) -> Summary:
         with seeded(1):
             draws = self.sample(self.num_diagnostic_samples)
-        names = default_names(self.structure) if var_names is None else var_names
-        return summary_table(draws, names, self.structure.kept, self.layout.centers)
+        return Summary(draws, self.structure, self.labels)
 
     def __repr__(self) -> str:
-        table = self.summary().round(3).to_string(max_rows=60)
+        lines = [str(self._summary()), "", *self._fit_in_words()]
         if self.structure.subsampled:
             names = ", ".join(p.name for p in self.structure.subsampled)
-            return f"{table}\n\nno verdict: plate {names} is subsampled, see Posterior.with_data"
+            return "\n".join([*lines, f"no verdict: plate {names} is subsampled, see Posterior.with_data"])
         log_evidence = Estimate(self.log_evidence, self.log_evidence_se)
+        figures = f"{self._elbo_in_words()}, log evidence {log_evidence.in_words(3)}"
+        return "\n".join([*lines, figures, str(self.diagnose())])
+
+    def _fit_in_words(self) -> list[str]:
+        """A line on how the fit went, if anything is known of it."""
         each = " at each mode" if len(self._flow.components) > 1 else ""
-        trained = f"a Gaussian{each} was enough, so that no flow was trained\n" if self.is_gaussian else ""
-        return (
-            f"{table}\n\n{trained}{self._elbo_in_words()}, log evidence {log_evidence.in_words(3)}\n{self.diagnose()}"
-        )
+        enough = [f"a Gaussian{each} was enough, so that no flow was trained"] if self.is_gaussian else []
+        how = [] if self.outcome is None else [self.outcome.in_words(self.history.num_steps)]
+        if how and self.history and len(self._flow.components) > 1:
+            how[0] += f" of the first of {len(self._flow.components)} flows"
+        return ["; ".join([*how, *enough])] if how or enough else []
 
     def _elbo_in_words(self) -> str:
         outside = self._diagnostics.raw_log_weights == -torch.inf

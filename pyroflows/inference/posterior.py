@@ -1,26 +1,31 @@
 """The result of a fit: a posterior that samples, scores, judges and corrects itself."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pyroflows import plots
-from pyroflows.errors import OptionError
+from pyroflows.errors import OptionError, each_said_once
 from pyroflows.fitting import DensityFit, Distillation, MatchingFit
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference import files, refit
-from pyroflows.inference.arviz import plot_pairs
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
 from pyroflows.inference.export import arviz_data
 from pyroflows.inference.judged import JudgedApproximation
 from pyroflows.inference.mcmc import Chains
-from pyroflows.inference.mcmc.sampling import sample_latents
+from pyroflows.inference.mcmc.hmc import TOO_FEW
+from pyroflows.inference.mcmc.sampling import LatentChains, sample_latents
+from pyroflows.inference.pairs import NUM_DRAWS, plot_pairs
 from pyroflows.inference.search.starts import Starts
+from pyroflows.inference.summary import Summary
 from pyroflows.inference.weights import WeightedDraws, Weights
+from pyroflows.interruption import keeping
+from pyroflows.models.arguments import require_arguments
 from pyroflows.models.structure import model_parameters
 from pyroflows.options import kind
 from pyroflows.randomness import seeded
@@ -42,6 +47,8 @@ class Posterior(JudgedApproximation):
         compile: how the log joint is compiled for chains, as for :class:`FlowVI`.
         log_joint: the log joint of the model with these arguments, if a fit has made it; None to make it when needed.
         draws: the draws behind the figures, if a fit has made them; None to make them when needed.
+        outcome: how the fit ended; None if it is not known.
+        labels: the names of dimensions and the labels along them, of which those are kept that fit the model.
 
     Attributes:
         refitted: the result of :meth:`distill` or :meth:`fit_proposal`, if one of them fitted the guide; it holds the
@@ -65,27 +72,42 @@ class Posterior(JudgedApproximation):
 
     refitted: Distillation | DensityFit | MatchingFit | None = None
 
-    @with_gradients
+    @isolated
     def with_data(self, *args: Any, **kwargs: Any) -> "Posterior":
         """The same flow as the posterior at other arguments of the model, for instance without subsampling.
+
+        Labels of a dimension whose number of entries changes are left out.
 
         Args:
             args: the model's arguments, for which it must have the same latents.
             kwargs: the model's keyword arguments.
 
         Raises:
+            OptionError: if the model does not take these arguments.
             ModelError: if the model has other latents at these arguments.
         """
+        require_arguments(self.model, args, kwargs)
         return Posterior(
-            self.model, self.guide, args, kwargs, self.history, self.starts, self.num_diagnostic_samples, self._compile
+            self.model,
+            self.guide,
+            args,
+            kwargs,
+            self.history,
+            self.starts,
+            self.num_diagnostic_samples,
+            self._compile,
+            outcome=self.outcome,
+            labels=self.labels,
         )
 
-    @with_gradients
-    def importance_sample(self, num_samples: int) -> WeightedDraws:
+    @isolated
+    def importance_sample(self, num_samples: int, seed: int | None = None) -> WeightedDraws:
         """Draw from the flow and weight the draws by Pareto-smoothed importance weights.
 
         Args:
             num_samples: number of draws, at least 1.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator.
 
         Raises:
             OptionError: if ``num_samples`` is not a positive integer.
@@ -101,11 +123,12 @@ class Posterior(JudgedApproximation):
             (torch.Size([1000]), torch.Size([1000]))
         """
         self._require_full_plates()
-        latents, log_q = self._latents(num_samples)
-        weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
-        return WeightedDraws(self._sites(latents), weights)
+        with seeded(seed):
+            latents, log_q = self._latents(num_samples)
+            weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
+            return WeightedDraws(self._sites(latents), weights, self.structure, self.labels)
 
-    @with_gradients
+    @isolated
     def distill(self, flow_fn: FlowFn | None = None, **options: Any) -> "Posterior":
         """Distill the flow into another one, for instance a slow sampler into a quick one.
 
@@ -118,6 +141,8 @@ class Posterior(JudgedApproximation):
         Raises:
             OptionError: for an option outside its range, or a student whose draws carry no gradients.
             DivergedError: if the loss stays non-finite.
+            FitInterrupted: if the fit is interrupted, such as by Ctrl-C; its ``result`` is the new posterior with the
+                best state so far.
 
         Example:
             >>> def model(y):
@@ -129,10 +154,10 @@ class Posterior(JudgedApproximation):
             >>> fast.sample(5)["mu"].shape
             torch.Size([5, 2])
         """
-        guide, found = refit.distilled_guide(self.model, self.guide, flow_fn, self._args, self._kwargs, options)
-        return self._with_guide(guide, self.starts, found)
+        make = partial(self._with_guide, self.starts)
+        return refit.distilled(make, self.model, self.guide, flow_fn, self._args, self._kwargs, options)
 
-    @with_gradients
+    @isolated
     def fit_proposal(
         self,
         flow_fn: FlowFn | None = None,
@@ -165,15 +190,17 @@ class Posterior(JudgedApproximation):
         Raises:
             OptionError: for an option outside its range.
             ModelError: if a plate is subsampled.
+            FitInterrupted: if the fit is interrupted, such as by Ctrl-C; its ``result`` is the new posterior with the
+                best state so far.
         """
         self._require_full_plates()
         with seeded(seed):
             latents, weights = self._weighted_latents(num_samples) if chains is None else self._latents_of(chains)
-            guide, found = refit.weighted_guide(
-                self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, method, options
+            # The new flow covers those modes that the draws have visited; the modes of the first fit say nothing of it.
+            make = partial(self._with_guide, None)
+            return refit.weighted(
+                make, self.model, self.guide, flow_fn, latents, weights, self._args, self._kwargs, method, options
             )
-        # The new flow covers those modes that the draws have visited, so the modes of the first fit say nothing of it.
-        return self._with_guide(guide, None, found)
 
     def _weighted_latents(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Draw unconstrained vectors ``(S, dim)`` from the flow, with smoothed weights ``(S,)`` that sum to one."""
@@ -192,7 +219,7 @@ class Posterior(JudgedApproximation):
         return latents, counts.to(latents)
 
     def _with_guide(
-        self, guide: AutoFlow, starts: Starts | None, found: Distillation | DensityFit | MatchingFit
+        self, starts: Starts | None, guide: AutoFlow, found: Distillation | DensityFit | MatchingFit
     ) -> "Posterior":
         made = Posterior(
             self.model,
@@ -204,11 +231,12 @@ class Posterior(JudgedApproximation):
             self.num_diagnostic_samples,
             self._compile,
             self.log_joint,
+            labels=self.labels,
         )
         made.refitted = found
         return made
 
-    @with_gradients
+    @isolated
     def mcmc(
         self,
         num_samples: int = 250,
@@ -238,16 +266,29 @@ class Posterior(JudgedApproximation):
         Raises:
             OptionError: for an option outside its range.
             ModelError: if a plate is subsampled, or if the log joint is finite at next to no draws from the flow.
+            FitInterrupted: if the chains are interrupted, such as by Ctrl-C; its ``result`` holds the draws so far, if
+                they are at least 4 of each chain, and otherwise is None. Of "nuts" these are the chains that are
+                complete, or the first one.
         """
         self._require_full_plates()
-        found = sample_latents(
-            self._flow, self.log_joint, method, num_samples, num_chains, num_warmup, seed, progress_bar
-        )
+        latents: LatentChains | None = None
+
+        def found(interrupted: LatentChains | None = None) -> Chains | None:
+            drawn = latents if interrupted is None else interrupted
+            return None if drawn is None else self._chains(drawn, method)
+
+        with keeping("mcmc", found, TOO_FEW):
+            latents = sample_latents(
+                self._flow, self.log_joint, method, num_samples, num_chains, num_warmup, seed, progress_bar
+            )
+            return self._chains(latents, method)
+
+    def _chains(self, found: LatentChains, method: str) -> Chains:
         sites = self._sites(found.latents.flatten(0, 1))
         draws = {name: value.unflatten(0, found.latents.shape[:2]) for name, value in sites.items()}
-        return Chains(draws, found.stats, method, self.structure, self.log_joint.batched)
+        return Chains(draws, found.stats, method, self.structure, self.log_joint.batched, self.labels)
 
-    @with_gradients
+    @isolated
     def bridge_sample(
         self, num_samples: int = 10_000, num_warmup: int = 300, seed: int | None = None, progress_bar: bool = True
     ) -> BridgeEstimate:
@@ -267,11 +308,13 @@ class Posterior(JudgedApproximation):
         Raises:
             OptionError: for an option outside its range.
             ModelError: if a plate is subsampled, or if the log joint is finite at next to no draws from the flow.
+            FitInterrupted: if the chains are interrupted, such as by Ctrl-C; its ``result`` is the estimate by the
+                draws so far, if they are at least 100 of each chain, and otherwise None.
         """
         self._require_full_plates()
         return bridge_estimate(self._flow, self.log_joint, num_samples, num_warmup, seed, progress_bar)
 
-    @with_gradients
+    @isolated
     def to_arviz(
         self,
         num_samples: int = 1000,
@@ -280,40 +323,49 @@ class Posterior(JudgedApproximation):
         prior: bool = True,
         coords: Mapping[str, Sequence[Any]] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
+        seed: int | None = None,
     ) -> Any:
         """Convert one chain of draws from the flow to ArviZ data: InferenceData (ArviZ 0.x) or DataTree (1.x).
 
         ``sample_stats`` holds ``lp`` and ``log_q`` in the unconstrained space, and ``log_weight``. R-hat means nothing
-        here: the draws are independent, whether or not the flow fits.
+        here: the draws are independent, whether or not the flow fits. What cannot be drawn or scored is left out, and
+        one warning says which site of which group, and why.
 
         Args:
             num_samples: number of draws, at least 1.
             log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
             posterior_predictive: whether to add posterior predictive draws.
             prior: whether to add prior and prior predictive draws.
-            coords: coordinates by dimension.
-            dims: dimension names by site; a dimension of a plate has the plate's name by default.
+            coords: labels by dimension, in place of those of the fit.
+            dims: names of dimensions by site, in place of those of the fit.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator.
 
         Raises:
             ModelError: if a plate is subsampled.
+            OptionError: if ``coords`` or ``dims`` name what does not exist, or give a wrong number of labels.
         """
         self._require_full_plates()
-        latents, log_q = self._latents(num_samples)
-        log_p = self.log_joint.in_chunks(latents)
-        return arviz_data(
-            self._sites(latents),
-            self.structure,
-            self.log_joint.batched,
-            sample_stats={"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q},
-            log_likelihood=log_likelihood,
-            posterior_predictive=posterior_predictive,
-            prior=prior,
-            coords=coords,
-            dims=dims,
-        )
+        labels = self.labels.updated(self.structure, coords, dims)
+        with seeded(seed), each_said_once(self.log_joint.batched.said):
+            latents, log_q = self._latents(num_samples)
+            log_p = self.log_joint.in_chunks(latents)
+            return arviz_data(
+                self._sites(latents),
+                self.structure,
+                self.log_joint.batched,
+                sample_stats={"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q},
+                log_likelihood=log_likelihood,
+                posterior_predictive=posterior_predictive,
+                prior=prior,
+                coords=labels.coords,
+                dims=labels.dims,
+            )
 
     def plot_training(self) -> Any:
         """Plot the ELBO and the variance of the log weights over the steps, as a matplotlib figure.
+
+        Where a flow was trained at each of several modes, these are the steps of the first.
 
         Raises:
             PlotError: if matplotlib is not installed, or no flow was trained on the model.
@@ -323,40 +375,41 @@ class Posterior(JudgedApproximation):
     def plot_pairs(
         self,
         var_names: Sequence[str] | None = None,
-        coords: Mapping[str, Sequence[Any]] | None = None,
-        num_samples: int = 2000,
+        coords: Mapping[str, Any] | None = None,
+        num_samples: int = NUM_DRAWS,
         **kwargs: Any,
     ) -> Any:
-        """Plot marginals and pairs of two to six components, by ArviZ; the figure has ``savefig``.
+        """Plot marginals and pairs of up to six components, by ArviZ; the figure has ``savefig``.
+
+        Without ``var_names`` and ``coords`` these are the first six, scalar sites before others; the title says what is
+        left out. Of a single component there is the marginal.
 
         Args:
-            var_names: sites to show; None for all.
-            coords: labels to show by dimension; plates are dimensions, whose rows are numbered.
+            var_names: sites to show; None for those that :meth:`summary` shows.
+            coords: labels to show by dimension, one or a list of them; plates are dimensions, whose rows are numbered
+                where they have no labels.
             num_samples: number of draws, at least 1.
-            kwargs: further options of ArviZ's ``plot_pair``.
+            kwargs: further options of ArviZ's ``plot_pair``, or ``plot_dist`` for a single component.
 
         Raises:
             PlotError: if matplotlib is not installed.
-            ValueError: if there are fewer than two components to show, or more than six.
+            OptionError: if there is no such site, dimension or label, or if more than six components were chosen.
         """
         plots.require_matplotlib()
-        data = arviz_data(
-            self.sample(num_samples),
-            self.structure,
-            self.log_joint.batched,
-            log_likelihood=False,
-            posterior_predictive=False,
-            prior=False,
-        )
-        return plot_pairs(data, var_names, coords, **kwargs)
+        return plot_pairs(Summary(self.sample(num_samples), self.structure, self.labels), var_names, coords, **kwargs)
 
     def save(self, path: str | Path) -> None:
-        """Write the flow, the model's parameters, the history and the search for modes to a safetensors file.
+        """Write the flow, the latents and parameters of the model, and what is known of the fit to a safetensors file.
 
-        :func:`pyroflows.load_posterior` reads the file.
+        :func:`pyroflows.load_posterior` reads the file. It takes the place of an older one only once it is complete.
+        Labels that are neither strings nor numbers, such as dates, are written as strings.
 
         Raises:
-            CheckpointError: if the file cannot be written.
+            CheckpointError: if the file cannot be written, or the path is that of a directory or a device.
         """
         parameters = model_parameters(self.structure, self._model, self._args, self._kwargs, self._init_fn)
-        files.save(self.guide, parameters, self.history, self.starts, path)
+        # The verdict is not worth new draws, which cost more than all the rest.
+        verdict = str(self.diagnose()) if "_diagnostics" in vars(self) else None
+        files.save(
+            self.guide, self.structure, parameters, self.history, self.starts, verdict, self.outcome, self.labels, path
+        )

@@ -15,7 +15,7 @@ from pyroflows.guides import AutoFlow
 from pyroflows.inference.search.circles import find_centers, require_no_flat_angles
 from pyroflows.inference.search.initial import finite_center, require_finite
 from pyroflows.models.arguments import bound_arguments
-from pyroflows.models.batching import NUM_EXAMPLES
+from pyroflows.models.batching import NUM_EXAMPLES, NUM_FAR
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.proper import require_proper
@@ -77,6 +77,9 @@ def _log_joint(model: Model, args: Any, kwargs: Any, layout: Layout, center: Ten
     with seeded(0):
         examples = center + 0.1 * torch.randn((NUM_EXAMPLES, layout.dim)).to(center)
         examples[0] = center
+        # Opposite points with other scales, since code may take one branch for all draws of a batch that lie close.
+        steps = torch.linspace(1, 3, NUM_FAR // 2)[:, None] * torch.randn((NUM_FAR // 2, layout.dim))
+        examples = torch.cat([examples, center + torch.cat([steps, -steps]).to(center)])
     log_joint = LogJoint(model, args, kwargs, layout, examples, Compiler(compile))
     if log_joint.batched.mode == "loop" and not layout.structure.reads_values:
         # Code that reads values through numpy goes unnoticed, but neither a plate nor vmap can run it.

@@ -1,7 +1,7 @@
 """Fit another guide to a posterior: one that is quicker to sample, or one that covers more."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,19 +11,29 @@ from pyroflows.fitting.methods import fit_method, require_options
 from pyroflows.flows import Flow, Recipe
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
+from pyroflows.interruption import keeping
 from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded
 
 NUM_CORRELATION_DRAWS = 4000
 PATIENCE = 5
 
+T = TypeVar("T")
 
-def distilled_guide(
-    model: Model, teacher: AutoFlow, flow_fn: FlowFn | None, args: Any, kwargs: Any, options: Mapping[str, Any]
-) -> tuple[AutoFlow, Distillation]:
+
+def distilled(
+    make: Callable[[AutoFlow, Distillation], T],
+    model: Model,
+    teacher: AutoFlow,
+    flow_fn: FlowFn | None,
+    args: Any,
+    kwargs: Any,
+    options: Mapping[str, Any],
+) -> T:
     """Make a guide of the model, and distill the flow of another guide into its flow.
 
     Args:
+        make: a function from the guide and the distillation to the result, also if the fit is interrupted.
         model: the Pyro model.
         teacher: the guide whose flow is distilled.
         flow_fn: ``latent_dim -> flow``; None for the default recipe.
@@ -38,10 +48,12 @@ def distilled_guide(
             draws = flow().sample((NUM_CORRELATION_DRAWS,))
         guide = _guide_like(teacher, model, flow_fn)
         student = _start_near(guide, draws, torch.ones_like(draws[:, 0]), args, kwargs)
-    return guide, distill(student, flow, **options)
+    with keeping("the fit", lambda found: found and make(guide, found), "a student in training"):
+        return make(guide, distill(student, flow, **options))
 
 
-def weighted_guide(
+def weighted(
+    make: Callable[[AutoFlow, DensityFit | MatchingFit], T],
     model: Model,
     proposal: AutoFlow,
     flow_fn: FlowFn | None,
@@ -51,10 +63,11 @@ def weighted_guide(
     kwargs: Any,
     method: str,
     options: Mapping[str, Any],
-) -> tuple[AutoFlow, DensityFit | MatchingFit]:
+) -> T:
     """Make a guide of the model, and fit its flow to weighted draws.
 
     Args:
+        make: a function from the guide and the fit to the result, also if the fit is interrupted.
         model: the Pyro model.
         proposal: the guide from which the draws are.
         flow_fn: ``latent_dim -> flow``; None for a MAF, or a spline for a single latent.
@@ -72,16 +85,17 @@ def weighted_guide(
     last = flow.transform.layers[-1]
     # Flow matching trains a continuous layer alone, in the coordinates that the last layer gives it.
     last.requires_grad_(False)
-    try:
-        fit = fit_method(flow, method)
-        require_options(fit, options)
-        if fit is fit_density:
+    with keeping("the fit", lambda found: found and make(guide, found), "a flow in training"):
+        try:
+            fit = fit_method(flow, method)
+            require_options(fit, options)
+            if fit is fit_density:
+                last.requires_grad_(True)
+                options = {"patience": PATIENCE, **options}
+            found = fit(flow, latents, weights=weights, **options)
+        finally:
             last.requires_grad_(True)
-            options = {"patience": PATIENCE, **options}
-        found = fit(flow, latents, weights=weights, **options)
-    finally:
-        last.requires_grad_(True)
-    return guide, found
+        return make(guide, found)
 
 
 def _guide_like(other: AutoFlow, model: Model, flow_fn: FlowFn | None) -> AutoFlow:

@@ -1,34 +1,41 @@
 """Variational inference by reverse KL, from a model to a posterior: a Gaussian where it is enough, else a flow."""
 
 import copy
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
-from pyroflows.errors import DivergedError, OptionError, warn
+from pyroflows.errors import DivergedError, FitInterrupted, OptionError, each_said_once, warn
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
+from pyroflows.inference.component_labels import ComponentLabels, Coords, Dims
 from pyroflows.inference.elbo import ModelELBO, Tempering
-from pyroflows.inference.files import load
+from pyroflows.inference.fit_progress import FitProgress
+from pyroflows.inference.guide_option import check_guide
+from pyroflows.inference.outcome import Ending, Outcome
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.preparation import init_at, prepared
-from pyroflows.inference.search.starts import find_start, further_points, starting_points
-from pyroflows.models.arguments import in_dtype, usable_arguments
+from pyroflows.inference.search.gaussians import GaussianApproximation
+from pyroflows.inference.search.starts import Starts, find_start, further_points, starting_points
+from pyroflows.inference.so_far import FitSoFar
+from pyroflows.models.arguments import in_dtype, require_arguments, unwritten, usable_arguments
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import require_dtype
 from pyroflows.models.structure import describe, model_parameters
 from pyroflows.models.tracing import Model
+from pyroflows.options import checked_int
 from pyroflows.randomness import seeded
+from pyroflows.shapes import counted
 from pyroflows.training.history import History
-from pyroflows.training.loop import OptimizerLike, Trainer
+from pyroflows.training.loop import OptimizerLike, Trainer, ends_training
 from pyroflows.training.schedules import Plateau
 
 NUM_PARTICLES = 128
@@ -42,6 +49,8 @@ MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
 NUM_TEMPERED_STEPS = 500
 # A fit in float32 is repeated in float64 if more than this share of its draws lies on an edge of their support.
 MAX_SHARE_AT_EDGES, NUM_EDGE_DRAWS = 0.01, 1000
+
+Callback: TypeAlias = Callable[[History, Posterior], bool | None]
 
 
 class FlowVI:
@@ -57,8 +66,8 @@ class FlowVI:
 
     Args:
         model: a Pyro model whose latents are continuous and the same in every run.
-        guide: a flow guide; or a recipe or another function ``latent_dim -> flow``, as for
-            :class:`pyroflows.guides.AutoFlow`; or None for the default.
+        guide: a flow guide; or a flow class, such as :class:`pyroflows.flows.NSF`, a recipe or another function
+            ``latent_dim -> flow``, as for :class:`pyroflows.guides.AutoFlow`; or None for the default.
         num_steps: number of training steps; None for as many as it takes.
         num_particles: number of draws a step; None for 128.
         estimator: the gradient estimator, one of :mod:`pyroflows.fitting.estimators`: "total", "path", "iwae", "dreg"
@@ -80,9 +89,22 @@ class FlowVI:
             find several modes, and to leave a poor one.
         dtype: dtype in which the flow and the model run; None for that of the model's latents. A fit in float32 that
             diverges, or has many draws on an edge of their support, is then repeated in float64, with a warning.
+        callback: a function of the history of the training and of the posterior so far, which is called once in 50
+            steps: to log, or to look at the convergence. The posterior is a copy, which training leaves alone; its
+            figures are computed when they are asked for. The fit ends if the function returns False. Where several
+            flows are trained, one after the other, each has a history of its own, and the posterior is that of all.
+        coords: labels by dimension, such as ``{"school": names}``, which tables, pictures and ArviZ data show. The name
+            of a plate is that of its dimension.
+        dims: names of the dimensions of sites from the left, such as ``{"weight": ["feature"]}``, where a plate does
+            not name them.
         seed: seed that makes the run reproducible and leaves the global generator as it was; None to use the global
             generator.
-        progress_bar: whether to show the ELBO while training.
+        progress_bar: whether to show what the fit does: the search for modes, each training with its ELBO, and how
+            long the rest takes where that is known.
+
+    Attributes:
+        posterior: the posterior of the last run, also if that was interrupted or diverged: it is then that of the best
+            state so far. None if there was none yet.
 
     Raises:
         OptionError: for an option outside its range.
@@ -111,19 +133,24 @@ class FlowVI:
         gate: bool = True,
         temper: float | None = None,
         dtype: torch.dtype | None = None,
+        callback: Callback | None = None,
+        coords: Coords | None = None,
+        dims: Dims | None = None,
         seed: int | None = None,
         progress_bar: bool = True,
     ) -> None:
         if not callable(model):
             raise OptionError(f"model must be a function with pyro.sample statements, got {type(model).__name__}")
-        for name, value in (("num_particles", num_particles), ("num_steps", num_steps), ("num_starts", num_starts)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise OptionError(f"{name} must be positive and an integer, got {value!r}")
+        num_steps = None if num_steps is None else checked_int("num_steps", num_steps)
+        num_starts = None if num_starts is None else checked_int("num_starts", num_starts)
+        num_particles = NUM_PARTICLES if num_particles is None else checked_int("num_particles", num_particles)
         if not isinstance(gate, bool):
             raise OptionError(f"gate must be True or False, got {gate!r}")
         if estimator != "auto" and estimator not in ESTIMATORS:
             raise OptionError(f"estimator must be one of {['auto', *ESTIMATORS]}, got {estimator!r}")
-        _check_guide(guide)
+        if callback is not None and not callable(callback):
+            raise OptionError(f"callback must be a function of the history and the posterior, got {callback!r}")
+        check_guide(guide)
         if temper is not None and not 0 < temper < 1:
             raise OptionError(f"temper must be an inverse temperature between 0 and 1, got {temper}")
         if estimator == "vargrad" and num_particles == 1:
@@ -134,7 +161,7 @@ class FlowVI:
         self.model = model
         self.guide = guide
         self.num_steps = num_steps
-        self.num_particles = NUM_PARTICLES if num_particles is None else num_particles
+        self.num_particles = num_particles
         self.estimator = ESTIMATORS["path" if estimator == "auto" else estimator]
         self.optimizer = optimizer
         self.compile = Compiler(compile).mode
@@ -142,16 +169,29 @@ class FlowVI:
         self.gate = gate
         self.temper = temper
         self.dtype = dtype
+        self.callback = callback
+        self.coords = coords
+        self.dims = dims
+        self.posterior: Posterior | None = None
         self.seed = seed
         self.progress_bar = progress_bar
 
-    @with_gradients
+    @isolated
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         """Fit to the model's arguments.
 
         NumPy arrays, pandas data and lists of numbers become tensors, if the model does not run with them as they are;
-        floating numbers then get the dtype of the fit. Torch's modes for gradients and casts around the call do not
+        floating numbers then get the dtype of the fit. The fit runs on the device of the model's latents, which is that
+        of the tensors from which their priors are made. Torch's modes for gradients and casts around the call do not
         matter.
+
+        Args:
+            args: the positional arguments of the model, such as inputs and data.
+            kwargs: the keyword arguments of the model.
+
+        Returns:
+            The posterior, which samples, scores, judges and corrects itself; ``print`` it for a table, the evidence and
+            the verdict. It is also the attribute :attr:`posterior`.
 
         Raises:
             UntraceableError: if ``compile`` is "trace" or "inductor", and the model cannot be compiled.
@@ -159,9 +199,18 @@ class FlowVI:
             DataError: if observed values are NaN, or an argument holds something other than finite numbers where it
                 matters; names the site or the argument.
             DivergedError: if the fit diverges, also in float64 where neither ``dtype`` nor a guide of the model is
-                given; the guide keeps its last good state.
-            OptionError: if the guide holds a mixture of flows, which a fit with several modes leaves in it.
+                given; the guide keeps its last good state, and the exception's ``result`` and :attr:`posterior` are the
+                posterior with it.
+            FitInterrupted: if the fit is interrupted, such as by Ctrl-C; its ``result`` and :attr:`posterior` are the
+                posterior of the best state so far, with its verdict.
+            OptionError: if the model does not take these arguments, ``coords`` or ``dims`` do not fit it, or the guide
+                holds a mixture of flows, which a fit with several modes leaves in it.
         """
+        with each_said_once(set()):
+            return self._run_with_care(args, kwargs)
+
+    def _run_with_care(self, args: Any, kwargs: Any) -> Posterior:
+        """Fit, and again in float64 where float32 is too coarse."""
         if self.dtype is not None or isinstance(self.guide, AutoFlow):
             return self._seeded_run(args, kwargs)
         try:
@@ -175,9 +224,18 @@ class FlowVI:
         precise = self._run_in_float64(args, kwargs, found) if found else None
         return posterior if precise is None else precise
 
-    def _seeded_run(self, args: Any, kwargs: Any) -> Posterior:
-        with seeded(self.seed):
-            return self._run(args, kwargs)
+    def _seeded_run(self, args: Any, kwargs: Any, prefix: str = "") -> Posterior:
+        self.posterior = None
+        with seeded(self.seed), FitProgress(self.progress_bar, prefix) as progress:
+            progress.say("describing the model")
+            try:
+                return self._run(args, kwargs, progress)
+            except KeyboardInterrupt as error:
+                if isinstance(error, FitInterrupted):
+                    raise
+                raise FitInterrupted(
+                    "the fit was interrupted while it described the model: there is no posterior"
+                ) from None
 
     def _run_in_float64(self, args: Any, kwargs: Any, reason: str) -> Posterior | None:
         """Repeat a fit in float64 with a warning; None if the model is not in float32, or float64 fails."""
@@ -187,70 +245,121 @@ class FlowVI:
         precise = copy.copy(self)
         precise.dtype = torch.float64
         try:
-            posterior = precise._seeded_run(args, kwargs)
+            posterior = precise._seeded_run(args, kwargs, "in float64: ")
         except Exception:  # a model may not run in float64, for instance with modules in float32
             return None
         warn(f"{reason}, and was repeated in float64; dtype=torch.float64 does so at once")
+        self.posterior = posterior
         return posterior
 
-    def _run(self, args: Any, kwargs: Any) -> Posterior:
+    def _run(self, args: Any, kwargs: Any, progress: FitProgress) -> Posterior:
+        started = time.perf_counter()
         guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
+        require_arguments(self.model, args, kwargs)
         args, kwargs = usable_arguments(in_dtype(self.model, guide.dtype), args, kwargs, guide.dtype)
-        # A call of the guide would also put the flow's parameters into Pyro's store.
-        guide._setup_prototype(*args, **kwargs)
+        with unwritten(self.model, args, kwargs):
+            # A call of the guide would also put the flow's parameters into Pyro's store.
+            guide._setup_prototype(*args, **kwargs)
+        assert guide.structure is not None
+        labels = ComponentLabels.of(guide.structure, self.coords, self.dims)
         model, has_own_guide = in_dtype(self.model, guide.dtype), isinstance(self.guide, AutoFlow)
         log_joint, center = prepared(model, guide, args, kwargs, self.compile, may_move=not has_own_guide)
-        layout = log_joint.layout
-        own = list(model_parameters(layout.structure, model, args, kwargs, init_at(layout, center)).values())
-        train = partial(self._train, log_joint=log_joint, own=own)
-        posterior = partial(Posterior, self.model, guide, args, kwargs, compile=self.compile, log_joint=log_joint)
-        if has_own_guide:
-            return posterior(history=self._train_guide(guide, train))
+        make_posterior = partial(
+            Posterior, self.model, args=args, kwargs=kwargs, compile=self.compile, log_joint=log_joint, labels=labels
+        )
+
+        def make(guide: AutoFlow, ending: Ending, **found: Any) -> Posterior:
+            return make_posterior(guide, outcome=Outcome(time.perf_counter() - started, ending), **found)
+
+        own = model_parameters(log_joint.structure, model, args, kwargs, init_at(log_joint.layout, center))
+        so_far = FitSoFar(make, guide, log_joint, center, list(own.values()))
+        try:
+            fitted = (
+                self._fit_guide(so_far, progress) if has_own_guide else self._fit(so_far, progress, model, args, kwargs)
+            )
+        except KeyboardInterrupt:
+            self.posterior = so_far.posterior("interrupted")
+            raise FitInterrupted(
+                "the fit was interrupted; the posterior of the best state so far is the attribute posterior of the "
+                "FlowVI, and the attribute result of this exception",
+                self.posterior,
+            ) from None
+        except DivergedError as error:
+            self.posterior = error.result = so_far.posterior("diverged")
+            raise
+        guide.hold(fitted.flow, fitted.candidate.flow_fn)
+        progress.done(fitted)
+        draws = vars(fitted).get("draws")  # which exist where candidates were compared
+        ending: Ending = "ended by the callback" if so_far.is_ended else "fitted"
+        self.posterior = make(guide, ending, history=fitted.history, starts=fitted.found, draws=draws)
+        return self.posterior
+
+    def _fit_guide(self, so_far: FitSoFar, progress: FitProgress) -> FittedCandidate:
+        """Train a guide of the user's from its present state."""
+        guide, log_joint = so_far.guide, so_far.log_joint
+        assert guide.flow is not None
+        flow, candidate = guide.flow, Candidate(guide.flow_fn, ())
+
+        def as_it_is(history: History) -> FittedCandidate:
+            return FittedCandidate(candidate, flow, history, log_joint, None)
+
+        return as_it_is(self._train(flow, as_it_is, so_far, progress))
+
+    def _fit(self, so_far: FitSoFar, progress: FitProgress, model: Model, args: Any, kwargs: Any) -> FittedCandidate:
+        """Search for modes, and fit candidates that start at them."""
+        log_joint, center, layout = so_far.log_joint, so_far.center, so_far.log_joint.layout
         num_first = NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS
         num_first = min(num_first, self.num_starts or num_first)
         points = starting_points(model, args, kwargs, layout, center, num_first)
         propose = partial(further_points, model, args, kwargs, layout, center)
-        modes, found = find_start(log_joint, points, self.temper, propose, self.num_starts)
 
-        def fit(flow_fn: FlowFn, is_trained: bool = True) -> FittedCandidate:
-            return Candidate(flow_fn, tuple(modes), is_trained).fit(log_joint, train, found)
+        def note(modes: list[GaussianApproximation], found: Starts, num_expected: int) -> None:
+            so_far.note_modes(modes, found)
+            progress.found(found, num_expected)
+
+        progress.say(f"search for modes from {counted(num_first, 'start')}")
+        modes, found = find_start(log_joint, points, self.temper, propose, self.num_starts, note)
+
+        def fit(flow_fn: FlowFn, is_trained: bool = True, name: str = "flow") -> FittedCandidate:
+            progress.fit(name, len(modes))
+            train = partial(self._train, so_far=so_far, progress=progress)
+            fitted = Candidate(flow_fn, tuple(modes), is_trained).fit(log_joint, train, found)
+            so_far.note_finished(fitted)
+            return fitted
 
         # Candidates are compared by their verdicts, which need all rows and a model whose parameters are fixed.
-        has_verdict = not own and not layout.structure.subsampled
+        has_verdict = not so_far.own_parameters and not layout.structure.subsampled
         if has_verdict and self.guide is None and self.num_steps is None and self.temper is None:
-            fitted = self._best(fit, may_be_gaussian=self.gate)
-            draws = fitted.draws
-        else:
-            fitted, draws = fit(guide.flow_fn), None
-        guide.hold(fitted.flow, fitted.candidate.flow_fn)
-        return posterior(history=fitted.history, starts=found, draws=draws)
+            return self._best(fit, so_far, progress)
+        return fit(so_far.guide.flow_fn)
 
-    def _train_guide(self, guide: AutoFlow, train: Callable[[Flow], History]) -> History:
-        """Train a guide of the user's from its present state."""
-        assert guide.flow is not None
-        try:
-            return train(guide.flow)
-        finally:
-            guide.hold(guide.flow, guide.flow_fn)
-
-    def _best(self, fit: Callable[..., FittedCandidate], may_be_gaussian: bool) -> FittedCandidate:
+    def _best(self, fit: Callable[..., FittedCandidate], so_far: FitSoFar, progress: FitProgress) -> FittedCandidate:
         """Fit a Gaussian, a flow and a flow with heavier tails, in this order, until one is good enough."""
-        if may_be_gaussian:
+        if self.gate:
+            progress.say("checking whether a Gaussian is enough")
             gaussian = fit(Recipe("Gaussian"), is_trained=False)
             if is_enough(gaussian):
                 return gaussian
         light = fit(Recipe("default"))
+        progress.say("judging the flow")
         # Heavier tails do not help where there are too many modes to fit.
-        if light.diagnosis.verdict != "do not use" or light.diagnosis.num_other_modes:
+        if so_far.is_ended or light.diagnosis.verdict != "do not use" or light.diagnosis.num_other_modes:
             return light
         try:
-            heavy = fit(Recipe("default", base="student_t"))
+            heavy = fit(Recipe("default", base="student_t"), name="flow with heavier tails")
         except DivergedError as error:
             warn(f"a flow with heavier tails was tried, and left out: {error}")
             return light
+        progress.say("judging the flow with heavier tails")
         return min(light, heavy, key=lambda fitted: fitted.diagnosis.log_weight_variance)
 
-    def _train(self, flow: Flow, log_joint: LogJoint, own: Sequence[Tensor]) -> History:
+    def _train(
+        self, flow: Flow, make: Callable[[History], FittedCandidate], so_far: FitSoFar, progress: FitProgress
+    ) -> History:
+        """Train a flow in place, of the candidate that a function makes of it and the history."""
+        if so_far.is_ended:
+            return History()
+        log_joint = so_far.log_joint
         # The verdict needs exact log-densities: a flow that has none is refused before it is trained.
         flow.transform.exact()
         if not flow().has_rsample:
@@ -260,62 +369,33 @@ class FlowVI:
             )
         num_tempered = NUM_TEMPERED_STEPS if self.num_steps is None else self.num_steps // 3
         tempering = None if self.temper is None else Tempering(self.temper, num_tempered)
-        objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, own, tempering)
+        objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, so_far.own_parameters, tempering)
         hold = tempering.num_steps if tempering else 0
         schedule = Plateau(objective.monitor, self.num_steps, _is_settled, hold, objective.falls)
         trainer = Trainer(
-            objective, schedule, self.optimizer, compile=log_joint.compiler, progress_bar=self.progress_bar
+            objective,
+            schedule,
+            self.optimizer,
+            compile=log_joint.compiler,
+            callback=None if self.callback is None else self._called_with(so_far),
+            progress_bar=progress,
         )
+        progress.train()
+        so_far.note_training(make, trainer.history)
         try:
             return trainer.run()
         except DivergedError as error:
             raise _explained(error, flow, log_joint) from None
 
+    def _called_with(self, so_far: FitSoFar) -> Callable[[History], bool]:
+        """The callback as the trainer calls it."""
+        callback: Any = self.callback
 
-@with_gradients
-def load_posterior(path: Any, model: Model, *args: Any, flow_fn: FlowFn | None = None, **kwargs: Any) -> Posterior:
-    """Read a posterior from the file that :meth:`Posterior.save` wrote.
+        def call(history: History) -> bool:
+            so_far.is_ended = ends_training(callback(history, so_far.copied_posterior()))
+            return not so_far.is_ended
 
-    Args:
-        path: the path of the file.
-        model: the Pyro model that was fitted.
-        args: the model's arguments.
-        flow_fn: the function that made the flow, if it was the user's own.
-        kwargs: the model's keyword arguments.
-
-    Raises:
-        CheckpointError: if the file cannot be read or belongs to another model.
-
-    Example:
-        >>> import tempfile
-        >>> def model(y):
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> y = torch.tensor(1.0)
-        >>> posterior = FlowVI(model, seed=0, progress_bar=False).run(y)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     posterior.save(f"{folder}/posterior.safetensors")
-        ...     loaded = load_posterior(f"{folder}/posterior.safetensors", model, y)
-        >>> loaded.elbo == posterior.elbo
-        True
-    """
-    guide, history, starts = load(path, model, args, kwargs, flow_fn)
-    return Posterior(model, guide, args, kwargs, history, starts)
-
-
-def _check_guide(guide: Any) -> None:
-    if isinstance(guide, Flow):
-        raise OptionError(
-            "guide must be a flow guide of the model, or a function latent_dim -> flow, got a flow: give a "
-            "function such as lambda dim: pf.flows.IAF(dim)"
-        )
-    if isinstance(guide, torch.nn.Module) and not isinstance(guide, AutoFlow):
-        raise OptionError(
-            f"FlowVI trains flow guides, but got {type(guide).__name__}: use pyro.infer.SVI for it, or give "
-            "a function latent_dim -> flow"
-        )
-    if guide is not None and (not callable(guide) or isinstance(guide, type)):
-        raise OptionError(f"guide must be a flow guide of the model, or a function latent_dim -> flow, got {guide!r}")
+        return call
 
 
 def _is_settled(history: History) -> bool:

@@ -1,22 +1,36 @@
 """Pareto-smoothed importance weights, and the figures that follow from them."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyroflows.inference.arviz import pareto_k_se, pareto_smoothed
+from pyroflows.inference.component_labels import NO_LABELS, ComponentLabels
+from pyroflows.inference.pairs import NUM_DRAWS, plot_pairs
+from pyroflows.inference.summary import Summary
+from pyroflows.models.structure import ModelStructure
+from pyroflows.options import checked_int
+from pyroflows.randomness import seeded
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weights:
     r"""Pareto-smoothed log weights :math:`\log w_i`, not normalised, and the figures that follow from them.
+
+    They are the attribute ``weights`` of :class:`WeightedDraws`.
 
     Args:
         log_weights: smoothed log weights ``(S,)`` in float64, with the offset of the raw ones.
         khat: Pareto shape of the tail of the raw weights (Vehtari et al. 2024, JMLR 25(72)); 0 for constant weights.
+            Below :math:`\min(1 - 1/\log_{10} S, 0.7)` what follows from the weights can be trusted.
         khat_se: standard error of k-hat.
         ess: effective sample size :math:`(\sum_i w_i)^2 / \sum_i w_i^2`, between 1 and S.
         log_evidence: :math:`\log \frac1S \sum_i w_i` of the raw weights, in nats.
@@ -51,7 +65,7 @@ class Weights:
 
     @property
     def normalized(self) -> Tensor:
-        """Weights that sum to one."""
+        """Weights ``(S,)`` that sum to one, in float64 on the CPU."""
         return torch.softmax(self.log_weights, 0)
 
 
@@ -59,13 +73,20 @@ def _ess(log_weights: Tensor) -> float:
     return math.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightedDraws:
     """Draws from a proposal with their Pareto-smoothed importance weights.
 
+    :meth:`pyroflows.Posterior.importance_sample` and :func:`pyroflows.importance_sample` return them. A mean under the
+    posterior is a weighted one, ``weights.normalized @ draws[name].double()`` for a scalar site; what does not take
+    weights takes the draws of :meth:`resample`. Printed, they are a table and the
+    figures of the weights.
+
     Args:
-        draws: tensors ``(S, *site shape)`` by site.
+        draws: tensors ``(S, *site shape)`` by site, in the constrained space.
         weights: the weights and their figures.
+        structure: the structure of the model; None if there is none.
+        labels: the labels of components.
 
     Example:
         >>> weighted = WeightedDraws({"x": torch.arange(3.0)}, Weights.smoothed(torch.zeros(3)))
@@ -77,6 +98,8 @@ class WeightedDraws:
 
     draws: dict[str, Tensor]
     weights: Weights
+    structure: ModelStructure | None = None
+    labels: ComponentLabels = NO_LABELS
 
     @property
     def log_weights(self) -> Tensor:
@@ -85,7 +108,7 @@ class WeightedDraws:
 
     @property
     def khat(self) -> float:
-        """Pareto k-hat of the weights."""
+        """Pareto k-hat of the weights; below 0.7 they can be trusted, from about 2,000 draws on."""
         return self.weights.khat
 
     @property
@@ -95,7 +118,7 @@ class WeightedDraws:
 
     @property
     def ess(self) -> float:
-        """Effective sample size of the weights."""
+        """Effective sample size of the weights, between 1 and S: the number of exact draws that they are worth."""
         return self.weights.ess
 
     @property
@@ -108,17 +131,59 @@ class WeightedDraws:
         """Standard error of the log evidence, in nats."""
         return self.weights.log_evidence_se
 
-    def resample(self, num_samples: int) -> dict[str, Tensor]:
+    def resample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
         """Draw with replacement by the weights, so that the result has equal weights.
 
         Args:
             num_samples: number of draws, at least 1.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator.
 
         Returns:
             Tensors ``(num_samples, *site shape)`` by site.
+
+        Raises:
+            OptionError: if ``num_samples`` is not a positive integer.
         """
-        indices = torch.multinomial(self.weights.normalized, num_samples, replacement=True)
+        with seeded(seed):
+            number = checked_int("num_samples", num_samples)
+            indices = torch.multinomial(self.weights.normalized, number, replacement=True)
         return {name: value[indices.to(value.device)] for name, value in self.draws.items()}
+
+    def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
+        r"""Tabulate every component of the draws by their weights, with pandas.
+
+        The columns are those of :meth:`pyroflows.Posterior.summary`; ``mcse``, the Monte Carlo standard error of the
+        mean, is :math:`\sqrt{\sum_i w_i^2 (x_i - \bar x)^2}` for weights w that sum to one. It can be trusted as far as
+        k-hat says so.
+
+        Args:
+            var_names: sites to show; None for those that :meth:`pyroflows.Posterior.summary` shows.
+
+        Raises:
+            OptionError: if there is no such site.
+        """
+        return self._summary().table(var_names)
+
+    def plot_pairs(
+        self, var_names: Sequence[str] | None = None, coords: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """Plot marginals and pairs of draws that are drawn by the weights, as :meth:`pyroflows.Posterior.plot_pairs`.
+
+        Args:
+            var_names: sites to show; None for all.
+            coords: labels to show by dimension.
+            kwargs: further options of ArviZ's ``plot_pair``.
+        """
+        with seeded(0):
+            resampled = self.resample(NUM_DRAWS)
+        return plot_pairs(Summary(resampled, self.structure, self.labels), var_names, coords, **kwargs)
+
+    def _summary(self) -> Summary:
+        return Summary(self.draws, self.structure, self.labels, self.weights.normalized.numpy())
+
+    def __str__(self) -> str:
+        return f"{self._summary()}\n\n{self!r}"
 
     def __repr__(self) -> str:
         return (

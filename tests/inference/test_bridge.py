@@ -137,5 +137,5 @@ def test_reproducible_and_printed():
 
 
 def test_options():
-    with pytest.raises(OptionError, match="num_samples must be an integer of at least 1000, got 10"):
+    with pytest.raises(OptionError, match="num_samples must be at least 1000, got 10"):
         by_hand(gaussian, LOC, SD).bridge_sample(10)

@@ -54,16 +54,16 @@ def fit(model, *args, num_steps=3, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_particles": 0}, "num_particles must be positive and an integer, got 0"),
-        ({"num_particles": -4}, "num_particles must be positive and an integer, got -4"),
-        ({"num_steps": 0}, "num_steps must be positive and an integer, got 0"),
-        ({"num_steps": -1}, "num_steps must be positive and an integer, got -1"),
+        ({"num_particles": 0}, "num_particles must be at least 1, got 0"),
+        ({"num_particles": -4}, "num_particles must be at least 1, got -4"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"num_steps": -1}, "num_steps must be at least 1, got -1"),
         ({"estimator": "score"}, "estimator must be one of .*'auto'.*'total'.*'path'.* got 'score'"),
         ({"guide": AutoNormal(good)}, "FlowVI trains flow guides, but got AutoNormal: use pyro.infer.SVI"),
         ({"guide": Planar(3)}, "a function latent_dim -> flow, got a flow"),
         ({"guide": AutoFlow(good), "dtype": torch.float64}, "give dtype to the guide, not to FlowVI"),
         ({"compile": "jit"}, "compile must be one of .*'auto'.*'trace'.*'inductor'.*'none'.* got 'jit'"),
-        ({"num_starts": 0}, "num_starts must be positive and an integer, got 0"),
+        ({"num_starts": 0}, "num_starts must be at least 1, got 0"),
         ({"temper": 0.0}, "temper must be an inverse temperature between 0 and 1, got 0.0"),
         ({"temper": 1.0}, "temper must be an inverse temperature between 0 and 1, got 1.0"),
         ({"temper": 3}, "temper must be an inverse temperature between 0 and 1, got 3"),
@@ -78,7 +78,7 @@ def test_options(options, message):
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("option", ["num_particle", "lr", "callback", "checkpoint"])
+@pytest.mark.parametrize("option", ["num_particle", "lr", "checkpoint"])
 def test_unknown_options(option):
     with pytest.raises(TypeError, match=option):
         FlowVI(good, **{option: 1})
@@ -534,10 +534,62 @@ def draws_of(posterior):
     ],
     ids=["sample", "importance_sample", "predictive", "to_arviz"],
 )
-@pytest.mark.parametrize("num_samples", [0, -1])
-def test_num_samples(posterior, ask, num_samples):
-    with pytest.raises(OptionError, match=f"num_samples must be positive and an integer, got {num_samples}"):
+@pytest.mark.parametrize(
+    ("num_samples", "message"),
+    [
+        (0, "num_samples must be at least 1, got 0"),
+        (-1, "num_samples must be at least 1, got -1"),
+        (1.5, "num_samples must be an integer of at least 1, got 1.5"),
+        ("100", "num_samples must be an integer of at least 1, got '100'"),
+        (True, "num_samples must be an integer of at least 1, got True"),
+    ],
+)
+def test_num_samples(posterior, ask, num_samples, message):
+    with pytest.raises(OptionError, match=message):
         ask(posterior, num_samples)
+
+
+@pytest.mark.parametrize("number", [np.int64(7), torch.tensor(7)])
+def test_numbers_of_numpy_and_torch(posterior, number):
+    assert posterior.sample(number)["scale"].shape == (7,)
+    assert len(posterior.predictive(number)["y"]) == 7
+    assert len(posterior.importance_sample(number).resample(number)["scale"]) == 7
+    assert importance_sample(good, posterior, Y, num_samples=number, progress_bar=False).draws["scale"].shape == (7,)
+    assert FlowVI(good, num_steps=number, num_particles=number, num_starts=number).num_steps == 7
+
+
+def test_log_prob_of_arrays(posterior):
+    draws = posterior.sample(5)
+    arrays = {name: value.double().numpy() for name, value in draws.items()}
+    assert posterior.log_prob(arrays).tolist() == pytest.approx(posterior.log_prob(draws).tolist(), abs=1e-3)
+
+
+def test_log_prob_of_a_site_that_does_not_exist(posterior):
+    draws = posterior.sample(5)
+    with pytest.raises(OptionError, match=r"the model has no site 'scal': its sites are 'scale', 'mean', 'y'"):
+        posterior.log_prob({"scal": draws["scale"], "mean": draws["mean"]})
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda p: p.predictive(5, Y, z=1),
+        lambda p: importance_sample(good, p, Y, z=1, progress_bar=False),
+        lambda p: to_arviz(p.sample(5), good, (Y,), {"z": 1}),
+        lambda p: p.with_data(Y, z=1),
+        lambda p: FlowVI(good).run(Y, z=1),
+    ],
+    ids=["predictive", "importance_sample", "to_arviz", "with_data", "run"],
+)
+def test_arguments_that_the_model_does_not_have(posterior, ask):
+    message = r"the model does not take these arguments \(got an unexpected keyword argument 'z'\): it takes \(y=.*\)"
+    with pytest.raises(OptionError, match=message):
+        ask(posterior)
+
+
+def test_arguments_that_the_model_lacks():
+    with pytest.raises(OptionError, match=r"missing a required argument: 'y'\): it takes \(x, y\)"):
+        FlowVI(lambda x, y: None).run(Y)
 
 
 @pytest.mark.parametrize(
@@ -625,15 +677,38 @@ def test_a_flow_without_exact_densities_is_refused_before_it_is_trained():
     assert not calls
 
 
-@pytest.mark.filterwarnings("ignore:the model runs draw by draw")
 def test_a_run_that_is_not_compiled_warns_each_time():
     """What one run could not compile says nothing of the next."""
 
     def model(y):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(x if x > 0 else 2 * x, 1.0), obs=y)
+        pyro.factor("y", -0.5 * (x - y) ** 2 - 0.1 * torch.as_tensor(x.detach().numpy() ** 2))
 
     vi = FlowVI(model, num_steps=3, num_starts=1, seed=0, progress_bar=False)
     for _ in range(2):
         with pytest.warns(UserWarning, match="without compilation"):
             vi.run(torch.tensor(1.0))
+
+
+def test_data_in_one_branch_are_refused_without_advice_on_initial_values():
+    """The search for modes finds the other branch, which no initial values take away."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x > 1.0:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(3.0))
+        pyro.sample("z", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    with pytest.warns(UserWarning, match="draw by draw"), pytest.raises(ModelError, match="site 'y'.*run$"):
+        FlowVI(model, seed=0, progress_bar=False).run()
+
+
+def test_a_fit_finds_that_a_branch_through_numpy_is_for_one_draw():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        scale = 1.0 if (x.detach().numpy() > -1.0).all() else 5.0
+        pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(-1.0))
+
+    with pytest.warns(UserWarning, match="draw by draw"):
+        posterior = FlowVI(model, num_steps=2, num_starts=1, seed=0, progress_bar=False).run()
+    assert posterior.log_joint.batched.mode == "loop"

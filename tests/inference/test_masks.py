@@ -133,7 +133,7 @@ def test_a_flat_prior_by_a_mask(mask):
     assert posterior.log_evidence == pytest.approx(0.0, abs=0.01)
     torch.manual_seed(0)
     assert_moments(posterior.sample(4000)["z"], 3.0, 1.0)
-    with pytest.warns(UserWarning, match=r"\['z'\] are flat"):
+    with pytest.warns(UserWarning, match="prior of 'z', since its prior is flat"):
         posterior.to_arviz(10)
 
 

@@ -326,10 +326,10 @@ def test_arviz_data_and_repr():
     ("options", "message"),
     [
         ({"method": "gibbs"}, "method must be one of .*hmc.*nuts.*independence.* got 'gibbs'"),
-        ({"num_samples": 3}, "num_samples must be an integer of at least 4, got 3"),
+        ({"num_samples": 3}, "num_samples must be at least 4, got 3"),
         ({"num_samples": 10.0}, "num_samples must be an integer"),
-        ({"num_chains": 0}, "num_chains must be an integer of at least 1, got 0"),
-        ({"num_warmup": 0}, "num_warmup must be an integer of at least 1, got 0"),
+        ({"num_chains": 0}, "num_chains must be at least 1, got 0"),
+        ({"num_warmup": 0}, "num_warmup must be at least 1, got 0"),
     ],
 )
 def test_options(options, message):

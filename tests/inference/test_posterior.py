@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from functools import partial
 
 import arviz as az
@@ -461,7 +462,7 @@ def test_with_data():
 
 def test_summary_against_exact_moments():
     table = exact().summary()
-    assert list(table.columns) == ["mean", "sd", "5%", "50%", "95%"]
+    assert list(table.columns) == ["mean", "sd", "mcse", "5%", "50%", "95%", "hdi_5%", "hdi_95%"]
     assert list(table.index) == ["x[0]", "x[1]"]
     num = exact().num_diagnostic_samples
     for i, (loc, sd) in enumerate(zip(LOC.tolist(), SD.tolist(), strict=True)):
@@ -627,7 +628,7 @@ def test_arviz_without_a_prior_to_draw_from(how):
 
     posterior = by_hand(model, torch.tensor([1.0]), torch.tensor([1 / math.sqrt(2)]), torch.tensor([0.0, 2.0]))
     assert posterior.diagnose().verdict == "good"
-    with pytest.warns(UserWarning, match=r"'mean'.*prior and prior predictive draws are left out"):
+    with pytest.warns(UserWarning, match="without prior of 'mean'.*prior_predictive of 'y', since it follows from"):
         data = posterior.to_arviz(num_samples=30)
     assert "prior" not in data.groups()
     assert "prior_predictive" not in data.groups()
@@ -1012,3 +1013,47 @@ def test_a_file_of_the_same_sites_in_another_order_is_refused(tmp_path):
     assert abs(load_posterior(path, model, "ab").sample(1000)["a"].mean() - ord("a")) < 0.3
     with pytest.raises(CheckpointError, match=r"latent sites \{'a': \[\], 'b': \[\]\}, but this one has \{'b'"):
         load_posterior(path, model, "ba")
+
+
+# Warnings
+
+
+def flat(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0).mask(False))
+    pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_a_warning_is_given_once_for_each_posterior():
+    posterior = by_hand(flat, torch.zeros(1), torch.ones(1), torch.tensor(0.5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            posterior.to_arviz(10)
+        posterior.mcmc(4, 2, num_warmup=1, seed=0, progress_bar=False).to_arviz()
+    assert len([w for w in caught if "flat" in str(w.message)]) == 1
+
+
+# Models without observations
+
+
+def with_factor(center=0.0):
+    x = pyro.sample("x", dist.Normal(center, 1.0))
+    pyro.factor("weight", -0.5 * x**2)
+
+
+def test_a_model_of_factors_has_nothing_to_predict():
+    posterior = by_hand(with_factor, torch.zeros(1), torch.full((1,), 0.5**0.5))
+    for args in ((), (1.0,)):
+        with pytest.raises(ModelError, match=r"nothing to predict: data enter this model by pyro.factor\('weight', "):
+            posterior.predictive(10, *args)
+    assert posterior.diagnose().verdict == "good"
+    assert posterior.log_evidence == pytest.approx(-0.5 * math.log(2), abs=1e-4)
+    with pytest.warns(UserWarning, match="a factor has no values"):
+        assert posterior.to_arviz(10)["posterior"]["x"].shape == (1, 10)
+    assert posterior.mcmc(4, 2, num_warmup=1, seed=0, progress_bar=False).to_arviz()["posterior"]["x"].shape == (2, 4)
+
+
+def test_a_model_of_a_prior_has_nothing_to_predict():
+    posterior = by_hand(gaussian, LOC, SD)
+    with pytest.raises(ModelError, match="nothing to predict, since the model has neither observed nor deterministic"):
+        posterior.predictive(10)

@@ -363,19 +363,21 @@ def simple(y):
 def _diverging(monkeypatch, also_in_float64):
     run = pf.FlowVI._run
 
-    def diverge(self, args, kwargs):
+    def diverge(self, args, kwargs, progress):
         if self.dtype is None or also_in_float64:
             raise DivergedError(f"no finite loss in {self.dtype}")
-        return run(self, args, kwargs)
+        return run(self, args, kwargs, progress)
 
     monkeypatch.setattr(pf.FlowVI, "_run", diverge)
 
 
 def test_fit_that_diverges_is_repeated_in_float64(monkeypatch):
     _diverging(monkeypatch, also_in_float64=False)
+    vi = pf.FlowVI(simple, num_steps=50, num_starts=1, seed=0, progress_bar=False)
     with pytest.warns(UserWarning, match=r"diverged \(no finite loss in None\), and was repeated in float64"):
-        posterior = _fit(simple, torch.tensor(1.0))
+        posterior = vi.run(torch.tensor(1.0))
     assert posterior.sample(1)["mu"].dtype == torch.float64
+    assert vi.posterior is posterior
 
 
 @pytest.mark.parametrize("y", [torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64)], ids=["float32", "float64"])

@@ -11,7 +11,7 @@ import torch
 from pyro import distributions as dist
 
 from pyroflows import DivergedError, FlowVI, OptionError, PlotError, load_posterior
-from pyroflows.errors import UntraceableError
+from pyroflows.errors import UntraceableError, warn
 from pyroflows.flows import MAF, Gaussian, Mixture, Planar, Recipe
 from pyroflows.guides import AutoIAF
 from pyroflows.training.loop import History
@@ -162,7 +162,7 @@ def test_a_student_base_is_tried_where_the_verdict_is_bad(tmp_path):
 def test_a_student_base_that_diverges_is_left_out(monkeypatch):
     flows = []
 
-    def briefly(vi, flow, **rest):
+    def briefly(vi, flow, make, **rest):
         flows.append(flow)
         if len(flows) == 2:
             raise DivergedError("25 steps in a row")
@@ -218,30 +218,74 @@ def leaving_torch():
     pyro.factor("y", x * 0 - 0.5 * torch.as_tensor((x.detach().numpy() - 4.0) ** 2))
 
 
-def test_a_branch_on_a_latent_warns_and_fits():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def test_a_branch_on_a_latent_fits_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         posterior = fit(branching, num_steps=40, num_particles=8, num_starts=2)
-    messages = [str(warning.message) for warning in caught]
-    assert sum("without compilation, several times slower" in message for message in messages) == 1
-    assert any("use torch.where" in message for message in messages)
     posterior.num_diagnostic_samples = 1000
     x = posterior.sample(2000)["x"]
     assert x.mean() == pytest.approx(5.0, abs=0.1)
     assert x.std() == pytest.approx(math.sqrt(0.5), rel=0.1)
 
 
+def reading():
+    """The same, by a number that vmap cannot give."""
+    x = pyro.sample("x", dist.Normal(4.0, 1.0))
+    pyro.sample("y", dist.Normal(x if x.item() > 0 else -x, 1.0), obs=torch.tensor(6.0))
+
+
+def test_a_model_that_runs_draw_by_draw_warns_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = fit(reading, num_steps=40, num_particles=8, num_starts=2)
+        posterior.num_diagnostic_samples = 1000
+        posterior.predictive(10)
+        assert posterior.sample(2000)["x"].mean() == pytest.approx(5.0, abs=0.1)
+    (message,) = [str(warning.message) for warning in caught]
+    for part in ("draw by draw", "test_vi.py:", '`pyro.sample("y", dist.Normal(x if x.item() > 0', "docs/models.md"):
+        assert part in message
+
+
 @pytest.mark.filterwarnings("ignore:the model runs draw by draw")
-@pytest.mark.parametrize(("model", "message"), [(branching, "torch.where"), (leaving_torch, "its Python code")])
+@pytest.mark.parametrize(("model", "message"), [(reading, "torch.where"), (leaving_torch, "its Python code")])
 def test_trace_raises_where_code_depends_on_latents(model, message):
     with pytest.raises(UntraceableError, match=message):
         fit(model, compile="trace", num_steps=5)
 
 
+def test_a_program_of_a_branch_takes_both_paths():
+    assert fit(branching, compile="trace", num_steps=5).log_joint.batched.mode == "paths"
+
+
+def series(filled):
+    """A series, as a tensor that is filled or as a list."""
+    decay = pyro.sample("decay", dist.Normal(0.5, 0.2))
+    start = pyro.sample("start", dist.Normal(0.0, 1.0))
+    states = torch.zeros(8) if filled else [None] * 8
+    states[0] = start
+    for t in range(1, 8):
+        states[t] = decay * states[t - 1] + (0.5 if filled and start > 0 else torch.where(start > 0, 0.5, 0.5))
+    mean = states if filled else torch.stack(states, -1)
+    pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=torch.linspace(1.0, 0.0, 8))
+
+
+def test_a_tensor_that_is_filled_is_fitted_like_a_list():
+    """Also by a program, and although torch itself gives no gradient of a product that reads what is written later."""
+    results = []
+    for is_filled in (True, False):
+        vi = FlowVI(series, compile="trace", num_steps=3, gate=False, num_starts=1, seed=0, progress_bar=False)
+        log_joint = vi.run(is_filled).log_joint
+        vectors = torch.linspace(-2.0, 2.0, 10).reshape(5, 2)
+        results.append(log_joint.value_and_grad(vectors)(vectors.flip(0)))
+        assert log_joint.batched.mode == ("paths" if is_filled else "plate")
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_none_compiles_nothing_and_does_not_warn():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model runs draw by draw")
-        assert fit(branching, compile="none", num_steps=3, num_particles=4).history.num_steps == 3
+        assert fit(leaving_torch, compile="none", num_steps=3, num_particles=4).history.num_steps == 3
 
 
 # Several modes
@@ -473,7 +517,10 @@ def test_options_of_the_wrong_type(options):
 
 
 def test_a_fit_runs_its_model_a_few_times():
-    """Traced once for the search and once for training, described, batched and checked, and drawn from as a start."""
+    """Traced once for the search and once for training, described, batched and checked, and drawn from as a start.
+
+    The checks of the batch include eight single runs at far draws, and one of the batch with them.
+    """
     num_runs = 0
 
     def model(y):
@@ -488,10 +535,29 @@ def test_a_fit_runs_its_model_a_few_times():
 
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     posterior = FlowVI(model, num_steps=20, seed=0, progress_bar=False).run(y)
-    assert num_runs < 25
+    assert num_runs < 25 + 9
     posterior.diagnose()
     # In chunks, for the draws, those that reach further, those of the prior, and exchanged values of each latent.
-    assert num_runs < 34 + 10
+    assert num_runs < 34 + 9 + 10
     for _ in range(2):
         posterior.predictive(10)
-    assert num_runs < 44 + 7 + 2  # the ways of drawing are compared once
+    assert num_runs < 44 + 9 + 7 + 2  # the ways of drawing are compared once
+
+
+# Warnings
+
+
+def test_a_warning_is_given_once_for_each_fit(monkeypatch):
+    """Two candidates and the repetition in float64 meet the same reason."""
+
+    def briefly(vi, flow, make, **rest):
+        warn("this fit is slow")
+        return History({"elbo": [-1.0]})
+
+    monkeypatch.setattr(FlowVI, "_train", briefly)
+    monkeypatch.setattr("pyroflows.inference.vi._describe_edges", lambda posterior: "draws lie on edges")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(very_heavy)
+        fit(very_heavy)
+    assert [str(w.message) for w in caught].count("this fit is slow") == 2

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.errors import OptionError, warn
+from pyroflows.errors import warn
 from pyroflows.fitting import DensityFit, MatchingFit
 from pyroflows.flows import Flow
 from pyroflows.flows.embedded import flow_at
@@ -15,6 +15,8 @@ from pyroflows.inference.amortized.posterior import posterior_at
 from pyroflows.inference.amortized.simulated_range import SimulatedRange
 from pyroflows.inference.amortized.simulator import Simulator
 from pyroflows.inference.posterior import Posterior
+from pyroflows.options import checked_int
+from pyroflows.randomness import seeded
 from pyroflows.shapes import listed
 
 # Draws of several data sets are made at once, up to this many.
@@ -77,12 +79,14 @@ class Amortized:
         return posterior_at(self.simulator, flow_at(self.flow, rows.to(_like(self.flow))), values, note)
 
     @torch.no_grad()
-    def sample(self, data: Any, num_samples: int = 1000) -> dict[str, Tensor]:
+    def sample(self, data: Any, num_samples: int = 1000, seed: int | None = None) -> dict[str, Tensor]:
         """Draw latents for many data sets at once, without a correction.
 
         Args:
             data: values ``(num_data_sets, *site shape)`` of the observed site, or such values by site.
             num_samples: number of draws for each data set, at least 1.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator.
 
         Returns:
             Tensors ``(num_data_sets, num_samples, *site shape)`` by latent site.
@@ -92,15 +96,15 @@ class Amortized:
             DataError: if a value is not finite.
             OptionError: if the names are not those of the observed sites, or ``num_samples`` is not positive.
         """
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise OptionError(f"num_samples must be positive and an integer, got {num_samples!r}")
+        num_samples = checked_int("num_samples", num_samples)
         rows = self._rows(self.simulator.data.read(data, num_batch_axes=1))
         is_far = self.simulated.far_out(rows)
         if is_far.any():
             places = listed(is_far.nonzero().flatten().tolist())
             warn(f"data sets {places} are far outside of what was simulated, where draws may be far off")
         parts = rows.to(_like(self.flow)).split(max(1, MAX_DRAWS // num_samples))
-        latents = [self.flow(part).sample((num_samples,)).movedim(0, 1) for part in parts]
+        with seeded(seed):
+            latents = [self.flow(part).sample((num_samples,)).movedim(0, 1) for part in parts]
         return self.simulator.layout.constrain(torch.cat(latents))[0]
 
     def save(self, path: str | Path) -> None:

@@ -5,20 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pyroflows.archive import read_archive, write_archive
+from pyroflows.archive import decoding, part_of, read_archive, write_archive
 from pyroflows.errors import CheckpointError, OptionError
+from pyroflows.fitting import DensityFit, MatchingFit
 from pyroflows.flows import Flow
 from pyroflows.flows.encoding import decode, encode
-from pyroflows.grad_mode import with_gradients
+from pyroflows.flows.files import require_sense
+from pyroflows.grad_mode import isolated
 from pyroflows.inference.amortized.amortized import Amortized
 from pyroflows.inference.amortized.data_sites import SiteEmbedding
+from pyroflows.inference.amortized.simulated_range import SimulatedRange
 from pyroflows.inference.amortized.simulator import Simulator
+from pyroflows.models.saved_sites import decode_sites, difference, encode_sites
 from pyroflows.models.tracing import Model
 from pyroflows.options import kind
 
-FORMAT = 1
+FORMAT = 2
 KIND = "amortised fit"
 
 
@@ -49,12 +54,22 @@ def save_amortized(amortized: Amortized, path: str | Path) -> None:
             embedders[i].embedding = embedding
     for i, embedding in own.items():
         tensors |= {f"embedding.{i}.{name}": value for name, value in embedding.state_dict().items()}
+    layout = amortized.simulator.layout
+    latents, of_latents = encode_sites(layout.structure.latents)
+    tensors |= {f"latents.{name}": value for name, value in of_latents.items()}
+    tensors |= {f"center.{name}": center for name, center in layout.centers.items()}
     counts = {"num_simulations": amortized.num_simulations, "num_left_out": amortized.num_left_out}
-    header = {"parts": code, "sites": _sites(amortized.simulator), "own_embeddings": list(own), **counts}
+    header = {
+        "parts": code,
+        "sites": _sites(amortized.simulator),
+        "latents": latents,
+        "own_embeddings": list(own),
+        **counts,
+    }
     write_archive(path, KIND, FORMAT, header, tensors)
 
 
-@with_gradients
+@isolated
 def load_amortized(
     path: str | Path,
     model: Model,
@@ -99,29 +114,53 @@ def load_amortized(
         torch.Size([100])
     """
     header, tensors = read_archive(path, KIND, FORMAT)
-    try:
+    with decoding(path):
         parts = decode(header["parts"], tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if header["own_embeddings"]:
-        _load_embeddings(parts["flow"], embedding, header["own_embeddings"], tensors, path)
+        saved_latents, centers = (
+            decode_sites(header["latents"], part_of(tensors, "latents.")),
+            part_of(tensors, "center."),
+        )
+        own_embeddings, sites = list(map(int, header["own_embeddings"])), header["sites"]
+        counts = int(header["num_simulations"]), int(header["num_left_out"])
+        _require_sense(parts, own_embeddings, sites)
+    if own_embeddings:
+        _load_embeddings(parts["flow"], embedding, own_embeddings, tensors, path)
     simulator = Simulator.of(model, observed, latents, args, kwargs)
     found = _sites(simulator)
-    for part, sites in header["sites"].items():
-        # Latents and data are packed in this order.
-        if found[part] != sites:
-            raise CheckpointError(
-                f"{path} belongs to {part} {_described(sites)}, but this model has {_described(found[part])}: give the "
-                "model, observed, latents and arguments of the fit"
-            )
-    return Amortized(
-        parts["flow"],
-        parts["fits"],
-        simulator,
-        parts["simulated"],
-        header["num_simulations"],
-        header["num_left_out"],
-    )
+    with decoding(path):
+        for part in found:
+            # Latents and data are packed in this order.
+            if found[part] != sites[part]:
+                raise CheckpointError(
+                    f"{path} belongs to {part} {_described(sites[part])}, but this model has "
+                    f"{_described(found[part])}: give the model, observed, latents and arguments of the fit"
+                )
+        if saved_latents is not None and (other := difference(saved_latents, simulator.layout.structure.latents)):
+            raise CheckpointError(f"{path} belongs to a model {other}")
+        for name, center in simulator.layout.centers.items():
+            # Draws of the flow stand for angles around the prior's direction.
+            if not torch.allclose(center, centers[name], atol=1e-5):
+                raise CheckpointError(
+                    f"{path} belongs to a model where the prior of '{name}' has another mean direction"
+                )
+    return Amortized(parts["flow"], parts["fits"], simulator, parts["simulated"], *counts)
+
+
+def _require_sense(parts: Any, own_embeddings: Sequence[int], sites: Any) -> None:
+    """Raise if what was read is no amortised fit, for instance since a part is missing."""
+    flow, fits, simulated = parts["flow"], parts["fits"], parts["simulated"]
+    is_fit = isinstance(flow, Flow) and all(isinstance(fit, DensityFit | MatchingFit) for fit in fits)
+    if not (is_fit and isinstance(simulated, SimulatedRange) and isinstance(fits, tuple) and fits):
+        raise CheckpointError("it holds no flow with its fits and the range of the simulations")
+    repr(fits)
+    embedders = _embedders(flow)
+    if not all(0 <= i < len(embedders) for i in own_embeddings):
+        raise CheckpointError("it holds states of embeddings that its flow does not have")
+    for part in ("latents", "data"):
+        _described(sites[part])
+    row = simulated.median[None]
+    simulated.far_out(row)
+    require_sense(flow, None if own_embeddings else row.to(next(flow.parameters())))
 
 
 def _embedders(flow: Flow) -> list[SiteEmbedding]:
@@ -147,8 +186,7 @@ def _load_embeddings(
         )
     embedders, dtype = _embedders(flow), next(flow.parameters()).dtype
     for i in places:
-        prefix = f"embedding.{i}."
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        state = part_of(tensors, f"embedding.{i}.")
         embedders[i].embedding = copy.deepcopy(embedding).to(dtype).train(embedders[i].training)
         try:
             embedders[i].embedding.load_state_dict(state)

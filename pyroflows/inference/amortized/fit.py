@@ -16,14 +16,16 @@ from pyroflows.fitting.methods import fit_method, require_options
 from pyroflows.flows import NSF, Flow, Mixture, Recipe
 from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.flows.embedded import checked_embedding, with_embedding
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.inference.amortized.amortized import Amortized
 from pyroflows.inference.amortized.data_sites import DataSites, SiteEmbedding
 from pyroflows.inference.amortized.simulated_range import SimulatedRange
 from pyroflows.inference.amortized.simulator import Simulator
+from pyroflows.interruption import keeping
 from pyroflows.models.tracing import Model
 from pyroflows.nets.checks import checked_conditioner
 from pyroflows.options import checked_int, kind
+from pyroflows.progress import Progress
 from pyroflows.randomness import seeded
 from pyroflows.shapes import described
 
@@ -40,7 +42,7 @@ MIN_SIMULATIONS = 20
 UNSTEADY = "so that the density of the same data would differ from call to call"
 
 
-@with_gradients
+@isolated
 def fit_amortized(
     model: Model,
     observed: str | Sequence[str] = "y",
@@ -105,6 +107,8 @@ def fit_amortized(
         DataError: if most simulations are not finite.
         ShapeError: if the flow does not fit the sizes of latents and data.
         DivergedError: if log-densities stay non-finite.
+        FitInterrupted: if the fit is interrupted, such as by Ctrl-C; its ``result`` is the ensemble of the flows that
+            were trained by then, or the first flow in its best state so far.
 
     Example:
         >>> def model(x, y=None):
@@ -126,7 +130,8 @@ def fit_amortized(
     """
     num_simulations = checked_int("num_simulations", num_simulations, MIN_SIMULATIONS)
     num_flows = _checked_num_flows(num_flows, flow)
-    with seeded(seed):
+    with seeded(seed), Progress(progress_bar) as progress:
+        progress.say("describing the model")
         simulator = Simulator.of(model, observed, latents, args, kwargs)
         if embedding is not None:
             embedding = checked_conditioner(embedding, "an embedding", UNSTEADY)
@@ -134,16 +139,29 @@ def fit_amortized(
         flows = [_flow(flow, simulator.layout.dim, size).to(simulator.layout.dtype) for _ in range(num_flows)]
         fit = fit_method(flows[0], method)
         require_options(fit, options)
-        x, rows, num_left_out = simulator.draws(num_simulations, progress_bar)
+        x, rows, num_left_out = simulator.draws(num_simulations, progress)
         if embedder is not None:
             flows = _with_embeddings(flows, embedder, simulator.data.num_entries)
         if fit is fit_density and options.get("optimizer") is None:
             options["optimizer"] = partial(
                 torch.optim.Adam, lr=LEARNING_RATE, weight_decay=PRIOR_PRECISION / len(x), fused=True
             )
-        fits = tuple(fit(member, x, rows, progress_bar=progress_bar, **options) for member in flows)
-    trained = flows[0] if num_flows == 1 else Mixture(flows, context_dim=0)
-    return Amortized(trained, fits, simulator, SimulatedRange.of(rows), len(x), num_left_out)
+        fits: list[Any] = []
+
+        def found(interrupted: Any = None) -> Amortized | None:
+            complete = fits or ([] if interrupted is None else [interrupted])
+            if not complete:
+                return None
+            trained = flows[0] if len(complete) == 1 else Mixture(flows[: len(complete)], context_dim=0)
+            return Amortized(trained, tuple(complete), simulator, SimulatedRange.of(rows), len(x), num_left_out)
+
+        with keeping("the fit", found, least="a flow in training"):
+            for number, member in enumerate(flows, start=1):
+                progress.start("training of the flow" + (f" {number} of {num_flows}" if num_flows > 1 else ""))
+                fits.append(fit(member, x, rows, progress_bar=progress, **options))
+        amortized = found()
+    assert amortized is not None
+    return amortized
 
 
 def _checked_num_flows(num_flows: int | None, flow: Any) -> int:

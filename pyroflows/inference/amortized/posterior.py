@@ -1,8 +1,7 @@
 """Posteriors that an amortised flow gives at one value of the data, with and without a likelihood."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,16 +10,18 @@ from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
 from pyroflows.errors import DataError, FlowError, ModelError, OptionError
+from pyroflows.exclusive import exclusive_property
 from pyroflows.flows import Flow
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.amortized.simulator import Simulator
-from pyroflows.inference.arviz import plot_pairs
-from pyroflows.inference.export import arviz_data
+from pyroflows.inference.export import labelled_data, prior_groups
 from pyroflows.inference.posterior import Posterior
+from pyroflows.inference.predictive import Reasons, posterior_predictive, replicates
 from pyroflows.inference.verdict.diagnosis import HOPELESS, Diagnosis
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.log_joint import LogJoint
+from pyroflows.models.structure import describe
 from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 
@@ -45,7 +46,7 @@ def posterior_at(simulator: Simulator, flow: Flow, data: Mapping[str, Tensor], n
     guide.hold(flow, guide.flow_fn)
     guide._setup_prototype(*simulator.args, **simulator.kwargs)
     made = AmortizedPosterior if simulator.no_likelihood is None else LikelihoodFreePosterior
-    return made(simulator, guide, note)
+    return made(simulator, guide, data, note)
 
 
 class AmortizedPosterior(Posterior):
@@ -56,15 +57,16 @@ class AmortizedPosterior(Posterior):
     Args:
         simulator: the simulator of the model.
         guide: a guide of the model at the data, which holds the flow at the data.
+        data: values by observed site.
         note: what is to be said of these data; None for nothing.
     """
 
-    def __init__(self, simulator: Simulator, guide: AutoFlow, note: str | None) -> None:
+    def __init__(self, simulator: Simulator, guide: AutoFlow, data: Mapping[str, Tensor], note: str | None) -> None:
         super().__init__(guide.model, guide, simulator.args, simulator.kwargs, History())
-        self.simulator, self.note = simulator, note
+        self.simulator, self.data, self.note = simulator, data, note
 
-    @cached_property
-    @with_gradients
+    @exclusive_property
+    @isolated
     def log_joint(self) -> LogJoint:
         """The log joint of the model at the data, made at the first use.
 
@@ -78,7 +80,8 @@ class AmortizedPosterior(Posterior):
         for examples in draws.split(NUM_EXAMPLES):
             try:
                 compiler = Compiler(self._compile)
-                return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, compiler)
+                with seeded(0):
+                    return LogJoint(self._model, self._args, self._kwargs, self.layout, examples, compiler)
             except ValueError as error:
                 if isinstance(error, FlowError):
                     raise
@@ -117,12 +120,12 @@ class AmortizedPosterior(Posterior):
 class LikelihoodFreePosterior(AmortizedPosterior):
     """The posterior of an amortised flow where the likelihood cannot be evaluated: it is neither judged nor corrected.
 
-    It draws and scores latents, tabulates them, and predicts. What needs the likelihood raises a ``ModelError`` that
-    says why there is none. The arguments are those of :class:`AmortizedPosterior`.
+    It draws and scores latents, tabulates them, predicts, and gives ArviZ data. What needs the likelihood raises a
+    ``ModelError`` that says why there is none. The arguments are those of :class:`AmortizedPosterior`.
     """
 
-    def __init__(self, simulator: Simulator, guide: AutoFlow, note: str | None) -> None:
-        super().__init__(simulator, guide, note)
+    def __init__(self, simulator: Simulator, guide: AutoFlow, data: Mapping[str, Tensor], note: str | None) -> None:
+        super().__init__(simulator, guide, data, note)
         # Deterministic sites may depend on what the simulator draws; predictive() has them.
         self.structure = replace(self.structure, deterministic=())
 
@@ -134,39 +137,72 @@ class LikelihoodFreePosterior(AmortizedPosterior):
     def _refuse(self) -> NoReturn:
         raise ModelError(
             f"the likelihood cannot be evaluated, since {self.simulator.no_likelihood}: this posterior has draws, "
-            "log_prob, summary and predictive, but no weights, evidence, verdict or correction"
+            "log_prob, summary, predictive and to_arviz, but no weights, evidence, verdict or correction"
         )
 
-    @with_gradients
-    def predictive(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw the observed, deterministic and not inferred sites given draws from the flow, by site.
-
-        Args:
-            num_samples: number of draws, at least 1.
-            args: arguments of the model; those of the simulations if none are given.
-            kwargs: keyword arguments of the model.
-        """
+    def _predicted(self, num_samples: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Draw the observed, deterministic and not inferred sites given draws from the flow, by site."""
         simulator = self.simulator
         values, _ = self.layout.constrain(self._draw(num_samples))
         if not (args or kwargs):
             args, kwargs = simulator.args, simulator.kwargs
         batched = BatchedModel(simulator.model, args, kwargs, values, draw=True, kept=self.structure.kept)
-        drawn = batched.in_chunks(values, num_samples).values
-        return {name: value for name, value in drawn.items() if name not in values}
+        return posterior_predictive(batched, values, len(next(iter(values.values()))))
+
+    @isolated
+    def to_arviz(
+        self,
+        num_samples: int = 1000,
+        log_likelihood: bool = True,
+        posterior_predictive: bool = True,
+        prior: bool = True,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        seed: int | None = None,
+    ) -> Any:
+        """Convert to ArviZ data as :meth:`pyroflows.Posterior.to_arviz` does, without log_likelihood, lp and weights.
+
+        A warning says that the likelihood is missing, unless ``log_likelihood`` is False. The arguments are those of
+        :meth:`pyroflows.Posterior.to_arviz`.
+        """
+        with seeded(seed):
+            return self._arviz_data(num_samples, log_likelihood, posterior_predictive, prior, coords, dims)
+
+    def _arviz_data(
+        self, num_samples: int, log_likelihood: bool, posterior_predictive: bool, prior: bool, coords: Any, dims: Any
+    ) -> Any:
+        simulator = self.simulator
+        latents, log_q = self._latents(num_samples)
+        values, _ = self.layout.constrain(latents)
+        model = BatchedModel(simulator.model, simulator.args, simulator.kwargs, values, draw=True)
+        structure = describe(simulator.model, simulator.args, simulator.kwargs)
+        sites = (*structure.latents, *structure.deterministic)
+        simulated = [site for site in sites if site.name in self.data]
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "posterior": self._sites(latents),
+            "sample_stats": {"log_q": log_q.double()},
+            "observed_data": self.data,
+        }
+        left_out: dict[str, Reasons] = {}
+        if log_likelihood:
+            reason = f"{simulator.no_likelihood}, so that it cannot be evaluated"
+            left_out["log_likelihood"] = dict.fromkeys(self.data, reason)
+        if posterior_predictive:
+            groups["posterior_predictive"], left_out["posterior_predictive"] = replicates(
+                model, simulated, values, num_samples
+            )
+        if prior:
+            groups |= prior_groups(model, structure, self.data, num_samples, left_out)
+        return labelled_data(groups, sites, left_out, coords, dims)
 
     def distill(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise, since the new posterior would be judged by the likelihood."""
         self._refuse()
 
-    def plot_pairs(self, var_names: Any = None, coords: Any = None, num_samples: int = 2000, **kwargs: Any) -> Any:
-        """Plot as :meth:`pyroflows.Posterior.plot_pairs` does."""
-        return plot_pairs(arviz_data(self.sample(num_samples), None, None), var_names, coords, **kwargs)
-
     def __repr__(self) -> str:
-        table = self.summary().round(3).to_string(max_rows=60)
         notes = [] if self.note is None else [f"  - {self.note}"]
         text = (
             f"no verdict: the likelihood cannot be evaluated, since {self.simulator.no_likelihood}. These are draws of "
             "the flow, without weights or correction"
         )
-        return "\n".join([table, "", text, *notes])
+        return "\n".join([str(self._summary()), "", text, *notes])

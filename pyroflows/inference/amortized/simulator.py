@@ -10,7 +10,6 @@ from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyroflows.errors import DataError, FlowError, ModelError, OptionError, warn
 from pyroflows.inference.amortized.data_sites import DataSites
@@ -19,12 +18,15 @@ from pyroflows.models.batching import BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.masks import entry_mask
+from pyroflows.models.replicates import SamplerError
 from pyroflows.models.requirements import describe_for_flow
 from pyroflows.models.run import run_once
 from pyroflows.models.simulation import require_continuous, require_drawable
 from pyroflows.models.structure import ModelStructure, Site, describe_run
 from pyroflows.models.tracing import Model, sample_nodes, trace_anywhere
 from pyroflows.options import kind
+from pyroflows.progress import Progress
+from pyroflows.shapes import counted
 
 # A draw of the prior may be one for which the simulator fails, so that it is described by another.
 NUM_TRIALS = 20
@@ -117,12 +119,12 @@ class Simulator:
         at_data = _at(self.model, data)
         return poutine.block(at_data, hide=list(self.nuisance)) if self.nuisance else at_data
 
-    def draws(self, num_draws: int, progress_bar: bool) -> tuple[Tensor, Tensor, int]:
+    def draws(self, num_draws: int, progress: Progress) -> tuple[Tensor, Tensor, int]:
         """Draw latents and data from the prior predictive, without those that are not finite.
 
         Args:
             num_draws: the number of draws.
-            progress_bar: whether to show one where the model runs draw by draw.
+            progress: the bar in which this is shown.
 
         Returns:
             Unconstrained latents ``(n, dim)``, rows of data ``(n, num_entries)``, and how many draws were left out.
@@ -134,9 +136,10 @@ class Simulator:
         names = [*(site.name for site in self.layout.structure.latents), *self.data.shapes]
         batched = _batched(self.model, self.args, self.kwargs)
         if batched is not None:
+            progress.say(counted(num_draws, "simulation"))
             values, num_failed = batched.in_chunks({}, num_draws).values, 0
         else:
-            values, num_failed = self._one_by_one(names, num_draws, progress_bar)
+            values, num_failed = self._one_by_one(names, num_draws, progress)
         x = self.layout.unconstrain(values)
         rows = self.data.rows(values, self.layout.dtype)
         is_finite = x.isfinite().all(-1) & rows.isfinite().all(-1)
@@ -148,13 +151,15 @@ class Simulator:
             warn(f"{found}, and are left out: the prior is then that of the rest")
         return x[is_finite], rows[is_finite], num_left_out
 
-    def _one_by_one(self, names: Sequence[str], num_draws: int, progress_bar: bool) -> tuple[dict[str, Tensor], int]:
+    def _one_by_one(self, names: Sequence[str], num_draws: int, progress: Progress) -> tuple[dict[str, Tensor], int]:
         """Draw by one run of the model each; the values by site, and the number of runs that failed."""
         values: dict[str, list[Tensor]] = {name: [] for name in names}
         first_error: Exception | None = None
         num_failed = 0
+        progress.start("simulations", num_draws, unit="simulation")
         with torch.no_grad(), pyro.validation_enabled(False):
-            for _ in tqdm(range(num_draws), disable=not progress_bar, unit="simulation"):
+            for _ in range(num_draws):
+                progress.update()
                 try:
                     with poutine.block():
                         trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
@@ -178,6 +183,8 @@ def _batched(model: Model, args: Any, kwargs: Any) -> BatchedModel | None:
     for _ in range(NUM_TRIALS):
         try:
             batched = BatchedModel(model, args, kwargs, {}, draw=True)
+        except SamplerError:
+            continue
         except FlowError:
             raise
         except (ValueError, RuntimeError, ArithmeticError):  # at a draw for which the simulator fails

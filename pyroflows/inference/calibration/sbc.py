@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from tqdm.auto import tqdm
 
 from pyroflows.errors import ModelError
-from pyroflows.grad_mode import with_gradients
+from pyroflows.grad_mode import isolated
 from pyroflows.inference.amortized.amortized import Amortized as AmortizedFit
 from pyroflows.inference.calibration.fits import Draws, Fitter, draws_of, fitter
 from pyroflows.inference.calibration.likelihood import log_likelihood_of
 from pyroflows.inference.calibration.quantities import Quantities
 from pyroflows.inference.calibration.result import Calibration
 from pyroflows.inference.calibration.simulation import ConditionedModel, Simulations, simulate
+from pyroflows.interruption import keeping
 from pyroflows.models.arguments import missing_arguments, usable_arguments
 from pyroflows.models.tracing import Model
 from pyroflows.options import checked_int
+from pyroflows.progress import Progress
 from pyroflows.randomness import seeded
 
 MIN_DATASETS = 10
@@ -26,7 +27,7 @@ MIN_DATASETS = 10
 NUM_FIRST = 3
 
 
-@with_gradients
+@isolated
 def sbc(
     model: Model,
     fit: Any,
@@ -77,6 +78,8 @@ def sbc(
         ModelError: if the model cannot be simulated, as with flat priors, ``pyro.factor`` or subsampled plates, or has
             discrete latents, names the site; or if the first fits all fail.
         DataError: if simulated values are not finite.
+        FitInterrupted: if the fits are interrupted, such as by Ctrl-C; its ``result`` is the calibration by the data
+            sets so far, if they are at least 10, and otherwise None.
 
     Example:
         >>> def model(x, y=None):
@@ -96,7 +99,8 @@ def sbc(
         args, kwargs = (args, kwargs) if args or kwargs else (fit.simulator.args, fit.simulator.kwargs)
         observed = list(fit.simulator.data.shapes) if observed is None else observed
         latents = [site.name for site in fit.simulator.layout.structure.latents] if latents is None else latents
-    with seeded(seed):
+    with seeded(seed), Progress(progress_bar) as progress:
+        progress.say(f"simulation of {num_datasets} data sets")
         # A model that takes its data as an argument without a default needs none to be simulated.
         absent = dict.fromkeys(missing_arguments(model, args, kwargs))
         args, kwargs = usable_arguments(model, args, {**kwargs, **absent})
@@ -106,21 +110,35 @@ def sbc(
         quantities = Quantities(simulations, log_likelihood, rng)
         models = _conditioned(model, simulations, args, kwargs)
         seeds = torch.randint(2**62, (num_datasets,)).tolist()
-        levels, num_draws, failures = [], [], {}
-        for number in tqdm(range(num_datasets), disable=not progress_bar, unit="fit"):
-            result = _attempt(run, models[number], seeds[number], simulations, num_samples)
-            if isinstance(result, Draws):
-                levels.append(quantities.levels(number, result))
-                num_draws.append(len(result.weights))
-                continue
-            failures[number] = f"{type(result).__name__}: {str(result).partition(chr(10))[0]}"
-            if len(failures) == number + 1 == NUM_FIRST:
-                raise ModelError(
-                    f"the fits to the first {NUM_FIRST} data sets all failed, the last with {failures[number]}"
-                ) from result
-    shapes = {site.name: tuple(site.shape) for site in simulations.structure.latents}
-    components, others = quantities.components, quantities.others
-    return Calibration(components, others, np.array(levels), shapes, num_draws, failures, reason)
+        levels: list[np.ndarray] = []
+        num_draws: list[int] = []
+        failures: dict[int, str] = {}
+        shapes = {site.name: tuple(site.shape) for site in simulations.structure.latents}
+
+        def found(_: Any = None) -> Calibration | None:
+            num = min(len(levels), len(num_draws))
+            if num + len(failures) < MIN_DATASETS:
+                return None
+            tested = np.array(levels[:num])
+            return Calibration(quantities.components, quantities.others, tested, shapes, num_draws, failures, reason)
+
+        with keeping("sbc", found, least=f"the fits to {MIN_DATASETS} data sets"):
+            progress.start("fits", num_datasets, unit="fit")
+            for number in range(num_datasets):
+                result = _attempt(run, models[number], seeds[number], simulations, num_samples)
+                progress.update()
+                if isinstance(result, Draws):
+                    levels.append(quantities.levels(number, result))
+                    num_draws.append(len(result.weights))
+                    continue
+                failures[number] = f"{type(result).__name__}: {str(result).partition(chr(10))[0]}"
+                if len(failures) == number + 1 == NUM_FIRST:
+                    raise ModelError(
+                        f"the fits to the first {NUM_FIRST} data sets all failed, the last with {failures[number]}"
+                    ) from result
+        calibration = found()
+    assert calibration is not None
+    return calibration
 
 
 def _names(sites: str | Sequence[str] | None) -> list[str] | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,11 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyroflows.errors import ModelError
+from pyroflows.interruption import keeping
 from pyroflows.models.log_joint import ValueAndGrad
 
+MIN_SAMPLES = 4  # R-hat needs as many
+TOO_FEW = f"{MIN_SAMPLES} draws of each chain after the warm-up"
 TARGET_ACCEPTANCE = 0.8
 # In a standard normal the position at the end of a trajectory of this length is independent of that at its start.
 QUARTER_PERIOD = math.pi / 2
@@ -86,7 +89,16 @@ def run_hmc(
     stats["diverging"] = torch.zeros((num_chains, num_samples), dtype=torch.bool)
     if move is not None:
         stats["flow_acceptance_rate"] = torch.empty_like(stats["lp"])
-    with tqdm(total=num_warmup + num_samples, disable=not progress_bar, unit="draw") as bar:
+    num_kept = 0
+
+    def found(_: Any = None) -> BaseChains | None:
+        kept = {name: figure[:, :num_kept] for name, figure in stats.items()}
+        return BaseChains(z[:, :num_kept], kept) if num_kept >= MIN_SAMPLES else None
+
+    with (
+        keeping("the chains", found, TOO_FEW),
+        tqdm(total=num_warmup + num_samples, disable=not progress_bar, unit="draw") as bar,
+    ):
         for iteration in range(num_warmup + num_samples):
             jitter = 0.5 + van_der_corput(iteration)
             proposal = trajectory(value_and_grad, state, *tuner.steps(jitter), tuner.scale)
@@ -104,6 +116,7 @@ def run_hmc(
                 stats["diverging"][:, draw] = proposal.is_diverging
                 if move is not None:
                     stats["flow_acceptance_rate"][:, draw] = flow_accept_prob
+                num_kept = draw + 1
             bar.update()
             if iteration % 10 == 0:
                 status = {"acceptance": f"{proposal.accept_prob.mean():.2f}", "step size": f"{tuner.step_size:.2g}"}

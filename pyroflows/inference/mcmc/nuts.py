@@ -1,5 +1,6 @@
 """Pyro's No-U-Turn sampler in the base space of a flow: NeuTra (Hoffman et al. 2019, arXiv:1903.03704)."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyroflows.inference.mcmc.hmc import TARGET_ACCEPTANCE, BaseChains, start
+from pyroflows.inference.mcmc.hmc import MIN_SAMPLES, TARGET_ACCEPTANCE, TOO_FEW, BaseChains, start
+from pyroflows.interruption import keeping
 from pyroflows.models.log_joint import ValueAndGrad
 
 
@@ -44,17 +46,37 @@ def run_nuts(
     def potential(params: dict[str, Tensor]) -> Tensor:
         return -_LogDensity.apply(params["z"], value_and_grad)
 
-    draws = []
-    rates = torch.empty((num_chains, num_samples))
-    is_diverging = torch.zeros((num_chains, num_samples), dtype=torch.bool)
-    with tqdm(total=num_chains * (num_warmup + num_samples), disable=not progress_bar, unit="draw") as bar:
-        for chain, z in enumerate(starts):
-            mean_acceptance = ""
+    # The draws of each chain so far, its mean acceptance, and which draws are divergent.
+    draws: list[list[Tensor]] = [[] for _ in starts]
+    rates = [math.nan] * num_chains
+    divergences: list[list[int]] = [[] for _ in starts]
 
-            def after_each(kernel: NUTS, *_: Any) -> None:
-                nonlocal mean_acceptance
-                # At the end of a run the kernel resets its mean acceptance.
-                mean_acceptance = kernel.logging()["acc. prob"]
+    def found(_: Any = None) -> BaseChains | None:
+        """Return the chains that are as long as the first one."""
+        length = len(draws[0])
+        if length < MIN_SAMPLES:
+            return None
+        chains = [chain for chain in range(num_chains) if len(draws[chain]) == length]
+        z = torch.stack([torch.stack(draws[chain]) for chain in chains])
+        lp = torch.stack([torch.cat([value_and_grad(row[None])[0] for row in rows]) for rows in z])
+        is_diverging = torch.zeros(lp.shape, dtype=torch.bool)
+        for row, chain in enumerate(chains):
+            is_diverging[row, [draw for draw in divergences[chain] if draw < length]] = True
+        rate = torch.tensor([rates[chain] for chain in chains])[:, None].expand(lp.shape).clone()
+        return BaseChains(z, {"lp": lp, "acceptance_rate": rate, "diverging": is_diverging})
+
+    with (
+        keeping("the chains", found, TOO_FEW),
+        tqdm(total=num_chains * (num_warmup + num_samples), disable=not progress_bar, unit="draw") as bar,
+    ):
+        for chain, z in enumerate(starts):
+
+            def after_each(kernel: NUTS, params: dict[str, Tensor], stage: str, _: int, chain: int = chain) -> None:
+                # At the end of a run the kernel resets these figures.
+                rates[chain] = float(kernel.logging()["acc. prob"])
+                if stage.startswith("Sample"):
+                    divergences[chain] = kernel.diagnostics()["divergences"]
+                    draws[chain].append(params["z"].detach().clone())
                 bar.update()
 
             mcmc = MCMC(
@@ -66,8 +88,6 @@ def run_nuts(
                 disable_progbar=True,
             )
             mcmc.run()
-            draws.append(mcmc.get_samples()["z"])
-            rates[chain] = float(mean_acceptance)
-            is_diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
-    log_density = torch.stack([torch.cat([value_and_grad(row[None])[0] for row in z]) for z in draws])
-    return BaseChains(torch.stack(draws), {"lp": log_density, "acceptance_rate": rates, "diverging": is_diverging})
+        chains = found()
+    assert chains is not None
+    return chains

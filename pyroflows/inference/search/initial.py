@@ -12,6 +12,7 @@ from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import DataError, FlowError, ModelError
 from pyroflows.models.arguments import non_finite
 from pyroflows.models.layout import Layout
+from pyroflows.models.one_draw import CopiedReads
 from pyroflows.models.run import run_once
 from pyroflows.models.tracing import Model, trace_model
 from pyroflows.randomness import seeded
@@ -105,7 +106,14 @@ def _with_gradient(log_joint: Any, vector: Tensor) -> Tensor:
     """Return the vector if the log joint and its gradient are finite there."""
     with torch.enable_grad():
         leaf = vector.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(log_joint(leaf), leaf)
+        try:
+            (gradient,) = torch.autograd.grad(log_joint(leaf), leaf)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            with CopiedReads():
+                value = log_joint(leaf)
+            (gradient,) = torch.autograd.grad(value, leaf)
     if not gradient.isfinite().all():
         raise _NotFiniteError("its gradient is not finite")
     return vector

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.errors import ModelError
+from pyroflows.errors import FlowError, ModelError
 from pyroflows.inference.search.density import Density
 from pyroflows.inference.search.gaussians import GaussianApproximation, as_gaussian
 from pyroflows.inference.search.initial import prior_draw
@@ -40,7 +40,7 @@ Propose = Callable[[Sequence[Mode], int], Tensor]
 
 @dataclass(frozen=True)
 class Starts:
-    """The result of the search for modes from several starts.
+    """The result of the search for modes from several starts; the attribute ``starts`` of a posterior.
 
     Args:
         elbos: the ELBO of the best Gaussian of each start with a finite log joint, in nats, the best first.
@@ -166,6 +166,7 @@ def find_start(
     inverse_temperature: float | None = None,
     propose: Propose | None = None,
     max_starts: int | None = None,
+    note: Callable[[list[GaussianApproximation], Starts, int], None] = lambda modes, found, num_expected: None,
 ) -> tuple[list[GaussianApproximation], Starts]:
     """Find the separate modes of a log joint, and fit a Gaussian at each.
 
@@ -176,6 +177,8 @@ def find_start(
         propose: a function from the known modes and a number to as many further starts; None to use the first alone.
         max_starts: the largest number of starts, the first ones included, whatever they cost; None for 200, and for
             fewer where the further ones cost more than twice as much as the first.
+        note: a function that is called, each time after a few starts, with what was found by then, and with the number
+            of starts there will be if no more modes are found.
 
     Returns:
         The Gaussians at all modes that are not negligible, the best ELBO first; and a summary of the search. Where
@@ -195,18 +198,27 @@ def find_start(
     try:
         search = ModeSearch(Density(tempered, num_rows, starts), starts)
     except ValueError as error:
+        if isinstance(error, FlowError):  # of the model, which other values do not help
+            raise
         raise ModelError(
             f"{error}: give a guide with init_loc_fn=init_to_value(values={{...}}), with values where they are"
         ) from error
     symmetries = _symmetries(search, log_joint.layout)
     search.close(symmetries)
+
+    def found() -> tuple[list[GaussianApproximation], Starts]:
+        return [as_gaussian(mode.gaussian, starts) for mode in _fitted(search.kept)], _summary(search)
+
     batch = max(2, min(BATCH, num_rows, MAX_ENTRIES // starts.shape[1] ** 2))
     limit, max_cost = (MAX_STARTS, MAX_COST) if max_starts is None else (max_starts, math.inf)
     while propose is not None and _goes_on(search, limit, max_cost):
         wanted = max(LEAST_BATCH, math.ceil(search.num_wanted(SMALL_PROBABILITY)))
-        search.explore(propose(search.kept, min(batch, wanted, limit - search.num_starts)))
+        wanted = min(wanted, limit - search.num_starts)
+        note(*found(), search.num_starts + wanted)
+        search.explore(propose(search.kept, min(batch, wanted)))
         search.close(symmetries)
-    return [as_gaussian(mode.gaussian, starts) for mode in _fitted(search.kept)], _summary(search)
+    note(*found(), search.num_starts)
+    return found()
 
 
 def _goes_on(search: ModeSearch, max_starts: int, max_cost: float) -> bool:

@@ -81,6 +81,9 @@ class Facts:
 class Diagnosis:
     r"""A verdict on whether a flow posterior can be trusted, with its reasons and the figures behind them.
 
+    :meth:`pyroflows.Posterior.diagnose` returns it. Printed, it is the verdict and its reasons. Its figures are on the
+    unconstrained space, where the flow is fitted.
+
     Args:
         verdict: "good" if the draws can be used as they are; "correct it" if importance weights are needed, and can be
             trusted; "do not use" if the weights cannot be trusted either.

@@ -26,8 +26,9 @@ CLEARLY_ABOVE, CLEARLY_BELOW = 2.0, 4.0
 # Draws do not see what lies some five standard deviations away. A share of this size there changes an sd by about a
 # twentieth, so that a smaller one does not matter, whatever k-hat is.
 MAX_UNSEEN_SHARE = 0.005
-# A few large weights can make a share large. It counts if it is above the limit by so many standard errors.
-CLEARLY_UNSEEN = 2.0
+# A few large weights can make a share large. It counts if it is above the limit by so many standard errors, or above so
+# many times the limit: an estimate that is too coarse to tell does not show that the share is small.
+CLEARLY_UNSEEN, MAX_EXCESS = 2.0, 2.0
 # The Gaussian proposal of Pareto shape 0.7 leaves 3 % unseen by 10,000 draws.
 MAX_CORRECTABLE_SHARE = 0.03
 MAX_NAN_SHARE = 0.01
@@ -76,6 +77,12 @@ class Unseen(NamedTuple):
 
     share: Estimate
     num_draws: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the share does not matter, as far as it is known."""
+        limit = min(MAX_UNSEEN_SHARE + CLEARLY_UNSEEN * self.share.se, MAX_EXCESS * MAX_UNSEEN_SHARE)
+        return self.share.value <= limit
 
     def is_certain(self, errors: float) -> bool:
         """Whether the limits of the verdict lie at least so many standard errors away."""
@@ -155,7 +162,7 @@ class Figures:
 
     def verdict_on_tail(self, unseen: Unseen | None, errors: float = 0.0) -> Verdict:
         """The verdict that the tail of the weights allows at best, by k-hat and by what the draws do not see."""
-        if self.khat_is_low or (unseen is not None and unseen.share.at(-CLEARLY_UNSEEN) <= MAX_UNSEEN_SHARE):
+        if self.khat_is_low or (unseen is not None and unseen.is_small):
             return "good"
         is_far = unseen is not None and unseen.share.value > MAX_CORRECTABLE_SHARE
         is_high = self.khat.at(errors - CLEARLY_ABOVE) > self.khat_threshold

@@ -334,6 +334,16 @@ def test_tail(khat, share, verdict, words):
     assert diagnosis.unseen_share is share
 
 
+@pytest.mark.parametrize(
+    ("share", "se", "verdict"),
+    [(0.009, 0.004, "good"), (0.0153, 0.0068, "correct it"), (0.19, 0.14, "do not use"), (0.004, 0.1, "good")],
+)
+def test_a_share_that_is_known_too_coarsely_is_not_small(share, se, verdict):
+    diagnosis = diagnose(of_figures(khat=Estimate(0.65, 0.08)), unseen(share, se))
+    assert diagnosis.verdict == verdict
+    assert any("does not matter" in reason for reason in diagnosis.reasons) == (verdict == "good")
+
+
 def test_the_advice_does_not_promise_reliable_weights_where_khat_is_in_doubt():
     doubtful = diagnose(of_figures(khat=Estimate(0.6, 0.08)), unseen(0.01))
     assert "more draws and look at its k-hat" in doubtful.reasons[-2]
