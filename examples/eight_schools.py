@@ -10,7 +10,6 @@ fit on itself, and saves two pictures.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -54,16 +53,15 @@ def model(standard_error: torch.Tensor, y: torch.Tensor | None = None) -> None:
 
 def compare(posterior: pf.Posterior) -> pd.DataFrame:
     """The posterior beside the reference, with the difference of the means in reference sds."""
-    names = {f"theta[{i}]": f"theta[{school}]" for i, school in enumerate(SCHOOLS)}
     reference = pd.DataFrame.from_dict(REFERENCE, orient="index", columns=["ref mean", "ref sd"])
-    table = posterior.summary().rename(index=names).loc[reference.index].join(reference)
+    table = posterior.summary().loc[reference.index].join(reference)
     table["diff/sd"] = (table["mean"] - table["ref mean"]) / table["ref sd"]
     return table
 
 
 def probability_higher(posterior: pf.Posterior, school: str, other: str) -> float:
     """The posterior probability that coaching does more in one school than in another."""
-    data = posterior.to_arviz(num_samples=4000, prior=False, coords={"school": list(SCHOOLS)})
+    data = posterior.to_arviz(num_samples=4000, prior=False)
     theta = data["posterior"]["theta"]
     return (theta.sel(school=school) > theta.sel(school=other)).mean().item()
 
@@ -71,7 +69,7 @@ def probability_higher(posterior: pf.Posterior, school: str, other: str) -> floa
 def save_pictures(posterior: pf.Posterior, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pairs, elbo = folder / "eight_schools_pairs.png", folder / "eight_schools_elbo.png"
-    posterior.plot_pairs(var_names=["mu", "tau", "theta"], coords={"school": [0]}).savefig(pairs, dpi=DPI)
+    posterior.plot_pairs(var_names=["mu", "tau", "theta"], coords={"school": ["A"]}).savefig(pairs, dpi=DPI)
     training = posterior.plot_training()
     training.suptitle("Eight schools: training of the flow")
     top = training.axes[0]
@@ -86,12 +84,14 @@ def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     print("Eight schools (Rubin 1981): points that coaching adds to an SAT score\n")
 
-    vi = pf.FlowVI(
-        model, num_steps=args.num_steps, num_particles=args.num_particles, progress_bar=not args.no_progress_bar
-    )
-    start = time.perf_counter()
-    posterior = vi.run(STANDARD_ERROR, EFFECT)
-    print(f"Fitted in {time.perf_counter() - start:.1f} s, {posterior.history.num_steps} steps.\n")
+    posterior = pf.FlowVI(
+        model,
+        num_steps=args.num_steps,
+        num_particles=args.num_particles,
+        coords={"school": list(SCHOOLS)},
+        progress_bar=not args.no_progress_bar,
+    ).run(STANDARD_ERROR, EFFECT)
+    print(f"Fitted in {posterior.outcome.seconds:.1f} s, {posterior.history.num_steps} steps.\n")
 
     print(compare(posterior).to_string(float_format="{:.2f}".format))
     print("ref: posteriordb; diff/sd: difference of the means in reference sds\n")
