@@ -1,6 +1,8 @@
 """What all tests share: one thread, since tensors are small and the machine is shared, fixed seeds, and grids."""
 
+import signal
 import sys
+import threading
 from itertools import combinations, product
 
 import pyro
@@ -16,6 +18,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "grid(**values): all pairs of these values; all combinations with --full-grid")
+    # A shell lets what it runs in the background ignore SIGINT, by which tests interrupt calls.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc):
