@@ -246,6 +246,10 @@ class FlowVI:
         precise.dtype = torch.float64
         try:
             posterior = precise._seeded_run(args, kwargs, "in float64: ")
+        except FitInterrupted as error:
+            # Before the repeated fit has a state, the first one is the last result.
+            self.posterior = error.result or self.posterior
+            raise
         except Exception:  # a model may not run in float64, for instance with modules in float32
             return None
         warn(f"{reason}, and was repeated in float64; dtype=torch.float64 does so at once")

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyroflows.compiling.singular import nan_where_singular
-from pyroflows.errors import FlowError, ModelError, warn
+from pyroflows.errors import FlowError, warn
 from pyroflows.models.leaves import are_close, gradients_of_leaves, gradients_of_leaves_with_writes
 from pyroflows.models.mixed import keeps_draws_apart
 from pyroflows.models.one_draw import ManyPaths, Place, WritesOutside
 from pyroflows.models.paths import DifferentPaths, Results, run_paths, run_vmapped
+from pyroflows.models.repeats import close, differs, require_same
 from pyroflows.models.run import LogsBySite, RunHandler, RunOptions, RunRecord, SiteValues
 from pyroflows.models.slow import duration, failure, how_to_speed_up
 from pyroflows.models.tracing import Model
@@ -41,15 +42,7 @@ MAX_NUMBERS = 2**19
 NUM_EXAMPLES = 5
 NUM_FAR = 8  # further examples, which may lie anywhere
 NUM_TRIALS = 10  # draws of a vague prior may be ones that the rest of the model refuses
-# A model that draws random numbers of its own, such as dropout with a small rate, repeats itself by chance only rarely.
-NUM_REPEATS, SEED_OF_REPEATS = 10, 20_011
 SEED_OF_VARIANTS = 20_021
-NOT_FIXED = (
-    "the model has no fixed log joint: two runs at equal values of all sites give site '{}' other log-densities, since "
-    "the model draws random numbers outside of pyro.sample, or at a site that poutine.block hides. Take rows by "
-    "pyro.plate(..., subsample_size=...) instead of torch.randperm, noise by pyro.sample instead of torch.randn, and "
-    "call .eval() on a module with dropout"
-)
 LONG = 5.0  # a warning says how long draws one by one take, if it is more than this many seconds
 
 
@@ -127,7 +120,7 @@ class BatchedModel:
             examples = {name: value.roll(-index, 0) for name, value in examples.items()}
             self._handler, self.reference = handler, handler.record
             self._first = {name: value[0] for name, value in examples.items()}
-            if not draw and not kept and _differs(state, random_state()):
+            if not draw and not kept and differs(state, random_state()):
                 self._require_fixed()
             self._variants: dict[tuple[frozenset[str], bool, bool, frozenset[str]], BatchedModel] = {}
             self._failures: dict[str, str] = {}
@@ -218,13 +211,13 @@ class BatchedModel:
 
     def _require_fixed(self) -> None:
         """Raise if another run at the values of the reference, with other random numbers, has other log-densities."""
-        _require_same(self.reference.log_probs, lambda: self._run(self._first, self._handler.rows).record.log_probs)
+        require_same(self.reference.log_probs, lambda: self._run(self._first, self._handler.rows).record.log_probs)
 
     def _require_fixed_paths(self, examples: SiteValues) -> None:
         """The same for each path through the branches of the model, most of which the reference does not take."""
 
         def check(results: Results, again: Callable[[], Results]) -> None:
-            _require_same(results[1], lambda: again()[1])
+            require_same(results[1], lambda: again()[1])
 
         self._batch("paths", examples, NUM_EXAMPLES, self._handler.rows, {}, check)
 
@@ -324,7 +317,7 @@ class BatchedModel:
             with pyro.validation_enabled(False):
                 return self._run(values, subsample).record
 
-        return keeps_draws_apart(batch, single, _close, near, record, self._far)
+        return keeps_draws_apart(batch, single, close, near, record, self._far)
 
     def _differ_by_draw(self, mode: Mode, names: Collection[str]) -> bool:
         """Whether sites differ between the draws of a batch at equal values of all others, if they do in single runs.
@@ -357,7 +350,7 @@ class BatchedModel:
                 {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
             )
             pairs = [(single.values, batched.values), (single.log_probs, batched.log_probs)]
-            if not all(a.keys() == b.keys() and all(_close(a[k], b[k]) for k in a) for a, b in pairs):
+            if not all(a.keys() == b.keys() and all(close(a[k], b[k]) for k in a) for a, b in pairs):
                 return False
         return True
 
@@ -409,32 +402,5 @@ class BatchedModel:
             return run_singly(run, inputs, num_draws, self.reference)
 
 
-def _require_same(log_probs: SiteValues, again: Callable[[], SiteValues]) -> None:
-    """Raise if a repeated run, with other random numbers, has other log-densities."""
-    with seeded(SEED_OF_REPEATS):
-        for _ in range(NUM_REPEATS):
-            state = random_state()
-            others = again()
-            for name, log_prob in log_probs.items():
-                if name in others and not _close(log_prob, others[name]):
-                    raise ModelError(NOT_FIXED.format(name))
-            # A model that draws no numbers of torch's has now shown what it does.
-            if not _differs(state, random_state()):
-                break
-
-
-def _differs(state: list[Tensor], other: list[Tensor]) -> bool:
-    return not all(map(torch.equal, state, other))
-
-
 def _total(records: list[RunRecord]) -> Tensor:
     return torch.stack([log_prob.sum() for record in records for log_prob in record.log_probs.values()]).sum()
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    tolerance = torch.finfo(torch.promote_types(a.dtype, b.dtype)).eps ** 0.5
-    return torch.allclose(a.to(b.dtype), b, rtol=tolerance, atol=tolerance, equal_nan=True)

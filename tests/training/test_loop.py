@@ -574,6 +574,33 @@ def test_keyboard_interrupt_leaves_finite_parameters(when):
     assert (objective.parameter - TARGET).norm() < TARGET.norm()  # what was learned is kept
 
 
+@pytest.mark.parametrize("late", [-5.0, -1.01])
+def test_keyboard_interrupt_after_a_decline_leaves_the_better_state(late):
+    """A window that is worse beyond its noise is left; noise alone, here of 0.1 / sqrt(50), is not."""
+
+    class Declining(Scripted):
+        def before_step(self):
+            super().before_step()
+            if self.num_steps == 3 * WINDOW:
+                raise KeyboardInterrupt
+
+    parameter = torch.zeros((), requires_grad=True)
+    noise = [0.1 * (-1) ** i for i in range(WINDOW)]
+    objectives = [*(value - 1.0 for value in noise), *(value + late for value in noise)]
+    objectives += objectives[WINDOW:]
+    schedule = Plateau("objective", 10 * WINDOW, falls=False)
+    trainer = Trainer(
+        Declining(parameter, objectives, (-1e-3,)), schedule, sgd(1.0), compile="none", progress_bar=False
+    )
+    at_window = []
+    take = trainer._good.take
+    trainer._good.take = lambda: (take(), at_window.append(parameter.item()))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    is_kept = late < -2
+    assert (parameter.item() == at_window[0]) == is_kept and len(at_window) == (1 if is_kept else 2)
+
+
 def test_keyboard_interrupt_among_bad_steps_leaves_a_good_state():
     class Interrupted(Scripted):
         def before_step(self):
