@@ -15,7 +15,7 @@ from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import biject_to
 
 from pyroflows import ModelError
-from pyroflows.models import batching
+from pyroflows.models import batching, repeats
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
@@ -1028,8 +1028,8 @@ def test_the_check_leaves_the_generator_as_it_was(monkeypatch):
         torch.randn(10)
 
     states = []
-    for repeats in (10, 1):
-        monkeypatch.setattr(batching, "NUM_REPEATS", repeats)
+    for count in (10, 1):
+        monkeypatch.setattr(repeats, "NUM_REPEATS", count)
         torch.manual_seed(0)
         BatchedModel(model, (), {}, {"z": torch.zeros(5)})
         states.append(torch.get_rng_state())
