@@ -327,7 +327,7 @@ def _row_dims(num_dims: int, variable: str, names: Mapping[str, list]) -> list[s
 
 
 def _labels(is_seen: np.ndarray, given: Sequence | None) -> list:
-    """ComponentLabels of the rows that are seen: those that are given, or their indices."""
+    """Labels of the rows that are seen: those that are given, or their indices."""
     indices = np.argwhere(is_seen)
     if is_seen.ndim > 1:
         return [", ".join(map(str, index)) for index in indices]

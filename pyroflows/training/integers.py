@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyroflows.training.refusals import ComponentLabels, refuse
+from pyroflows.training.refusals import ColumnLabels, refuse
 
 
 def uniform_noise(x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def dequantized(x: Tensor, u: Tensor) -> Tensor:
     return torch.clamp(x + u, torch.nextafter(x, x + 1), torch.nextafter(x + 1, x))
 
 
-def refuse_fractions(values: Tensor, labels: ComponentLabels = None) -> None:
+def refuse_fractions(values: Tensor, labels: ColumnLabels = None) -> None:
     """Raise if a value of x is no whole number.
 
     Args:
@@ -60,7 +60,7 @@ def refuse_fractions(values: Tensor, labels: ComponentLabels = None) -> None:
     refuse(values != values.round(), values, "x", what, labels)
 
 
-def refuse_other_levels(values: Tensor, levels: int, labels: ComponentLabels = None) -> None:
+def refuse_other_levels(values: Tensor, levels: int, labels: ColumnLabels = None) -> None:
     """Raise if a value of x is none of the levels 0 to ``levels - 1``.
 
     Args:

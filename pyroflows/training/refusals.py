@@ -12,14 +12,14 @@ from pyroflows.shapes import as_given, listed, places
 from pyroflows.transforms.discrete.base import advice_on
 from pyroflows.transforms.wild import center_and_spread
 
-ComponentLabels: TypeAlias = list[Any] | None
+ColumnLabels: TypeAlias = list[Any] | None
 # A standard deviation must be at least this many times the spacing of numbers in the dtype of a flow. Normal data that
 # were rounded to a tenth of it were fitted as well as others, see :mod:`pyroflows.training.ill_posed`.
 MIN_RESOLUTION = 10
 
 
 def refuse(
-    is_bad: Tensor, values: Tensor, name: str, what: str, labels: ComponentLabels = None, advice: str | None = None
+    is_bad: Tensor, values: Tensor, name: str, what: str, labels: ColumnLabels = None, advice: str | None = None
 ) -> None:
     """Raise if there is a bad value; the message names the first one, and says how many rows have one.
 
@@ -65,7 +65,7 @@ def refuse_lost_digits(name: str, given: Tensor, cast: Tensor) -> None:
         )
 
 
-def refuse_outside(support: constraints.Constraint, x: Tensor, labels: ComponentLabels, name: str = "x") -> None:
+def refuse_outside(support: constraints.Constraint, x: Tensor, labels: ColumnLabels, name: str = "x") -> None:
     """Raise if a value is outside a support, or on its boundary, where the bijection onto it is not finite."""
     first = 0
     for constraint, length in parts_of(support, x.shape[-1]):
