@@ -12,7 +12,7 @@ from torch import Tensor
 from pyroflows.errors import ModelError, OptionError, warn
 from pyroflows.grad_mode import isolated
 from pyroflows.inference.arviz import SAMPLED_GROUPS, to_arviz_data
-from pyroflows.inference.labels import Labels
+from pyroflows.inference.arviz_names import ArvizNames
 from pyroflows.inference.predictive import Reasons, prior_draws, replicates
 from pyroflows.models.arguments import require_arguments, usable_arguments
 from pyroflows.models.batching import BatchedModel
@@ -208,19 +208,19 @@ def labelled_data(
         for group, tensors in groups.items()
     }
     arrays |= {group: _counted(arrays[group], sites) for group in PREDICTED_GROUPS if group in arrays}
-    labels = Labels.of(arrays, sites, coords, dims)
-    for text in (_left_out_in_words(left_out), _renamed_in_words(labels)):
+    names = ArvizNames.of(arrays, sites, coords, dims)
+    for text in (_left_out_in_words(left_out), _renamed_in_words(names)):
         if text:
             warn(text)
-    new = labels.sites
+    new = names.sites
     renamed = {
         group: {name if group == "sample_stats" else new.get(name, name): array for name, array in of_group.items()}
         for group, of_group in arrays.items()
     }
     return to_arviz_data(
         renamed,
-        coords=labels.coords,
-        dims={new.get(name, name): names for name, names in labels.dims.items()},
+        coords=names.coords,
+        dims={new.get(name, name): dims for name, dims in names.dims.items()},
         attrs={"inference_library": "pyroflows", "inference_library_version": version("pyroflows")},
         seen_rows={new.get(name, name): rows.cpu().numpy() for name, rows in (seen_rows or {}).items()},
     )
@@ -282,9 +282,9 @@ def _left_out_in_words(left_out: Mapping[str, Reasons]) -> str:
     return f"the ArviZ data are without {'; '.join(parts)}. {', '.join(options)} asks for no such groups, and is silent"
 
 
-def _renamed_in_words(labels: Labels) -> str:
-    kinds = (("site", labels.sites), ("plate", labels.plates))
-    new = [f"{kind} '{old}' is '{name}'" for kind, names in kinds for old, name in names.items()]
+def _renamed_in_words(names: ArvizNames) -> str:
+    kinds = (("site", names.sites), ("plate", names.plates))
+    new = [f"{kind} '{old}' is '{name}'" for kind, renamed in kinds for old, name in renamed.items()]
     more = ", ..." if len(new) > MAX_NAMES else ""
     return f"ArviZ cannot take all names of the model: in its data {', '.join(new[:MAX_NAMES])}{more}" if new else ""
 

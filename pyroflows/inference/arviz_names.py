@@ -14,7 +14,7 @@ Groups = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Labels:
+class ArvizNames:
     """How ArviZ data name sites and dimensions.
 
     Args:
@@ -36,7 +36,7 @@ class Labels:
         sites: Collection[Site],
         coords: Mapping[str, Sequence[Any]] | None,
         dims: Mapping[str, str | Sequence[str]] | None,
-    ) -> "Labels":
+    ) -> "ArvizNames":
         """Name the dimensions of all arrays: by the user, by plates, or by numbers, as ArviZ does.
 
         Args:
