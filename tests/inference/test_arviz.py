@@ -3,7 +3,7 @@
     python -m venv /tmp/arviz1 && /tmp/arviz1/bin/pip install "arviz>=1" numpy pytest
     /tmp/arviz1/bin/python -m pytest tests/inference/test_arviz.py --noconftest -p no:cacheprovider
 
-Neither torch nor the package is needed: the module is loaded by its path.
+Neither torch nor pyroflows is needed: its part for ArviZ is loaded by its path.
 """
 
 import doctest
@@ -13,21 +13,29 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-PATH = Path(__file__).parents[2] / "pyroflows" / "inference" / "arviz.py"
+PATH = Path(__file__).parents[2] / "pyroflows" / "inference" / "arviz" / "__init__.py"
 NUM_DRAWS, NUM_DATA = 400, 20
 
 
-def load() -> ModuleType:
+@cache
+def loaded() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pyroflows_arviz", PATH)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load() -> ModuleType:
+    """The package, which is to look anew which ArviZ is installed."""
+    loaded().generations.installed.cache_clear()
+    return loaded()
 
 
 def generation() -> int | None:
@@ -42,10 +50,10 @@ def backend(module: ModuleType, name: str):
     if name == "0.x":
         if generation() != 0:
             pytest.skip("ArviZ 0.x is not installed")
-        return module._arviz_0()
+        return module.generations.arviz_0()
     pytest.importorskip("arviz_base")
     pytest.importorskip("arviz_stats")
-    return module._arviz_1()
+    return module.generations.arviz_1()
 
 
 @pytest.fixture(params=["0.x", "1.x"])
@@ -57,7 +65,7 @@ def version(request):
 def module(version, monkeypatch):
     module = load()
     chosen = backend(module, version)
-    monkeypatch.setattr(module, "_backend", lambda: chosen)
+    monkeypatch.setattr(module.generations, "installed", lambda: chosen)
     return module
 
 
@@ -434,7 +442,7 @@ def test_generations_agree(monkeypatch, size, tolerance, spread):
     log_weights = spread * np.random.default_rng(size).normal(size=size) + 1234.5
     results = []
     for chosen in [backend(module, "0.x"), backend(module, "1.x")]:
-        monkeypatch.setattr(module, "_backend", lambda chosen=chosen: chosen)
+        monkeypatch.setattr(module.generations, "installed", lambda chosen=chosen: chosen)
         results.append(module.pareto_smoothed(log_weights))
     (old, old_khat), (new, new_khat) = results
     assert old_khat == pytest.approx(new_khat, abs=tolerance)
@@ -471,16 +479,19 @@ def test_parts_of_arviz_1_do_without_the_package_named_arviz(monkeypatch):
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(module.importlib.metadata, "version", not_installed)
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
     assert type(module.to_arviz_data({"prior": {"a": np.zeros((1, 9))}})).__name__ == "DataTree"
     monkeypatch.setitem(sys.modules, "arviz_base", None)
-    module._backend.cache_clear()
+    module.generations.installed.cache_clear()
     with pytest.raises(ImportError, match="pip install arviz"):
         module.to_arviz_data({"prior": {"a": np.zeros((1, 9))}})
 
 
 def test_doctests():
-    assert doctest.testmod(load(), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+    module = load()
+    for part in (module.data, module.draws, module.pareto):
+        result = doctest.testmod(part, globs={**vars(module), "np": np}, optionflags=doctest.NORMALIZE_WHITESPACE)
+        assert result.attempted and not result.failed
 
 
 def test_needs_neither_torch_nor_the_package_nor_warns(tmp_path):
@@ -493,7 +504,7 @@ class Blocked:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Blocked())
 spec = importlib.util.spec_from_file_location("pyroflows_arviz", {str(PATH)!r})
-module = importlib.util.module_from_spec(spec)
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 early = [name for name in ("arviz", "arviz_base", "arviz_stats", "xarray", "matplotlib") if name in sys.modules]
 assert not early, early
@@ -572,4 +583,6 @@ def test_bands_hold_the_whole_distribution_as_often_as_they_say(module):
     ecdf = (levels <= points).mean(1)
     is_inside = ((ecdf >= low - 1e-9) & (ecdf <= high + 1e-9)).all(-1)
     # Bands are of steps of 1/50, so that they hold somewhat more; the sd is that of both simulations.
-    assert prob - 4 * (prob * (1 - prob) * (1 / 2000 + 1 / module.BAND_TRIALS)) ** 0.5 < is_inside.mean() < 0.9
+    assert (
+        prob - 4 * (prob * (1 - prob) * (1 / 2000 + 1 / module.generations.BAND_TRIALS)) ** 0.5 < is_inside.mean() < 0.9
+    )

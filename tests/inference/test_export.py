@@ -440,8 +440,8 @@ def test_slashes_stay_under_arviz_0():
 def arviz_1(monkeypatch):
     pytest.importorskip("arviz_base")
     pytest.importorskip("arviz_stats")
-    chosen = arviz._arviz_1()
-    monkeypatch.setattr(arviz, "_backend", lambda: chosen)
+    chosen = arviz.generations.arviz_1()
+    monkeypatch.setattr(arviz.generations, "installed", lambda: chosen)
 
 
 def test_slashes_under_arviz_1(arviz_1):
