@@ -1,15 +1,8 @@
-"""The grid of cases, event shapes, batch shapes and dtypes that some laws run over, and which cases are slow."""
+"""Which cases of the laws are slow."""
 
 import pytest
 
-from tests.transforms.registry import LAYERS, grid
-
-GRID = ["name", "context_dim", "shape", "batch_shape", "dtype"]
-
-
-def pytest_generate_tests(metafunc):
-    if set(GRID) <= set(metafunc.fixturenames):
-        metafunc.parametrize(GRID, grid(metafunc.config.getoption("--full-grid")))
+from tests.transforms.registry import LAYERS
 
 
 @pytest.hookimpl(tryfirst=True)

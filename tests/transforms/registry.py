@@ -7,7 +7,6 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import ReshapeTransform
@@ -419,28 +418,19 @@ def context_for(t: FlowTransform, batch_shape: Shape = (), dtype: torch.dtype = 
     return torch.randn((*batch_shape, *t.context_shape), dtype=dtype)
 
 
-def grid(full: bool) -> list[Any]:
-    """Cases with an event shape, a batch shape and a dtype.
+def grid(name: str, context_dim: int | Shape, full: bool) -> list[tuple[Shape, Shape, torch.dtype]]:
+    """Event shapes, batch shapes and dtypes for a case.
 
     Every pair of values of two of the four occurs; with ``full`` every combination does.
     """
-    found = []
-    for k, (name, context_dim) in enumerate(CASES):
-        shapes = LAYERS[name].shapes
-        if full:
-            rest = list(product(shapes, BATCH_SHAPES, DTYPES))
-        else:
-            size = max(len(shapes), len(BATCH_SHAPES))
-            rest = [
-                (shapes[i % len(shapes)], BATCH_SHAPES[(i + k) % len(BATCH_SHAPES)], DTYPES[(i + k // 2) % 2])
-                for i in range(size)
-            ]
-        found += [pytest.param(name, context_dim, *values, id=_id(k, *values)) for values in rest]
-    return found
-
-
-def _id(k: int, shape: Shape, batch_shape: Shape, dtype: torch.dtype) -> str:
-    return f"{CASE_IDS[k]}-{shape}-{batch_shape}-{dtype}"
+    shapes, k = LAYERS[name].shapes, CASES.index((name, context_dim))
+    if full:
+        return list(product(shapes, BATCH_SHAPES, DTYPES))
+    size = max(len(shapes), len(BATCH_SHAPES))
+    return [
+        (shapes[i % len(shapes)], BATCH_SHAPES[(i + k) % len(BATCH_SHAPES)], DTYPES[(i + k // 2) % 2])
+        for i in range(size)
+    ]
 
 
 def perturb(module: nn.Module, scale: float = 1.0) -> nn.Module:

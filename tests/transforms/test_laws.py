@@ -18,6 +18,7 @@ from pyroflows.errors import OptionError, ShapeError
 from pyroflows.shapes import described
 from pyroflows.transforms import Cached, Compose, Continuous, Elementwise, FixedSteps, Inverse, Permutation, Planar
 from pyroflows.transforms.continuous.layer import ExactContinuous
+from tests.transforms.in_turn import in_turn
 from tests.transforms.registry import (
     BATCH_SHAPES,
     CASE_IDS,
@@ -29,6 +30,7 @@ from tests.transforms.registry import (
     conditional,
     conditioned,
     context_for,
+    grid,
     jacobian,
     layer,
     made,
@@ -54,7 +56,11 @@ volume_changing_layers = pytest.mark.parametrize(
     "name", [name for name in LEARNABLE if not LAYERS[name].preserves_volume]
 )
 conditional_layers = pytest.mark.parametrize("name", CONDITIONAL)
-both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
+both_directions = in_turn("direction", cases=lambda: [(direction,) for direction in DIRECTIONS])
+over_the_grid = in_turn(
+    *("shape", "batch_shape", "dtype"),
+    cases=lambda name, context_dim, pytestconfig: grid(name, context_dim, pytestconfig.getoption("--full-grid")),
+)
 
 
 class Pair(nn.Module):
@@ -120,6 +126,8 @@ def assert_same_outputs(a, b):
 # Values and log-determinants
 
 
+@all_cases
+@over_the_grid
 def test_log_determinant_is_that_of_the_jacobian(name, context_dim, shape, batch_shape, dtype):
     t = conditioned(name, context_dim, shape, batch_shape, dtype)
     z = values_for(t, "forward", batch_shape, dtype)
@@ -132,6 +140,8 @@ def test_log_determinant_is_that_of_the_jacobian(name, context_dim, shape, batch
     assert (error <= limit + reference_error).all()
 
 
+@all_cases
+@over_the_grid
 def test_inverse_undoes_forward(name, context_dim, shape, batch_shape, dtype):
     t = conditioned(name, context_dim, shape, batch_shape, dtype)
     z = values_for(t, "forward", batch_shape, dtype)
@@ -150,6 +160,8 @@ def test_inverse_undoes_forward(name, context_dim, shape, batch_shape, dtype):
     assert ((ladj_again + ladj).abs() <= 10 * error * conditioning).all()
 
 
+@all_cases
+@over_the_grid
 def test_shapes_and_dtypes(name, context_dim, shape, batch_shape, dtype):
     t = conditioned(name, context_dim, shape, batch_shape, dtype)
     before, after = (*batch_shape, *t.base_shape), (*batch_shape, *t.event_shape)
@@ -305,6 +317,8 @@ def test_two_backward_passes_through_two_log_determinants(name, direction):
 # Scores
 
 
+@all_cases
+@over_the_grid
 def test_score_is_the_gradient_of_the_log_density(name, context_dim, shape, batch_shape, dtype):
     """Against the gradient of log q at x by the inverse, where z is standard normal."""
     t = layer(name, shape, context_dim, dtype)
