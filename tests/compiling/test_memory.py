@@ -72,7 +72,7 @@ FITS = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of the process is read from Linux")
-@pytest.mark.parametrize("script", [PROGRAMS, FITS], ids=["programs", "fits"])
+@pytest.mark.parametrize("script", [PROGRAMS, pytest.param(FITS, marks=pytest.mark.slow)], ids=["programs", "fits"])
 def test_memory_does_not_grow(script):
     """By 24 MB or more, were each program to stay."""
     source = textwrap.dedent(MEMORY) + textwrap.dedent(script)

@@ -41,9 +41,12 @@ FLOWS = {
     "coupling": lambda: DiscreteCoupling(3, 5),
     "one-hot": lambda: DiscreteCoupling(3, 5, one_hot=True),
 }
+QUICK = ("autoregressive base", "one-hot")
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FLOWS]
+)
 def test_a_law_is_learned_to_its_entropy(name):
     """A model that has the law loses about half a nat a parameter over the rows: here less than 100 of them count."""
     flow, law = FLOWS[name](), Chained()

@@ -181,7 +181,7 @@ def test_laws_are_one_if_draws_are():
 # Fits
 
 
-@pytest.mark.parametrize("estimator", ["auto", "total", "path"])
+@pytest.mark.parametrize("estimator", ["auto", *(pytest.param(e, marks=pytest.mark.slow) for e in ("total", "path"))])
 def test_student_comes_to_its_teacher(estimator):
     teacher = disturbed(MAF(4, **small))
     student = IAF(4, **small)
@@ -547,6 +547,7 @@ def test_unknown_options_raise():
         pf.distill(IAF(2), MAF(2), temperature=1.0)
 
 
+@pytest.mark.slow
 def test_sequences():
     length = 12
     conv = partial(Autoregressive, length, conditioner="causal_conv", hidden_dims=(8, 8), context_dim=(1, length))

@@ -18,7 +18,7 @@ from pyroflows.transforms.univariate import Affine
 
 ALL = pytest.mark.parametrize("name", ESTIMATORS)
 # Those of the Kullback-Leibler divergence itself, and those whose variance vanishes at the optimum.
-OF_KL = pytest.mark.parametrize("name", ["total", "path", "vargrad"])
+OF_KL = ["total", "path", "vargrad"]
 LANDING = ["path", "dreg", "vargrad"]
 # By independent components of a gradient; chosen once, the seeds being fixed.
 MAX_Z = 4.5
@@ -73,10 +73,10 @@ def at_seed(seed, function, *args):
     return function(*args)
 
 
-def assert_mean(draws, expected):
+def assert_mean(draws, expected, name=None):
     standard_error = draws.std(0) / math.sqrt(len(draws))
     z = (draws.mean(0) - expected) / standard_error.clamp_min(1e-12)
-    assert z.abs().max() < MAX_Z, z
+    assert z.abs().max() < MAX_Z, (name, z)
 
 
 # Slow references, by definition: log q through the inverse, one draw's Jacobian at a time
@@ -146,35 +146,35 @@ def test_one_draw_is_the_estimator_of_the_elbo(name, same):
 # The exact gradient of the Kullback-Leibler divergence
 
 
-@OF_KL
+@pytest.mark.parametrize("name", OF_KL)
 def test_unbiased_for_a_gaussian_target(name):
     """KL of Normal(mu, diag(sigma^2)) from Normal(m, inverse of L) has gradients L (mu - m) and sigma^2 diag(L) - 1."""
     mean, log_sd = torch.tensor([0.5, -1.0]).double(), torch.tensor([0.2, -0.7]).double()
     precision = torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()
     gaussian = MultivariateNormal(torch.tensor([-0.3, 0.4]).double(), precision_matrix=precision)
     flow = affine_flow(mean, log_sd)
-    draws = torch.stack([gradient(name, flow, gaussian.log_prob, 8) for _ in range(500)])
+    draws = torch.stack([gradient(name, flow, gaussian.log_prob, 40) for _ in range(100)])
     by_mean = precision @ (mean - gaussian.mean)
     by_log_sd = (2 * log_sd).exp() * precision.diagonal() - 1
     assert_mean(draws, torch.stack([by_mean, by_log_sd], -1).reshape(-1))
 
 
-@OF_KL
 @FLOW
-def test_unbiased_for_a_flow(name, flow_fn):
+def test_unbiased_for_a_flow(flow_fn):
     """Against -ELBO by quadrature over the base, differentiated."""
     flow = perturbed(flow_fn(2))
-    axis = torch.linspace(-7, 7, 401, dtype=torch.float64)
+    axis = torch.linspace(-7, 7, 201, dtype=torch.float64)
     z = torch.cartesian_prod(axis, axis)
     log_base = flow.base().log_prob(z)
     x, ladj = flow.transform.forward_and_ladj(z)
     area = (axis[1] - axis[0]) ** 2
     expected = gradient_of((log_base.exp() * (log_base - ladj - target(x))).sum() * area, flow)
-    draws = torch.stack([gradient(name, flow, target, 256) for _ in range(100)])
-    assert_mean(draws, expected)
+    for name in OF_KL:
+        draws = torch.stack([gradient(name, flow, target, 512) for _ in range(50)])
+        assert_mean(draws, expected, name)
 
 
-@BASE
+@pytest.mark.parametrize("base", [None, pytest.param("student_t", marks=pytest.mark.slow)])
 def test_doubly_reparametrised_gradient_has_the_mean_of_the_bound_s(base):
     flow = perturbed(IAF(3, num_layers=2, hidden_dims=(8,), base=base), scale=0.2)
 

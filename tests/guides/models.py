@@ -22,6 +22,16 @@ GUIDES = {
 
 all_guides = pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 
+
+def guides_of_which_quick(*names):
+    """All guides, of which the quick run tries those of these names."""
+    marks = {name: () if name in names else pytest.mark.slow for name in GUIDES}
+    return pytest.mark.parametrize("make", [pytest.param(GUIDES[name], id=name, marks=marks[name]) for name in GUIDES])
+
+
+# The flow of AutoFlow is a larger one of AutoIAF's.
+distinct_guides = guides_of_which_quick(*(name for name in GUIDES if name != "AutoFlow"))
+
 Y = torch.tensor([1.3, 0.2, 2.1, 0.7])
 
 

@@ -31,10 +31,12 @@ from tests.guides.models import (
     Y,
     all_guides,
     built,
+    distinct_guides,
     fit,
     gaussian,
     gaussian_posterior,
     groups,
+    guides_of_which_quick,
     perturb,
     regression,
     regression_log_joint,
@@ -127,7 +129,7 @@ def test_svi_trains_all_parameters(make, elbo, vectorize):
         assert not torch.equal(parameter, before[name]), name
 
 
-@all_guides
+@guides_of_which_quick("AutoIAF", "AutoPlanar")
 def test_training_reaches_the_evidence(make):
     """The model is conjugate, so the ELBO of a good fit is the log evidence, and the draws have the posterior's law."""
     guide = make(gaussian)
@@ -199,13 +201,13 @@ def predictive_model(x, y=None):
         return pyro.sample("y", dist.Normal(slope * x, sigma), obs=y)
 
 
-@all_guides
+@distinct_guides
 @pytest.mark.parametrize("parallel", [False, True])
 def test_predictive_has_the_law_of_the_guide(make, parallel):
     """Means and products of the latents, so their dependence too, and predictions at data that nobody observed."""
     x = torch.linspace(-1, 1, 4)
     guide = built(make, predictive_model, x, Y)
-    num = 2000 if parallel else 200
+    num = 2000 if parallel else 60
     draws = Predictive(predictive_model, guide=guide, num_samples=num, parallel=parallel)(x)
     assert draws["y"].shape == (num, 4)
     slope, sigma = guide.get_posterior().sample((num,)).unbind(-1)
