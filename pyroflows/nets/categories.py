@@ -40,6 +40,32 @@ class Embedding(nn.Module):
         return one_hot if self.weight is None else one_hot @ self.weight
 
 
+def by_passes(
+    net: Any,
+    num_passes: int,
+    given: Tensor,
+    context: Tensor | None,
+    category_of: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Find the categories of rows by passes of a network, which can be traced.
+
+    Args:
+        net: a network whose parameters depend on earlier places only, with ``one_hots`` of all categories.
+        num_passes: the number of passes after which all places are known.
+        given: what is known of each place, ``(N, length)``.
+        context: ``(N, *context_shape)``, or None.
+        category_of: as for :meth:`OnCategories.by_place`.
+
+    Returns:
+        Categories ``(N, length)``.
+    """
+    categories = torch.zeros_like(given, dtype=torch.long)
+    for _ in range(num_passes):  # what stands at later places does not matter to those that are known
+        theta = net(net.one_hots[categories], context)
+        categories = category_of(given.flatten(), theta.flatten(0, 1)).view_as(given)
+    return categories
+
+
 class OnCategories(Constants):
     """An autoregressive network of categories: it sees the embedding of each as channels.
 
@@ -119,15 +145,15 @@ class OnCategories(Constants):
         Args:
             given: what is known of each place, ``(N, length)``.
             context: ``(N, *context_shape)``, or None.
-            category_of: the categories ``(N,)`` of a place, from what is known of it ``(N,)`` and from its parameters
-                ``(N, num_params)``.
+            category_of: the categories of places ``(n,)``, from what is known of them ``(n,)`` and from their
+                parameters ``(n, num_params)``.
 
         Returns:
             Categories ``(N, length)``.
         """
         incremental = getattr(self.net, "incremental", None)
         if incremental is None or is_transformed():
-            return self._by_passes(given, context, category_of)
+            return by_passes(self, len(self.order), given, context, category_of)
         with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
             steps = incremental(len(given), context)
             vectors = self.embedding(self.one_hots)
@@ -140,15 +166,3 @@ class OnCategories(Constants):
                 categories[:, j] = category
                 steps.inputs[i] = vectors[category].mT
         return categories.clone()
-
-    def _by_passes(
-        self, given: Tensor, context: Tensor | None, category_of: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Do what :meth:`by_place` does by a pass of the network for each place, which can be traced."""
-        # Parameters depend on earlier places only, so that it does not matter what stands at later ones.
-        found = [given[:, 0].long()] * len(self.order)
-        seen = [self.one_hots.new_zeros(len(given), self.num_categories)] * len(self.order)
-        for j in self.order:
-            found[j] = category_of(given[:, j], self(torch.stack(seen, -2), context)[:, j])
-            seen[j] = self.one_hots[found[j]]
-        return torch.stack(found, -1)

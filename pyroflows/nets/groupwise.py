@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pyroflows.compiling.eager import is_transformed
 from pyroflows.errors import OptionError
-from pyroflows.nets.categories import Embedding
+from pyroflows.nets.categories import Embedding, by_passes
 from pyroflows.nets.causal_conv import CausalConv
 from pyroflows.nets.constants import Constants
 from pyroflows.options import checked_int
@@ -123,7 +123,7 @@ class GroupwiseConv(Constants):
             Categories ``(N, length)``.
         """
         if is_transformed():
-            return self._by_passes(given, context, category_of)
+            return by_passes(self, self.num_groups, given, context, category_of)
         num_rows, num_blocks, num_groups = len(given), self.num_blocks, self.num_groups
         with torch.inference_mode():  # half the overhead of no_grad; what leaves it is cloned
             given = self._in_blocks(given[..., None])[..., 0]
@@ -142,17 +142,6 @@ class GroupwiseConv(Constants):
                 steps.inputs[r] = self._with_neighbours(seen).flatten(0, 1).mT
             categories = categories.flatten(1)[:, : self.length]
         return categories.clone()
-
-    def _by_passes(
-        self, given: Tensor, context: Tensor | None, category_of: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Do what :meth:`by_place` does by a pass of the network for each group, which can be traced."""
-        # Parameters depend on earlier groups only, so that it does not matter what stands in later ones.
-        categories = torch.zeros_like(given, dtype=torch.long)
-        for _ in range(self.num_groups):
-            theta = self(self.one_hots[categories], context)
-            categories = category_of(given.flatten(), theta.flatten(0, 1)).view_as(given)
-        return categories
 
     def _in_blocks(self, value: Tensor) -> Tensor:
         """Return places ``(N, length, channels)`` as ``(N, blocks, m, channels)``, with zeros beyond the end."""

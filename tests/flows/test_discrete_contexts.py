@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 import pyroflows as pf
 from pyroflows import DataError, OptionError, ShapeError, StateError, flows
+from pyroflows.nets.categories import by_passes
 from pyroflows.transforms import DiscreteCoupling
 
 from .categories import make, perturbed
@@ -147,7 +148,7 @@ def test_draws_of_an_autoregressive_law_by_passes_are_those_by_steps():
         context, uniform = torch.randn(5, 2), torch.rand(5, LENGTH)
         at_uniform = lambda u, logits: (logits.softmax(-1).cumsum(-1)[..., :-1] <= u[..., None]).sum(-1)  # noqa: E731
         steps = base.net.by_place(uniform, context, at_uniform)
-        assert torch.equal(base.net._by_passes(uniform, context, at_uniform), steps)
+        assert torch.equal(by_passes(base.net, LENGTH, uniform, context, at_uniform), steps)
 
 
 def test_contexts_of_another_shape(base):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pyroflows.nets import MADE, CausalConv, Incremental, ResMADE
-from pyroflows.nets.categories import Embedding, OnCategories
+from pyroflows.nets.categories import Embedding, OnCategories, by_passes
 from tests.transforms.discrete.registry import Running, one_hots, randomized
 
 SIZE, NUM_PARAMS, ORDER = 5, 7, [2, 0, 3, 1]
@@ -50,12 +50,12 @@ def test_places_one_after_the_other_give_what_passes_give(factory, embedding_dim
     context = torch.randn(20, context_dim, dtype=torch.float64) if context_dim else None
 
     def category_of(given, theta):
-        assert given.shape == (20,) and theta.shape == (20, NUM_PARAMS)
+        assert theta.shape == (*given.shape, NUM_PARAMS)
         return (theta.argmax(-1) + given) % SIZE
 
     found = net.by_place(given, context, category_of)
     assert not found.is_inference()
-    assert torch.equal(found, net._by_passes(given, context, category_of))
+    assert torch.equal(found, by_passes(net, 4, given, context, category_of))
     theta = net(one_hots(found, SIZE), context)
     assert torch.equal(found, (theta.argmax(-1) + given) % SIZE)
     assert net.by_place(given[:0], None if context is None else context[:0], lambda g, t: g).shape == (0, 4)
