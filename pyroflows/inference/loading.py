@@ -16,9 +16,10 @@ from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.files import SavedPosterior, read
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.without_data import PosteriorWithoutData
-from pyroflows.models.arguments import in_dtype, missing_arguments, usable_arguments
+from pyroflows.models.arguments import in_dtype, usable_arguments
 from pyroflows.models.layout import Layout
 from pyroflows.models.saved_sites import difference, structure_of
+from pyroflows.models.signature import missing_arguments
 from pyroflows.models.structure import ModelStructure, describe, model_parameters
 from pyroflows.models.tracing import Model
 from pyroflows.randomness import seeded

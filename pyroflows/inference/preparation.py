@@ -14,12 +14,12 @@ from pyroflows.errors import warn
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.search.circles import find_centers, require_no_flat_angles
 from pyroflows.inference.search.initial import finite_center, require_finite
-from pyroflows.models.arguments import bound_arguments
 from pyroflows.models.batching import NUM_EXAMPLES, NUM_FAR
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.proper import require_proper
 from pyroflows.models.requirements import check_static
+from pyroflows.models.signature import bound_arguments
 from pyroflows.models.structure import describe
 from pyroflows.models.tracing import InitFn, Model
 from pyroflows.randomness import seeded

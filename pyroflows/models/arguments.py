@@ -1,6 +1,5 @@
 """The arguments of a model: arrays become tensors where it needs them, and values that are not finite are found."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,13 +13,14 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import init_to_sample, init_to_value
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger, unwrap
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_map
 
 from pyroflows.errors import DataError, FlowError, ModelError, OptionError
 from pyroflows.models.masks import draw_like, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import TensorObservations, as_tensor, is_array, is_list, named_type
+from pyroflows.models.signature import named_leaves, signature_of
 from pyroflows.models.tracing import Model, latent_init, trace_model
 from pyroflows.randomness import seeded
 
@@ -55,7 +55,7 @@ def usable_arguments(model: Model, args: Any, kwargs: Any, dtype: torch.dtype | 
         >>> usable_arguments(model, (np.array([1.0, 2.0]),), {})
         ((tensor([1., 2.]),), {})
     """
-    leaves = list(_leaves(model, args, kwargs))
+    leaves = list(named_leaves(model, args, kwargs))
     if not any(is_array(leaf) or is_list(leaf) for _, leaf in leaves):
         return args, kwargs
     failures = []
@@ -153,7 +153,7 @@ def unwritten(model: Model, args: Any, kwargs: Any) -> Iterator[None]:
     Raises:
         ModelError: if so; names the argument.
     """
-    tensors = {name: leaf for name, leaf in _leaves(model, args, kwargs) if isinstance(leaf, Tensor)}
+    tensors = {name: leaf for name, leaf in named_leaves(model, args, kwargs) if isinstance(leaf, Tensor)}
     before = {name: (tensor._version, tensor.detach().clone()) for name, tensor in tensors.items()}
     failure = None
     try:
@@ -171,13 +171,6 @@ def unwritten(model: Model, args: Any, kwargs: Any) -> Iterator[None]:
             ) from failure
     if failure is not None:
         raise failure
-
-
-def _leaves(model: Model, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
-    """The arguments by name, those inside of dictionaries and lists too, as in ``data['x'][0]``."""
-    for name, value in bound_arguments(model, args, kwargs).items():
-        for path, leaf in tree_flatten_with_path(value, is_leaf=is_list)[0]:
-            yield f"{name}{keystr(path)}", leaf
 
 
 def _map(function: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -219,38 +212,6 @@ def in_dtype(model: Model, dtype: torch.dtype | None) -> Model:
     return run
 
 
-def bound_arguments(model: Model, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included; by position where a model shows no names.
-
-    Example:
-        >>> bound_arguments(lambda x, y=None: None, (1,), {})
-        {'x': 1, 'y': None}
-    """
-    try:
-        bound = _signature(model).bind(*args, **kwargs)
-    except (TypeError, ValueError):
-        return {str(i): value for i, value in enumerate(args)} | kwargs
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-def missing_arguments(model: Model, args: Any, kwargs: Any) -> list[str]:
-    """The names of the arguments that a model needs and that a call lacks; none where a model shows no names.
-
-    Example:
-        >>> missing_arguments(lambda x, y, z=None: None, (1,), {})
-        ['y']
-    """
-    try:
-        signature = _signature(model)
-        given = signature.bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return []
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in kinds]
-    return [name for name in needed if name not in given]
-
-
 def require_arguments(model: Model, args: Any, kwargs: Any) -> None:
     """Raise if a model cannot be called with arguments, as far as it shows their names.
 
@@ -265,7 +226,7 @@ def require_arguments(model: Model, args: Any, kwargs: Any) -> None:
         the model does not take these arguments (got an unexpected keyword argument 'z'): it takes (x, y=None)
     """
     try:
-        signature = _signature(model)
+        signature = signature_of(model)
     except (TypeError, ValueError):
         return
     try:
@@ -283,7 +244,7 @@ def require_own_seed(seed: int | None, model: Model, args: Any) -> None:
     if seed is None:
         return
     try:
-        signature = _signature(model)
+        signature = signature_of(model)
         bound = signature.bind_partial(*args).arguments
     except (TypeError, ValueError):
         return
@@ -294,12 +255,6 @@ def require_own_seed(seed: int | None, model: Model, args: Any) -> None:
         )
 
 
-def _signature(model: Model) -> inspect.Signature:
-    # What effect handlers around the model give is such an object, which shows no names.
-    function = unwrap(model) if type(model).__name__ == "_bound_partial" else model
-    return inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
-
-
 def non_finite(model: Model, args: Any, kwargs: Any) -> list[str]:
     """Say which arguments hold NaN or infinite values, how many, and where the first is.
 
@@ -308,7 +263,7 @@ def non_finite(model: Model, args: Any, kwargs: Any) -> list[str]:
         ["argument 'x' has 1 NaN of 4 values, the first at [1, 0]"]
     """
     found = []
-    for name, leaf in _leaves(model, args, kwargs):
+    for name, leaf in named_leaves(model, args, kwargs):
         value = as_tensor(leaf)
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
             for what, where in (("NaN", value.isnan()), ("infinite", value.isinf())):

@@ -13,10 +13,11 @@ from pyro import poutine
 from torch.distributions import constraints
 
 from pyroflows.errors import DataError
-from pyroflows.models.arguments import bound_arguments, in_dtype, non_finite, usable_arguments
+from pyroflows.models.arguments import in_dtype, non_finite, usable_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.observations import as_tensor
 from pyroflows.models.requirements import describe_for_flow
+from pyroflows.models.signature import bound_arguments
 from pyroflows.models.structure import describe_run
 
 X, Y = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.5, -1.0, 2.0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroflows.errors import DataError, FlowError, ModelError, OptionError, warn
 from pyroflows.inference.amortized.data_sites import DataSites
-from pyroflows.models.arguments import explain_failure, missing_arguments, usable_arguments
+from pyroflows.models.arguments import explain_failure, usable_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
@@ -21,6 +21,7 @@ from pyroflows.models.masks import entry_mask
 from pyroflows.models.replicates import SamplerError
 from pyroflows.models.requirements import describe_for_flow
 from pyroflows.models.run import run_once
+from pyroflows.models.signature import missing_arguments
 from pyroflows.models.simulation import require_continuous, require_drawable
 from pyroflows.models.structure import ModelStructure, Site, describe_run
 from pyroflows.models.tracing import Model, sample_nodes, trace_anywhere

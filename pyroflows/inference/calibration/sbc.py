@@ -16,7 +16,8 @@ from pyroflows.inference.calibration.quantities import Quantities
 from pyroflows.inference.calibration.result import Calibration
 from pyroflows.inference.calibration.simulation import ConditionedModel, Simulations, simulate
 from pyroflows.interruption import keeping
-from pyroflows.models.arguments import missing_arguments, usable_arguments
+from pyroflows.models.arguments import usable_arguments
+from pyroflows.models.signature import missing_arguments
 from pyroflows.models.tracing import Model
 from pyroflows.options import checked_int
 from pyroflows.progress import Progress

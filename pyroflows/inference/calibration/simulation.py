@@ -9,9 +9,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyroflows.errors import DataError, ModelError, OptionError
-from pyroflows.models.arguments import bound_arguments, missing_arguments
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.requirements import describe_for_flow
+from pyroflows.models.signature import bound_arguments, missing_arguments
 from pyroflows.models.simulation import require_continuous, require_drawable
 from pyroflows.models.structure import ModelStructure, describe
 from pyroflows.models.tracing import Model
