@@ -27,11 +27,11 @@ def test_examples_of_docstrings(name):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_public_names_have_docstrings(name):
-    module = importlib.import_module(name)
-    assert module.__doc__
-    for public, value in vars(module).items():
-        defined_here = getattr(value, "__module__", None) == name
-        if defined_here and not public.startswith("_") and (isinstance(value, type) or hasattr(value, "__code__")):
-            assert value.__doc__, f"{name}.{public} has no docstring"
+def test_public_names_have_docstrings():
+    for name in MODULES:
+        module = importlib.import_module(name)
+        assert module.__doc__, f"{name} has no docstring"
+        for public, value in vars(module).items():
+            defined_here = getattr(value, "__module__", None) == name
+            if defined_here and not public.startswith("_") and (isinstance(value, type) or hasattr(value, "__code__")):
+                assert value.__doc__, f"{name}.{public} has no docstring"

@@ -66,7 +66,7 @@ def test_a_law_is_learned_to_its_entropy(name):
     assert fit.best_log_prob == pytest.approx(held_out_log_prob(flow, x), abs=1e-5)
 
 
-@pytest.mark.parametrize("recipe", [DiscreteAutoregressive, DiscreteCoupling])
+@pytest.mark.parametrize("recipe", [DiscreteAutoregressive, pytest.param(DiscreteCoupling, marks=pytest.mark.slow)])
 def test_a_law_given_a_context_is_learned(recipe):
     """The context says which of two categories is frequent at each place, and whether the places agree."""
     context = torch.randint(2, (NUM_ROWS, 2)).float()

@@ -436,7 +436,10 @@ def continuous(dim, context_dim):
     return pf.flows.CNF(dim, hidden_dims=(32, 32), context_dim=context_dim)
 
 
-@pytest.mark.parametrize("embedding", [None, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))])
+@pytest.mark.parametrize(
+    "embedding",
+    [pytest.param(None, marks=pytest.mark.slow), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))],
+)
 def test_continuous_flows_are_matched_together_with_their_embedding(embedding):
     before = copy.deepcopy(embedding.state_dict()) if embedding is not None else {}
     options = {**QUICK, "num_simulations": 2000, "max_epochs": 40}
