@@ -9,8 +9,10 @@ from pyro import distributions as dist
 
 import pyroflows as pf
 from pyroflows.fitting import comparison
+from pyroflows.inference import conditional
 from pyroflows.inference.mcmc import hmc
 from pyroflows.interruption import keeping
+from pyroflows.models.batching import BatchedModel
 from pyroflows.training.loop import Trainer
 
 QUIET = {"seed": 0, "progress_bar": False}
@@ -188,6 +190,43 @@ def test_bridge(monkeypatch, posterior, num_kept, is_enough):
         assert (
             abs(found.log_evidence - dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0))) < 5 * found.log_evidence_se
         )
+
+
+@pytest.mark.parametrize("num_batches", [0, 3])
+def test_importance_sampling_has_the_draws_so_far(monkeypatch, posterior, num_batches):
+    monkeypatch.setattr(BatchedModel, "chunk_size", 100)
+    y = torch.tensor(1.0)
+    calls = [
+        lambda: posterior.importance_sample(1000, **QUIET),
+        lambda: pf.importance_sample(model, posterior, y, num_samples=1000, **QUIET),
+    ]
+    for call in calls:
+        whole = call()
+        with monkeypatch.context() as patched:
+            interrupt(patched, BatchedModel, "__call__", num_batches)
+            with pytest.raises(pf.FitInterrupted, match="importance sampling was interrupted") as caught:
+                call()
+        weighted = caught.value.result
+        if num_batches == 0:
+            assert weighted is None and "before it had a batch of draws" in str(caught.value)
+        else:
+            assert torch.equal(weighted.draws["x"], whole.draws["x"][:300])
+            assert abs(weighted.log_evidence - whole.log_evidence) < 5 * weighted.log_evidence_se
+
+
+@pytest.mark.parametrize("num_rounds", [0, 1, 2])
+def test_conditional_draws_are_those_of_the_latest_proposal(monkeypatch, num_rounds):
+    flow = pf.flows.Gaussian(2)
+    interrupt(monkeypatch, conditional, "_weighted", num_rounds)
+    with pytest.raises(pf.FitInterrupted) as caught:
+        pf.sample_conditional(flow, [0.3], columns=[0], num_samples=500, seed=0)
+    weighted = caught.value.result
+    if num_rounds == 0:
+        assert weighted is None and "before it had the draws of a first proposal" in str(caught.value)
+    else:
+        assert weighted.draws["x"].shape == (2000, 2) and (weighted.draws["x"][:, 0] == 0.3).all()
+        exact = dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.3))
+        assert abs(weighted.log_evidence - exact) < 5 * weighted.log_evidence_se
 
 
 @pytest.mark.parametrize("num_fits", [5, 12])

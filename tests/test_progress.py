@@ -9,6 +9,8 @@ import torch
 from pyro import distributions as dist
 
 import pyroflows as pf
+from pyroflows.inference import weights
+from pyroflows.models.batching import BatchedModel
 from pyroflows.progress import Progress
 
 Y = torch.tensor([0.5, -1.0, 2.0])
@@ -118,3 +120,26 @@ def test_nothing_is_printed_without_it(capsys):
     amortized = pf.fit_amortized(normal, num_simulations=100, max_epochs=1, num_flows=2, seed=0, progress_bar=False)
     pf.sbc(normal, amortized, num_datasets=10, num_samples=10, seed=0, progress_bar=False)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_importance_sampling_shows_a_bar_where_it_takes_long(monkeypatch, capsys, is_slow):
+    posterior = pf.FlowVI(normal, num_steps=3, seed=0, progress_bar=False).run(Y)
+    capsys.readouterr()
+    monkeypatch.setattr(BatchedModel, "chunk_size", 10)
+    monkeypatch.setattr(weights, "DELAY", 0.0 if is_slow else 60.0)
+    for show in (True, False):
+        posterior.importance_sample(100, seed=0, progress_bar=show)
+        assert ("100/100" in capsys.readouterr().err) == (is_slow and show)
+
+
+def test_draws_one_by_one_come_in_small_batches():
+    """A bar that moves once in thousands of slow draws would seem to stand still."""
+
+    def slow():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(sum(x.reshape(-1).tolist()), 1.0), obs=Y[0])
+
+    with pytest.warns(UserWarning, match="draw by draw"):
+        batched = BatchedModel(slow, (), {}, {"x": torch.randn(5)})
+    assert batched.mode == "loop" and batched.chunk_size == 10

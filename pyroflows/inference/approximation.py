@@ -19,7 +19,7 @@ from pyroflows.models.arguments import (
     explain_failure,
     in_dtype,
     require_arguments,
-    require_own_seed,
+    require_own_options,
     usable_arguments,
 )
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
@@ -27,6 +27,7 @@ from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import check_static, describe_for_flow, require_full_plates
+from pyroflows.models.run import OtherRowsError
 from pyroflows.models.structure import ModelStructure
 from pyroflows.models.tracing import Model
 from pyroflows.options import checked_int
@@ -138,7 +139,7 @@ class Approximation:
         Observed sites are drawn even where the arguments give them values, in the shape of these values.
 
         Args:
-            num_samples: number of draws, at least 1.
+            num_samples: number of draws, at least 1. A model with an argument of this name gets it by position.
             args: arguments of the model, for instance new inputs; those of the fit if none are given.
             seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
                 global generator. A model with an argument of this name gets it by position.
@@ -146,8 +147,9 @@ class Approximation:
 
         Raises:
             OptionError: if ``num_samples`` is not a positive integer, or the model does not take these arguments.
-            ModelError: if a latent site has another shape at these arguments, if the distribution of a site cannot be
-                drawn from, or if the model has neither observed nor deterministic sites; names the site.
+            ModelError: if a latent site has another shape at these arguments (the message says how to draw it anew for
+                other rows), if the distribution of a site cannot be drawn from, or if the model has neither observed
+                nor deterministic sites; names the site.
             DataError: if the model fails because an argument holds NaN, infinite values, or something other than
                 numbers; names the argument.
 
@@ -161,7 +163,7 @@ class Approximation:
             >>> posterior.predictive(100, torch.arange(5.0))["y"].shape
             torch.Size([100, 5])
         """
-        require_own_seed(seed, self._model, args)
+        require_own_options({"seed": seed is not None}, self._model, args)
         if args or kwargs:
             require_arguments(self._model, args, kwargs)
         with seeded(seed):
@@ -177,6 +179,8 @@ class Approximation:
             args, kwargs = usable_arguments(self._model, args, kwargs, self.guide.dtype)
             try:
                 batched = BatchedModel(self._model, args, kwargs, values, draw=True, kept=self.structure.kept)
+            except OtherRowsError as error:
+                raise ModelError(f"{error}. {_way_to_other_rows(error, self.structure, num_samples)}") from error
             except (ValueError, RuntimeError) as error:
                 explain_failure(self._model, args, kwargs, error)
                 raise
@@ -230,6 +234,21 @@ def _nothing_to_predict(structure: ModelStructure) -> str:
         f"there is nothing to predict: data enter this model by pyro.factor('{structure.factors[0].name}', ...), which "
         "weights the latents and has no law to draw from. Observe them by pyro.sample(..., obs=...), or compute what "
         "is to be predicted by pyro.deterministic"
+    )
+
+
+def _way_to_other_rows(error: OtherRowsError, structure: ModelStructure, num_samples: int) -> str:
+    """Say, as code that runs, how to draw the latents of other rows from their prior given all other latents."""
+    resized = {
+        name for name, size in error.sizes.items() if name in structure.plates and structure.plates[name].size != size
+    }
+    others = [s.name for s in structure.latents if s.name != error.site and not resized.intersection(s.plate_names)]
+    given = f"draws = posterior.sample({num_samples}); pyro.infer.Predictive(model, {{k: draws[k] for k in {others}}})"
+    if not others:
+        given = f"pyro.infer.Predictive(model, num_samples={num_samples})"
+    return (
+        f"To draw such latents anew, from their prior given all others, for rows that are none of those of the fit: "
+        f"{given}(...), with these arguments and without observed values"
     )
 
 

@@ -16,6 +16,7 @@ from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.flows.subvector import checked_columns, require_possible
 from pyroflows.flows.union import Union
 from pyroflows.inference.weights import WeightedDraws, Weights
+from pyroflows.interruption import keeping
 from pyroflows.options import checked_int, kind
 from pyroflows.randomness import seeded
 
@@ -65,6 +66,8 @@ def sample_conditional(
         OptionError: if a column does not exist or is given twice, no column is left, ``num_samples`` is too small, or
             the support of a mixture consists of separate parts.
         DataError: if a given value is not finite or outside of the support.
+        FitInterrupted: if the call is interrupted, such as by Ctrl-C; its ``result`` holds the weighted draws of the
+            latest proposal that was complete, and is None before there was one.
 
     Example:
         >>> flow = pf.flows.Planar(3)
@@ -83,10 +86,12 @@ def sample_conditional(
     law, given = flow(context), as_tensor("given", given, floating_tensor(flow))
     _check(law, given, columns, num_samples)
     target = _Target(law, given, columns, [j for j in range(flow.dim) if j not in columns])
-    with seeded(seed):
+    latest: WeightedDraws | None = None
+    with seeded(seed), keeping("sample_conditional", lambda _: latest, "the draws of a first proposal"):
         kernels = target.first_kernels()
         for _ in range(NUM_ROUNDS - 1):
             y, weights = _weighted(target, kernels, max(num_samples, 4 * NUM_KERNELS))
+            latest = WeightedDraws({"x": target.rows(y)}, weights)
             kernels = _Kernels(y, weights.normalized.to(y))
         y, weights = _weighted(target, kernels, num_samples)
     return WeightedDraws({"x": target.rows(y)}, weights)

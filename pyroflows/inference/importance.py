@@ -10,7 +10,6 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyroflows.errors import ModelError, OptionError, ShapeError
 from pyroflows.flows import Flow
@@ -19,8 +18,9 @@ from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.component_labels import ComponentLabels
 from pyroflows.inference.posterior import Posterior
-from pyroflows.inference.weights import WeightedDraws, Weights
-from pyroflows.models.arguments import in_dtype, require_arguments, require_own_seed, usable_arguments
+from pyroflows.inference.weights import WeightedDraws, Weights, in_batches
+from pyroflows.interruption import keeping
+from pyroflows.models.arguments import in_dtype, require_arguments, require_own_options, usable_arguments
 from pyroflows.models.batching import NUM_EXAMPLES, BatchedModel
 from pyroflows.models.bijections import declared_bijection
 from pyroflows.models.fixed_supports import require_fixed_supports
@@ -37,6 +37,7 @@ from pyroflows.shapes import described
 
 # The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
 BATCH_SIZE = 16_384
+NUM_SAMPLES = 10_000
 
 # Maps a number S of draws to values (S, *site shape) by latent site, and to log q (S,) on the constrained space.
 Proposal = Callable[[int], tuple[SiteValues, Tensor]]
@@ -48,7 +49,7 @@ def importance_sample(
     model: Model,
     proposal: Callable[..., Any] | Flow | Posterior,
     *args: Any,
-    num_samples: int = 10_000,
+    num_samples: int = NUM_SAMPLES,
     seed: int | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
@@ -64,7 +65,7 @@ def importance_sample(
             which are made unconstrained, flattened and joined in the order of the model; or a
             :class:`pyroflows.Posterior`.
         args: arguments of model and guide.
-        num_samples: number of draws, at least 1.
+        num_samples: number of draws, at least 1. A model with an argument of this name gets it by position.
         seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the global
             generator. A model with an argument of this name gets it by position.
         progress_bar: whether to show one.
@@ -74,7 +75,10 @@ def importance_sample(
         ModelError: if the sites of proposal and model differ, if the proposal is a point mass at a site, or if a plate
             is subsampled; names the site or plate.
         ShapeError: if a flow has another dimension than the model.
-        OptionError: if ``num_samples`` is not a positive integer, or the model does not take these arguments.
+        OptionError: if ``num_samples`` is not a positive integer, if the model does not take these arguments, or if one
+            of them has the name of an option and is not given by position.
+        FitInterrupted: if the call is interrupted, such as by Ctrl-C; its ``result`` holds the draws so far, if there
+            are any, and otherwise is None.
 
     Example:
         >>> def model(y):
@@ -89,12 +93,13 @@ def importance_sample(
         True
     """
     num_samples = checked_int("num_samples", num_samples)
-    require_own_seed(seed, model, args)
+    require_own_options({"seed": seed is not None, "num_samples": num_samples != NUM_SAMPLES}, model, args)
     require_arguments(model, args, kwargs)
     with seeded(seed):
         return _weighted_draws(model, proposal, args, kwargs, num_samples, progress_bar)
 
 
+@keeping("importance sampling", lambda found: found, "a batch of draws")
 def _weighted_draws(
     model: Model, proposal: Any, args: Any, kwargs: Any, num_samples: int, progress_bar: bool
 ) -> WeightedDraws:
@@ -124,20 +129,18 @@ def _weighted_draws(
     )
     kept = [site.name for site in (*structure.latents, *structure.deterministic)]
     size = min(BATCH_SIZE, batched.chunk_size)
-    parts: dict[str, list[Tensor]] = {name: [] for name in kept}
-    log_weights = []
-    with tqdm(total=num_samples, disable=not progress_bar, unit="draw") as bar:
-        for start in range(0, num_samples, size):
-            num_draws = min(size, num_samples - start)
-            values, log_q = draw(num_draws)
-            record = batched(values, num_draws)
-            log_weights.append(_total(record.log_probs, num_draws) - log_q)
-            for name in kept:
-                parts[name].append(record.values[name])
-            bar.update(num_draws)
-    draws = {name: torch.cat(values) for name, values in parts.items()}
-    _require_density(structure, draws, num_samples)
-    return WeightedDraws(draws, Weights.smoothed(torch.cat(log_weights)), structure, labels.updated(structure))
+
+    def weighted(rows: slice) -> tuple[SiteValues, Tensor]:
+        num_draws = rows.stop - rows.start
+        values, log_q = draw(num_draws)
+        record = batched(values, num_draws)
+        return {name: record.values[name] for name in kept}, _total(record.log_probs, num_draws) - log_q
+
+    def make(draws: dict[str, Tensor], weights: Weights) -> WeightedDraws:
+        _require_density(structure, draws)
+        return WeightedDraws(draws, weights, structure, labels.updated(structure), batched)
+
+    return in_batches(weighted, make, num_samples, size, progress_bar)
 
 
 def _proposal(proposal: Any, layout: Layout, args: Any, kwargs: Any) -> Proposal:
@@ -262,10 +265,10 @@ def _check_sites(nodes: dict[str, Any], structure: ModelStructure) -> None:
             )
 
 
-def _require_density(structure: ModelStructure, draws: SiteValues, num_samples: int) -> None:
+def _require_density(structure: ModelStructure, draws: SiteValues) -> None:
     for site in structure.latents:
         value = draws[site.name]
-        if num_samples > 1 and (value == value[0]).all():
+        if len(value) > 1 and (value == value[0]).all():
             raise ModelError(
                 f"the proposal is a point mass at site '{site.name}', such as AutoDelta is, and has no density there: "
                 "its weights would mean nothing"

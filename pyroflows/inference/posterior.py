@@ -23,7 +23,7 @@ from pyroflows.inference.mcmc.sampling import LatentChains, sample_latents
 from pyroflows.inference.pairs import NUM_DRAWS, plot_pairs
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.summary import Summary
-from pyroflows.inference.weights import WeightedDraws, Weights
+from pyroflows.inference.weights import WeightedDraws, Weights, in_batches
 from pyroflows.interruption import keeping
 from pyroflows.models.arguments import require_arguments
 from pyroflows.models.structure import model_parameters
@@ -101,32 +101,44 @@ class Posterior(JudgedApproximation):
         )
 
     @isolated
-    def importance_sample(self, num_samples: int, seed: int | None = None) -> WeightedDraws:
+    @keeping("importance sampling", lambda found: found, "a batch of draws")
+    def importance_sample(self, num_samples: int, seed: int | None = None, progress_bar: bool = True) -> WeightedDraws:
         """Draw from the flow and weight the draws by Pareto-smoothed importance weights.
 
         Args:
             num_samples: number of draws, at least 1.
             seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
                 global generator.
+            progress_bar: whether to show one.
 
         Raises:
             OptionError: if ``num_samples`` is not a positive integer.
             ModelError: if a plate is subsampled.
+            FitInterrupted: if the call is interrupted, such as by Ctrl-C; its ``result`` holds the draws so far, if
+                there are any, and otherwise is None.
 
         Example:
             >>> def model(y):
             ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
             ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
             >>> posterior = pf.FlowVI(model, seed=0, progress_bar=False).run(torch.tensor(1.0))
-            >>> weighted = posterior.importance_sample(1000)
+            >>> weighted = posterior.importance_sample(1000, progress_bar=False)
             >>> weighted.draws["mu"].shape, weighted.log_weights.shape
             (torch.Size([1000]), torch.Size([1000]))
         """
         self._require_full_plates()
+        batched = self.log_joint.batched
+
+        def make(draws: dict[str, Tensor], weights: Weights) -> WeightedDraws:
+            return WeightedDraws(draws, weights, self.structure, self.labels, batched)
+
         with seeded(seed):
             latents, log_q = self._latents(num_samples)
-            weights = Weights.smoothed(self.log_joint.in_chunks(latents) - log_q)
-            return WeightedDraws(self._sites(latents), weights, self.structure, self.labels)
+
+            def weighted(rows: slice) -> tuple[dict[str, Tensor], Tensor]:
+                return self._sites(latents[rows]), self.log_joint.in_chunks(latents[rows]) - log_q[rows]
+
+            return in_batches(weighted, make, len(latents), batched.chunk_size, progress_bar)
 
     @isolated
     def distill(self, flow_fn: FlowFn | None = None, **options: Any) -> "Posterior":

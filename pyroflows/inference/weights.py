@@ -1,24 +1,32 @@
 """Pareto-smoothed importance weights, and the figures that follow from them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from pyroflows.inference.arviz import pareto_k_se, pareto_smoothed
+from pyroflows.errors import each_said_once
+from pyroflows.grad_mode import isolated
+from pyroflows.inference.arviz import pareto_k_se, pareto_k_threshold, pareto_smoothed
 from pyroflows.inference.component_labels import NO_LABELS, ComponentLabels
+from pyroflows.inference.export import arviz_data
 from pyroflows.inference.pairs import NUM_DRAWS, plot_pairs
 from pyroflows.inference.summary import Summary
+from pyroflows.interruption import keeping
+from pyroflows.models.batching import BatchedModel
 from pyroflows.models.structure import ModelStructure
 from pyroflows.options import checked_int
 from pyroflows.randomness import seeded
 
 if TYPE_CHECKING:
     import pandas as pd
+
+DELAY = 0.5  # seconds before a progress bar is printed
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,31 @@ class Weights:
         return cls(log_weights, khat, khat_se, _ess(log_weights), log_evidence, math.sqrt(variance))
 
     @property
+    def khat_threshold(self) -> float:
+        """The threshold of k-hat for this number of draws; no k-hat of 10 draws or fewer is below it."""
+        return pareto_k_threshold(len(self.log_weights))
+
+    @property
+    def khat_in_words(self) -> str:
+        """What k-hat says of the weights, as a sentence.
+
+        Example:
+            >>> Weights.smoothed(torch.zeros(1000)).khat_in_words
+            'k-hat is below 0.67, the threshold for 1,000 draws: the weights can be trusted as far as the draws reach'
+        """
+        if not math.isfinite(self.khat) or self.khat_threshold <= 0:
+            return "k-hat says nothing, since too few weights differ from zero and from one another: draw more"
+        threshold = f"{self.khat_threshold:.2f}, the threshold for {len(self.log_weights):,} draws"
+        if self.khat + self.khat_se < self.khat_threshold:
+            return f"k-hat is below {threshold}: the weights can be trusted as far as the draws reach"
+        if self.khat - self.khat_se < self.khat_threshold:
+            return f"k-hat is too close to {threshold}: draw more to tell whether the weights can be trusted"
+        return (
+            f"k-hat is above {threshold}: what follows from the weights may be far off, so take a proposal that covers "
+            "more, or run chains"
+        )
+
+    @property
     def normalized(self) -> Tensor:
         """Weights ``(S,)`` that sum to one, in float64 on the CPU."""
         return torch.softmax(self.log_weights, 0)
@@ -79,19 +112,20 @@ class WeightedDraws:
 
     :meth:`pyroflows.Posterior.importance_sample` and :func:`pyroflows.importance_sample` return them. A mean under the
     posterior is a weighted one, ``weights.normalized @ draws[name].double()`` for a scalar site; what does not take
-    weights takes the draws of :meth:`resample`. Printed, they are a table and the
-    figures of the weights.
+    weights takes the draws of :meth:`resample`. Printed, they are a table, the figures of the weights, and a sentence
+    on whether k-hat is good.
 
     Args:
         draws: tensors ``(S, *site shape)`` by site, in the constrained space.
         weights: the weights and their figures.
         structure: the structure of the model; None if there is none.
         labels: the labels of components.
+        batched: the model, run for batches of draws; None if there is none.
 
     Example:
-        >>> weighted = WeightedDraws({"x": torch.arange(3.0)}, Weights.smoothed(torch.zeros(3)))
+        >>> weighted = WeightedDraws({"x": torch.arange(1000.0)}, Weights.smoothed(torch.zeros(1000)))
         >>> weighted
-        WeightedDraws(3 draws, ess=3, khat=0.00 +- 0.00, log_evidence=0.000 +- 0.000)
+        WeightedDraws(1000 draws, ess=1000, khat=0.00 +- 0.00 (good below 0.67), log_evidence=0.000 +- 0.000)
         >>> weighted.resample(5)["x"].shape
         torch.Size([5])
     """
@@ -100,6 +134,7 @@ class WeightedDraws:
     weights: Weights
     structure: ModelStructure | None = None
     labels: ComponentLabels = NO_LABELS
+    batched: BatchedModel | None = None
 
     @property
     def log_weights(self) -> Tensor:
@@ -150,6 +185,53 @@ class WeightedDraws:
             indices = torch.multinomial(self.weights.normalized, number, replacement=True)
         return {name: value[indices.to(value.device)] for name, value in self.draws.items()}
 
+    @isolated
+    def to_arviz(
+        self,
+        num_samples: int = 1000,
+        log_likelihood: bool = True,
+        posterior_predictive: bool = True,
+        prior: bool = True,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        seed: int | None = None,
+    ) -> Any:
+        """Convert one chain of draws to ArviZ data: InferenceData (ArviZ 0.x) or DataTree (1.x).
+
+        ArviZ knows no weights, so these are draws with replacement by the weights, as those of :meth:`resample`. Some
+        occur several times, which ArviZ's own errors and effective sample sizes do not count: :attr:`ess` does. Without
+        a model, as from :func:`pyroflows.sample_conditional`, there is the posterior group alone.
+
+        Args:
+            num_samples: number of draws, at least 1; many more than :attr:`ess` repeat the same ones.
+            log_likelihood: whether to add the pointwise log-likelihood, which ``az.loo`` needs.
+            posterior_predictive: whether to add posterior predictive draws.
+            prior: whether to add prior and prior predictive draws.
+            coords: labels by dimension, in place of those of the fit.
+            dims: names of dimensions by site, in place of those of the fit.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator.
+
+        Raises:
+            OptionError: if ``num_samples`` is not a positive integer, if ``coords`` or ``dims`` name what does not
+                exist, or if a number of labels does not fit.
+        """
+        if self.structure is not None:
+            labels = self.labels.updated(self.structure, coords, dims)
+            coords, dims = labels.coords, labels.dims
+        said = set() if self.batched is None else self.batched.said
+        with seeded(seed), each_said_once(said):
+            return arviz_data(
+                self.resample(num_samples),
+                self.structure,
+                self.batched,
+                log_likelihood=log_likelihood,
+                posterior_predictive=posterior_predictive,
+                prior=prior,
+                coords=coords,
+                dims=dims,
+            )
+
     def summary(self, var_names: Sequence[str] | None = None) -> "pd.DataFrame":
         r"""Tabulate every component of the draws by their weights, with pandas.
 
@@ -183,11 +265,54 @@ class WeightedDraws:
         return Summary(self.draws, self.structure, self.labels, self.weights.normalized.numpy())
 
     def __str__(self) -> str:
-        return f"{self._summary()}\n\n{self!r}"
+        return f"{self._summary()}\n\n{self!r}\n{self.weights.khat_in_words}"
 
     def __repr__(self) -> str:
+        threshold = self.weights.khat_threshold
+        good = f" (good below {threshold:.2f})" if threshold > 0 else ""
         return (
             f"WeightedDraws({len(self.log_weights)} draws, ess={self.ess:.0f}, "
-            f"khat={self.khat:.2f} +- {self.khat_se:.2f}, "
+            f"khat={self.khat:.2f} +- {self.khat_se:.2f}{good}, "
             f"log_evidence={self.log_evidence:.3f} +- {self.log_evidence_se:.3f})"
         )
+
+
+def in_batches(
+    weighted: Callable[[slice], tuple[Mapping[str, Tensor], Tensor]],
+    make: Callable[[dict[str, Tensor], Weights], WeightedDraws],
+    num_samples: int,
+    batch_size: int,
+    progress_bar: bool,
+) -> WeightedDraws:
+    """Weight draws batch by batch, under a progress bar, which is not printed if they take less than a second.
+
+    Args:
+        weighted: a function from the places of S draws among all to the draws ``(S, *site shape)`` by site, and their
+            raw log weights ``(S,)``.
+        make: a function from all draws and their smoothed weights to the result.
+        num_samples: the number of draws.
+        batch_size: the number of draws of a batch.
+        progress_bar: whether to show one.
+
+    Raises:
+        FitInterrupted: if the batches are interrupted; its ``result`` holds the complete ones.
+    """
+    parts: list[tuple[Mapping[str, Tensor], Tensor]] = []
+
+    def found(_: Any = None) -> WeightedDraws | None:
+        if not parts:
+            return None
+        draws = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
+        return make(draws, Weights.smoothed(torch.cat([log_weights for _, log_weights in parts])))
+
+    with (
+        keeping("importance sampling", found, "a batch of draws"),
+        tqdm(total=num_samples, disable=not progress_bar, unit="draw", delay=DELAY) as bar,
+    ):
+        for start in range(0, num_samples, batch_size):
+            rows = slice(start, min(start + batch_size, num_samples))
+            parts.append(weighted(rows))
+            bar.update(rows.stop - rows.start)
+    complete = found()
+    assert complete is not None
+    return complete

@@ -1,7 +1,7 @@
 """The arguments of a model: arrays become tensors where it needs them, and values that are not finite are found."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -235,24 +235,28 @@ def require_arguments(model: Model, args: Any, kwargs: Any) -> None:
         raise OptionError(f"the model does not take these arguments ({error}): it takes {signature}") from None
 
 
-def require_own_seed(seed: int | None, model: Model, args: Any) -> None:
-    """Raise if the keyword ``seed`` of a function with a model's arguments could be meant for the model.
+def require_own_options(is_set: Mapping[str, bool], model: Model, args: Any) -> None:
+    """Raise if an option of a function with a model's arguments could be meant for the model.
+
+    Args:
+        is_set: whether options have another value than by default, by name.
+        model: a Pyro model.
+        args: its positional arguments.
 
     Raises:
-        OptionError: if the model has an argument ``seed`` too, which is not among those by position.
+        OptionError: if the model has an argument of the name of such an option, which is not among those by position.
     """
-    if seed is None:
-        return
     try:
         signature = signature_of(model)
         bound = signature.bind_partial(*args).arguments
     except (TypeError, ValueError):
         return
-    if "seed" in signature.parameters and "seed" not in bound:
-        raise OptionError(
-            "seed is an option here and also an argument of the model: give the model its arguments by position, up to "
-            "seed"
-        )
+    for name, is_given in is_set.items():
+        if is_given and name in signature.parameters and name not in bound:
+            raise OptionError(
+                f"{name} is an option here and also an argument of the model: give the model its arguments by "
+                f"position, up to {name}"
+            )
 
 
 def non_finite(model: Model, args: Any, kwargs: Any) -> list[str]:

@@ -41,6 +41,7 @@ Mode = Literal["plate", "vmap", "paths", "loop"]
 MAX_NUMBERS = 2**19
 NUM_EXAMPLES = 5
 NUM_FAR = 8  # further examples, which may lie anywhere
+NUM_SLOW = 10  # draws of a chunk where each takes a run of its own
 NUM_TRIALS = 10  # draws of a vague prior may be ones that the rest of the model refuses
 SEED_OF_VARIANTS = 20_021
 LONG = 5.0  # a warning says how long draws one by one take, if it is more than this many seconds
@@ -153,8 +154,9 @@ class BatchedModel:
 
     @property
     def chunk_size(self) -> int:
-        """The number of draws that one run should hold, so that they fit into a processor's cache."""
-        return max(1, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values()))
+        """The number of draws that one run should hold, so that they fit into a processor's cache; few one by one."""
+        most = NUM_SLOW if self.mode == "loop" else MAX_NUMBERS  # progress is shown, and kept, chunk by chunk
+        return max(1, min(most, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values())))
 
     @torch.no_grad()
     def in_chunks(self, values: SiteValues, num_draws: int, logs: LogsBySite | None = None) -> RunRecord:

@@ -36,6 +36,20 @@ class RunRecord:
     log_probs: dict[str, Tensor]
 
 
+class OtherRowsError(ModelError):
+    """A latent has another shape in a run than its draws, as where a plate of latents has other rows.
+
+    Args:
+        message: what is wrong.
+        site: the name of the latent.
+        sizes: the sizes of its plates in the run, by name.
+    """
+
+    def __init__(self, message: str, site: str, sizes: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.site, self.sizes = site, sizes
+
+
 def run_once(model: Model, args: Any, kwargs: Any, values: SiteValues) -> RunRecord:
     """Run a model once at given values of its latents, with validation and gradients.
 
@@ -126,9 +140,11 @@ class RunHandler(Messenger):
             shape = replicate_shape(fn, _observed(msg), _plate_dims(msg)) if self._single else None
             msg["value"] = self._values[name]
             if shape is not None and msg["value"].shape != shape:
-                raise ModelError(
+                raise OtherRowsError(
                     f"site '{name}' has shape {tuple(shape)} with these arguments, but its draws have shape "
-                    f"{tuple(msg['value'].shape)}: latents that are local to rows of the data cannot serve other rows"
+                    f"{tuple(msg['value'].shape)}: latents that are local to rows of the data cannot serve other rows",
+                    name,
+                    {frame.name: frame.size for frame in msg["cond_indep_stack"] if frame.vectorized},
                 )
             if name in self._kept:
                 msg["value"] = drawn_where_left_out(fn, msg["value"], self._kept[name])

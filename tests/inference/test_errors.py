@@ -249,6 +249,43 @@ def test_local_latents_at_other_rows(size, ask):
         ask(posterior, torch.zeros(6))
 
 
+def nested_effects(x, y=None):
+    mean = pyro.sample("mean", dist.Normal(5.0, 0.1))
+    with pyro.plate("group", 2, dim=-2):
+        of_group = pyro.sample("of_group", dist.Normal(mean, 1.0))
+        with pyro.plate("N", len(x), dim=-1):
+            effect = pyro.sample("effect", dist.Normal(of_group, 0.1))
+            with pyro.poutine.scale(scale=1.0):
+                second = pyro.sample("second", dist.Normal(effect, 0.1))
+            pyro.deterministic("sum", effect + second)
+            pyro.sample("y", dist.Normal(second + x, 0.1), obs=y)
+
+
+def local_alone(x, y=None):
+    with pyro.plate("N", len(x)):
+        pyro.sample("y", dist.Normal(pyro.sample("effect", dist.Normal(5.0, 1.0)) + x, 0.1), obs=y)
+
+
+@pytest.mark.parametrize("model", [nested_effects, local_alone])
+def test_the_way_to_predict_other_rows_works(model):
+    torch.manual_seed(0)
+    y = torch.full((2, 3) if model is nested_effects else (3,), 5.0)
+    posterior = fit(model, torch.zeros(3), y)
+    x = torch.arange(4.0)
+    with pytest.raises(ModelError, match=r"\(2, 4\)|\(4,\)") as caught:
+        posterior.predictive(200, x)
+    text = str(caught.value)
+    assert ("['mean', 'of_group']" in text) == (model is nested_effects)
+    names = {"posterior": posterior, "model": model, "pyro": pyro, "x": x}
+    first, _, call = text[text.index("of the fit: ") + 12 : text.index("(...)")].rpartition("; ")
+    exec(first, names)
+    predicted = eval(call, names)(x)
+    assert predicted["y"].shape[0] == 200 and predicted["y"].shape[-1] == 4
+    assert (predicted["y"].reshape(-1, 4).mean(0) - x - 5).abs().max() < 0.5
+    if model is nested_effects:
+        assert predicted["sum"].shape == (200, 2, 4)
+
+
 # Data
 
 

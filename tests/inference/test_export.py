@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 import pyroflows as pf
 from pyroflows.inference import arviz
+from pyroflows.inference.weights import Weights
 from pyroflows.models.structure import describe
 
 QUIET = {"num_steps": 50, "seed": 0, "progress_bar": False}
@@ -109,6 +110,40 @@ def test_of_posteriors_and_chains():
             result.to_arviz(posterior_predictive=False, prior=False)
     with pytest.raises(pf.ModelError, match="site 'y' cannot be drawn, since its distribution DensityOnly has no"):
         posterior.predictive(5)
+
+
+def test_of_weighted_draws():
+    """ArviZ knows no weights, so that the draws are resampled by them; coordinates and groups are the posterior's."""
+
+    def model(y):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Exponential(rate), obs=y)
+
+    posterior = pf.FlowVI(model, coords={"n": "abcd"}, **QUIET).run(Y)
+    for weighted in (
+        posterior.importance_sample(3000, seed=0, progress_bar=False),
+        pf.importance_sample(model, posterior, Y, num_samples=3000, seed=0, progress_bar=False),
+    ):
+        data = weighted.to_arviz(2000, seed=1)
+        assert set(contents(data)) == ALL_GROUPS
+        assert list(data["observed_data"]["y"].coords["n"].values) == list("abcd")
+        rate = data["posterior"]["rate"].values
+        assert rate.shape == (1, 2000) and data["log_likelihood"]["y"].shape == (1, 2000, 4)
+        exact = dist.Gamma(2.0 + len(Y), 2.0 + Y.sum())
+        assert abs(rate.mean() - exact.mean) < 5 * exact.stddev / 1000**0.5
+        again = weighted.to_arviz(2000, log_likelihood=False, posterior_predictive=False, prior=False, seed=1)
+        assert (again["posterior"]["rate"].values == rate).all()
+        assert set(contents(again)) == {"posterior", "observed_data"}
+        with pytest.raises(pf.OptionError, match="labels of the dimension 'm'"):
+            weighted.to_arviz(10, coords={"m": [1]})
+
+
+def test_weights_count_in_arviz_data():
+    weights = Weights.smoothed(torch.tensor([0.0, 3.0]).log())
+    weighted = pf.inference.WeightedDraws({"x": torch.tensor([[1.0, 2.0], [5.0, 6.0]])}, weights)
+    data = weighted.to_arviz(20, coords={"side": ["a", "b"]}, dims={"x": ["side"]})
+    assert set(contents(data)) == {"posterior"} and (data["posterior"]["x"].sel(side="b").values == 6.0).all()
 
 
 def test_other_sites_stay():

@@ -20,6 +20,7 @@ import pyroflows as pf
 from pyroflows import FlowVI, ModelError, OptionError, ShapeError, importance_sample
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoIAF
+from pyroflows.inference import weights
 from pyroflows.inference.weights import Weights
 from pyroflows.transforms import Elementwise
 from tests.guides.models import fit
@@ -171,7 +172,8 @@ def test_reproducible_in_batches(monkeypatch):
     assert len(runs[0].draws["mu"].unique(dim=0)) == 2000
 
 
-def test_progress(capsys):
+def test_progress(capsys, monkeypatch):
+    monkeypatch.setattr(weights, "DELAY", 0.0)
     importance_sample(model, by_hand, COUNTS, num_samples=100)
     assert "100/100" in capsys.readouterr().err
 

@@ -479,3 +479,27 @@ def test_refits_take_a_class_of_flows():
 def test_other_classes_are_no_guides(guide, message):
     with pytest.raises(pf.OptionError, match=message):
         pf.FlowVI(line, guide=guide)
+
+
+def with_names_of_options(x, obs_mask=None, seed=0.0, num_samples=1, y=None):
+    """A mask of its own, which is no ``obs_mask`` of a site, and arguments that have the names of options."""
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", num_samples), pyro.poutine.mask(mask=True if obs_mask is None else obs_mask):
+        pyro.sample("y", dist.Normal(slope + 100 * x + seed, 0.01), obs=y)
+
+
+def test_arguments_of_a_model_may_have_the_names_of_options(tmp_path):
+    mask = torch.tensor([True, False, True, True, False])
+    kwargs = {"obs_mask": mask, "seed": 7.0, "num_samples": 5, "y": 100 * X + 7}
+    posterior = untrained(with_names_of_options, X, *kwargs.values())
+    posterior.save(tmp_path / "file")
+    loaded, draws = load_posterior(tmp_path / "file", with_names_of_options, X, **kwargs), torch.randn(5, 1)
+    assert torch.equal(loaded.log_joint.in_chunks(draws), posterior.log_joint.in_chunks(draws))
+    for loaded in (
+        load_posterior(tmp_path / "file", with_names_of_options),
+        load_posterior(tmp_path / "file", with_names_of_options, X, obs_mask=mask, seed=7.0, num_samples=5),
+    ):
+        assert loaded.summary().index.tolist() == ["slope"] and repr(loaded)
+        y = loaded.predictive(3, 2 * X, mask, 7.0, 5)["y"]
+        assert y.shape == (3, 5) and (y[:, 1:] - y[:, :1] - 200 * X[1:]).abs().max() < 0.2
+        assert (y[:, 0] - loaded.predictive(3, 0 * X, mask, 0.0, 5)["y"][:, 0] - 7).abs().max() < 7

@@ -102,3 +102,21 @@ def test_a_model_with_an_argument_of_this_name():
         posterior.predictive(5, Y[0], seed=1)
     with pytest.raises(OptionError, match="seed is an option here and also an argument of the model"):
         pf.importance_sample(seeded_model, posterior, Y[0], seed=1, progress_bar=False)
+    with pytest.raises(OptionError, match="seed is an option here"):
+        pf.sbc(seeded_model, posterior, Y[0], seed=1, progress_bar=False)
+
+
+def counted(y=None, num_samples=2):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(num_samples), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(mu.sum(), 1.0), obs=y)
+
+
+def test_a_model_with_an_argument_num_samples():
+    posterior = FlowVI(counted, seed=0, progress_bar=False).run(Y[0], num_samples=3)
+    assert posterior.predictive(5, None, 3)["y"].shape == (5,)
+    options = {"num_samples": 50, "progress_bar": False}
+    assert pf.importance_sample(counted, posterior, Y[0], 3, **options).draws["mu"].shape == (50, 3)
+    with pytest.raises(OptionError, match="num_samples is an option here and also an argument .*, up to num_samples"):
+        pf.importance_sample(counted, posterior, Y[0], **options)
+    with pytest.raises(OptionError, match="num_samples is an option here"):
+        pf.sbc(counted, posterior, **options)

@@ -1,6 +1,7 @@
 """Tables of draws and how fits are printed."""
 
 import math
+import re
 import signal
 
 import numpy as np
@@ -133,9 +134,29 @@ def test_an_unknown_site():
 
 def test_weighted_draws_print_a_table_and_their_figures():
     weighted = WeightedDraws({"x": skewed(100)}, Weights.smoothed(torch.zeros(100)))
-    table, _, line = str(weighted).rpartition("\n\n")
-    assert table.split()[:3] == ["mean", "sd", "mcse"] and line == repr(weighted)
+    table, _, lines = str(weighted).rpartition("\n\n")
+    assert table.split()[:3] == ["mean", "sd", "mcse"]
+    assert lines.splitlines() == [repr(weighted), weighted.weights.khat_in_words]
+    assert "khat=0.00 +- 0.00 (good below 0.50)" in repr(weighted)
     assert weighted.summary(["x"]).loc["x", "mean"] == pytest.approx(weighted.draws["x"].mean().item())
+
+
+@pytest.mark.parametrize(
+    ("khat", "num_draws", "words"),
+    [
+        (0.30, 1000, r"below 0\.67, the threshold for 1,000 draws: the weights can be trusted"),
+        (0.60, 1000, r"too close to 0\.67.*draw more"),
+        (0.76, 1000, r"too close to 0\.67"),
+        (0.90, 1000, r"above 0\.67.*may be far off.*run chains"),
+        (0.60, 10_000, r"too close to 0\.70, the threshold for 10,000 draws"),
+        (0.59, 10_000, r"below 0\.70"),
+        (math.inf, 1000, "says nothing.*draw more"),
+        (0.0, 10, "says nothing.*draw more"),
+    ],
+)
+def test_weights_say_whether_their_khat_is_good(khat, num_draws, words):
+    weights = Weights(torch.zeros(num_draws), khat, 0.1, ess=num_draws, log_evidence=0.0, log_evidence_se=0.0)
+    assert re.search(f"^k-hat .*{words}", weights.khat_in_words)
 
 
 def model(y):

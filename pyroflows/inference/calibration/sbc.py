@@ -16,14 +16,14 @@ from pyroflows.inference.calibration.quantities import Quantities
 from pyroflows.inference.calibration.result import Calibration
 from pyroflows.inference.calibration.simulation import ConditionedModel, Simulations, simulate
 from pyroflows.interruption import keeping
-from pyroflows.models.arguments import usable_arguments
+from pyroflows.models.arguments import require_own_options, usable_arguments
 from pyroflows.models.signature import missing_arguments
 from pyroflows.models.tracing import Model
 from pyroflows.options import checked_int
 from pyroflows.progress import Progress
 from pyroflows.randomness import seeded
 
-MIN_DATASETS = 10
+MIN_DATASETS, NUM_DATASETS, NUM_SAMPLES = 10, 100, 1000
 # If the fits to this many data sets all fail, so will the others.
 NUM_FIRST = 3
 
@@ -35,8 +35,8 @@ def sbc(
     *args: Any,
     observed: str | Sequence[str] | None = None,
     latents: str | Sequence[str] | None = None,
-    num_datasets: int = 100,
-    num_samples: int = 1000,
+    num_datasets: int = NUM_DATASETS,
+    num_samples: int = NUM_SAMPLES,
     seed: int | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
@@ -75,7 +75,8 @@ def sbc(
         kwargs: keyword arguments of the model.
 
     Raises:
-        OptionError: for an option outside its range, or if no site is data.
+        OptionError: for an option outside its range, if no site is data, or if an argument of the model has the name of
+            an option and is not given by position.
         ModelError: if the model cannot be simulated, as with flat priors, ``pyro.factor`` or subsampled plates, or has
             discrete latents, names the site; or if the first fits all fail.
         DataError: if simulated values are not finite.
@@ -93,6 +94,8 @@ def sbc(
         >>> calibration.verdict
         'calibrated'
     """
+    is_set = {"num_datasets": num_datasets != NUM_DATASETS, "num_samples": num_samples != NUM_SAMPLES}
+    require_own_options({**is_set, "seed": seed is not None}, model, args)
     num_datasets = checked_int("num_datasets", num_datasets, MIN_DATASETS)
     num_samples = checked_int("num_samples", num_samples, 10)
     run = fitter(fit, model)

@@ -141,10 +141,16 @@ def _data_sites(structure: ModelStructure, observed: Sequence[str], arguments: M
         # By convention data are an argument with the name of their site, None where there are none.
         observed = [name for name in drawn if name in arguments and arguments[name] is None]
     names = (*given, *(name for name in drawn if name in observed))
+    if not names and structure.factors:
+        raise ModelError(
+            f"the model observes nothing with these arguments, and pyro.factor('{structure.factors[0].name}', ...) has "
+            "no law to draw data from: observe the data by pyro.sample(..., obs=...) in its place"
+        )
     if not names:
+        example = structure.latents[-1].name if structure.latents else "y"
         raise OptionError(
             f"the model observes nothing with these arguments, so that all of its sites {drawn} are latent: say which "
-            'of them are data by observed="y", or give arguments with which the model observes them'
+            f'of them are data, as in observed="{example}", or give arguments with which the model observes them'
         )
     return tuple(dict.fromkeys(names))
 

@@ -35,6 +35,7 @@ class Facts:
         elbo_growth: the growth of the ELBO over the last tenth of the training, in nats.
         modes: a sentence on what the starts found; None where there were none.
         num_other_modes: the number of separate modes that the starts found and the fit leaves out.
+        num_equal_modes: the number of modes of the fit that are the same but for exchanged components or signs.
         new_mode_probability: the probability that a further start would find a new mode.
         has_data: whether anything is observed.
         shares_at_edges: by site, the share of draws at which it lies at the edge of its support in floating-point
@@ -48,6 +49,7 @@ class Facts:
     elbo_growth: float = 0.0
     modes: str | None = None
     num_other_modes: int = 0
+    num_equal_modes: int = 1
     new_mode_probability: float = 0.0
     has_data: bool = True
     shares_at_edges: Mapping[str, float] = field(default_factory=dict)
@@ -247,6 +249,12 @@ def _on_search(facts: Facts) -> Iterator[str]:
         )
     if facts.modes is not None:
         yield facts.modes
+    if facts.num_equal_modes > 1 and not facts.num_other_modes:
+        yield (
+            f"{facts.num_equal_modes} modes are the same but for exchanged components or signs: the mean and the "
+            "quantiles of a single component average over them; to tell components apart, order them, or fix the "
+            "signs, in the model"
+        )
     if facts.new_mode_probability > MAX_NEW_MODE_PROBABILITY:
         yield (
             f"the starts have not found all modes: a further one would find a new mode with a probability of about "

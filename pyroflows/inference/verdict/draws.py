@@ -130,6 +130,7 @@ class DiagnosticDraws:
             facts,
             modes=str(starts),
             num_other_modes=num_modes - len(flow.components),
+            num_equal_modes=starts.num_equal,
             new_mode_probability=starts.new_mode_probability,
         )
 

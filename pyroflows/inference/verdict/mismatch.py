@@ -1,7 +1,8 @@
 """Where a flow and the posterior of a model differ most, by site, and which form of the model would help."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ NUM_EXCHANGED = 8
 # The families that LocScaleReparam takes; "Independent" hides the family of a site with event dimensions.
 WITH_LOC_AND_SCALE = {"Normal", "StudentT", "Cauchy", "Laplace", "Independent"}
 LEAST_CORRELATION = 0.3
+LEAST_LOOP = 3  # names with running numbers that are written as one expression
 LARGEST_RATIO_OF_SDS = 1e3
 VISIBLE_ROUNDING = 0.005  # nats, of a log joint that is rounded once; sums of many terms are rounded more often
 
@@ -48,7 +50,9 @@ class SiteMismatch:
     @property
     def score(self) -> float:
         """A number by which sites are compared, between 0 and 3."""
-        return self.explained + min(1.0, self.shift) + min(1.0, abs(math.log(self.sd_ratio)))
+        # The sd is zero where one draw has all the weight.
+        change = abs(math.log(self.sd_ratio)) if self.sd_ratio > 0 else math.inf
+        return self.explained + min(1.0, self.shift) + min(1.0, change)
 
     def __str__(self) -> str:
         return (
@@ -106,11 +110,8 @@ def helpful_forms(log_joint: LogJoint, latents: Tensor, log_weights: Tensor, nam
         names: the sites with the worst mismatch, which are named first.
     """
     pairs = sorted(_scaled(log_joint, latents), key=lambda pair: not set(pair).intersection(names))
-    for scaled, scale in pairs[:2]:
-        yield (
-            f"site '{scale}' sets the scale of site '{scaled}': fit the non-centred form, "
-            f'poutine.reparam(model, config={{"{scaled}": LocScaleReparam(0.0)}})'
-        )
+    if pairs:
+        yield _non_centred(pairs)
     sds = {site.name: part.double().std(0) for site, part in log_joint.layout.split(latents)}
     low, high = min(sds, key=lambda name: sds[name].min()), max(sds, key=lambda name: sds[name].max())
     least, largest = sds[low].min().item(), sds[high].max().item()
@@ -123,6 +124,34 @@ def helpful_forms(log_joint: LogJoint, latents: Tensor, log_weights: Tensor, nam
     rounding = torch.finfo(latents.dtype).eps * size
     if rounding > VISIBLE_ROUNDING:
         yield f"a log joint of {size:.1g} nats is rounded by {rounding:.1g} in {latents.dtype}: use dtype=torch.float64"
+
+
+def _non_centred(pairs: Sequence[tuple[str, str]]) -> str:
+    """Name the non-centred form of sites, each given with the latent that sets its scale, as code that runs."""
+    scaled, scale = pairs[0]
+    sets = f"site '{scale}' sets the scale of site '{scaled}'"
+    if len(pairs) == 1:
+        config = f'{{"{scaled}": LocScaleReparam(0.0)}}'
+    else:
+        sets += f", the first of {len(pairs)} sites whose scale a latent sets"
+        config = f"dict.fromkeys([{', '.join(_as_code([name for name, _ in pairs]))}], LocScaleReparam(0.0))"
+    return f"{sets}: fit the non-centred form, poutine.reparam(model, config={config})"
+
+
+def _as_code(names: Sequence[str]) -> Iterator[str]:
+    """The names as literals; those of a loop, such as ``w_0`` to ``w_9``, as one expression."""
+    by_stem: dict[str, list[int]] = {}
+    for name in names:
+        if found := re.fullmatch(r"([\w ./-]*?)(0|[1-9][0-9]*)", name):
+            by_stem.setdefault(found[1], []).append(int(found[2]))
+    loops = {
+        stem: (min(numbers), max(numbers) + 1)
+        for stem, numbers in by_stem.items()
+        if len(numbers) == max(numbers) + 1 - min(numbers) >= LEAST_LOOP
+    }
+    yield from (f'*[f"{stem}{{i}}" for i in range({start}, {stop})]' for stem, (start, stop) in loops.items())
+    in_loops = {f"{stem}{i}" for stem, ends in loops.items() for i in range(*ends)}
+    yield from (repr(name) for name in names if name not in in_loops)
 
 
 @torch.no_grad()

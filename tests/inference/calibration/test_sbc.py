@@ -336,6 +336,21 @@ def test_what_cannot_be_simulated_is_refused():
             pf.sbc(model, scalar_posterior, y, progress_bar=False)
 
 
+def test_a_model_without_data_is_told_what_would_be_data():
+    def by_factor(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("likelihood", dist.Normal(mu, 1.0).log_prob(y))
+
+    def by_site(values):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(mu, 1.0), obs=values)
+
+    with pytest.raises(pf.ModelError, match=r"pyro.factor\('likelihood', ...\) has no law to draw data from.*obs="):
+        pf.sbc(by_factor, scalar_posterior, torch.tensor(1.0), progress_bar=False)
+    with pytest.raises(pf.OptionError, match=r"\['mu', 'z'\] are latent: .* as in observed=\"z\""):
+        pf.sbc(by_site, scalar_posterior, None, progress_bar=False)
+
+
 def test_sites_are_data_by_convention_or_by_name():
     def model(z, w=None):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

@@ -594,3 +594,22 @@ def test_weights_that_move_a_mean_far_are_not_trusted():
 )
 def test_moments_that_surely_change(changes, verdict):
     assert diagnose(of_figures(**changes)).verdict == verdict
+
+
+def unknown_sign(sign_is_known):
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
+    pyro.sample("y", dist.Normal(a if sign_is_known else a.abs(), 0.1), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("sign_is_known", [True, False])
+def test_a_table_that_averages_over_equal_modes_says_so(sign_is_known):
+    posterior = FlowVI(unknown_sign, num_steps=100, seed=0, progress_bar=False).run(sign_is_known)
+    assert posterior.diagnose().verdict == "good"
+    assert ("2 modes are the same but for exchanged components or signs: the mean" in str(posterior)) != sign_is_known
+
+
+@pytest.mark.parametrize("num_other_modes", [0, 5])
+def test_no_table_averages_over_modes_that_the_fit_leaves_out(num_other_modes):
+    facts = Facts(modes="starts", num_equal_modes=6, num_other_modes=num_other_modes)
+    reasons = diagnose(of_figures(), None, facts).reasons
+    assert any("6 modes are the same but for" in reason for reason in reasons) == (num_other_modes == 0)

@@ -62,6 +62,11 @@ def test_no_site_is_named_where_none_is_to_blame():
     assert worst(lambda x: 0.05 * torch.randn(NUM_DRAWS, dtype=torch.float64)) == []
 
 
+def test_one_draw_with_all_the_weight():
+    (site, *_) = worst(lambda x: torch.where(x[:, 0] == x[0, 0], 1e6, 0.01 * x[:, 0]))
+    assert site.sd_ratio == 0 and "an sd by 100 %" in str(site)
+
+
 def test_draws_without_weight_are_left_out():
     (site,) = worst(lambda x: torch.where(x[:, 2] > 1, -torch.inf, 0.4 * x[:, 0]))[:1]
     assert site.name in {"a", "b"} and math.isfinite(site.score)
@@ -156,6 +161,28 @@ def two_hierarchies():
 def test_the_hierarchy_of_the_worst_site_comes_first(name):
     log_joint = log_joint_of(two_hierarchies)
     assert f"the scale of site '{name}'" in forms(log_joint, normal_draws(log_joint), names=[name])[0]
+
+
+def many_hierarchies():
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    for name in (*(f"w_{i}" for i in range(8, 12)), "b_1", "b_3", "b_4", "o'clock", 'a "b" {c}', "x01"):
+        pyro.sample(name, dist.Normal(0.0, tau))
+
+
+def test_all_sites_of_a_hierarchy_are_counted_and_reparametrised():
+    log_joint = log_joint_of(many_hierarchies)
+    (text,) = forms(log_joint, normal_draws(log_joint), names=["w_9"])
+    assert text.startswith("site 'tau' sets the scale of site 'w_9', the first of 10 sites whose scale a latent sets: ")
+    assert '*[f"w_{i}" for i in range(8, 12)]' in text and len(text) < 300
+    names = {"model": many_hierarchies, "poutine": poutine, "LocScaleReparam": LocScaleReparam}
+    nodes = poutine.trace(eval(text[text.index("poutine.reparam") :], names)).get_trace().nodes
+    latents = {name for name, node in nodes.items() if node["type"] == "sample" and not node["is_observed"]}
+    assert latents == {"tau"} | {
+        f"{name}_decentered"
+        for name in nodes
+        if name in [s.name for s in log_joint.structure.latents] and name != "tau"
+    }
+    assert len(latents) == 11
 
 
 def test_scales_that_lie_far_apart():
