@@ -38,6 +38,7 @@ from pyroflows.shapes import described
 # The largest number of draws at once; with fewer, the tensors of a small model stay in the processor's cache.
 BATCH_SIZE = 16_384
 NUM_SAMPLES = 10_000
+NUM_COMPARED = 8  # draws of the first batch, with single runs
 
 # Maps a number S of draws to values (S, *site shape) by latent site, and to log q (S,) on the constrained space.
 Proposal = Callable[[int], tuple[SiteValues, Tensor]]
@@ -133,6 +134,8 @@ def _weighted_draws(
     def weighted(rows: slice) -> tuple[SiteValues, Tensor]:
         num_draws = rows.stop - rows.start
         values, log_q = draw(num_draws)
+        if rows.start == 0:
+            batched.run_singly_if_wrong(values, torch.arange(min(NUM_COMPARED, num_draws)))
         record = batched(values, num_draws)
         return {name: record.values[name] for name in kept}, _total(record.log_probs, num_draws) - log_q
 

@@ -13,28 +13,26 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from pyroflows.compiling.singular import nan_where_singular
 from pyroflows.errors import FlowError, warn
-from pyroflows.models.leaves import are_close, gradients_of_leaves, gradients_of_leaves_with_writes
-from pyroflows.models.mixed import keeps_draws_apart
-from pyroflows.models.one_draw import ManyPaths, Place, WritesOutside
-from pyroflows.models.paths import DifferentPaths, Results, run_paths, run_vmapped
-from pyroflows.models.repeats import close, differs, require_same
+from pyroflows.models.comparison import agrees, differ_by_draw, keep_apart
+from pyroflows.models.leaves import run_with_gradients
+from pyroflows.models.one_draw import ManyPaths, WritesOutside
+from pyroflows.models.paths import DifferentPaths, Results
+from pyroflows.models.repeats import differs, require_same
 from pyroflows.models.run import LogsBySite, RunHandler, RunOptions, RunRecord, SiteValues
-from pyroflows.models.slow import duration, failure, how_to_speed_up
+from pyroflows.models.runner import Mode, ModelRunner
+from pyroflows.models.slow import duration, failure, how_to_speed_up, refuted
 from pyroflows.models.tracing import Model
-from pyroflows.models.value_reads import ValueReads
-from pyroflows.models.ways import chunks_with_all_factors, joined, rows_of, run_plate, run_singly
+from pyroflows.models.value_reads import ValueReads, caught_failure
+from pyroflows.models.ways import chunks_with_all_factors, joined, rows_of
 from pyroflows.randomness import random_state, seeded
-
-Mode = Literal["plate", "vmap", "paths", "loop"]
 
 # A batch is cut into chunks whose sites hold about this many numbers, since work that stays in a processor's cache is
 # up to four times as fast as work that does not.
@@ -44,6 +42,7 @@ NUM_FAR = 8  # further examples, which may lie anywhere
 NUM_SLOW = 10  # draws of a chunk where each takes a run of its own
 NUM_TRIALS = 10  # draws of a vague prior may be ones that the rest of the model refuses
 SEED_OF_VARIANTS = 20_021
+MAX_COMPANY = 500  # draws in a batch of which some are compared with single runs
 LONG = 5.0  # a warning says how long draws one by one take, if it is more than this many seconds
 
 
@@ -102,31 +101,29 @@ class BatchedModel:
         undrawn: frozenset[str] = frozenset(),
         needs_densities: bool = True,
     ) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
-        self._kept = kept or {}
         self.said: set[str] = set()
-        self._options = RunOptions(
+        options = RunOptions(
             draw=draw,
             needs_densities=needs_densities,
             zero_outside_support=zero_outside_support,
             undrawn=undrawn,
         )
+        self._runner = ModelRunner(model, args, kwargs, options, kept or {})
         self._far = {name: value[NUM_EXAMPLES:][:NUM_FAR] for name, value in examples.items()}
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
             state = random_state()
             with ValueReads() as reads:
                 handler, index = self._first_valid(examples, subsample or {})
-            self._reads_values = reads.any
+            self._reads_values, self._factorisations = reads.any, reads.factorisations
             examples = {name: value.roll(-index, 0) for name, value in examples.items()}
-            self._handler, self.reference = handler, handler.record
+            self._runner.handler, self.reference = handler, handler.record
             self._first = {name: value[0] for name, value in examples.items()}
-            if not draw and not kept and differs(state, random_state()):
+            if not self._is_random and differs(state, random_state()):
                 self._require_fixed()
             self._variants: dict[tuple[frozenset[str], bool, bool, frozenset[str]], BatchedModel] = {}
             self._failures: dict[str, str] = {}
-            self._places: set[Place] = set()
-            self._is_said = False
+            self._is_said = self._is_refuted = False
             self.mode: Mode = self._right_mode(examples, subsample or {})
 
     def __call__(
@@ -146,17 +143,66 @@ class BatchedModel:
                 by site whose log-density is computed from them.
         """
         try:
-            return self._batch(self.mode, values, num_draws, subsample or {}, logs or {})
+            return self._runner.batch(self.mode, values, num_draws, subsample or {}, logs or {})
         except (ManyPaths, DifferentPaths) as error:  # such as with rows of data that the examples did not have
             self._failures = {"plate": "can differ from single draws", **self._failures, "paths": failure(error)}
             self._warn("which makes some steps slow")
-            return self._batch("loop", values, num_draws, subsample or {}, logs or {})
+            return self._runner.batch("loop", values, num_draws, subsample or {}, logs or {})
+
+    def single(self, values: SiteValues, subsample: SiteValues | None = None) -> RunRecord:
+        """Run the model for one draw, without validation.
+
+        Args:
+            values: values by site.
+            subsample: row indices by subsampled plate; None to take those of the reference.
+        """
+        with pyro.validation_enabled(False):
+            return self._runner.once(values, self._runner.handler.rows if subsample is None else subsample).record
+
+    def run_singly_if_wrong(self, values: SiteValues, rows: Tensor) -> bool:
+        """Run draw by draw from now on, with a warning, if draws have other log-densities in a batch than alone.
+
+        The examples need not show a branch on values far from them, which a batch takes for all of its draws.
+
+        Args:
+            values: values ``(n, *site shape)`` by site.
+            rows: the indices of the draws for which the model also runs alone; others are in the batch for company.
+
+        Returns:
+            Whether they have other log-densities.
+        """
+        if self.mode == "loop" or self._is_random:
+            return False
+
+        def batch(values: SiteValues, num_draws: int) -> RunRecord:
+            return self(values, num_draws, self._runner.handler.rows)
+
+        compared, company = rows_of(values, rows), rows_of(values, slice(MAX_COMPANY))
+        if keep_apart(batch, self.single, {}, RunRecord({}, {}), compared, company):
+            return False
+        if not self._is_refuted:
+            warn(refuted(self.mode, self._seconds))
+        for batched in (self, *self._variants.values()):
+            batched.mode, batched._is_refuted, batched._is_said = "loop", True, True
+        return True
 
     @property
     def chunk_size(self) -> int:
         """The number of draws that one run should hold, so that they fit into a processor's cache; few one by one."""
         most = NUM_SLOW if self.mode == "loop" else MAX_NUMBERS  # progress is shown, and kept, chunk by chunk
         return max(1, min(most, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values())))
+
+    @property
+    def _is_random(self) -> bool:
+        """Whether runs at equal values differ, since they draw sites."""
+        return self._runner.options.draw or bool(self._runner.kept)
+
+    @cached_property
+    def _seconds(self) -> float:
+        """How long a run for one draw takes."""
+        start = time.perf_counter()
+        self.single(self._first)
+        return time.perf_counter() - start
 
     @torch.no_grad()
     def in_chunks(self, values: SiteValues, num_draws: int, logs: LogsBySite | None = None) -> RunRecord:
@@ -175,7 +221,8 @@ class BatchedModel:
     def unscaled(self) -> "BatchedModel":
         """The same model without ``poutine.scale``, for the log-densities of single observations."""
         made = copy.copy(self)
-        made._options = replace(self._options, is_scaled=False)
+        made._runner = copy.copy(self._runner)
+        made._runner.options = replace(self._runner.options, is_scaled=False)
         return made
 
     def drawing(
@@ -197,7 +244,7 @@ class BatchedModel:
             examples: values ``(n, *site shape)`` by latent site, as for the class.
             kept: which entries of a given value are taken, as for the class.
         """
-        return self._variant(examples, self._options.draw, kept)
+        return self._variant(examples, self._runner.options.draw, kept)
 
     def _variant(
         self, examples: SiteValues, draw: bool, kept: SiteValues | None, undrawn: frozenset[str] = frozenset()
@@ -206,14 +253,21 @@ class BatchedModel:
         if key not in self._variants:
             # The draws of a caller with a seed are then the same whether or not the variant existed before.
             with seeded(SEED_OF_VARIANTS):
-                made = BatchedModel(self._model, self._args, self._kwargs, examples, draw, kept=kept, undrawn=undrawn)
+                runner = self._runner
+                made = BatchedModel(
+                    runner.model, runner.args, runner.kwargs, examples, draw, kept=kept, undrawn=undrawn
+                )
             made._is_said |= self._is_said
+            if self._is_refuted:
+                made.mode = "loop"
             self._variants[key] = made
         return self._variants[key]
 
     def _require_fixed(self) -> None:
         """Raise if another run at the values of the reference, with other random numbers, has other log-densities."""
-        require_same(self.reference.log_probs, lambda: self._run(self._first, self._handler.rows).record.log_probs)
+        require_same(
+            self.reference.log_probs, lambda: self._runner.once(self._first, self._runner.handler.rows).record.log_probs
+        )
 
     def _require_fixed_paths(self, examples: SiteValues) -> None:
         """The same for each path through the branches of the model, most of which the reference does not take."""
@@ -221,7 +275,7 @@ class BatchedModel:
         def check(results: Results, again: Callable[[], Results]) -> None:
             require_same(results[1], lambda: again()[1])
 
-        self._batch("paths", examples, NUM_EXAMPLES, self._handler.rows, {}, check)
+        self._runner.batch("paths", examples, NUM_EXAMPLES, self._runner.handler.rows, {}, check)
 
     def _first_valid(self, examples: SiteValues, subsample: SiteValues) -> tuple[RunHandler, int]:
         """Run at the first example that passes validation, which may fail where the density is zero."""
@@ -230,8 +284,8 @@ class BatchedModel:
         for index in range(NUM_EXAMPLES if examples else NUM_TRIALS):
             try:
                 values = {name: value[index] for name, value in examples.items()}
-                with pyro.validation_enabled(False) if self._options.undrawn else nullcontext():
-                    return self._run(values, subsample, single=True), index
+                with pyro.validation_enabled(False) if self._runner.options.undrawn else nullcontext():
+                    return self._runner.once(values, subsample, single=True), index
             except ValueError as error:
                 if isinstance(error, FlowError):
                     raise
@@ -241,9 +295,17 @@ class BatchedModel:
 
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         # Log-densities of drawn values show whether a batch is right. Where a site has none, vmap alone is right.
-        unscored = self._handler.event_dims.keys() - self.reference.log_probs.keys()
+        unscored = self._runner.handler.event_dims.keys() - self.reference.log_probs.keys()
         modes: tuple[Mode, ...] = ("plate", "vmap", "paths")
-        if unscored:
+        with pyro.validation_enabled(False):
+            caught = caught_failure(lambda: self._runner.once(self._first, subsample), self._factorisations)
+        if caught is not None:
+            modes = ()
+            self._failures = dict.fromkeys(
+                ("plate", "vmap"),
+                f"would take one branch for all draws, since the error of the factorisation{caught} is caught",
+            )
+        elif unscored:
             self._failures["plate"] = f"cannot be compared, since site '{min(unscored)}' has no log-density"
             modes = ("vmap", "paths")
         elif self._reads_values and not self._is_right("vmap", examples, subsample, unscored):
@@ -252,87 +314,61 @@ class BatchedModel:
         for mode in modes:
             if self._is_right(mode, examples, subsample, unscored):
                 return mode
-        start = time.perf_counter()
-        self._run(self._first, subsample)
-        self._seconds = time.perf_counter() - start
-        if not self._options.draw and not self._kept:
+        if not self._is_random:
             self._require_fixed()
             self._warn(f"which makes every step slow: a run takes about {duration(self._seconds)}")
         return "loop"
 
     def _is_right(self, mode: Mode, examples: SiteValues, subsample: SiteValues, unscored: Collection[str]) -> bool:
         """Whether a way of running gives what single runs give; if it does not, note why."""
+
+        def batch(values: SiteValues, num_draws: int) -> RunRecord:
+            return self._runner.batch(mode, values, num_draws, subsample, {})
+
+        def single(values: SiteValues) -> RunRecord:
+            return self.single(values, subsample)
+
         try:
-            record = self._batch(mode, examples, NUM_EXAMPLES, subsample, {})
-            if unscored and not self._differ_by_draw(mode, unscored):
+            record = batch(examples, NUM_EXAMPLES)
+            given = {
+                name: self.reference.values[name] for name in self._runner.handler.event_dims if name not in unscored
+            }
+            if unscored and not differ_by_draw(batch, single, given, unscored):
                 self._failures[mode] = "gives all draws of a batch the same noise"
                 return False
-            if not self._agrees(record, subsample) or not self._keeps_draws_apart(mode, examples, record, subsample):
+            if not self._agrees(record, subsample) or not (
+                self._is_random or keep_apart(batch, single, examples, record, self._far)
+            ):
                 self._failures[mode] = "differs from single draws"
                 return False
         except Exception as error:  # a model that is written for one draw may raise anything in a batch
-            if isinstance(error, WritesOutside) and not self._options.draw:
+            if isinstance(error, WritesOutside) and not self._runner.options.draw:
                 raise  # the next step of a fit would go through the gradients of all steps before
             self._failures[mode] = failure(error)
             return False
-        if mode == "paths" and not self._options.draw and not self._kept:
+        if mode == "paths" and not self._is_random:
             self._require_fixed_paths(examples)
             return self._is_right_under_gradients(mode, examples, subsample)
         return True
 
-    @torch.enable_grad()
     def _is_right_under_gradients(self, mode: Mode, examples: SiteValues, subsample: SiteValues) -> bool:
         """Whether a way of running gives what single runs give, and their gradients; if it does not, note why.
 
         Code that fills tensors runs in another way where gradients are needed, see :class:`OneDraw`.
         """
-        leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in examples.items()}
 
-        def singly() -> Tensor:
-            rows = [{k: v[i].clone() for k, v in leaves.items()} for i in range(NUM_EXAMPLES)]
-            return _total([self._run(values, subsample).record for values in rows])
+        def batch(values: SiteValues) -> RunRecord:
+            return self._runner.batch(mode, values, NUM_EXAMPLES, subsample, {})
 
         try:
-            record = self._batch(mode, {k: v.clone() for k, v in leaves.items()}, NUM_EXAMPLES, subsample, {})
-            found = gradients_of_leaves(_total([record]))
-            with pyro.validation_enabled(False):
-                expected = gradients_of_leaves_with_writes(singly)
+            found = run_with_gradients(batch, partial(self.single, subsample=subsample), examples, NUM_EXAMPLES)
         except Exception as error:  # as above
             self._failures[mode] = failure(error)
             return False
-        with torch.no_grad():
-            is_same = self._agrees(RunRecord(*tree_map(torch.detach, (record.values, record.log_probs))), subsample)
-        if not is_same or not are_close(found, expected):
+        if not found[1] or not self._agrees(found[0], subsample):
             self._failures[mode] = "differs from single draws where gradients are computed"
             return False
         return True
-
-    def _keeps_draws_apart(self, mode: Mode, near: SiteValues, record: RunRecord, subsample: SiteValues) -> bool:
-        """Whether draws keep their log-densities in a batch with draws that lie far from them."""
-        if self._options.draw or self._kept:
-            return True
-
-        def batch(values: SiteValues, num_draws: int) -> RunRecord:
-            return self._batch(mode, values, num_draws, subsample, {})
-
-        def single(values: SiteValues) -> RunRecord:
-            with pyro.validation_enabled(False):
-                return self._run(values, subsample).record
-
-        return keeps_draws_apart(batch, single, close, near, record, self._far)
-
-    def _differ_by_draw(self, mode: Mode, names: Collection[str]) -> bool:
-        """Whether sites differ between the draws of a batch at equal values of all others, if they do in single runs.
-
-        Noise that is not torch's, such as NumPy's, is drawn once for a whole batch under vmap.
-        """
-        given = {name: self.reference.values[name] for name in self._handler.event_dims if name not in names}
-        repeated = {name: value.expand(2, *value.shape) for name, value in given.items()}
-        batch = self._batch(mode, repeated, 2, {}, {}).values
-        singles = [self._run(given, {}).record.values for _ in range(2)]
-        return all(
-            torch.equal(*(single[name] for single in singles)) or not torch.equal(*batch[name]) for name in names
-        )
 
     def _warn(self, cost: str) -> None:
         if not self._is_said:
@@ -341,68 +377,14 @@ class BatchedModel:
 
     def _agrees(self, record: RunRecord, subsample: SiteValues) -> bool:
         """Whether single runs at the values of a batch give the same values and log-densities as the batch."""
-        for i in range(NUM_EXAMPLES):
-            given = {name: record.values[name][i] for name in self._handler.event_dims}
-            is_known = i == 0 and not self._options.draw and not self._kept
+
+        def single(i: int, values: SiteValues) -> RunRecord:
+            if i == 0 and not self._is_random:
+                return self.reference
+            # All entries of the batch's values are given, also those that it has drawn.
+            given = {name: values[name] for name in self._runner.handler.event_dims}
             # An example may lie where the density is zero, at which validation would raise.
             with pyro.validation_enabled(False):
-                # All entries of the batch's values are given, also those that it has drawn.
-                single = self.reference if is_known else self._run(given, subsample, takes_all=True).record
-            batched = RunRecord(
-                {k: v[i] for k, v in record.values.items()}, {k: v[i] for k, v in record.log_probs.items()}
-            )
-            pairs = [(single.values, batched.values), (single.log_probs, batched.log_probs)]
-            if not all(a.keys() == b.keys() and all(close(a[k], b[k]) for k in a) for a, b in pairs):
-                return False
-        return True
+                return self._runner.once(given, subsample, takes_all=True).record
 
-    def _run(
-        self,
-        values: SiteValues,
-        subsample: SiteValues,
-        logs: LogsBySite | None = None,
-        plate: Any = nullcontext(),  # noqa: B008
-        single: bool = False,
-        takes_all: bool = False,
-    ) -> RunHandler:
-        kept = {} if takes_all else self._kept
-
-        def run() -> RunHandler:
-            # The plate is the inner context, so that the handler sees the distributions that it has expanded.
-            with RunHandler(self._options, values, subsample, logs or {}, kept, single) as handler, plate:
-                self._model(*self._args, **self._kwargs)
-            return handler
-
-        return nan_where_singular(run)
-
-    def _batch(
-        self,
-        mode: Mode,
-        values: SiteValues,
-        num_draws: int,
-        subsample: SiteValues,
-        logs: LogsBySite,
-        check: Callable[[Results, Callable[[], Results]], None] | None = None,
-    ) -> RunRecord:
-        def run(values: SiteValues, logs: LogsBySite, plate: Any = nullcontext()) -> RunRecord:  # noqa: B008
-            return self._run(values, subsample, logs, plate).record
-
-        def results(inputs: tuple[SiteValues, LogsBySite]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            record = run(*inputs)
-            return record.values, record.log_probs
-
-        inputs = (dict(values), dict(logs))
-        # The single run has validated the arguments; vmap cannot look at values, and validation costs time.
-        with pyro.validation_enabled(False):
-            if mode == "plate":
-                return run_plate(run, inputs, num_draws, self._handler)
-            if mode == "vmap":
-                return RunRecord(*run_vmapped(results, inputs, num_draws))
-            if mode == "paths":
-                seed = int(torch.randint(2**62, ())) if self._options.draw or self._kept else None
-                return RunRecord(*run_paths(results, inputs, num_draws, self._places, seed, check))
-            return run_singly(run, inputs, num_draws, self.reference)
-
-
-def _total(records: list[RunRecord]) -> Tensor:
-    return torch.stack([log_prob.sum() for record in records for log_prob in record.log_probs.values()]).sum()
+        return agrees(record, single, NUM_EXAMPLES)

@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyroflows.models.one_draw import CopiedReads
+from pyroflows.models.run import RunRecord, SiteValues
+from pyroflows.models.ways import rows_of
 
 
 def gradients_of_leaves(value: Tensor) -> dict[Tensor, Tensor]:
@@ -40,6 +44,40 @@ def gradients_of_leaves_with_writes(function: Callable[[], Tensor]) -> dict[Tens
     with CopiedReads():
         value = function()
     return gradients_of_leaves(value)
+
+
+@torch.enable_grad()
+def run_with_gradients(
+    batch: Callable[[SiteValues], RunRecord],
+    single: Callable[[SiteValues], RunRecord],
+    examples: SiteValues,
+    num_examples: int,
+) -> tuple[RunRecord, bool]:
+    """Run a batch where gradients are computed, and compare these with those of single runs.
+
+    Args:
+        batch: runs the model for a batch of draws.
+        single: runs the model for one draw.
+        examples: values ``(num_examples, *site shape)`` by site.
+        num_examples: the number of draws.
+
+    Returns:
+        The record of the batch, without gradients, and whether these were the same.
+    """
+    leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in examples.items()}
+
+    def singly() -> Tensor:
+        return _total([single(tree_map(torch.clone, rows_of(leaves, i))) for i in range(num_examples)])
+
+    record = batch({k: v.clone() for k, v in leaves.items()})
+    found = gradients_of_leaves(_total([record]))
+    with pyro.validation_enabled(False):
+        expected = gradients_of_leaves_with_writes(singly)
+    return RunRecord(*tree_map(torch.detach, (record.values, record.log_probs))), are_close(found, expected)
+
+
+def _total(records: list[RunRecord]) -> Tensor:
+    return torch.stack([log_prob.sum() for record in records for log_prob in record.log_probs.values()]).sum()
 
 
 def are_close(found: dict[Tensor, Tensor], expected: dict[Tensor, Tensor]) -> bool:

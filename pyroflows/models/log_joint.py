@@ -86,6 +86,19 @@ class LogJoint:
         return torch.cat([self(part) for part in vectors.split(self.batched.chunk_size)])
 
     @torch.no_grad()
+    def run_singly_if_wrong(self, vectors: Tensor, rows: Tensor) -> bool:
+        """Let the model run draw by draw from now on, with a warning, if vectors have another log joint in a batch.
+
+        Args:
+            vectors: unconstrained vectors ``(S, dim)``.
+            rows: the indices of those that are compared with single runs.
+
+        Returns:
+            Whether some differed.
+        """
+        return self.batched.run_singly_if_wrong(self.layout.constrain(vectors)[0], rows)
+
+    @torch.no_grad()
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor] | None:
         """Draw vectors ``(S, dim)`` from the prior, and give their log-densities ``(S,)``.
 

@@ -13,7 +13,8 @@ from pyroflows.randomness import random_state, seeded
 NUM_REPEATS, SEED_OF_REPEATS = 10, 20_011
 NOT_FIXED = (
     "the model has no fixed log joint: two runs at equal values of all sites give site '{}' other log-densities, since "
-    "the model draws random numbers outside of pyro.sample, or at a site that poutine.block hides. Take rows by "
+    "the model draws random numbers outside of pyro.sample, or at a site that poutine.block hides, or since it changes "
+    "what later runs see, such as data in place or a counter. Take rows by "
     "pyro.plate(..., subsample_size=...) instead of torch.randperm, noise by pyro.sample instead of torch.randn, and "
     "call .eval() on a module with dropout"
 )

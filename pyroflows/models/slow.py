@@ -8,6 +8,7 @@ _WHERE = "torch.where(x > 0, a, b) for a if x > 0 else b"
 _TENSORS = "torch.stack([a, b]) for torch.tensor([a, b]), and tensors without .item(), float(), int() and NumPy"
 # What to write instead, by words of the error; the first that fit. The last holds for all models.
 _ADVICE = (
+    ("factorisation", "factor, info = torch.linalg.cholesky_ex(K), and if info > 0 for try and except"),
     ("paths", _WHERE),
     ("conditions", _WHERE),
     ("control flow", _WHERE),
@@ -45,6 +46,22 @@ def how_to_speed_up(failures: Mapping[str, str]) -> str:
     return (
         f"under vmap it {last}, and under an outer plate it {failures['plate']}. Write {advice}; docs/models.md of "
         "pyroflows shows how models run for many draws at once"
+    )
+
+
+def refuted(mode: str, seconds: float) -> str:
+    """Say that a way of running was found to be wrong at the draws of a fit, and what to change.
+
+    Args:
+        mode: the way of running.
+        seconds: how long a run for one draw takes.
+    """
+    return (
+        f"at some draws the model has another log-density in a batch (mode '{mode}') than alone, so that some steps of "
+        "the fit were wrong: it runs draw by draw from now on, and all figures are those of such runs, each of which "
+        f"takes about {duration(seconds)}. A batch takes one branch on latents that are read by .numpy(), .tolist(), "
+        ".any() or torch.allclose for all of its draws: write torch.where(x > 0, a, b) for a if x > 0 else b, and fit "
+        "again; docs/models.md of pyroflows shows how models run for many draws at once"
     )
 
 

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from pyroflows.compiling.singular import is_singular, nan_where_singular
 from pyroflows.errors import FlowError, ModelError
@@ -46,7 +47,7 @@ def trace_model(model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = N
 
 
 def _run(model: Model, args: Any, kwargs: Any) -> Trace:
-    tracer, versions = poutine.trace(model), _Versions()
+    tracer, versions = poutine.trace(model), _Versions((args, kwargs))
     try:
         with poutine.block(), TensorObservations(), versions:
             trace = tracer.get_trace(*args, **kwargs)
@@ -61,10 +62,12 @@ def _run(model: Model, args: Any, kwargs: Any) -> Trace:
 
 
 class _Versions(Messenger):
-    """An effect handler that notices whether the model changes values of latents in place after they are drawn."""
+    """An effect handler that notices whether the model changes arguments, or values of latents, in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Any) -> None:
         super().__init__()
+        given = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and not t.is_inference()]
+        self._given = [(tensor, tensor._version) for tensor in given]
         self._seen: list[tuple[str, Tensor, int]] = []
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -74,7 +77,13 @@ class _Versions(Messenger):
             self._seen.append((msg["name"], value, value._version))
 
     def require_unchanged(self) -> None:
-        """Raise if a value has changed, since its density is then that of another value."""
+        """Raise if a value has changed, since its density is then that of another value, or an argument."""
+        for tensor, version in self._given:
+            if tensor._version != version:
+                raise ModelError(
+                    f"the model changes an argument of shape {tuple(tensor.shape)} in place, as by y += b or y[0] = b, "
+                    "which changes the data of all later runs: change a copy, as by y = y + b or y.clone()"
+                )
         for name, value, version in self._seen:
             if value._version != version:
                 raise ModelError(

@@ -95,7 +95,7 @@ def chunks_with_all_factors(chunks: Sequence[dict[str, Tensor]], sizes: Sequence
     )
 
 
-def rows_of(values: Mapping[str, Any], rows: int | slice) -> dict[str, Any]:
+def rows_of(values: Mapping[str, Any], rows: int | slice | Tensor) -> dict[str, Any]:
     """Take rows of the tensors of each site."""
     return tree_map(lambda value: value[rows], dict(values))
 

@@ -1,5 +1,6 @@
 """Code for one draw, run for many: what it fills in place, and the paths that it takes."""
 
+import math
 from contextlib import nullcontext
 
 import pyro
@@ -543,6 +544,43 @@ def test_gradients_of_parameters_from_paths_that_are_not_taken(x, is_read_first)
         for values in (run(function, x), singly(function, x))
     ]
     assert all(torch.allclose(a, b) and b.isfinite().all() for a, b in zip(found, expected, strict=True))
+
+
+class LogInContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p):
+        ctx.save_for_backward(p)
+        return p.log()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / ctx.saved_tensors[0]
+
+
+class LogWithRule(LogInContext):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p):
+        return p.log()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+
+@pytest.mark.parametrize("log", [LogInContext, LogWithRule])
+@pytest.mark.parametrize("is_read_first", [True, False])
+def test_gradients_of_parameters_that_functions_of_the_user_read(log, is_read_first):
+    p = torch.tensor(0.5, requires_grad=True)
+
+    def function(x):
+        before = log.apply(p) if is_read_first else 0.0
+        return log.apply(p) * x.log() + before if x > 0 else x * p + before
+
+    y = run(function, torch.tensor([2.0, -1.0]))
+    expected = math.log(2.0) / 0.5 - 1.0 + (2 / 0.5 if is_read_first else 0.0)
+    assert torch.autograd.grad(y.sum(), p)[0].item() == pytest.approx(expected)
 
 
 def test_gradients_of_parameters_of_unused_paths_that_no_draw_reaches():

@@ -25,6 +25,7 @@ NUM_DIAGNOSTIC_SAMPLES = 10_000
 MIN_DISTANCE, NUM_BATCHES = 1.0, 4
 # Seeds of further draws, far from those of the first.
 SEED_OF_BATCHES, SEED_OF_REACH, SEED_OF_PRIOR = 2**20, 2**21, 2**22
+NUM_EXTREME = 3  # draws of each kind are compared with single runs
 NUM_LOOKS = 200  # at draws where the log joint is not finite
 MIN_STEPS_OF_TREND = 100
 
@@ -154,7 +155,19 @@ class DiagnosticDraws:
 def _weighted(law: Law, log_joint: LogJoint, num_samples: int) -> tuple[Tensor, Tensor]:
     """Draw from the law of a flow; the draws ``(S, dim)`` and their log weights ``(S,)``."""
     latents, log_q = law.rsample_and_log_prob((num_samples,))
-    return latents, log_joint.in_chunks(latents) - log_q
+    log_weights = log_joint.in_chunks(latents) - log_q
+    if log_joint.run_singly_if_wrong(latents, _extreme_rows(latents, log_weights)):
+        log_weights = log_joint.in_chunks(latents) - log_q
+    return latents, log_weights
+
+
+def _extreme_rows(latents: Tensor, log_weights: Tensor) -> Tensor:
+    """The indices of the draws of the largest and smallest weights, of those furthest out, and of a few of any kind."""
+    by_weight = log_weights.argsort()
+    by_distance = ((latents - latents.mean(0)) / latents.std(0)).abs().amax(-1).argsort()
+    some = torch.arange(min(NUM_EXTREME, len(latents)), device=latents.device)
+    parts = [by_weight[:NUM_EXTREME], by_weight[-NUM_EXTREME:], by_distance[-NUM_EXTREME:], some]
+    return torch.cat(parts).unique()
 
 
 def elbo_growth(history: History | None) -> float:
