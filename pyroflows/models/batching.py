@@ -29,6 +29,7 @@ from pyroflows.models.repeats import differs, require_same
 from pyroflows.models.run import LogsBySite, RunHandler, RunOptions, RunRecord, SiteValues
 from pyroflows.models.runner import Mode, ModelRunner
 from pyroflows.models.slow import duration, failure, how_to_speed_up, refuted
+from pyroflows.models.structure import Enumeration
 from pyroflows.models.tracing import Model
 from pyroflows.models.value_reads import ValueReads, caught_failure
 from pyroflows.models.ways import chunks_with_all_factors, joined, rows_of
@@ -65,6 +66,7 @@ class BatchedModel:
             without validation the distribution's ``log_prob`` may give any number there.
         undrawn: the sites that are not drawn although others are, for ``draw``, see :class:`RunOptions`.
         needs_densities: whether a site whose distribution has no log-density is an error, see :class:`RunOptions`.
+        enumeration: the latents that are summed out of the log-densities; None if there are none.
 
     Attributes:
         mode: the way of running that agrees with single runs: "plate", "vmap", "paths" or "loop".
@@ -100,6 +102,7 @@ class BatchedModel:
         zero_outside_support: bool = False,
         undrawn: frozenset[str] = frozenset(),
         needs_densities: bool = True,
+        enumeration: Enumeration | None = None,
     ) -> None:
         self.said: set[str] = set()
         options = RunOptions(
@@ -107,8 +110,9 @@ class BatchedModel:
             needs_densities=needs_densities,
             zero_outside_support=zero_outside_support,
             undrawn=undrawn,
+            enumeration=enumeration,
         )
-        self._runner = ModelRunner(model, args, kwargs, options, kept or {})
+        self._runner = self._make_runner(model, args, kwargs, options, kept or {})
         self._far = {name: value[NUM_EXAMPLES:][:NUM_FAR] for name, value in examples.items()}
         examples = {name: value[torch.arange(NUM_EXAMPLES) % len(value)] for name, value in examples.items()}
         with torch.no_grad():
@@ -148,6 +152,9 @@ class BatchedModel:
             self._failures = {"plate": "can differ from single draws", **self._failures, "paths": failure(error)}
             self._warn("which makes some steps slow")
             return self._runner.batch("loop", values, num_draws, subsample or {}, logs or {})
+
+    def _make_runner(self, model: Model, args: Any, kwargs: Any, options: RunOptions, kept: SiteValues) -> ModelRunner:
+        return ModelRunner(model, args, kwargs, options, kept)
 
     def single(self, values: SiteValues, subsample: SiteValues | None = None) -> RunRecord:
         """Run the model for one draw, without validation.
@@ -190,12 +197,13 @@ class BatchedModel:
     def chunk_size(self) -> int:
         """The number of draws that one run should hold, so that they fit into a processor's cache; few one by one."""
         most = NUM_SLOW if self.mode == "loop" else MAX_NUMBERS  # progress is shown, and kept, chunk by chunk
-        return max(1, min(most, MAX_NUMBERS // sum(value.numel() for value in self.reference.values.values())))
+        num_values = sum(value.numel() for value in self.reference.values.values())
+        return max(1, min(most, MAX_NUMBERS // (num_values + self._runner.handler.num_factors)))
 
     @property
     def _is_random(self) -> bool:
         """Whether runs at equal values differ, since they draw sites."""
-        return self._runner.options.draw or bool(self._runner.kept)
+        return self._runner.draws
 
     @cached_property
     def _seconds(self) -> float:
@@ -224,6 +232,37 @@ class BatchedModel:
         made._runner = copy.copy(self._runner)
         made._runner.options = replace(self._runner.options, is_scaled=False)
         return made
+
+    def at(self, args: Any, kwargs: Any) -> "BatchedModel":
+        """The same model with other arguments, which differ by the values of tensors."""
+        made = copy.copy(self)
+        made._runner = copy.copy(self._runner)
+        made._runner.args, made._runner.kwargs = args, kwargs
+        return made
+
+    @cached_property
+    def discrete_draws(self) -> "BatchedModel":
+        """The same model, which draws the discrete latents given values of all others; its record has them alone."""
+        enumeration = self._runner.options.enumeration
+        assert enumeration is not None
+        made = copy.copy(self)
+        made._runner = runner = copy.copy(self._runner)
+        runner.options = replace(runner.options, enumeration=replace(enumeration, is_drawn=True))
+        rows = self._runner.handler.rows
+        with torch.no_grad(), seeded(SEED_OF_VARIANTS), pyro.validation_enabled(False):
+            runner.handler = runner.once(self._first, rows)
+            made.reference = runner.handler.record
+            repeated = {name: value.expand(2, *value.shape) for name, value in self._first.items()}
+            try:
+                runner.batch(self.mode, repeated, 2, rows, {})
+            except Exception:  # what sums in a batch need not draw in a batch
+                made.mode = "loop"
+        return made
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The names of the sites whose log-densities are recorded as one, by the name of the record."""
+        return self._runner.handler.groups
 
     def drawing(
         self, examples: SiteValues, kept: SiteValues | None = None, undrawn: frozenset[str] = frozenset()
@@ -295,7 +334,7 @@ class BatchedModel:
 
     def _right_mode(self, examples: SiteValues, subsample: SiteValues) -> Mode:
         # Log-densities of drawn values show whether a batch is right. Where a site has none, vmap alone is right.
-        unscored = self._runner.handler.event_dims.keys() - self.reference.log_probs.keys()
+        unscored = self._runner.handler.unscored
         modes: tuple[Mode, ...] = ("plate", "vmap", "paths")
         with pyro.validation_enabled(False):
             caught = caught_failure(lambda: self._runner.once(self._first, subsample), self._factorisations)

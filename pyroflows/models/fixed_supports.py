@@ -55,11 +55,13 @@ def require_fixed_supports(structure: ModelStructure, model: Model, args: Any, k
         Traceback (most recent call last):
         pyroflows.errors.ModelError: the support of latent site 'b' (Uniform) depends on other latents: ...
     """
-    bounded = {site.name: site for site in structure.latents[1:] if _has_tensor_bounds(site)}
+    dependent = structure.latents if structure.enumerated else structure.latents[1:]
+    bounded = {site.name: site for site in dependent if _has_tensor_bounds(site)}
     if not bounded:
         return
-    elsewhere = _supports_elsewhere(model, args, kwargs)
-    for name, site in bounded.items():
+    # All discrete latents have their first or their last values.
+    runs = [_supports_elsewhere(model, args, kwargs, place) for place in ((0, -1) if structure.enumerated else (0,))]
+    for name, site, elsewhere in ((name, site, run) for name, site in bounded.items() for run in runs):
         other = elsewhere.get(name, site.support)
         if not _is_same(site.support, other):
             family = site.family
@@ -76,11 +78,22 @@ def _has_tensor_bounds(site: Site) -> bool:
 
 
 class _Elsewhere(Messenger):
-    """An effect handler that gives latents other values than the model's own handlers, such as those of a guide, do."""
+    """An effect handler that gives latents other values than the model's own handlers, such as those of a guide, do.
+
+    Args:
+        place: the place of the values of discrete latents among all that they can take.
+    """
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self._place = place
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if msg["is_observed"] or type(fn).__name__ == "_Subsample":
+            return
+        if fn.has_enumerate_support:
+            msg["value"] = fn.enumerate_support()[self._place]
             return
         bijection = bijection_of(fn, fn.shape(), simplified(support_of(fn)))
         if bijection is not None:
@@ -98,11 +111,11 @@ def _like(msg: Any) -> Tensor:
         return torch.zeros(())
 
 
-def _supports_elsewhere(model: Model, args: Any, kwargs: Any) -> dict[str, Constraint | None]:
+def _supports_elsewhere(model: Model, args: Any, kwargs: Any, place: int) -> dict[str, Constraint | None]:
     """The supports of the latents in a run at other values, or at draws of the prior if the model refuses these."""
     with seeded(0), pyro.validation_enabled(False):
         try:
-            structure = describe(_Elsewhere()(model), args, kwargs)
+            structure = describe(_Elsewhere(place)(model), args, kwargs)
         except Exception:  # a model may raise anything at values that are not its own
             structure = describe(model, args, kwargs)
     return {site.name: site.support for site in structure.latents}

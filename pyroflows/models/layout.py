@@ -98,14 +98,26 @@ class Layout:
             >>> values["scale"], ladj
             (tensor([1.0000, 2.7183]), tensor([0., 1.]))
         """
-        batch_shape = vector.shape[:-1]
-        values = {}
-        ladj = vector.new_zeros(batch_shape)
+        values, ladjs = self.constrain_sites(vector)
+        batch_dim = vector.dim() - 1
+        totals = (sum_rightmost(ladj, ladj.dim() - batch_dim) for ladj in ladjs.values())
+        return values, sum(totals, vector.new_zeros(vector.shape[:-1]))
+
+    def constrain_sites(self, vector: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Map an unconstrained vector to the values of the latents, with the log-determinant of each site.
+
+        Args:
+            vector: an unconstrained vector, ``(*batch, dim)``.
+
+        Returns:
+            The values ``(*batch, *site shape)``, and log-determinants ``(*batch, *batch shape of the site)``, or of the
+            shape of its mask, by site.
+        """
+        values, ladjs = {}, {}
         for site, unconstrained in self._unconstrained(vector):
-            value, site_ladj = constrain_site(site, unconstrained)
-            ladj = ladj + sum_rightmost(site_ladj, site_ladj.dim() - len(batch_shape))
-            values[site.name] = value.reshape(batch_shape + site.shape)
-        return values, ladj
+            value, ladjs[site.name] = constrain_site(site, unconstrained)
+            values[site.name] = value.reshape(vector.shape[:-1] + site.shape)
+        return values, ladjs
 
     def logs(self, vector: Tensor) -> dict[str, Logs]:
         """The logarithms of the distances from the edges, see :mod:`pyroflows.models.edges`, by site that needs them.

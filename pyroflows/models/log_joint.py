@@ -1,16 +1,18 @@
 """The log joint of a model as a function of unconstrained vectors."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
+from pyroflows.compiling.program import State
 from pyroflows.models.batching import BatchedModel
 from pyroflows.models.layout import Layout
 from pyroflows.models.run import SiteValues
+from pyroflows.models.subsampling import random_rows
 from pyroflows.models.tracing import Model
 
 # Vectors (S, D) -> log-densities (S,) and gradients (S, D), both without autograd history.
@@ -59,25 +61,47 @@ class LogJoint:
         self.structure = layout.structure
         self.compiler = compiler or Compiler("none")
         values, _ = layout.constrain(examples)
-        self.batched = BatchedModel(model, args, kwargs, values, subsample=self.draw_subsample())
+        enumeration = layout.structure.enumeration
+        self.batched = BatchedModel(
+            model, args, kwargs, values, subsample=self.draw_subsample(), enumeration=enumeration
+        )
         # The warning that the model runs draw by draw is the worse one, and says what to change.
         self.compiler.is_quiet |= self.batched.mode == "loop"
 
-    def draw_subsample(self) -> dict[str, Tensor]:
-        """Draw rows of each subsampled plate, which all vectors of a batch share; indices by plate."""
-        return {p.name: torch.randperm(p.size)[: p.subsample_size] for p in self.structure.subsampled}
+    def draw_subsample(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Draw rows of subsampled plates, which all vectors of a batch share; indices by plate.
 
-    def __call__(self, vectors: Tensor, subsample: SiteValues | None = None) -> Tensor:
+        Args:
+            names: the names of the plates; None for all that are subsampled.
+        """
+        return {
+            p.name: random_rows(p.size, p.subsample_size)
+            for p in self.structure.subsampled
+            if names is None or p.name in names
+        }
+
+    def __call__(
+        self, vectors: Tensor, subsample: SiteValues | None = None, counted: SiteValues | None = None
+    ) -> Tensor:
         """The log joint ``(S,)`` of vectors ``(S, dim)``, with gradients.
 
         Args:
             vectors: unconstrained vectors.
             subsample: row indices by subsampled plate; None to let each run of the model draw them.
+            counted: where the bijection of a latent counts, booleans that broadcast with its batch shape; None, or a
+                site that is not in it, for everywhere. The model masks the log-densities itself.
         """
         num_draws = len(vectors)
-        values, ladj = self.layout.constrain(vectors)
+        values, ladjs = self.layout.constrain_sites(vectors)
         log_probs = self.batched(values, num_draws, subsample, self.layout.logs(vectors)).log_probs
-        return ladj + sum(lp.reshape(num_draws, -1).sum(-1) for lp in log_probs.values())
+        # A row that stands for others does so with its bijection too.
+        for site in self.structure.latents:
+            if counted is not None and site.name in counted:
+                ladjs[site.name] = torch.where(counted[site.name], ladjs[site.name], 0.0)
+            if site.plate_scale != 1:
+                ladjs[site.name] = site.plate_scale * ladjs[site.name]
+        terms = [term.reshape(num_draws, -1).sum(-1) for term in (*ladjs.values(), *log_probs.values())]
+        return sum(terms, vectors.new_zeros(num_draws))
 
     @torch.no_grad()
     def in_chunks(self, vectors: Tensor) -> Tensor:
@@ -106,11 +130,13 @@ class LogJoint:
             num_draws: the number of draws; fewer are returned where a draw lies on an edge of its support.
 
         Returns:
-            None where a prior is flat or has no sampler, or the model draws one by one.
+            None where a prior is flat, has no sampler or depends on discrete sites, or the model draws one by one.
         """
         latents = self.structure.latents
         if self.batched.mode == "loop" or any(site.is_flat or site.kept is not None for site in latents):
             return None
+        if any(site.name in names for site in latents for names in self.batched.groups.values()):
+            return None  # the prior of the site is a sum over discrete ones
         try:
             prior = self.batched.drawing({}).unscaled()
             if prior.mode == "loop":
@@ -143,6 +169,12 @@ class LogJoint:
         shares = {name: float(at_edge.double().mean()) for name, at_edge in self.layout.at_edges(vectors).items()}
         return {name: share for name, share in shares.items() if share}
 
+    def at(self, args: Any, kwargs: Any) -> "LogJoint":
+        """The log joint at other arguments of the model, which differ by the values of tensors."""
+        other = copy.copy(self)
+        other.batched = self.batched.at(args, kwargs)
+        return other
+
     def in_layout(self, layout: Layout) -> "LogJoint":
         """The same log joint as a function of the vectors of another layout of the same latents."""
         other = copy.copy(self)
@@ -154,6 +186,7 @@ class LogJoint:
         examples: Tensor,
         transform: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         can_be_recorded: bool = True,
+        state: State = (),
     ) -> ValueAndGrad:
         r"""Compile a function that gives the log joint ``(S,)`` of vectors ``(S, dim)``, and its gradient ``(S, dim)``.
 
@@ -170,6 +203,7 @@ class LogJoint:
             examples: vectors of the shape for which the function is compiled; it also takes other numbers of vectors.
             transform: a map from z to u and its log-determinant; None for the identity.
             can_be_recorded: whether the transform runs without reading values; if it does not, nothing is compiled.
+            state: modules of the transform whose parameters the function reads anew at each call.
         """
         subsample = self.draw_subsample()
 
@@ -184,7 +218,7 @@ class LogJoint:
         if not can_be_recorded:
             return function
         others = examples + 0.1 * torch.randn_like(examples)
-        compiled = self.compiler(function, [examples], [others])
+        compiled = self.compiler(function, [examples], [others], state)
 
         def run(vectors: Tensor) -> tuple[Tensor, Tensor]:
             # The program was made for this one number of vectors.

@@ -11,6 +11,7 @@ from pyroflows.errors import DataError, FlowError, ModelError, OptionError
 from pyroflows.models.arguments import explain_failure, non_finite, require_finite
 from pyroflows.models.masks import require_same_mask
 from pyroflows.models.structure import ModelStructure, Site, describe_run
+from pyroflows.models.summable import checked_summable
 from pyroflows.models.tracing import InitFn, Model
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -20,6 +21,8 @@ def describe_for_flow(
     model: Model, args: Any, kwargs: Any, init_fn: InitFn | None = None
 ) -> tuple[ModelStructure, Trace]:
     """Describe a model by one run, as ``describe_run`` does, and raise if a flow cannot be its posterior.
+
+    Discrete latents whose values can be enumerated are set apart from the others; a flow leaves them out.
 
     Args:
         model: a Pyro model.
@@ -40,6 +43,7 @@ def describe_for_flow(
     except (ValueError, RuntimeError) as error:
         explain_failure(model, args, kwargs, error)
         raise
+    structure = structure.summed_out()
     try:
         require_flow(structure)
     except DataError as error:
@@ -48,7 +52,7 @@ def describe_for_flow(
             raise
         raise DataError(f"{error} ({'; '.join(found)})") from None
     require_finite(model, args, kwargs, trace)
-    return structure, trace
+    return checked_summable(structure, model, args, kwargs, trace), trace
 
 
 def require_flow(structure: ModelStructure) -> None:
@@ -58,8 +62,8 @@ def require_flow(structure: ModelStructure) -> None:
         structure: the structure of the model.
 
     Raises:
-        ModelError: if the model has no latents, or a latent is discrete, has a support without a bijection to the
-            reals, stands in a sequential plate, or is local to a subsampled plate; if all latents are masked and
+        ModelError: if the model has no continuous latents, or a latent that is not enumerated is discrete, has a
+            support without a bijection to the reals, or stands in a sequential plate; if all latents are masked and
             nothing depends on them; or if a site's value is broadcast along dimensions that no plate declares; names
             the site.
         DataError: if observed values are NaN, and with them their log-densities.
@@ -70,21 +74,25 @@ def require_flow(structure: ModelStructure) -> None:
         ...     pyro.sample("k", dist.Poisson(3.0))
         >>> require_flow(describe(model, (), {}))
         Traceback (most recent call last):
-        pyroflows.errors.ModelError: latent site 'k' is discrete (Poisson): a flow needs continuous latents. ...
+        pyroflows.errors.ModelError: latent site 'k' is discrete (Poisson), and cannot be summed out: ...
     """
     for site in structure.latents:
         _require_continuous(site)
         _require_bijection(site)
         _require_parallel_plates(site)
-        _require_all_rows(site)
     for site in structure.observed:
         _require_no_nan(site)
-    for site in (*structure.latents, *structure.observed, *structure.factors):
+    for site in (*structure.latents, *structure.enumerated, *structure.observed, *structure.factors):
         _require_declared_shape(site)
     if structure.latents and structure.dtype in HALF_PRECISION:
         raise ModelError(
             f"the latents, such as site '{structure.latents[0].name}', have dtype {_name(structure.dtype)}, which is "
             "too coarse for log-densities: use float32 or float64 for the model's priors and data"
+        )
+    if not structure.latents and structure.enumerated:
+        raise ModelError(
+            f"all latents are discrete, such as site '{structure.enumerated[0].name}', so that there is nothing to fit "
+            "for a flow: infer_discrete of pyro.infer draws from their exact posterior"
         )
     if not structure.latents:
         raise ModelError(
@@ -96,6 +104,22 @@ def require_flow(structure: ModelStructure) -> None:
             f"all latents are masked, and nothing depends on them ({', '.join(s.name for s in structure.latents)}), so "
             "that there is no posterior to fit: is a mask False that should be True?"
         )
+
+
+def require_local_rows(structure: ModelStructure) -> None:
+    """Raise if a latent is local to a subsampled plate, so that each run shows other latents.
+
+    Raises:
+        ModelError: if so; names the site and the plate.
+    """
+    for site in structure.latents:
+        for plate in site.plates:
+            if plate.is_subsampled:
+                raise ModelError(
+                    f"latent site '{site.name}' is local to plate '{plate.name}', which is subsampled "
+                    f"({plate.subsample_size} of {plate.size} rows): one flow would use the same dimensions for "
+                    "whichever rows are drawn. Run the plate with all its rows, or use AutoStructuredFlow"
+                )
 
 
 def require_full_plates(structure: ModelStructure, advice: str) -> None:
@@ -212,18 +236,24 @@ def _repair(site: Site) -> str:
 
 
 def _require_continuous(site: Site) -> None:
-    if site.is_discrete and site.name.endswith("_unobserved"):
+    if not site.is_discrete:
+        return
+    if site.name.endswith("_unobserved"):
         raise ModelError(
-            f"latent site '{site.name}', made by obs_mask, is discrete ({site.family}): a flow needs continuous "
-            "latents. Mask the rows without a value instead, by poutine.mask(mask=...) around a site without obs_mask"
+            f"latent site '{site.name}', made by obs_mask, is discrete ({site.family}), and cannot be summed out: mask "
+            "the rows without a value instead, by poutine.mask(mask=...) around a site without obs_mask"
         )
-    if site.is_enumerable or site.is_discrete:
-        raise ModelError(
-            f"latent site '{site.name}' is discrete ({site.family}): a flow needs continuous latents. Sum it out with "
-            "dist.MixtureSameFamily or dist.DiscreteHMM; or use enumeration, by AutoFlow(poutine.block(model, hide="
-            f"['{site.name}'])) with SVI and TraceEnum_ELBO, the site marked infer={{'enumerate': 'parallel'}}, see "
-            "https://pyro.ai/examples/enumeration.html"
-        )
+    way_out = (
+        "cut its support off, as dist.Categorical(logits=fn.log_prob(torch.arange(100.0))) does with a law fn; or sum "
+        "it out by hand, as dist.GammaPoisson, dist.ZeroInflatedPoisson and dist.DirichletMultinomial do"
+    )
+    if site.family == "Independent":
+        way_out = "give each of its entries values of its own, by 'with pyro.plate(...)' in place of .to_event(1)"
+    raise ModelError(
+        f"latent site '{site.name}' is discrete ({site.family}), and cannot be summed out: a flow needs continuous "
+        "latents, beside discrete ones whose values can be enumerated, such as those of Bernoulli, Categorical and "
+        f"Binomial laws: {way_out}"
+    )
 
 
 def _require_bijection(site: Site) -> None:
@@ -256,16 +286,6 @@ def _require_parallel_plates(site: Site) -> None:
             raise ModelError(
                 f"latent site '{site.name}' stands in the sequential plate '{plate.name}': use 'with pyro.plate(...)' "
                 "instead of 'for ... in pyro.plate(...)'"
-            )
-
-
-def _require_all_rows(site: Site) -> None:
-    for plate in site.plates:
-        if plate.is_subsampled:
-            raise ModelError(
-                f"latent site '{site.name}' is local to plate '{plate.name}', which is subsampled "
-                f"({plate.subsample_size} of {plate.size} rows): one flow would use the same dimensions for whichever "
-                "rows are drawn. Run the plate with all its rows"
             )
 
 

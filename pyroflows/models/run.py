@@ -10,13 +10,14 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyroflows.errors import FlowError, ModelError
+from pyroflows.errors import ModelError
 from pyroflows.models.edges import Logs, log_density
 from pyroflows.models.inside import inside_support, inside_turn
 from pyroflows.models.masks import draw_like, drawn_where_left_out, may_hide_nan, without_masked_nan
 from pyroflows.models.observations import observe_tensor
 from pyroflows.models.replicates import draw_site, replicate_shape
-from pyroflows.models.tracing import Model, follows_from_others
+from pyroflows.models.structure import Enumeration
+from pyroflows.models.tracing import follows_from_others
 from pyroflows.randomness import seeded
 
 SiteValues = Mapping[str, Tensor]
@@ -50,28 +51,6 @@ class OtherRowsError(ModelError):
         self.site, self.sizes = site, sizes
 
 
-def run_once(model: Model, args: Any, kwargs: Any, values: SiteValues) -> RunRecord:
-    """Run a model once at given values of its latents, with validation and gradients.
-
-    Args:
-        model: a Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        values: values by latent site.
-
-    Raises:
-        ValueError: if validation fails; if it fails at the value of a site, the message names the site.
-    """
-    with RunHandler(RunOptions(), values, {}, {}, {}, single=True) as handler:
-        try:
-            model(*args, **kwargs)
-        except ValueError as error:
-            if handler.scored is None or isinstance(error, FlowError):
-                raise
-            raise ValueError(f"at site '{handler.scored}': {error}") from error
-    return handler.record
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """What all runs of a batched model have in common.
@@ -85,6 +64,7 @@ class RunOptions:
         fillers: values in place of masked NaN, by observed site; the first run, which is a single one, draws them.
         undrawn: the sites that are not drawn although others are. Their value is NaN, and so is what follows from it;
             they are left out of values and log-densities.
+        enumeration: the latents that are summed out; None if there are none.
     """
 
     draw: bool = False
@@ -93,6 +73,7 @@ class RunOptions:
     is_scaled: bool = True
     fillers: dict[str, Tensor] = field(default_factory=dict)
     undrawn: frozenset[str] = frozenset()
+    enumeration: Enumeration | None = None
 
 
 class RunHandler(Messenger):
@@ -110,9 +91,12 @@ class RunHandler(Messenger):
     Attributes:
         record: the values and log-densities of the sites so far.
         event_dims: the number of event dimensions, by site that can be given a value.
+        unscored: those of them that have no log-density.
         rows: the indices that were drawn, by subsampled plate.
         max_plate_nesting: the largest number of batch dimensions of a site.
         scored: the site whose log-density is being computed; None between sites.
+        num_factors: the number of entries of all factors that are summed over discrete latents.
+        groups: the names of the sites whose log-densities are recorded as one, by the name of the record.
     """
 
     def __init__(
@@ -129,15 +113,18 @@ class RunHandler(Messenger):
         self._values, self._subsample, self._logs, self._kept, self._single = values, subsample, logs, kept, single
         self.record = RunRecord({}, {})
         self.event_dims: dict[str, int] = {}
+        self.unscored: set[str] = set()
         self.rows: dict[str, Tensor] = {}
         self.max_plate_nesting = 0
         self.scored: str | None = None
+        self.num_factors = 0
+        self.groups: dict[str, tuple[str, ...]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         observe_tensor(msg)
         if name in self._values:
-            shape = replicate_shape(fn, _observed(msg), _plate_dims(msg)) if self._single else None
+            shape = self._shape(msg) if self._single else None
             msg["value"] = self._values[name]
             if shape is not None and msg["value"].shape != shape:
                 raise OtherRowsError(
@@ -164,46 +151,72 @@ class RunHandler(Messenger):
             if self._single and may_hide_nan(msg):
                 # Other runs take the same numbers, since drawing costs time, and not every distribution can under vmap.
                 with seeded(0):
-                    self._options.fillers[name] = draw_like(fn, msg["value"])
+                    filler = draw_like(fn, msg["value"])
+                while filler.dim() > msg["value"].dim():  # by the dimension of a discrete site
+                    filler = filler[0]
+                self._options.fillers[name] = filler
             if name in self._options.fillers:
                 msg["value"] = without_masked_nan(msg, self._options.fillers[name])
+
+    def _shape(self, msg: Any) -> torch.Size:
+        """The shape of a value of a site."""
+        return replicate_shape(msg["fn"], _observed(msg), _plate_dims(msg))
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if type(fn).__name__ == "_Subsample":
             self.rows[name] = msg["value"]
             return
-        self.max_plate_nesting = max(self.max_plate_nesting, len(fn.batch_shape))
+        self._note_nesting(msg)
         if name in self._options.undrawn:
             return
-        # Data may have more batch dimensions than their distribution.
-        self.max_plate_nesting = max(self.max_plate_nesting, torch.as_tensor(msg["value"]).dim() - fn.event_dim)
-        if not isinstance(fn, dist.Unit):
-            self.record.values[name] = torch.as_tensor(msg["value"])
-        if not _is_fixed(msg):
-            self.event_dims[name] = fn.event_dim
+        self._record_value(msg)
         if not msg["infer"].get("_deterministic"):
-            self.scored = name
-            try:
-                if name in self._logs:
-                    log_prob = log_density(fn, self._logs[name])
-                else:
-                    log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            except NotImplementedError:
-                if self._options.needs_densities and not self._options.draw:  # a simulator need not have a density
-                    raise
-                self.scored = None
-                return
+            log_prob = self._log_prob(msg)
+            if log_prob is None:
+                self.unscored |= self.event_dims.keys() & {name}
+            else:
+                self._record_log_prob(msg, log_prob, msg["scale"] if self._options.is_scaled else 1.0)
+
+    def _note_nesting(self, msg: Any) -> None:
+        fn = msg["fn"]
+        self.max_plate_nesting = max(self.max_plate_nesting, len(fn.batch_shape))
+        if msg["name"] not in self._options.undrawn:
+            # Data may have more batch dimensions than their distribution.
+            self.max_plate_nesting = max(self.max_plate_nesting, torch.as_tensor(msg["value"]).dim() - fn.event_dim)
+
+    def _record_value(self, msg: Any) -> None:
+        if not _is_fixed(msg):
+            self.event_dims[msg["name"]] = msg["fn"].event_dim
+        if not isinstance(msg["fn"], dist.Unit):
+            self.record.values[msg["name"]] = torch.as_tensor(msg["value"])
+
+    def _record_log_prob(self, msg: Any, log_prob: Tensor, scale: float | Tensor) -> None:
+        self.record.log_probs[msg["name"]] = scale_and_mask(log_prob, scale, msg["mask"])
+
+    def _log_prob(self, msg: Any) -> Tensor | None:
+        """The log-density of a site, neither scaled nor masked; None if it has none and needs none."""
+        name, fn = msg["name"], msg["fn"]
+        self.scored = name
+        try:
+            if name in self._logs:
+                log_prob = log_density(fn, self._logs[name])
+            else:
+                log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+        except NotImplementedError:
+            if self._options.needs_densities and not self._options.draw:  # a simulator need not have a density
+                raise
             self.scored = None
-            is_proposed = self._options.zero_outside_support and name in self._values
-            for is_inside in (
-                inside_support(fn, torch.as_tensor(msg["value"])) if msg["is_observed"] or is_proposed else None,
-                inside_turn(fn, msg["value"]) if is_proposed else None,
-            ):
-                if is_inside is not None:
-                    log_prob = torch.where(is_inside, log_prob, -torch.inf)
-            scale = msg["scale"] if self._options.is_scaled else 1.0
-            self.record.log_probs[name] = scale_and_mask(log_prob, scale, msg["mask"])
+            return None
+        self.scored = None
+        is_proposed = self._options.zero_outside_support and name in self._values
+        for is_inside in (
+            inside_support(fn, torch.as_tensor(msg["value"])) if msg["is_observed"] or is_proposed else None,
+            inside_turn(fn, msg["value"]) if is_proposed else None,
+        ):
+            if is_inside is not None:
+                log_prob = torch.where(is_inside, log_prob, -torch.inf)
+        return log_prob
 
 
 def _observed(msg: Any) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Runs of a model with its arguments, for one draw or for a batch of draws in a given way."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import pyro
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.singular import nan_where_singular
+from pyroflows.models.enumeration import run_handler
 from pyroflows.models.one_draw import Place
 from pyroflows.models.paths import Results, run_paths, run_vmapped
 from pyroflows.models.run import LogsBySite, RunHandler, RunOptions, RunRecord, SiteValues
@@ -62,11 +63,22 @@ class ModelRunner:
 
         def run() -> RunHandler:
             # The plate is the inner context, so that the handler sees the distributions that it has expanded.
-            with RunHandler(self.options, values, subsample, logs or {}, kept, single) as handler, plate:
+            with self._make_handler(values, subsample, logs or {}, kept, single) as handler, plate:
                 self.model(*self.args, **self.kwargs)
             return handler
 
         return nan_where_singular(run)
+
+    def _make_handler(
+        self, values: SiteValues, subsample: SiteValues, logs: LogsBySite, kept: SiteValues, single: bool
+    ) -> AbstractContextManager[RunHandler]:
+        return run_handler(self.options, values, subsample, logs, kept, single)
+
+    @property
+    def draws(self) -> bool:
+        """Whether runs draw random numbers."""
+        enumeration = self.options.enumeration
+        return self.options.draw or bool(self.kept) or (enumeration is not None and enumeration.is_drawn)
 
     def batch(
         self,
@@ -103,6 +115,6 @@ class ModelRunner:
             if mode == "vmap":
                 return RunRecord(*run_vmapped(results, inputs, num_draws))
             if mode == "paths":
-                seed = int(torch.randint(2**62, ())) if self.options.draw or self.kept else None
+                seed = int(torch.randint(2**62, ())) if self.draws else None
                 return RunRecord(*run_paths(results, inputs, num_draws, self.places, seed, check))
             return run_singly(run, inputs, num_draws, self.handler.record)

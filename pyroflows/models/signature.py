@@ -8,6 +8,7 @@ import torch
 from pyro.poutine.messenger import unwrap
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from pyroflows.models.all_rows import WithAllRows
 from pyroflows.models.observations import is_list
 from pyroflows.models.tracing import Model
 
@@ -19,6 +20,8 @@ def signature_of(model: Model) -> inspect.Signature:
         TypeError: if it is not a callable.
         ValueError: if it shows no signature.
     """
+    if isinstance(model, WithAllRows):
+        return signature_of(model.model)
     # What effect handlers around the model give is such an object, which shows no names.
     function = unwrap(model) if type(model).__name__ == "_bound_partial" else model
     return inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)

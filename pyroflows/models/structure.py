@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from pyroflows.models.masks import dependent_entries, entry_mask, innermost, to_
 from pyroflows.models.supports import simplified, support_of
 from pyroflows.models.tracing import InitFn, Model, follows_from_others, sample_nodes, trace_anywhere, trace_model
 from pyroflows.models.value_reads import ValueReads
+
+# From so many discrete sites on it pays to look for operations that are done several times.
+MANY = 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Site:
             latent.
         kept: the entries of a latent that belong to the posterior, booleans of the shape of ``mask``; the others are
             masked, and nothing depends on them. None if all do.
+        is_in_chain: whether it stands in ``pyro.markov``.
     """
 
     name: str
@@ -94,6 +99,7 @@ class Site:
     law_shape: torch.Size
     bijection: Bijection | None = None
     kept: Tensor | None = None
+    is_in_chain: bool = False
 
     @property
     def unconstrained_shape(self) -> torch.Size | None:
@@ -109,6 +115,11 @@ class Site:
             return self.shape
 
     @property
+    def plate_scale(self) -> float:
+        """The number of rows for which each one stands, where plates are subsampled."""
+        return prod(plate.size / plate.subsample_size for plate in self.plates if plate.is_subsampled)
+
+    @property
     def plate_names(self) -> tuple[str | None, ...]:
         """The names of the plates of the batch dimensions, from left to right; None for a dimension without a plate."""
         shape = self.full_shape
@@ -121,12 +132,36 @@ class Site:
         return tuple(names)
 
 
+@dataclass(frozen=True)
+class Enumeration:
+    """The latents of a model that are summed out.
+
+    Args:
+        names: their names.
+        nesting: the largest number of batch dimensions of a site without enumeration.
+        shares_results: whether operations on the same tensors are done once, see
+            :class:`pyroflows.models.shared_results.SharedResults`.
+        is_drawn: whether they are drawn given all other sites, instead of summed out.
+        unscored: further sites without a value, which are drawn and do not count, such as data that are to be
+            predicted.
+    """
+
+    names: frozenset[str]
+    nesting: int
+    shares_results: bool
+    is_drawn: bool = False
+    unscored: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, eq=False)
 class ModelStructure:
     """The sites, plates and parameters that one run of a model shows; made by :func:`describe`.
 
     Args:
         latents: the sites that are not observed, in the order of the model.
+        enumerated: the latents that are summed out of the log joint, which are not among ``latents`` then; none as
+            long as :meth:`summed_out` does not set them apart.
+        enumeration: what runs need to know to sum them out; None if there are none.
         observed: the observed sites, without ``pyro.factor`` statements.
         factors: the ``pyro.factor`` statements.
         deterministic: the ``pyro.deterministic`` sites, and those that ``poutine.reparam`` has replaced.
@@ -146,6 +181,29 @@ class ModelStructure:
     max_plate_nesting: int
     dtype: torch.dtype
     reads_values: bool
+    enumerated: tuple[Site, ...] = ()
+    enumeration: Enumeration | None = None
+
+    def summed_out(self) -> "ModelStructure":
+        """The same structure, with the latents whose supports can be enumerated set apart."""
+        enumerated = tuple(site for site in self.latents if site.is_enumerable)
+        if not enumerated:
+            return self
+        names = frozenset(site.name for site in enumerated)
+        return replace(
+            self,
+            latents=tuple(site for site in self.latents if site.name not in names),
+            enumerated=enumerated,
+            enumeration=Enumeration(names, self.max_plate_nesting, shares_results=len(names) >= MANY),
+        )
+
+    @property
+    def local(self) -> frozenset[str]:
+        """The enumerated sites that belong to rows of data: those in a plate of data, and in a chain."""
+        plates = {plate.name for site in self.observed for plate in site.plates}
+        return frozenset(
+            site.name for site in self.enumerated if site.is_in_chain or any(p.name in plates for p in site.plates)
+        )
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -251,6 +309,9 @@ def _structure_of(trace: Trace, reads_values: bool) -> ModelStructure:
         frames = [-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized]
         nesting = max([nesting, len(node["fn"].batch_shape), *frames])
         site = _site(node)
+        if not node["infer"].get("_deterministic"):
+            # Data may have more batch dimensions than their distribution.
+            nesting = max(nesting, len(site.shape) - site.event_dim)
         if follows_from_others(node):
             # Pyro counts all dimensions of pyro.deterministic as event dimensions, which plates then expand, and masks
             # its density.
@@ -313,6 +374,7 @@ def _site(node: Any) -> Site:
         nan_at=_nan_at(node, value, mask) if node["is_observed"] else torch.zeros(0, value.dim()),
         mask_shape=node["mask"].shape if isinstance(node["mask"], Tensor) else torch.Size(),
         law_shape=fn.shape(),
+        is_in_chain="_markov_depth" in node["infer"],
     )
 
 

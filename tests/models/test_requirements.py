@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyroflows.errors import DataError, FlowError, ModelError
-from pyroflows.models.requirements import check_static, require_flow, require_full_plates
+from pyroflows.models.requirements import check_static, require_flow, require_full_plates, require_local_rows
 from pyroflows.models.structure import describe
 from tests.models.test_structure import MASK, everything
 
@@ -30,7 +30,7 @@ from tests.models.test_structure import MASK, everything
         (
             lambda: pyro.sample("n", dist.Poisson(torch.ones(3)), obs=torch.ones(3), obs_mask=MASK),
             ModelError,
-            "'n_unobserved', made by obs_mask.*Mask the rows",
+            "'n_unobserved', made by obs_mask.*mask the rows",
         ),
     ],
     ids=["no-latent", "discrete", "multinomial", "sphere", "sequential", "nan", "missing-counts"],
@@ -48,7 +48,7 @@ def test_local_latents_in_subsampled_plates_are_refused(block):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ModelError, match=r"'z'.*'rows'.*4 of 10"):
-        require_flow(describe(poutine.block(model, **block) if block else model, (), {}))
+        require_local_rows(describe(poutine.block(model, **block) if block else model, (), {}))
 
 
 def test_all_that_a_flow_can_have_passes():
