@@ -101,7 +101,7 @@ def angles_in(constraint: Constraint, size: int) -> list[bool]:
         >>> angles_in(constraints.cat([circular, constraints.real], dim=-1, lengths=[2, 1]), 3)
         [True, True, False]
     """
-    return [is_angular(part) for part, length in parts_of(constraint, size) for _ in range(length)]
+    return [is_angle for part, length in parts_of(constraint, size) for is_angle in [is_angular(part)] * length]
 
 
 def without_angles(constraint: Constraint) -> Constraint:

@@ -44,7 +44,9 @@ from pyroflows.transforms import (
     masks,
 )
 from pyroflows.transforms.foreign import Foreign
+from pyroflows.transforms.hierarchy import Hierarchy, Level, Rows
 from pyroflows.transforms.image.normalized_conv import NormalizedConv1x1
+from pyroflows.transforms.local_affine import LocalAffine
 from tests.transforms.examples import EstimatedScale
 from tests.transforms.networks import Plain, Running, Stepwise, Velocity, convolution
 
@@ -126,6 +128,39 @@ def _compose(dim: int, context_dim: int) -> Compose:
             Sylvester(dim, min(dim, 3), context_dim),
         ]
     )
+
+
+def _hierarchy(dim: int, _: int) -> Hierarchy:
+    """A global level, one of rows of two elements, and one of rows within these, in shuffled places."""
+    num_rows = dim // 5
+    places = torch.tensor(_shuffled(dim))
+    of_outer, of_inner = places[: 2 * num_rows].reshape(-1, 2), places[2 * num_rows : 4 * num_rows].reshape(-1, 1)
+    of_globals = places[4 * num_rows :]
+    num_global = len(of_globals)
+    inner_parents = (torch.arange(len(of_inner)) % max(1, num_rows),)
+    levels, rows = [], []
+    for part, parents, given in (
+        (of_outer, (), num_global),
+        (of_inner, inner_parents, num_global + 2),
+    ):
+        if not part.numel():
+            continue
+        num, size = part.shape
+        generator = torch.Generator().manual_seed(3)
+        affine = LocalAffine(
+            size,
+            given,
+            num,
+            loc=torch.randn(num, size, generator=generator),
+            regression=torch.randn(num, size, given, generator=generator) / given,
+            scale_tril=_cholesky_factor(size).expand(num, size, size),
+            log_slopes=torch.randn(num, size, given, generator=generator) / (4 * given),
+        )
+        features = torch.randn(num, 2, generator=generator)
+        flow = _autoregressive(size, univariate="sinh_arcsinh", context_dim=given + 2)
+        levels.append(Level(flow, affine, (0,) if parents else (), torch.arange(num_global)))
+        rows.append(Rows(part, parents, torch.arange(num), features=features))
+    return Hierarchy(_autoregressive(num_global), Triangular(num_global), of_globals, levels, rows)
 
 
 def _angles_and_reals(dim: int) -> list[str]:
@@ -282,6 +317,7 @@ LAYERS: dict[str, Entry] = {
         _factory(_continuous, net=lambda _: Velocity), shapes=((2,), (5,)), usual=(5,)
     ),
     "compose": Entry(_compose),
+    "hierarchy": Entry(_hierarchy, shapes=((1,), (5,), (50,)), context=0, is_identity_at_start=False),
     # Events are sequences (channels, length).
     "elementwise-of-sequences": sequences(_factory(Elementwise, univariate="spline")),
     "causal-conv": sequences(_factory(_causal_conv)),

@@ -1,0 +1,160 @@
+"""Affine maps of rows, whose locations and scales depend on what the rows share."""
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.nets import MLP
+from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
+from pyroflows.transforms.linear.solves import solve
+from pyroflows.transforms.univariate.clamp import soft_clamped
+
+# Where h is far out, scales would overflow.
+MAX_LOG_SCALE = 5.0
+
+
+class LocalAffine(nn.Module):
+    r"""An affine map for each row r, which depends on elements h that rows share.
+
+    .. math:: x_r = \mu_r + C_r h + S_r \big(b_r + B_r h + e^{(V_r + W_r) h} \odot T_r y_r\big)
+
+    :math:`\mu`, C, S and V are fixed, such as location, regression and scale of a Gaussian close to the target. b, B, W
+    and the lower triangular T are learned, and start at 0, 0, 0 and I. They stand in a table with one entry for each
+    row, or are computed from features of the row, or are the sum of both; without table and features they stay as they
+    start. The log-scale s, which is linear in h, is softly clamped to :math:`c \tanh(s / c)` with c = 5.
+
+    Args:
+        dim: d, the number of elements of a row.
+        given_dim: p, the number of elements h.
+        num_rows: the number N of rows in the table; None for no table.
+        features_dim: the number of features of a row; 0 for none.
+        hidden_dims: the widths of the hidden layers of the network that reads the features.
+        loc: :math:`\mu`, ``(N or 1, d)``; None for zero.
+        regression: C, ``(N or 1, d, p)``; None for zero.
+        scale_tril: S, lower triangular ``(N or 1, d, d)``; None for the identity.
+        log_slopes: V, ``(N or 1, d, p)``; None for zero.
+
+    Shapes: y and x are ``(..., R, d)``, h is ``(..., R or 1, p)``, ids are ``(R,)``, features ``(R, F)``.
+
+    Example:
+        >>> affine = LocalAffine(1, given_dim=1, loc=torch.tensor([[5.0], [7.0]]), regression=torch.ones(2, 1, 1))
+        >>> y, h, ids = torch.tensor([[1.0], [-1.0]]), torch.tensor([[0.5]]), torch.arange(2)
+        >>> x, ladj = affine.forward_and_ladj(y, h, ids)
+        >>> x, ladj
+        (tensor([[6.5000],
+                [6.5000]]), tensor([0., 0.]))
+    """
+
+    loc: Tensor
+    regression: Tensor | None
+    scale_tril: Tensor
+    log_slopes: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        given_dim: int,
+        num_rows: int | None = None,
+        features_dim: int = 0,
+        hidden_dims: tuple[int, ...] = (64, 64),
+        loc: Tensor | None = None,
+        regression: Tensor | None = None,
+        scale_tril: Tensor | None = None,
+        log_slopes: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.given_dim = dim, given_dim
+        self._sizes = [dim, dim * given_dim, dim * given_dim, dim * dim]
+        self.register_buffer("loc", torch.zeros(1, dim) if loc is None else loc.clone())
+        self.register_buffer("regression", None if regression is None else regression.clone())
+        self.register_buffer("log_slopes", None if log_slopes is None else log_slopes.clone())
+        self.register_buffer("scale_tril", torch.eye(dim)[None] if scale_tril is None else scale_tril.clone())
+        total = sum(self._sizes)
+        self.table = None if num_rows is None else nn.Parameter(torch.zeros(num_rows, total))
+        self.net = MLP(features_dim, total, hidden_dims) if features_dim else None
+
+    def forward_and_ladj(
+        self, y: Tensor, h: Tensor, ids: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x, and the log-determinant of each row, ``(..., R)``.
+
+        Args:
+            y: values of the rows.
+            h: the elements on which they depend.
+            ids: the index of each row in the table and in what is fixed.
+            features: what is known of each row; None if nothing is.
+        """
+        loc, log_scale, ladj, shift, factor = self._of_rows(h, ids, features)
+        v = y if factor is None else _multiply(factor, y)
+        v = log_scale.exp() * v if shift is None else shift + log_scale.exp() * v
+        x = loc + _multiply(_at(self.scale_tril, ids), v)
+        return x, ladj.expand(x.shape[:-1])
+
+    def inverse_and_ladj(
+        self, x: Tensor, h: Tensor, ids: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return y, and the log-determinant of each row, ``(..., R)``; the arguments are those of the other direction.
+
+        Args:
+            x: values of the rows.
+            h: the elements on which they depend.
+            ids: the index of each row in the table and in what is fixed.
+            features: what is known of each row; None if nothing is.
+        """
+        loc, log_scale, ladj, shift, factor = self._of_rows(h, ids, features)
+        v = _solve(_at(self.scale_tril, ids), x - loc)
+        y = (v if shift is None else v - shift) * (-log_scale).exp()
+        y = y if factor is None else _solve(factor, y)
+        return y, -ladj.expand(y.shape[:-1])
+
+    def _of_rows(
+        self, h: Tensor, ids: Tensor, features: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return locations, log-scales and log-determinants of rows; shifts and T too where these are learned."""
+        loc = _at(self.loc, ids)
+        if self.regression is not None:
+            loc = loc + _multiply(_at(self.regression, ids), h)
+        fixed = _at(self.scale_tril, ids).diagonal(dim1=-2, dim2=-1)
+        log_scale = torch.zeros_like(fixed) if self.log_slopes is None else _multiply(_at(self.log_slopes, ids), h)
+        raw = self._learned(ids, features)
+        if raw is None:
+            log_scale = _bounded(log_scale)
+            return loc, log_scale, (log_scale + fixed.log()).sum(-1), None, None
+        b, of_shift, of_scale, matrix = raw.split(self._sizes, -1)
+        shape = (*raw.shape[:-1], self.dim, self.given_dim)
+        log_scale = _bounded(log_scale + _multiply(of_scale.reshape(shape), h))
+        matrix = matrix.unflatten(-1, (self.dim, self.dim))
+        diagonal = positive_diagonal(matrix)
+        ladj = (log_scale + diagonal.log() + fixed.log()).sum(-1)
+        shift = b + _multiply(of_shift.reshape(shape), h)
+        return loc, log_scale, ladj, shift, matrix.tril(-1) + torch.diag_embed(diagonal)
+
+    def _learned(self, ids: Tensor, features: Tensor | None) -> Tensor | None:
+        """Return b, B, W and T of each row in one tensor; None where nothing is learned."""
+        parts = []
+        if self.table is not None:
+            parts.append(self.table[ids])
+        if self.net is not None:
+            parts.append(self.net(features))
+        return sum(parts[1:], parts[0]) if parts else None
+
+
+def _bounded(log_scale: Tensor) -> Tensor:
+    return soft_clamped(log_scale, (MAX_LOG_SCALE, MAX_LOG_SCALE))
+
+
+def _at(table: Tensor, ids: Tensor) -> Tensor:
+    return table if len(table) == 1 else table[ids]
+
+
+def _multiply(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Products of matrices ``(R, n, m)`` and vectors ``(..., R or 1, m)``, ``(..., R, n)``."""
+    if vectors.shape[-2] == 1:  # one vector for all rows, hence one product of matrices
+        flat = vectors[..., 0, :] @ matrices.flatten(0, 1).mT
+        return flat.unflatten(-1, matrices.shape[:2])
+    return (matrices @ vectors[..., None])[..., 0] if matrices.shape[-1] > 1 else matrices[..., 0] * vectors
+
+
+def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
+    if matrices.shape[-1] == 1:
+        return vectors / matrices[..., 0]
+    return solve(matrices.expand(*vectors.shape, matrices.shape[-1]), vectors, upper=False)
