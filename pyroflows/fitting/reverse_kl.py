@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyroflows.errors import ShapeError
 from pyroflows.fitting.estimators import Estimator, elbo, log_weight_variance, path_gradient
-from pyroflows.flows import Flow
+from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.training.objective import Figures, Objective
 
@@ -58,9 +58,13 @@ class ReverseKL(Objective):
         """Draw from the base."""
         return [self.noise(self.num_particles)]
 
+    def law(self, *drawn: Tensor) -> FlowDistribution:
+        """Return the law of the flow in a step, given the tensors that were drawn besides the noise."""
+        return self.flow().estimated()
+
     def loss(self, noise: Tensor, *drawn: Tensor) -> tuple[Tensor, Figures]:
         """Compute the loss of the estimator, and mean and variance of the log weights."""
-        q = self.flow().estimated()
+        q = self.law(*drawn)
 
         def log_density(x: Tensor) -> Tensor:
             log_p = self.log_density(x, *drawn)

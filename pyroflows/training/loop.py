@@ -37,7 +37,8 @@ MAX_BAD_STEPS = 25
 class Trainer:
     r"""A trainer minimises an objective for as long as a schedule says.
 
-    The learning rate rises linearly over 20 steps and then follows the schedule; gradients are clipped to a norm of 10.
+    The learning rate rises linearly over 20 steps and then follows the schedule; gradients are clipped to a norm of 10
+    unless told otherwise.
     A step with a non-finite gradient or monitored figure is left out. After 25 such steps in a row, or if the fit ends
     by an interrupt or another error, the flow goes back to the last good state, unless it is in a better one. A state
     is good if the mean of the monitored figure over the 50 steps before it is the best so far, up to its noise.
@@ -47,6 +48,7 @@ class Trainer:
         schedule: a schedule says how the learning rate falls and when the fit ends; it serves one fit.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam.
         learning_rate: the learning rate of Adam, positive, where no optimizer is given.
+        max_norm: the largest norm of a gradient, to which longer ones are clipped, positive.
         compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a
             :class:`pyroflows.compiling.Compiler`.
         combine_gradients: a function that changes the list of gradients in place, after they are computed and before
@@ -76,6 +78,7 @@ class Trainer:
         schedule: Schedule,
         optimizer: OptimizerLike | None = None,
         learning_rate: float = LEARNING_RATE,
+        max_norm: float = MAX_NORM,
         compile: str | Compiler = "auto",
         combine_gradients: Callable[[list[Tensor]], None] | None = None,
         callback: Callable[[History], bool | None] | None = None,
@@ -89,6 +92,7 @@ class Trainer:
             optimizer or partial(torch.optim.Adam, lr=learning_rate, fused=True), self._step.parameters
         )
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._max_norm = max_norm
         self._combine_gradients = combine_gradients
         self._callback = callback
         self._progress_bar = progress_bar
@@ -186,7 +190,7 @@ class Trainer:
         figures = self._step()
         if self._combine_gradients is not None:
             self._combine_gradients([p.grad for p in self._step.parameters if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(self._step.parameters, MAX_NORM).item()
+        norm = torch.nn.utils.clip_grad_norm_(self._step.parameters, self._max_norm).item()
         is_good = math.isfinite(norm) and math.isfinite(self._monitored(figures))
         self._num_bad = 0 if is_good else self._num_bad + 1
         self.history.append(**figures, grad_norm=norm, learning_rate=self._rates[0] * factor)

@@ -82,7 +82,7 @@ class Objective:
     def draw(self) -> Sequence[Tensor]:
         """Draw the tensors of one step, such as noise, indices of rows, or batches of data.
 
-        They must have the same shapes at each step.
+        Steps are quick if their draws have few different shapes, such as those of full batches and of a last one.
         """
         return ()
 

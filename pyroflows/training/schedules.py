@@ -49,7 +49,7 @@ class Plateau:
 
     With ``num_steps`` it is the second half of the fit. Otherwise it begins as soon as ``settled`` says so, the
     monitored figure has not improved by more than its noise for 300 steps, or 6000 steps have passed. It then takes
-    half as many steps as there were before, at least 200.
+    half as many steps as there were before, at least ``min_decay``.
 
     Args:
         monitor: name of the recorded figure to watch.
@@ -57,6 +57,7 @@ class Plateau:
         settled: a function that tells from the history whether the fit is good enough for the decay.
         hold: number of steps before which the decay cannot begin.
         falls: whether the figure falls as the fit gets better, instead of growing.
+        min_decay: the least number of steps of the decay where ``num_steps`` is None.
 
     Raises:
         OptionError: if ``num_steps`` is not positive.
@@ -76,12 +77,14 @@ class Plateau:
         settled: Callable[[History], bool] = lambda history: False,
         hold: int = 0,
         falls: bool = True,
+        min_decay: int = MIN_DECAY,
     ) -> None:
         if num_steps is not None and num_steps < 1:
             raise OptionError(f"num_steps must be positive, got {num_steps}")
         self._monitor = monitor
         self._settled = settled
         self._hold = hold
+        self._min_decay = min_decay
         self._sign = -1 if falls else 1
         self._begin = None if num_steps is None else num_steps // 2
         self._end = num_steps
@@ -112,7 +115,7 @@ class Plateau:
         self._best, self._stalled = (float(window.mean()), 0) if grown else (self._best, self._stalled + 1)
         if self._settled(history) or self._stalled >= PATIENCE or history.num_steps >= MAX_CONSTANT:
             self._begin = history.num_steps
-            self._end = self._begin + max(MIN_DECAY, self._begin // 2)
+            self._end = self._begin + max(self._min_decay, self._begin // 2)
 
     def status(self, history: History) -> dict[str, str]:
         """Return the monitored figure of the last step."""

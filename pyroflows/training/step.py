@@ -16,6 +16,8 @@ from pyroflows.transforms.continuous.counting import Evaluations, Penalties
 
 # The compiled step is compared with the original at parameters with noise of this standard deviation.
 PARAMETER_NOISE = 0.03
+# Draws of further shapes, such as batches of other sizes, run without a program.
+MAX_PROGRAMS = 4
 # Names of figures that the trainer records.
 RESERVED = ("loss", "grad_norm", "learning_rate", "evaluations")
 
@@ -25,8 +27,7 @@ class Step:
 
     Args:
         objective: the objective to minimise.
-        compiler: the compiler that makes a program of the step. Steps whose draws have other shapes than the first run
-            without the program.
+        compiler: the compiler that makes programs of the step, one for each of the first four shapes of its draws.
 
     Attributes:
         parameters: the tensors for the optimiser. This is one flat tensor, so that a step of the optimiser is one
@@ -52,15 +53,19 @@ class Step:
         self.parameters = [_flat(self._trained)] if self._is_flat else self._trained
         self._views = [p.detach() for p in self._trained]
         self._gradient = _Gradient(objective, self._trained)
-        self._shapes: list[torch.Size] = []
-        self._function = self._compiled(compiler) if _can_record(objective, compiler.mode) else self._gradient
+        self._compiler = compiler
+        self._programs: dict[Any, Callable[..., Sequence[Tensor]]] = {}
+        # The first draws of their shapes, at which a program of later ones is checked.
+        self._seen: dict[Any, Sequence[Tensor]] = {}
+        self._can_record = _can_record(objective, compiler.mode)
+        if self._can_record:
+            self._record_first()
 
     def __call__(self) -> dict[str, float]:
         """Draw, fill the gradients of the parameters, and return the figures by name."""
         try:
             drawn = self._objective.draw()
-            function = self._function if [d.shape for d in drawn] == self._shapes else self._gradient
-            gradient, figures = function(*self._views, *drawn)
+            gradient, figures = self._function(drawn)(*self._views, *drawn)
         except RuntimeError as error:
             if not is_singular(error):
                 raise
@@ -93,17 +98,36 @@ class Step:
             parameter.data = view.copy_(parameter.detach())
         self._views = [p.detach() for p in self._trained]
 
-    def _compiled(self, compiler: Compiler) -> Callable[..., Sequence[Tensor]]:
-        # Compilation must change neither the place in the data nor the random numbers of the fit.
+    def _record_first(self) -> None:
+        """Make the program of the first draws."""
+        # Recording must change neither the place in the data nor the random numbers of the fit.
         place = self._objective.state_dict()
         with torch.random.fork_rng():
-            drawn = self._objective.draw()
-            examples = [*self._trained, *drawn]
-            noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
-            others = [*noisy, *self._objective.draw()]
+            drawn, others = self._objective.draw(), self._objective.draw()
+            self._seen[_shapes(others)] = others
+            if _shapes(others) == _shapes(drawn):
+                self._record(drawn)
         self._objective.load_state_dict(place)
-        self._shapes = [tensor.shape for tensor in drawn]
-        return compiler(self._gradient, examples, others, [self._objective.flow, *self._objective.state])
+
+    def _function(self, drawn: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """The program for draws of these shapes; a program is made when they come for the second time."""
+        shapes = _shapes(drawn)
+        if self._can_record and shapes not in self._programs and len(self._programs) < MAX_PROGRAMS:
+            if shapes in self._seen:
+                with torch.random.fork_rng():
+                    self._record(drawn)
+            elif len(self._seen) < MAX_PROGRAMS:
+                self._seen[shapes] = drawn
+        return self._programs.get(shapes, self._gradient)
+
+    def _record(self, drawn: Sequence[Tensor]) -> None:
+        shapes = _shapes(drawn)
+        noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
+        state = [self._objective.flow, *self._objective.state]
+        # The check writes into the examples, which may be the data of the user.
+        examples = [*self._trained, *(tensor.clone() for tensor in drawn)]
+        others = [*noisy, *self._seen.pop(shapes)]
+        self._programs[shapes] = self._compiler(self._gradient, examples, others, state)
 
     def _left_out(self) -> dict[str, float]:
         """Fill gradients and figures with NaN, so that the guard leaves out this step."""
@@ -176,6 +200,10 @@ def _can_record(objective: Objective, mode: str) -> bool:
         "number of steps, by num_steps= of pf.flows.CNF or solver=FixedSteps(...) of the layer, or use compile='auto', "
         "which runs it without a recording"
     )
+
+
+def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

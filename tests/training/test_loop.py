@@ -162,6 +162,13 @@ def test_decay_begins_where_settled_says_so(start, num_decay):
     assert history["learning_rate"][-1] < 1e-4 * history["learning_rate"].max()
 
 
+@pytest.mark.parametrize(("start", "num_decay"), [(100, 250), (600, 300)])
+def test_a_decay_has_as_many_steps_as_it_was_told(start, num_decay):
+    options = {"settled": lambda history: history.num_steps >= start, "min_decay": 250}
+    history = quiet_train(Parabola(zeros()), optimizer=sgd(1e-6), **options)
+    assert history.num_steps == start + num_decay
+
+
 def test_decay_begins_at_a_plateau():
     """Best in the first window, then six windows without progress."""
     parameter = zeros(1)
@@ -344,6 +351,15 @@ def test_large_gradients_are_clipped_to_a_norm():
     step = -parameter.detach() / history["learning_rate"][0]
     assert step.norm().item() == pytest.approx(MAX_NORM, rel=1e-4)
     assert history["grad_norm"] == pytest.approx([2e6])  # as it was
+
+
+@pytest.mark.parametrize(("max_norm", "expected"), [(3.0, 3.0), (math.inf, 2e6)])
+def test_gradients_are_clipped_to_the_norm_that_was_given(max_norm, expected):
+    parameter = zeros(4)
+    objective, schedule = Scripted(parameter, [0.0], gradients=[1e6]), Plateau("objective", 1, falls=False)
+    options = {"max_norm": max_norm, "compile": "none", "progress_bar": False}
+    history = Trainer(objective, schedule, sgd(1.0), **options).run()
+    assert parameter.norm().item() == pytest.approx(expected * history["learning_rate"][0], rel=1e-4)
 
 
 def test_small_gradients_are_left_alone():
