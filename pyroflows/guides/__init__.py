@@ -11,6 +11,7 @@ from pyroflows.guides.recipes import (
     AutoSpline,
     AutoSylvester,
 )
+from pyroflows.guides.structured import AutoStructuredFlow
 
 __all__ = [
     "AutoCNF",
@@ -21,5 +22,6 @@ __all__ = [
     "AutoRealNVP",
     "AutoResidual",
     "AutoSpline",
+    "AutoStructuredFlow",
     "AutoSylvester",
 ]

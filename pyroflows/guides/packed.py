@@ -20,15 +20,19 @@ from pyroflows.flows import Flow, Mixture, Recipe
 from pyroflows.flows.conversion import as_flow
 from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.grad_mode import isolated
+from pyroflows.guides.centering import Centering, centerings
+from pyroflows.guides.enumerating import require_enumeration
 from pyroflows.guides.flow_functions import as_flow_fn
+from pyroflows.guides.hierarchical import hierarchy_of
 from pyroflows.guides.left_out import with_left_out
 from pyroflows.guides.neutra import ToDeclaredSpace
 from pyroflows.guides.param_store import claim_parameters
 from pyroflows.guides.state import FlowState
 from pyroflows.models.arguments import in_dtype
+from pyroflows.models.centred_forms import CentredForms
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout, constrain_site, unpack
-from pyroflows.models.requirements import describe_for_flow, require_dtype
+from pyroflows.models.requirements import describe_for_flow, require_dtype, require_local_rows
 from pyroflows.models.structure import ModelStructure, Site
 from pyroflows.models.tracing import InitFn, Model, latent_init
 from pyroflows.transforms import Compose, Elementwise, FlowTransform, Triangular
@@ -40,7 +44,7 @@ NUM_QUANTILE_SAMPLES = 10_000
 NOT_BUILT = "this guide is not built yet: call guide(*args) once with the model's arguments"
 
 
-def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
+def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor, centering: Centering | None = None) -> Flow:
     r"""Build the flow of a guide, :math:`x = \mu + S\, T(z)`, where T is the flow that a function makes.
 
     Layers of T that learn before training, such as :class:`pyroflows.transforms.ActNorm`, learn from draws.
@@ -49,6 +53,7 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
         flow_fn: ``latent_dim -> flow``, which makes T.
         loc: :math:`\mu`, ``(latent_dim,)``; the flow gets its dtype and device.
         scale: S, positive ``(latent_dim,)`` or lower triangular ``(latent_dim, latent_dim)``.
+        centering: a layer that follows, of which the flow gets a copy; None for none.
 
     Raises:
         OptionError: if S is not lower triangular with a positive diagonal, or a layer keeps running statistics of data.
@@ -67,7 +72,8 @@ def flow_near(flow_fn: FlowFn, loc: Tensor, scale: Tensor) -> Flow:
         last = Elementwise(dim, Affine(None, None), init=torch.stack([loc, scale.log()], -1))
     else:
         last = Triangular(dim, loc=loc, scale_tril=scale)
-    flow = Flow([*flow.layers, last], base=flow.base, standardize=False).to(loc)
+    layers = [*flow.layers, last, *([] if centering is None else [copy.deepcopy(centering)])]
+    flow = Flow(layers, base=flow.base, standardize=False).to(loc)
     if not loc.is_meta:
         flow.adapt_to_draws()
     return flow
@@ -82,8 +88,17 @@ def _point_mass(site: Site, value: Tensor, ladj: Tensor) -> Distribution:
     return delta.to_event(site.event_dim - delta.event_dim)
 
 
+def _unpacked(latent: Tensor, layout: Layout) -> Iterator[tuple[Site, Tensor]]:
+    """Iterate over the sites and their unconstrained values, broadcast over plates around the guide."""
+    for site, part in layout.split(latent):
+        assert site.unconstrained_shape is not None
+        event_dim = site.event_dim + len(site.unconstrained_shape) - len(site.shape)
+        shape = torch.broadcast_shapes(site.unconstrained_shape, latent.shape[:-1] + (1,) * event_dim)
+        yield site, unpack(site, part).reshape(shape)
+
+
 class AutoFlow(AutoContinuous):
-    r"""A guide whose distribution over all latents, packed into one unconstrained vector, is a flow.
+    r"""A guide whose distribution over all continuous latents, packed into one unconstrained vector, is a flow.
 
     .. math:: x = \mu + \sigma \odot T(z)
 
@@ -91,10 +106,11 @@ class AutoFlow(AutoContinuous):
     ``init_loc_fn`` and ``init_scale``. Layers start close to the identity, so the guide starts as a narrow version of
     the base around the initial values. It works wherever Pyro's own autoguides do: ``SVI`` with any ELBO,
     ``Predictive``, ``AutoGuideList``, ``NeuTraReparam``, the param store. The flow is built at the first call with the
-    model's arguments, or by ``load_state_dict``.
+    model's arguments, or by ``load_state_dict``. It leaves discrete latents to ``TraceEnum_ELBO``.
 
     Args:
-        model: a Pyro model whose latents are continuous and the same in every run.
+        model: a Pyro model whose latents are continuous, or discrete with values that can be enumerated, and the same
+            in every run.
         flow_fn: ``latent_dim -> flow``, where the flow is a :class:`pyroflows.Flow`, a torch or Pyro transform, a list
             of these, or a Zuko flow; or a :class:`pyroflows.flows.Recipe`, or a class of flows that has one, which a
             saved posterior can rebuild; None for ``Recipe("default", scaled=True)``: affine IAF layers for 2 to 64
@@ -104,7 +120,8 @@ class AutoFlow(AutoContinuous):
         dtype: dtype in which the flow and the model run; None for that of the model's latents.
 
     Raises:
-        ModelError: at the first call, if a flow cannot fit the model; names the site.
+        ModelError: at the first call, if a flow cannot fit the model; in a step of an ELBO that does not enumerate, if
+            it has discrete latents; names the site.
         OptionError: if ``flow_fn`` is no function, ``init_scale`` is not positive, or ``dtype`` is neither float32 nor
             float64.
 
@@ -150,11 +167,12 @@ class AutoFlow(AutoContinuous):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        require_enumeration(self._built_layout().structure)
         self._claim_parameters()
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         values, ladjs = {}, {}
-        for site, unconstrained in self._unpacked(latent):
+        for site, unconstrained in _unpacked(latent, self._built_layout()):
             values[site.name], ladjs[site.name] = constrain_site(site, unconstrained)
         structure = self._built_layout().structure
         # A guide that was unpickled has no model, and leaves entries without a posterior at a constant.
@@ -176,6 +194,7 @@ class AutoFlow(AutoContinuous):
     @isolated
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         structure, trace = describe_for_flow(self.model, args, kwargs)
+        self._require_rows(structure)
         require_fixed_supports(structure, self.model, args, kwargs)
         layout = Layout(structure).at_centers(self._centers)
         flow = self._modules.get("flow")
@@ -192,6 +211,20 @@ class AutoFlow(AutoContinuous):
                 self._create_plates(*args, **kwargs)
         if flow is None:
             self.flow = self._flow_at(self._init_loc().to(self.dtype or layout.dtype))
+        self._bind(args, kwargs)
+
+    def _bind(self, args: Any, kwargs: Any) -> None:
+        """Give the flow the priors of the model, if it has layers that need them."""
+        layers = centerings(self._built())
+        if layers:
+            loc = self._init_loc().to(next(layers[0].parameters()))
+            forms = CentredForms(self.model, args, kwargs, self._built_layout(), layers[0].names, loc)
+            for layer in layers:
+                layer.bind(forms)
+
+    def _require_rows(self, structure: ModelStructure) -> None:
+        """Raise if the run of the model that builds the guide does not show all latents."""
+        require_local_rows(structure)
 
     def _keep_prototype(self, trace: Trace) -> None:
         """Set the attributes that Pyro's own ``_setup_prototype`` sets, without a second run of the model."""
@@ -226,18 +259,12 @@ class AutoFlow(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Iterate over the sites' nodes and unconstrained values, broadcast over plates around the guide."""
-        for site, unconstrained in self._unpacked(latent):
+        for site, unconstrained in _unpacked(latent, self._built_layout()):
             yield self.prototype_trace.nodes[site.name], unconstrained
 
-    def _unpacked(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        for site, part in self._built_layout().split(latent):
-            assert site.unconstrained_shape is not None
-            event_dim = site.event_dim + len(site.unconstrained_shape) - len(site.shape)
-            shape = torch.broadcast_shapes(site.unconstrained_shape, latent.shape[:-1] + (1,) * event_dim)
-            yield site, unpack(site, part).reshape(shape)
-
-    def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
-        return flow_near(self.flow_fn, loc, torch.full_like(loc, self._init_scale) if scale is None else scale)
+    def _flow_at(self, loc: Tensor, scale: Tensor | None = None, centering: Centering | None = None) -> Flow:
+        scale = torch.full_like(loc, self._init_scale) if scale is None else scale
+        return flow_near(self.flow_fn, loc, scale, centering)
 
     def hold(self, flow: Flow, flow_fn: FlowFn) -> None:
         """Take over a flow that was fitted elsewhere.
@@ -317,10 +344,16 @@ class AutoFlow(AutoContinuous):
         self.center_at(saved.centers)
         if self.flow is None:
             zeros = torch.zeros(saved.dim, dtype=getattr(torch, saved.dtype), device=state.device)
-            scale = torch.eye(saved.dim).to(zeros) if saved.last_layer == "triangular" else None
-            parts = [self._flow_at(zeros, scale) for _ in range(saved.num_components)]
+            centering = Centering(saved.centred, zeros) if saved.centred else None
+            parts = [self._unfilled_flow(saved, zeros, centering) for _ in range(saved.num_components)]
             self.flow = parts[0] if len(parts) == 1 else Mixture(parts)
         self._holds_new_values = True
+
+    def _unfilled_flow(self, saved: FlowState, zeros: Tensor, centering: Centering | None) -> Flow:
+        if saved.hierarchy is not None:
+            return hierarchy_of(saved.hierarchy, self.flow_fn, zeros)
+        scale = torch.eye(saved.dim).to(zeros) if saved.last_layer == "triangular" else None
+        return self._flow_at(zeros, scale, centering)
 
     def _built(self) -> Flow:
         flow = self.flow

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.flows import Flow, Recipe
+from pyroflows.guides.centering import Centering
 from pyroflows.guides.packed import AutoFlow
 from pyroflows.models.tracing import Model
 
@@ -216,7 +217,7 @@ class AutoCNF(AutoFlow):
     def __init__(self, model: Model, hidden_dims: Sequence[int] = (64, 64), num_steps: int = 8, **options: Any) -> None:
         super().__init__(model, Recipe("CNF", hidden_dims=hidden_dims, num_steps=num_steps), **options)
 
-    def _flow_at(self, loc: Tensor, scale: Tensor | None = None) -> Flow:
+    def _flow_at(self, loc: Tensor, scale: Tensor | None = None, centering: Centering | None = None) -> Flow:
         if scale is None:
             scale = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-        return super()._flow_at(loc, scale)
+        return super()._flow_at(loc, scale, centering)

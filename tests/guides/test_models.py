@@ -448,11 +448,9 @@ def test_sequential_plate_of_observations_is_fine():
 @pytest.mark.parametrize(
     "fn",
     [
-        dist.Categorical(torch.ones(3)),
-        dist.Bernoulli(0.5),
         dist.Poisson(3.0),
+        dist.Geometric(0.5),
         dist.Multinomial(4, torch.ones(3)),
-        dist.OneHotCategorical(torch.ones(2)),
     ],
     ids=lambda fn: type(fn).__name__,
 )
@@ -463,18 +461,14 @@ def test_discrete_latent_raises(fn):
 
     error = refused(model)
     assert error.type is ModelError
-    assert error.match("'count'.*discrete")
-    assert error.match("MixtureSameFamily")
-    assert error.match(r"poutine.block\(model, hide=\['count'\]\)")
-    assert error.match("TraceEnum_ELBO")
+    assert error.match("'count'.*discrete.*cannot be summed out")
 
 
-def test_advice_for_a_discrete_latent_works():
+def test_discrete_latents_may_be_hidden():
     def model():
         p = pyro.sample("p", dist.Beta(1.0, 1.0))
         pyro.sample("count", dist.Bernoulli(p), infer={"enumerate": "parallel"})
 
-    refused(model)
     trainable(AutoFlow, poutine.block(model, hide=["count"]))
 
 

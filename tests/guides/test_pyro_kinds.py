@@ -457,8 +457,8 @@ def test_neutra_potential_is_that_of_the_model(make, model, args):
 
 
 def test_discrete_latents_name_enumeration():
-    with pytest.raises(ModelError, match="'assignment'.*enumeration.*TraceEnum_ELBO.*enumeration.html"):
-        AutoFlow(clusters)(torch.zeros(5))
+    with pytest.raises(ModelError, match="'assignment'.*TraceEnum_ELBO.*config_enumerate"):
+        SVI(clusters, AutoFlow(clusters), pyro.optim.Adam({}), Trace_ELBO()).step(torch.zeros(5))
 
 
 @pytest.mark.parametrize("num_event_dims", [1, 2])

@@ -1,0 +1,143 @@
+"""The flow that starts at a Gaussian of a hierarchy, whose rows are independent given the levels above them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.flows import Flow
+from pyroflows.flows.conversion import as_flow
+from pyroflows.transforms import Autoregressive, Compose, FlowTransform, Triangular
+from pyroflows.transforms.hierarchy import Hierarchy, Level, Rows
+from pyroflows.transforms.local_affine import LocalAffine
+from pyroflows.transforms.univariate import SOS
+
+HIDDEN_DIMS = (32, 32)
+# In draws of a thousand rows some row lies in a tail that training has hardly seen. Polynomials go on there as they do
+# where draws are; splines would return to the identity.
+ROW_MAP = SOS(num_polynomials=2, degree=2, bound=6.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalGaussian:
+    r"""The Gaussian laws of the R rows of a level given h, the whitened elements of the p elements above them.
+
+    .. math:: x_r \mid h \sim N(\mu_r + C_r h, \; S_r e^{2 V_r h} S_r^\top)
+
+    Args:
+        places: the indices of the elements in the packed vector, ``(R, d)``.
+        parents: the indices of the levels that enclose this one, from the outermost on.
+        rows: for each of them, the row that encloses each row, ``(R,)``.
+        loc: :math:`\mu`, ``(R, d)``.
+        regression: C, ``(R, d, p)``.
+        scale_tril: S, lower triangular ``(R, d, d)``.
+        log_slopes: V, ``(R, d, p)``.
+        features: what tells by how much the law of a row differs from a Gaussian, ``(R, F)``.
+    """
+
+    places: Tensor
+    parents: tuple[int, ...]
+    rows: tuple[Tensor, ...]
+    loc: Tensor
+    regression: Tensor
+    scale_tril: Tensor
+    log_slopes: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HierarchicalGaussian:
+    """A law of all latents of a hierarchy: a Gaussian of the global ones, and of local ones given these.
+
+    Args:
+        places: the indices of the global elements in the packed vector, ``(D_0,)``.
+        loc: the mean of the global elements, ``(D_0,)``.
+        scale_tril: the Cholesky factor of their covariance, ``(D_0, D_0)``.
+        locals: the laws of the other levels, each after those that enclose it.
+        elbo: an estimate of its ELBO, in nats.
+    """
+
+    places: Tensor
+    loc: Tensor
+    scale_tril: Tensor
+    locals: tuple[LocalGaussian, ...]
+    elbo: float
+
+
+def hierarchy_near(start: HierarchicalGaussian, flow_fn: Callable[[int], object], has_local_flow: bool) -> Flow:
+    """Build a flow over the global latents, and one that the rows of each level share, close to a Gaussian.
+
+    Args:
+        start: the Gaussian.
+        flow_fn: the function that makes the flow of the global latents.
+        has_local_flow: whether rows have a flow; otherwise they stay Gaussian given what is above them.
+    """
+    dim = len(start.places)
+    layers = as_flow(flow_fn(dim), dim).layers
+    levels, rows = [], []
+    for law in start.locals:
+        num_rows, row_dim, given_dim = law.regression.shape
+        affine = LocalAffine(
+            row_dim,
+            given_dim,
+            loc=law.loc,
+            regression=law.regression,
+            scale_tril=law.scale_tril,
+            log_slopes=law.log_slopes,
+        )
+        flow = local_flow(row_dim, given_dim + law.features.shape[1]) if has_local_flow else None
+        levels.append(Level(flow, affine, law.parents, torch.arange(dim)))
+        rows.append(Rows(law.places, law.rows, torch.arange(num_rows), features=law.features))
+    last = Triangular(dim, loc=start.loc, scale_tril=start.scale_tril)
+    hierarchy = Hierarchy(Compose(layers), last, start.places, levels, rows)
+    return Flow([hierarchy], standardize=False).to(start.loc)
+
+
+def facts_of(flow: Flow) -> dict[str, Any] | None:
+    """What tells how :func:`hierarchy_near` built a flow, as JSON; None for other flows."""
+    hierarchy = flow.layers[-1]
+    if not isinstance(hierarchy, Hierarchy):
+        return None
+    levels = [
+        {
+            "shape": list(rows.places.shape),
+            "given_dim": level.affine.given_dim,
+            "num_features": 0 if rows.features is None else rows.features.shape[1],
+            "parents": list(level.parents),
+        }
+        for level, rows in zip(hierarchy.levels, hierarchy.rows, strict=True)
+    ]
+    has_local_flow = any(level.flow is not None for level in hierarchy.levels)
+    return {"num_global": len(hierarchy.places), "levels": levels, "has_local_flow": has_local_flow}
+
+
+def hierarchy_of(facts: Mapping[str, Any], flow_fn: Callable[[int], object], like: Tensor) -> Flow:
+    """Build a flow of given facts, which takes its values from a state dict.
+
+    Args:
+        facts: what :func:`facts_of` gave.
+        flow_fn: the function that makes the flow of the global latents.
+        like: a tensor of the dtype and device of the flow.
+    """
+    start, laws = facts["num_global"], []
+    for level in facts["levels"]:
+        num_rows, dim = level["shape"]
+        places = torch.arange(start, start + num_rows * dim).reshape(num_rows, dim)
+        start += num_rows * dim
+        index = tuple(torch.zeros(num_rows, dtype=torch.long) for _ in level["parents"])
+        zeros = torch.zeros(num_rows, dim, level["given_dim"])
+        scale_tril = torch.eye(dim).expand(num_rows, dim, dim)
+        features = torch.zeros(num_rows, level["num_features"])
+        parents = tuple(level["parents"])
+        laws.append(LocalGaussian(places, parents, index, zeros[..., 0], zeros, scale_tril, zeros, features))
+    num_global = facts["num_global"]
+    loc = torch.zeros(num_global).to(like)
+    gaussian = HierarchicalGaussian(torch.arange(num_global), loc, torch.eye(num_global).to(like), tuple(laws), 0.0)
+    return hierarchy_near(gaussian, flow_fn, facts["has_local_flow"]).to(like)
+
+
+def local_flow(dim: int, context_dim: int) -> FlowTransform:
+    """The flow that the rows of a level share: an autoregressive layer of polynomials."""
+    return Autoregressive(dim, ROW_MAP, context_dim=context_dim, hidden_dims=HIDDEN_DIMS)
