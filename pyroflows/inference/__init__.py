@@ -7,6 +7,7 @@ from pyroflows.inference.conditional import sample_conditional
 from pyroflows.inference.export import to_arviz
 from pyroflows.inference.importance import importance_sample
 from pyroflows.inference.loading import load_posterior
+from pyroflows.inference.local_draws import LocalDraws
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.search.starts import Starts
@@ -21,6 +22,7 @@ __all__ = [
     "Chains",
     "Diagnosis",
     "FlowVI",
+    "LocalDraws",
     "Posterior",
     "Starts",
     "WeightedDraws",

@@ -14,6 +14,8 @@ from pyroflows.flows import Flow
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.packed import NOT_BUILT
+from pyroflows.inference.discrete_sites import completed, local_draws, without_local
+from pyroflows.inference.local import draw_amortized
 from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.models.arguments import (
     explain_failure,
@@ -90,6 +92,8 @@ class Approximation:
     def sample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
         """Draw latents from the flow, in the constrained space, and the deterministic sites that follow from them.
 
+        Discrete latents, which the fit sums out, are drawn from their joint conditional given the others.
+
         Args:
             num_samples: number of draws, at least 1.
             seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
@@ -116,8 +120,8 @@ class Approximation:
         """The log-density of the flow at values of all latent sites, as a density on the constrained space, ``(S,)``.
 
         Args:
-            draws: tensors or arrays ``(S, *site shape)`` by site. Those of deterministic and observed sites are no part
-                of the density.
+            draws: tensors or arrays ``(S, *site shape)`` by site. Those of discrete, deterministic and observed sites
+                are no part of the density.
 
         Raises:
             OptionError: if a name is that of no site.
@@ -136,7 +140,13 @@ class Approximation:
     def predictive(self, num_samples: int, *args: Any, seed: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Draw observed and deterministic sites given draws from the flow, ``(num_samples, *site shape)`` by site.
 
-        Observed sites are drawn even where the arguments give them values, in the shape of these values.
+        Observed sites are drawn even where the arguments give them values, in the shape of these values. Latents are
+        those of the fit, whatever values are given; but if :class:`pyroflows.guides.AutoStructuredFlow` has encoders
+        for all rows, their latents are drawn given these values, and there may be other rows.
+
+        At other arguments, discrete latents in a plate of data or in ``pyro.markov`` are drawn anew, and returned too:
+        given the data, where the arguments hold some, and from their prior elsewhere. Other discrete latents keep the
+        draws that they have given the data of the fit.
 
         Args:
             num_samples: number of draws, at least 1. A model with an argument of this name gets it by position.
@@ -174,11 +184,20 @@ class Approximation:
 
     def _predicted(self, num_samples: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
         """Draw all sites but the latents given draws from the flow; with the arguments of the fit if none are given."""
-        values, _ = self.layout.constrain(self._draw(num_samples))
+        values, kept = self.layout.constrain(self._draw(num_samples))[0], self.structure.kept
+        if self.structure.enumerated:
+            self._require_full_plates()
+            values |= self.log_joint.batched.discrete_draws.in_chunks(values, num_samples).values
+        local: dict[str, Tensor] = {}
         if args or kwargs:
             args, kwargs = usable_arguments(self._model, args, kwargs, self.guide.dtype)
             try:
-                batched = BatchedModel(self._model, args, kwargs, values, draw=True, kept=self.structure.kept)
+                if self.structure.enumerated:
+                    values = without_local(self.structure, values)
+                    local = local_draws(self._model, args, kwargs, self.structure, values, num_samples)
+                    values |= local
+                values, kept = draw_amortized(self._model, self.guide, args, kwargs, num_samples) or (values, kept)
+                batched = BatchedModel(self._model, args, kwargs, values, draw=True, kept=kept)
             except OtherRowsError as error:
                 raise ModelError(f"{error}. {_way_to_other_rows(error, self.structure, num_samples)}") from error
             except (ValueError, RuntimeError) as error:
@@ -186,7 +205,7 @@ class Approximation:
                 raise
         else:
             batched = self.log_joint.batched.drawing(values, self.structure.kept)
-        return posterior_predictive(batched, values, len(next(iter(values.values()))))
+        return local | posterior_predictive(batched, values, num_samples)
 
     def _draw(self, num_samples: int) -> Tensor:
         """Draw unconstrained vectors ``(S, dim)`` from the flow."""
@@ -198,24 +217,18 @@ class Approximation:
         return self._flow().rsample_and_log_prob((checked_int("num_samples", num_samples),))
 
     def _sites(self, latents: Tensor) -> dict[str, Tensor]:
-        """Latent and deterministic sites, except those in a subsampled plate, whose rows differ from run to run.
-
-        Entries of latents that are masked and have no posterior are drawn from their prior given the rest.
-        """
+        """Latent and deterministic sites, except those in a subsampled plate; see :func:`completed`."""
         values, _ = self.layout.constrain(latents)
-        kept = self.structure.kept
-        subsampled = {plate.name for plate in self.structure.subsampled}
-        names = [site.name for site in self.structure.deterministic if not subsampled.intersection(site.plate_names)]
-        if not names and not kept:
+        structure = self.structure
+        if not structure.deterministic and not structure.enumerated and not structure.kept:
             return values
-        batched = self.log_joint.batched.filling(values, kept) if kept else self.log_joint.batched
-        recorded = batched.in_chunks(values, len(latents)).values
-        return {name: recorded[name] for name in (*values, *names)}
+        return completed(self.log_joint.batched, structure, values, len(latents))
 
     def _require_sites(self, names: Iterable[str]) -> None:
         """Raise if a name is that of no site."""
         structure = self.structure
-        known = [site.name for site in (*structure.latents, *structure.deterministic, *structure.observed)]
+        sites = (*structure.latents, *structure.enumerated, *structure.deterministic, *structure.observed)
+        known = [site.name for site in sites]
         for name in names:
             if name not in known:
                 raise OptionError(f"the model has no site {name!r}: its sites are {', '.join(map(repr, known))}")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from pyroflows.flows import Flow, Law, Mixture
+from pyroflows.guides.hierarchical import HierarchicalGaussian, hierarchy_near
 from pyroflows.guides.packed import FlowFn, flow_near
 from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.verdict.diagnosis import Diagnosis
-from pyroflows.inference.verdict.draws import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws
+from pyroflows.inference.verdict.draws import DiagnosticDraws, default_num_samples
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.training.history import History
 
@@ -24,6 +25,7 @@ MAX_VARIANCE, MAX_SHARE, MAX_MOVE = 0.05, 0.001, 0.05
 
 
 # It trains a flow in place, given a function that makes the whole candidate from the history of this training.
+Start: TypeAlias = GaussianApproximation | HierarchicalGaussian
 Train: TypeAlias = Callable[[Flow, Callable[[History], "FittedCandidate"]], History]
 
 
@@ -33,8 +35,8 @@ class Candidate:
 
     Args:
         flow_fn: a recipe, or a function of the user's, ``latent_dim -> flow``.
-        starts: one Gaussian for each separate mode; where there are several, a flow is fitted at each, and the flows
-            are mixed, weighted by their evidences.
+        starts: one Gaussian, of all latents or of a hierarchy, for each separate mode; where there are several, a flow
+            is fitted at each, and the flows are mixed, weighted by their evidences.
         is_trained: whether the flows are trained; otherwise they stay as they start.
 
     Example:
@@ -45,7 +47,7 @@ class Candidate:
     """
 
     flow_fn: FlowFn
-    starts: tuple[GaussianApproximation, ...]
+    starts: tuple[Start, ...]
     is_trained: bool = True
 
     def fit(self, log_joint: LogJoint, train: Train, found: Starts | None) -> "FittedCandidate":
@@ -74,8 +76,10 @@ class Candidate:
             histories.append(train(flows[-1], so_far) if self.is_trained else History())
         return so_far(History())
 
-    def _flow_at(self, start: GaussianApproximation) -> Flow:
-        return flow_near(self.flow_fn, start.loc, start.scale_tril)
+    def _flow_at(self, start: Start) -> Flow:
+        if isinstance(start, HierarchicalGaussian):
+            return hierarchy_near(start, self.flow_fn, has_local_flow=self.is_trained)
+        return flow_near(self.flow_fn, start.loc, start.scale_tril, start.centering)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class FittedCandidate:
     @cached_property
     def first_draws(self) -> DiagnosticDraws:
         """A batch of draws for a first look, made at the first use."""
-        return DiagnosticDraws.first(self.flow(), self.log_joint, NUM_DIAGNOSTIC_SAMPLES)
+        return DiagnosticDraws.first(self.flow(), self.log_joint, default_num_samples(self.flow.dim))
 
     @cached_property
     def draws(self) -> DiagnosticDraws:

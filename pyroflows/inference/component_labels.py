@@ -144,7 +144,7 @@ def _names(name: str, names: str | Iterable[str], structure: ModelStructure) -> 
 
 
 def _sites(structure: ModelStructure) -> tuple[Site, ...]:
-    return (*structure.latents, *structure.deterministic, *structure.observed)
+    return (*structure.latents, *structure.enumerated, *structure.deterministic, *structure.observed)
 
 
 def _dims_of(site: Site, given: tuple[str, ...]) -> tuple[str, ...]:

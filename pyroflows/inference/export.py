@@ -96,7 +96,7 @@ def to_arviz(
         if missing := [name for name in names if name not in draws]:
             raise ModelError(f"draws of site '{missing[0]}' are missing: the latents of the model are {names}")
         latents = {name: draws[name] for name in names}
-        batched = BatchedModel(model, args, kwargs, latents, needs_densities=False)
+        batched = BatchedModel(model, args, kwargs, latents, needs_densities=False, enumeration=structure.enumeration)
     with seeded(seed):
         return arviz_data(
             draws,
@@ -139,10 +139,11 @@ def arviz_data(
             groups["observed_data"] = data
             if log_likelihood:
                 seen_rows = {site.name: _seen_rows(site, data[site.name]) for site in structure.observed}
-                groups["log_likelihood"], left_out["log_likelihood"] = _likelihoods(structure, record)
+                found = _likelihoods(structure, record, batched.groups)
+                groups["log_likelihood"], left_out["log_likelihood"] = found
             if posterior_predictive:
                 groups["posterior_predictive"], left_out["posterior_predictive"] = replicates(
-                    batched, structure.observed, latents, num_samples
+                    batched, structure.observed, latents | _discrete(structure, batched, draws), num_samples
                 )
         elif structure.factors:
             reason = "a factor has no values and no log-density of single observations (observe them by pyro.sample)"
@@ -151,7 +152,9 @@ def arviz_data(
         if prior:
             names = [site.name for site in structure.observed]
             groups |= prior_groups(batched, structure, names, num_samples, left_out)
-    sites = () if structure is None else (*structure.latents, *structure.deterministic, *structure.observed)
+    sites: tuple[Site, ...] = ()
+    if structure is not None:
+        sites = (*structure.latents, *structure.enumerated, *structure.deterministic, *structure.observed)
     return labelled_data(groups, sites, left_out, coords, dims, num_chains, seen_rows)
 
 
@@ -226,10 +229,34 @@ def labelled_data(
     )
 
 
-def _likelihoods(structure: ModelStructure, record: RunRecord) -> tuple[dict[str, Tensor], Reasons]:
-    """The log-likelihoods of single observations, and why those of other sites are left out."""
-    log_probs, reasons = {}, {}
+def _discrete(structure: ModelStructure, batched: BatchedModel, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The draws of the discrete latents, which are drawn given the others if they are not among the draws."""
+    names = [site.name for site in structure.enumerated]
+    if any(name not in draws for name in names):
+        draws = batched.discrete_draws.in_chunks(draws, len(next(iter(draws.values())))).values
+    return {name: draws[name] for name in names}
+
+
+def _likelihoods(
+    structure: ModelStructure, record: RunRecord, groups: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, Tensor], Reasons]:
+    """The log-likelihoods of single observations, and why those of other sites are left out.
+
+    Observations that depend on the same discrete latents, which are summed out, have one log-likelihood together.
+    """
+    log_probs: dict[str, Tensor] = {}
+    reasons: Reasons = {}
+    observed = {site.name for site in structure.observed}
+    joint = {name: key for key, names in groups.items() for name in names}
+    for key, names in groups.items():
+        if others := [name for name in names if name not in observed]:
+            why = f"discrete latents are summed out of it together with those of the density of '{others[0]}'"
+            reasons |= dict.fromkeys((name for name in names if name in observed), why)
+        elif len(names) > 1:
+            log_probs[key] = record.log_probs[key]
     for site in structure.observed:
+        if site.name in reasons or joint.get(site.name, site.name) in log_probs:
+            continue
         if site.name not in record.log_probs:
             reasons[site.name] = f"its distribution {site.family} has no log-density (give the class a method log_prob)"
             continue

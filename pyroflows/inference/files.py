@@ -12,8 +12,11 @@ from pyroflows.archive import decoding, part_of, read_archive, write_archive
 from pyroflows.errors import CheckpointError, OptionError
 from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
+from pyroflows.guides.centering import centerings
 from pyroflows.guides.packed import FlowFn
+from pyroflows.guides.row_flows import default_local_flow
 from pyroflows.guides.state import FlowState
+from pyroflows.guides.structured import AutoStructuredFlow
 from pyroflows.inference.component_labels import ComponentLabels
 from pyroflows.inference.outcome import Ending, Outcome
 from pyroflows.inference.search.starts import Starts
@@ -21,6 +24,7 @@ from pyroflows.models.requirements import require_dtype
 from pyroflows.models.saved_sites import decode_sites, encode_sites, names_without_values
 from pyroflows.models.structure import ModelStructure, Site
 from pyroflows.models.tracing import Model
+from pyroflows.options import kind
 from pyroflows.training.history import History
 
 FORMAT = 4
@@ -53,6 +57,9 @@ def save(
     Raises:
         CheckpointError: if the file cannot be written.
     """
+    assert guide.flow is not None
+    for layer in centerings(guide.flow):
+        layer.note_priors()
     tensors = {f"flow.{name}": value for name, value in guide.state_dict().items()}
     tensors |= {f"param.{name}": value.detach() for name, value in parameters.items()}
     tensors |= {f"history.{name}": torch.from_numpy(values) for name, values in history.items()}
@@ -60,6 +67,7 @@ def save(
     tensors |= {f"latents.{name}": value for name, value in of_latents.items()}
     header = {
         "recipe": guide.flow_fn.to_json() if isinstance(guide.flow_fn, Recipe) else None,
+        "structured": _structured(guide),
         "dtype": None if guide.dtype is None else str(guide.dtype).removeprefix("torch."),
         "sites": {site.name: list(site.shape) for site in structure.latents},
         "latents": latents,
@@ -72,6 +80,14 @@ def save(
     write_archive(path, "posterior", FORMAT, header, tensors)
 
 
+def _structured(guide: AutoFlow) -> dict[str, Any] | None:
+    """What a file says of a structured guide: its option, and whether it holds functions or modules of the user's."""
+    if not isinstance(guide, AutoStructuredFlow):
+        return None
+    is_plain = guide.encoder is None and guide.local_flow_fn is default_local_flow
+    return {"learned_rows": guide.learned_rows, "is_plain": is_plain}
+
+
 @dataclass(frozen=True, eq=False)
 class SavedPosterior:
     """What the file of a posterior holds; :func:`read` makes it.
@@ -79,6 +95,7 @@ class SavedPosterior:
     Args:
         path: the path of the file.
         recipe: the recipe of the flow; None for a function of the user's.
+        structured: how an ``AutoStructuredFlow`` was made; None for another guide.
         dtype: the dtype of the fit; None for that of the model.
         flow: the state of the guide.
         parameters: the unconstrained parameters of the model, by name.
@@ -94,6 +111,7 @@ class SavedPosterior:
 
     path: str | Path
     recipe: Recipe | None
+    structured: Mapping[str, Any] | None
     dtype: torch.dtype | None
     flow: dict[str, Tensor]
     parameters: dict[str, Tensor]
@@ -110,6 +128,37 @@ class SavedPosterior:
     def without_values(self) -> frozenset[str]:
         """The names of the latents that the model has in place of its data, where they have no value."""
         return names_without_values(self.data, self.shapes)
+
+    def structured_guide(self, model: Model, guide: AutoFlow | None, args: Any, kwargs: Any) -> AutoFlow:
+        """Make a structured guide with the flow of the file, which is built by the model's arguments.
+
+        Args:
+            model: the Pyro model.
+            guide: the guide, made like that of the fit; None to make it where the file says how.
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            CheckpointError: if the guide is needed, or is another one than that of the file.
+        """
+        if guide is None and (self.recipe is None or self.structured is None or not self.structured["is_plain"]):
+            raise CheckpointError(
+                f"{self.path} was fitted with an AutoStructuredFlow with an encoder or flow functions of the user's: "
+                "give load_posterior a guide that is made like it, as in "
+                "guide=AutoStructuredFlow(model, encoder=encoder)"
+            )
+        if guide is not None and not isinstance(guide, AutoStructuredFlow):
+            raise CheckpointError(f"{self.path} was fitted with an AutoStructuredFlow, not with {kind(guide)}")
+        if guide is None:
+            assert self.structured is not None
+            learned_rows = self.structured["learned_rows"]
+            guide = AutoStructuredFlow(model, self.recipe, learned_rows=learned_rows, dtype=self.dtype)
+        guide._setup_prototype(*args, **kwargs)
+        try:
+            guide.load_state_dict(self.flow)
+        except (RuntimeError, CheckpointError) as error:
+            raise CheckpointError(f"{self.path} holds another flow than the guide: {error}") from error
+        return guide
 
     def guide(self, model: Model, flow_fn: FlowFn | None) -> AutoFlow:
         """Make a guide with the flow of the file; it is not built yet.
@@ -159,6 +208,7 @@ def read(path: str | Path) -> SavedPosterior:
         return SavedPosterior(
             path=path,
             recipe=_recipe(header["recipe"], path),
+            structured=header.get("structured"),
             dtype=dtype,
             flow=flow,
             parameters=part_of(tensors, "param."),

@@ -2,12 +2,17 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyroflows.errors import OptionError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.flow_functions import as_flow_fn
+from pyroflows.guides.structured import AutoStructuredFlow
+from pyroflows.models.arguments import in_dtype
+from pyroflows.models.structure import describe
+from pyroflows.models.tracing import Model
 
 
 def check_guide(guide: Any) -> None:
@@ -39,3 +44,20 @@ def check_guide(guide: Any) -> None:
     if not callable(guide):
         raise OptionError(f"guide must be a flow guide of the model, or a function latent_dim -> flow, got {guide!r}")
     as_flow_fn(guide)
+
+
+def guide_for(model: Model, guide: Any, dtype: torch.dtype | None, args: Any, kwargs: Any) -> AutoFlow:
+    """The guide of a fit: the user's, or one with a flow for each plate where rows with latents are subsampled.
+
+    Args:
+        model: the Pyro model.
+        guide: what the user gave, see :func:`check_guide`.
+        dtype: the dtype of the fit.
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+    """
+    if isinstance(guide, AutoFlow):
+        return guide
+    structure = describe(in_dtype(model, dtype), args, kwargs).summed_out()
+    is_local = any(plate.is_subsampled for site in structure.latents for plate in site.plates)
+    return (AutoStructuredFlow if is_local else AutoFlow)(model, guide, dtype=dtype)

@@ -17,6 +17,7 @@ from pyroflows.flows.discrete.refusal import require_real
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.inference.component_labels import ComponentLabels
+from pyroflows.inference.discrete_sites import completed
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.weights import WeightedDraws, Weights, in_batches
 from pyroflows.interruption import keeping
@@ -60,10 +61,11 @@ def importance_sample(
     Model and guide run for many draws at once, each of which gets what a run for it alone gives.
 
     Args:
-        model: a Pyro model whose latents are continuous and the same in every run.
+        model: a Pyro model whose latents are the same in every run. Discrete ones are summed out of the weights, and
+            drawn given the others.
         proposal: any Pyro guide of the model, trained or not, which may be an autoguide or a function with
-            ``pyro.sample`` statements for the same sites; or a :class:`pyroflows.Flow` over the vector of the latents,
-            which are made unconstrained, flattened and joined in the order of the model; or a
+            ``pyro.sample`` statements for the same continuous sites; or a :class:`pyroflows.Flow` over the vector
+            of the latents, which are made unconstrained, flattened and joined in the order of the model; or a
             :class:`pyroflows.Posterior`.
         args: arguments of model and guide.
         num_samples: number of draws, at least 1. A model with an argument of this name gets it by position.
@@ -127,8 +129,10 @@ def _weighted_draws(
         examples,
         kept={s.name: to_rank(taken[s.name], len(s.shape)) for s in structure.latents if s.name in taken},
         zero_outside_support=True,
+        enumeration=structure.enumeration,
     )
-    kept = [site.name for site in (*structure.latents, *structure.deterministic)]
+    kept = [site.name for site in structure.latents]
+    kept += [] if structure.enumerated else [site.name for site in structure.deterministic]
     size = min(BATCH_SIZE, batched.chunk_size)
 
     def weighted(rows: slice) -> tuple[SiteValues, Tensor]:
@@ -140,6 +144,8 @@ def _weighted_draws(
         return {name: record.values[name] for name in kept}, _total(record.log_probs, num_draws) - log_q
 
     def make(draws: dict[str, Tensor], weights: Weights) -> WeightedDraws:
+        if structure.enumerated:
+            draws = completed(batched, structure, draws, len(weights.log_weights))
         _require_density(structure, draws)
         return WeightedDraws(draws, weights, structure, labels.updated(structure), batched)
 

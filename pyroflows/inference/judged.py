@@ -17,7 +17,7 @@ from pyroflows.inference.outcome import Outcome
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.summary import Summary
 from pyroflows.inference.verdict.diagnosis import Diagnosis
-from pyroflows.inference.verdict.draws import NUM_DIAGNOSTIC_SAMPLES, DiagnosticDraws
+from pyroflows.inference.verdict.draws import DiagnosticDraws, default_num_samples
 from pyroflows.inference.verdict.figures import Estimate
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.tracing import Model
@@ -42,19 +42,19 @@ class JudgedApproximation(Approximation):
         kwargs: Any,
         history: History,
         starts: Starts | None = None,
-        num_diagnostic_samples: int = NUM_DIAGNOSTIC_SAMPLES,
+        num_diagnostic_samples: int | None = None,
         compile: str = "auto",
         log_joint: LogJoint | None = None,
         draws: DiagnosticDraws | None = None,
         outcome: Outcome | None = None,
         labels: ComponentLabels = NO_LABELS,
     ) -> None:
-        if num_diagnostic_samples < 100:
+        if num_diagnostic_samples is not None and num_diagnostic_samples < 100:
             raise OptionError(f"num_diagnostic_samples must be at least 100, got {num_diagnostic_samples}")
         super().__init__(model, guide, args, kwargs, compile, log_joint)
         self.history = history
         self.starts = starts
-        self.num_diagnostic_samples = num_diagnostic_samples
+        self.num_diagnostic_samples = num_diagnostic_samples or default_num_samples(self.layout.dim)
         self.outcome = outcome
         self.labels = labels.updated(self.structure)
         if draws is not None:
@@ -150,11 +150,13 @@ class JudgedApproximation(Approximation):
         5 %, 50 % and 95 %; and the ends ``hdi_5%`` and ``hdi_95%`` of the highest-density interval, the shortest one
         that holds 90 % of the draws, as many as lie between the outer quantiles (ArviZ's own default is 94 %).
 
-        Entries of masked latents that have no posterior are left out. The mean of an angle is its mean direction.
+        Entries of masked latents that have no posterior are left out. The mean of an angle is its mean direction. A
+        categorical site has a row for each category, whose mean is its probability.
 
         Args:
-            var_names: sites to show; None for all, except deterministic sites in plates without latents, which have a
-                value for each observation, and sites with ``obs_mask``, whose missing values are a latent's.
+            var_names: sites to show; None for all, except discrete sites, and deterministic sites in plates without
+                latents, that have a value for each observation, and sites with ``obs_mask``, whose missing values are a
+                latent's.
 
         Raises:
             OptionError: if there is no such site.

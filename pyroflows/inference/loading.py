@@ -9,14 +9,16 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
-from pyroflows.errors import CheckpointError
+from pyroflows.errors import CheckpointError, OptionError
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
+from pyroflows.guides.centering import centerings
 from pyroflows.guides.packed import FlowFn
 from pyroflows.inference.files import SavedPosterior, read
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.without_data import PosteriorWithoutData
-from pyroflows.models.arguments import in_dtype, usable_arguments
+from pyroflows.models.all_rows import WithAllRows
+from pyroflows.models.arguments import in_dtype, require_own_options, usable_arguments
 from pyroflows.models.layout import Layout
 from pyroflows.models.saved_sites import difference, structure_of
 from pyroflows.models.signature import missing_arguments
@@ -27,7 +29,12 @@ from pyroflows.randomness import seeded
 
 @isolated
 def load_posterior(
-    path: str | Path, model: Model, *args: Any, flow_fn: FlowFn | None = None, **kwargs: Any
+    path: str | Path,
+    model: Model,
+    *args: Any,
+    flow_fn: FlowFn | None = None,
+    guide: AutoFlow | None = None,
+    **kwargs: Any,
 ) -> Posterior:
     """Read a posterior from the file that :meth:`Posterior.save` wrote.
 
@@ -41,6 +48,8 @@ def load_posterior(
         model: the Pyro model that was fitted.
         args: the model's arguments.
         flow_fn: the function that made the flow, if it was the user's own.
+        guide: a fresh :class:`pyroflows.guides.AutoStructuredFlow` of the model, made like that of the fit, if that had
+            an encoder or flow functions of the user's. A model with an argument of this name gets it by position.
         kwargs: the model's keyword arguments.
 
     Raises:
@@ -66,7 +75,40 @@ def load_posterior(
     """
     # A flow is made at random before it gets the saved values.
     with seeded(0):
-        return _loaded(read(path), model, args, kwargs, flow_fn)
+        require_own_options({"flow_fn": flow_fn is not None, "guide": guide is not None}, model, args)
+        saved = read(path)
+        if saved.structured is not None:
+            return _loaded_structured(saved, model, args, kwargs, guide)
+        if guide is not None:
+            raise OptionError(
+                f"{path} holds no AutoStructuredFlow: leave guide out, and give flow_fn if it was your own"
+            )
+        return _loaded(saved, model, args, kwargs, flow_fn)
+
+
+def _loaded_structured(
+    saved: SavedPosterior, model: Model, args: Any, kwargs: Any, guide: AutoFlow | None
+) -> Posterior:
+    """A posterior of all rows, whose guide is built by the model's arguments."""
+    args, kwargs = usable_arguments(in_dtype(model, saved.dtype), args, kwargs, saved.dtype)
+    if missing := missing_arguments(model, args, kwargs):
+        raise CheckpointError(
+            f"{saved.path} was fitted with an AutoStructuredFlow, which is built by all arguments of the model: "
+            f"'{missing[0]}' is missing"
+        )
+    whole = WithAllRows(model)
+    guide = saved.structured_guide(model, guide, args, kwargs)
+    _require_same(saved, guide, whole, args, kwargs)
+    return Posterior(
+        whole,
+        guide,
+        args,
+        kwargs,
+        history=saved.history,
+        starts=saved.starts,
+        outcome=saved.outcome,
+        labels=saved.labels,
+    )
 
 
 def _loaded(saved: SavedPosterior, model: Model, args: Any, kwargs: Any, flow_fn: FlowFn | None) -> Posterior:
@@ -98,7 +140,7 @@ def _run(saved: SavedPosterior, model: Model, args: Any, kwargs: Any) -> ModelSt
     if not args and not kwargs and missing_arguments(model, args, kwargs):
         return None
     try:
-        return describe(in_dtype(model, saved.dtype), args, kwargs)
+        return describe(in_dtype(model, saved.dtype), args, kwargs).summed_out()
     except Exception:  # a model may raise anything without its data
         return None
 
@@ -114,6 +156,12 @@ def _guide(saved: SavedPosterior, model: Model, flow_fn: FlowFn | None, args: An
     """Make a guide of the model at its arguments, and put the saved values into the model's parameters."""
     guide = saved.guide(model, flow_fn)
     guide._setup_prototype(*args, **kwargs)
+    _require_same(saved, guide, model, args, kwargs)
+    return guide
+
+
+def _require_same(saved: SavedPosterior, guide: AutoFlow, model: Model, args: Any, kwargs: Any) -> None:
+    """Raise if a guide has other latents than a file, and put the saved values into the model's parameters."""
     assert guide.layout is not None
     structure = guide.layout.structure
     # Latents are packed in the order of the model, so that the order counts too.
@@ -128,7 +176,8 @@ def _guide(saved: SavedPosterior, model: Model, flow_fn: FlowFn | None, args: An
     init_fn = init_to_value(values=guide.layout.constrain(guide._init_loc())[0])
     parameters = model_parameters(structure, in_dtype(model, saved.dtype), args, kwargs, init_fn)
     _set_parameters(parameters, saved)
-    return guide
+    for layer in centerings(guide._built()):
+        layer.require_priors()
 
 
 def _set_parameters(parameters: Mapping[str, Tensor], saved: SavedPosterior) -> None:
@@ -154,6 +203,11 @@ def _unbuilt_guide(saved: SavedPosterior, model: Model, flow_fn: FlowFn | None) 
         raise CheckpointError(
             f"{saved.path} holds values of the model's parameters {sorted(saved.parameters)}, which the model has to "
             "make first: give load_posterior the model's arguments"
+        )
+    if layers := centerings(guide.flow):
+        raise CheckpointError(
+            f"{saved.path} holds a flow whose draws pass through the priors of the sites {list(layers[0].names)}, "
+            "which the model has to show: give load_posterior the model's arguments"
         )
     guide.layout = Layout(structure_of(saved.latents, next(guide.flow.parameters()).dtype)).at_centers(guide._centers)
     if guide.layout.dim != guide.flow.dim:

@@ -17,6 +17,8 @@ from pyroflows.inference import files, refit
 from pyroflows.inference.bridge import BridgeEstimate, bridge_estimate
 from pyroflows.inference.export import arviz_data
 from pyroflows.inference.judged import JudgedApproximation
+from pyroflows.inference.local import draw_locals, log_joint_of_rows, require_structured
+from pyroflows.inference.local_draws import LocalDraws
 from pyroflows.inference.mcmc import Chains
 from pyroflows.inference.mcmc.hmc import TOO_FEW
 from pyroflows.inference.mcmc.sampling import LatentChains, sample_latents
@@ -25,7 +27,7 @@ from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.summary import Summary
 from pyroflows.inference.weights import WeightedDraws, Weights, in_batches
 from pyroflows.interruption import keeping
-from pyroflows.models.arguments import require_arguments
+from pyroflows.models.arguments import require_arguments, require_own_options, usable_arguments
 from pyroflows.models.structure import model_parameters
 from pyroflows.options import kind
 from pyroflows.randomness import seeded
@@ -43,7 +45,8 @@ class Posterior(JudgedApproximation):
         history: the history of the training; empty if the flow was not trained on the model.
         starts: the result of the search for modes, if the fit made one.
         num_diagnostic_samples: number of draws from which ``elbo``, ``khat``, ``ess``, ``log_evidence`` and the verdict
-            are computed, at least 100; four times as many where the verdict would otherwise hang on their errors.
+            are computed, at least 100; four times as many where the verdict would otherwise hang on their errors. None
+            for 10,000, and for fewer with more than 2,000 latents.
         compile: how the log joint is compiled for chains, as for :class:`FlowVI`.
         log_joint: the log joint of the model with these arguments, if a fit has made it; None to make it when needed.
         draws: the draws behind the figures, if a fit has made them; None to make them when needed.
@@ -139,6 +142,61 @@ class Posterior(JudgedApproximation):
                 return self._sites(latents[rows]), self.log_joint.in_chunks(latents[rows]) - log_q[rows]
 
             return in_batches(weighted, make, len(latents), batched.chunk_size, progress_bar)
+
+    @isolated
+    def local(self, *args: Any, num_samples: int = 1000, seed: int | None = None, **kwargs: Any) -> LocalDraws:
+        r"""Draw the latents of the rows of a plate given the globals, and judge each row by itself, without a new fit.
+
+        The posterior must be that of :class:`pyroflows.guides.AutoStructuredFlow`. With arguments of the model, the
+        rows are those of these arguments, such as schools that were never seen; they need a guide whose encoder reads
+        the data. The data of new rows enter the globals by the weights alone, each row by itself. Without arguments the
+        rows are those of the fit. Their data are in the globals already: 20 successive draws then have the same
+        globals, and their weights count against one another alone.
+
+        Args:
+            args: arguments of the model with the data of the new rows; none for the rows of the fit. A model with an
+                argument named like an option gets it by position.
+            num_samples: number of draws, at least 1; without arguments it is rounded up to a multiple of 20.
+            seed: seed that makes the draws reproducible and leaves the global generator as it was; None to use the
+                global generator.
+            kwargs: keyword arguments of the model.
+
+        Returns:
+            The :class:`pyroflows.LocalDraws`: draws ``(S, *site shape)`` by site, with weights and a verdict for each
+            row of the outermost plate with latents.
+
+        Raises:
+            OptionError: if the guide has no flows for rows, or parameters for each row where new rows are given; or for
+                an option outside its range.
+            ModelError: if the model has other latents at these arguments or sees a part of the rows, if rows depend on
+                one another given the
+                globals, if data of a row stand outside of its plate, or if several plates with latents cross.
+
+        Example:
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("rows", len(y)) as rows:
+            ...         z = pyro.sample("z", dist.Normal(mu, 1.0))
+            ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+            >>> guide = pf.guides.AutoStructuredFlow(model, encoder=lambda rows, y: y[rows, None])
+            >>> vi = pf.FlowVI(model, guide, num_steps=20, num_particles=8, seed=0, progress_bar=False)
+            >>> posterior = vi.run(torch.randn(30))
+            >>> posterior.local(torch.tensor([2.0, 0.0])).draws["z"].shape
+            torch.Size([1000, 2])
+        """
+        guide = require_structured(self.guide)
+        require_own_options({"num_samples": num_samples != 1000, "seed": seed is not None}, self._model, args)
+        is_own = not args and not kwargs
+        # What is drawn to set the model up must not change the draws.
+        with seeded(0):
+            if is_own:
+                args, kwargs, log_joint = self._args, self._kwargs, self.log_joint
+            else:
+                require_arguments(self._model, args, kwargs)
+                args, kwargs = usable_arguments(self._model, args, kwargs, guide.dtype)
+                log_joint = log_joint_of_rows(self._model, guide, args, kwargs)
+        with seeded(seed):
+            return draw_locals(guide, args, kwargs, log_joint, self.labels, num_samples, is_own)
 
     @isolated
     def distill(self, flow_fn: FlowFn | None = None, **options: Any) -> "Posterior":

@@ -56,7 +56,7 @@ def prior_draws(
         Tensors ``(num_samples, *site shape)`` by site, and why other sites are left out.
     """
     flat = {site.name: "its prior is flat (give it a proper one)" for site in structure.latents if site.is_flat}
-    sampled = (*structure.latents, *structure.observed)
+    sampled = (*structure.latents, *structure.enumerated, *structure.observed)
     return _drawn(
         lambda undrawn: batched.drawing({}, undrawn=undrawn), {}, num_samples, sampled, structure.deterministic, flat
     )

@@ -60,7 +60,7 @@ def prepared(
         center = finite_center(model, args, kwargs, layout, center)
     else:
         require_finite(model, args, kwargs, layout, center)
-    log_joint = _log_joint(model, args, kwargs, layout, center, compile)
+    log_joint = log_joint_at(model, args, kwargs, layout, center, compile)
     require_no_flat_angles(log_joint, center)
     return _cut_circles(guide, log_joint, center) if layout.centers and may_move else (log_joint, center)
 
@@ -70,7 +70,7 @@ def init_at(layout: Layout, vector: Tensor) -> InitFn:
     return init_to_value(values=layout.constrain(vector)[0])
 
 
-def _log_joint(model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor, compile: str) -> LogJoint:
+def log_joint_at(model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor, compile: str) -> LogJoint:
     """Make the log joint, after checks that the latents are the same in all runs."""
     if layout.structure.reads_values:
         _check_static_around(layout, center, model, args, kwargs)
@@ -95,7 +95,7 @@ def _check_static_around(layout: Layout, center: Tensor, model: Model, args: Any
         for _ in range(NUM_LOOKS):
             init_fn = init_at(layout, center + torch.randn_like(center))
             try:
-                check_static(layout.structure, describe(model, args, kwargs, init_fn))
+                check_static(layout.structure, describe(model, args, kwargs, init_fn).summed_out())
             except RuntimeError as error:
                 if not is_singular(error):
                     raise

@@ -4,13 +4,15 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyroflows.flows import Recipe
 from pyroflows.guides import AutoFlow
-from pyroflows.inference.candidates import Candidate, FittedCandidate
+from pyroflows.inference.candidates import Candidate, FittedCandidate, Start
+from pyroflows.inference.elbo import ModelELBO
 from pyroflows.inference.outcome import Ending
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.search.gaussians import GaussianApproximation
@@ -34,6 +36,7 @@ class FitSoFar:
 
     Attributes:
         is_ended: whether the callback of the fit has ended it.
+        elbo_of: a function from a flow, and the further arguments of :class:`ModelELBO`, to the objective.
     """
 
     def __init__(
@@ -49,15 +52,16 @@ class FitSoFar:
         self.center = center
         self.own_parameters = own_parameters
         self.is_ended = False
+        self.elbo_of: Callable[..., ModelELBO] = partial(ModelELBO, log_joint=log_joint)
         self._make = make
-        self._modes: tuple[GaussianApproximation, ...] = ()
+        self._modes: Callable[[], Sequence[Start]] = tuple
         self._found: Starts | None = None
         self._finished: list[FittedCandidate] = []
         self._in_training: Callable[[], FittedCandidate] | None = None
 
-    def note_modes(self, modes: list[GaussianApproximation], found: Starts) -> None:
-        """Note the modes that the search has found by now."""
-        self._modes, self._found = tuple(modes), found
+    def note_modes(self, modes: Callable[[], Sequence[Start]], found: Starts) -> None:
+        """Note the modes that the search has found by now, which a function gives."""
+        self._modes, self._found = modes, found
 
     def note_training(self, make: Callable[[History], FittedCandidate], history: History) -> None:
         """Note that a candidate is in training.
@@ -104,6 +108,6 @@ class FitSoFar:
     def _gaussian(self) -> FittedCandidate:
         """A Gaussian at each mode, or at the initial values before the first mode was found."""
         scale = INITIAL_SCALE * torch.eye(len(self.center)).to(self.center)
-        modes = self._modes or (GaussianApproximation(self.center, scale, elbo=-math.inf),)
+        modes = tuple(self._modes()) or (GaussianApproximation(self.center, scale, elbo=-math.inf),)
         candidate = Candidate(Recipe("Gaussian"), modes, is_trained=False)
         return candidate.fit(self.log_joint, lambda flow, make: History(), self._found)

@@ -35,7 +35,7 @@ class Summary:
     :math:`\sqrt{\sum_i w_i^2 (x_i - \bar x)^2}` for draws with weights w that sum to one.
 
     The mean of an angle is its mean direction, and its other figures are those of the values that lie within half a
-    turn of it.
+    turn of it. A categorical site has a row for each category, whose mean is the probability of it.
 
     Args:
         draws: tensors ``(S, *site shape)`` by site.
@@ -64,17 +64,19 @@ class Summary:
         """Tabulate every component, a row each, with pandas.
 
         Args:
-            var_names: sites to show; None for :attr:`default_names`.
+            var_names: sites to show; None for :attr:`default_names`, and discrete latents that are not local to rows of
+                data.
 
         Raises:
             OptionError: if there is no such site.
         """
         import pandas as pd
 
-        components = list(self.components(self.default_names if var_names is None else self.checked(var_names)))
-        rows = [self._row(name, index) for name, index in components]
-        columns = [*COLUMNS, *self.figures]
-        return pd.DataFrame(rows, [self.labels.component(*component) for component in components], columns)
+        names = [*self.default_names, *self._discrete_names] if var_names is None else self.checked(var_names)
+        components = list(self.components(names))
+        rows = [row for component in components for row in self._rows(*component)]
+        labels = [label for component in components for label in self._labels(*component)]
+        return pd.DataFrame(rows, labels, [*COLUMNS, *self.figures])
 
     def components(self, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The sites and indices of components, except entries of masked latents that have no posterior."""
@@ -118,24 +120,53 @@ class Summary:
         """The draws ``(S,)`` of a component."""
         entries: Any = (slice(None), *index)
         values = self.draws[name][entries].detach().double().cpu().numpy()
-        return around_mean_direction(values, self.weights) if name in self._angles else values
+        return around_mean_direction(values, self.weights_of(name, index)) if name in self._angles else values
+
+    def weights_of(self, name: str, index: tuple[int, ...]) -> np.ndarray | None:
+        """The weights ``(S,)`` of the draws of a component, which sum to one; None for equal weights."""
+        return self.weights
 
     def __str__(self) -> str:
         """The table, with a line for each site that has too many components to show."""
-        sizes = {name: sum(1 for _ in self.components([name])) for name in self.default_names}
+        names = [*self.default_names, *self._discrete_names]
+        sizes = {name: sum(1 for _ in self.components([name])) for name in names}
         short = [name for name, size in sizes.items() if size <= MAX_COMPONENTS]
         look: Any = {"float_format": "{:.3f}".format, "formatters": {"ess": "{:.0f}".format}, "max_rows": MAX_ROWS}
         lines = [self.table(short).to_string(**look)] if short else []
         return "\n".join([*lines, *(self._in_a_line(name, size) for name, size in sizes.items() if name not in short)])
 
     def _in_a_line(self, name: str, size: int) -> str:
-        means = [np.average(self.values(*component), weights=self.weights) for component in self.components([name])]
+        means = [np.average(self.values(*at), weights=self.weights_of(*at)) for at in self.components([name])]
         return f"{name}  {size:,} components, means from {min(means):.3g} to {max(means):.3g}: see summary(['{name}'])"
 
-    def _row(self, name: str, index: tuple[int, ...]) -> list[float]:
+    def _rows(self, name: str, index: tuple[int, ...]) -> list[list[float]]:
         values = self.values(name, index)
-        row = self._plain_figures(values) if self.weights is None else weighted_figures(values, self.weights)
-        return [*row, *(figure[name][index] for figure in self.figures.values())]
+        weights = self.weights_of(name, index)
+        categories = self._categories.get(name)
+        columns = [values] if categories is None else [(values == k).astype(float) for k in range(categories)]
+        others = [figure[name][index] for figure in self.figures.values()]
+        return [
+            [*(self._plain_figures(v) if weights is None else weighted_figures(v, weights)), *others] for v in columns
+        ]
+
+    def _labels(self, name: str, index: tuple[int, ...]) -> list[str]:
+        label = self.labels.component(name, index)
+        categories = self._categories.get(name)
+        return [label] if categories is None else [f"{label} = {k}" for k in range(categories)]
+
+    @property
+    def _discrete_names(self) -> list[str]:
+        """The discrete latents that are shown by default."""
+        if self.structure is None:
+            return []
+        names = [site.name for site in self.structure.enumerated if site.name not in self.structure.local]
+        return [name for name in names if name in self.draws]
+
+    @property
+    def _categories(self) -> dict[str, int]:
+        """The number of categories, by categorical latent."""
+        sites = () if self.structure is None else self.structure.enumerated
+        return {site.name: int(site.support.upper_bound) + 1 for site in sites if site.family == "Categorical"}  # type: ignore[union-attr]
 
     def _plain_figures(self, values: np.ndarray) -> list[float]:
         mean, sd = values.mean(), values.std(ddof=1)

@@ -14,18 +14,33 @@ from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.flows import Flow, Recipe
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
+from pyroflows.guides.centering import Centering
 from pyroflows.guides.packed import FlowFn
-from pyroflows.inference.candidates import Candidate, FittedCandidate, is_enough
+from pyroflows.guides.structured import AutoStructuredFlow
+from pyroflows.inference.batches import Batches, FixedArguments, is_loader
+from pyroflows.inference.candidates import Candidate, FittedCandidate, Start, is_enough
 from pyroflows.inference.component_labels import ComponentLabels, Coords, Dims
-from pyroflows.inference.elbo import ModelELBO, Tempering
+from pyroflows.inference.effort import NUM_PARTICLES, num_particles_of, schedule_of, updates_of
+from pyroflows.inference.elbo import Tempering
 from pyroflows.inference.fit_progress import FitProgress
-from pyroflows.inference.guide_option import check_guide
+from pyroflows.inference.guide_option import check_guide, guide_for
+from pyroflows.inference.minibatches import elbo_of
+from pyroflows.inference.of_batches import PosteriorOfBatches
 from pyroflows.inference.outcome import Ending, Outcome
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.preparation import init_at, prepared
 from pyroflows.inference.search.gaussians import GaussianApproximation
-from pyroflows.inference.search.starts import Starts, find_start, further_points, starting_points
+from pyroflows.inference.search.hierarchical import global_marginal, with_locals
+from pyroflows.inference.search.starts import (
+    NUM_ROWS,
+    Starts,
+    Target,
+    find_start,
+    further_points,
+    starting_points,
+)
 from pyroflows.inference.so_far import FitSoFar
+from pyroflows.models.all_rows import WithAllRows
 from pyroflows.models.arguments import in_dtype, require_arguments, unwritten, usable_arguments
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import require_dtype
@@ -36,15 +51,12 @@ from pyroflows.randomness import seeded
 from pyroflows.shapes import counted
 from pyroflows.training.history import History
 from pyroflows.training.loop import OptimizerLike, Trainer, ends_training
-from pyroflows.training.schedules import Plateau
 
-NUM_PARTICLES = 128
-# Below this variance, averaged over the window of steps, the learning rate starts its final decay.
-SETTLED_LOG_WEIGHT_VARIANCE = 0.02
-SETTLED_WINDOW = 50
 NUM_STARTS = 8
 # With more latents than this the search from each of the first starts takes seconds, hence few of them.
 MAX_DIM_OF_STARTS, FEW_STARTS = 200, 2
+# Where local latents are integrated out, a start costs much and the few globals seldom have several modes.
+MAX_STARTS_OF_GLOBALS = 24
 # The inverse temperature rises to 1 over this many steps, where the fit itself decides on their number.
 NUM_TEMPERED_STEPS = 500
 # A fit in float32 is repeated in float64 if more than this share of its draws lies on an edge of their support.
@@ -65,11 +77,13 @@ class FlowVI:
     base is fitted, and the flow whose log weights have the smaller variance is kept.
 
     Args:
-        model: a Pyro model whose latents are continuous and the same in every run.
+        model: a Pyro model whose latents are the same in every run. They are continuous, or discrete with values that
+            can be enumerated: these are summed out, and drawn from their exact conditional given draws of the others.
         guide: a flow guide; or a flow class, such as :class:`pyroflows.flows.NSF`, a recipe or another function
             ``latent_dim -> flow``, as for :class:`pyroflows.guides.AutoFlow`; or None for the default.
         num_steps: number of training steps; None for as many as it takes.
-        num_particles: number of draws a step; None for 128.
+        num_particles: number of draws a step; None for 128, for 16 where steps see a part of the rows, and down
+            to 4 in hierarchies of hundreds of latents.
         estimator: the gradient estimator, one of :mod:`pyroflows.fitting.estimators`: "total", "path", "iwae", "dreg"
             or "vargrad"; "auto" stands for "path".
         compile: how a training step becomes one program without Python in between. "trace" records it, in a second or
@@ -77,10 +91,12 @@ class FlowVI:
             "none" leaves it as it is; "auto" traces, unless the model's code depends on the values of the latents, in
             which case it warns and does not compile.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam with learning
-            rate 0.01.
+            rate 0.01. Where steps see a part of the rows, and these have parameters of their own, its betas are 0.9
+            and 0.99, and gradients are not clipped; they are for an optimizer of yours.
         num_starts: the largest number of points from which modes are sought: the initial values, and others at random;
             None for 200, or fewer if they cost too much. There are fewer in any case as soon as a further one would
-            find a new mode with a probability below 2 %, which takes about 55 where there is one mode. A guide made of
+            find a new mode with a probability below 2 %, which takes about 55 where there is one mode; and at most 24
+            where many local latents are integrated out. A guide made of
             the model starts where it stands, whatever this number is.
         gate: whether a Gaussian that is certainly good enough may stand in for a flow. It never does if ``guide``,
             ``num_steps`` or ``temper`` is given, if rows are subsampled, or if the model has parameters of its own.
@@ -143,7 +159,7 @@ class FlowVI:
             raise OptionError(f"model must be a function with pyro.sample statements, got {type(model).__name__}")
         num_steps = None if num_steps is None else checked_int("num_steps", num_steps)
         num_starts = None if num_starts is None else checked_int("num_starts", num_starts)
-        num_particles = NUM_PARTICLES if num_particles is None else checked_int("num_particles", num_particles)
+        num_particles = None if num_particles is None else checked_int("num_particles", num_particles)
         if not isinstance(gate, bool):
             raise OptionError(f"gate must be True or False, got {gate!r}")
         if estimator != "auto" and estimator not in ESTIMATORS:
@@ -185,8 +201,16 @@ class FlowVI:
         of the tensors from which their priors are made. Torch's modes for gradients and casts around the call do not
         matter.
 
+        Data may come in batches: a single argument that is a ``DataLoader``, or another object that gives batches each
+        time that one iterates over it, and no tensor, array, list, tuple or dictionary. Each step takes the next
+        batch: a tuple or a list holds positional arguments of the model, a dictionary keyword arguments, a tensor is
+        one argument. The plate of the rows then states their full number, by ``pyro.plate("rows", N,
+        subsample_size=len(y))`` or ``pyro.plate("rows", N, subsample=indices)``. Batches of at most four different
+        sizes are quick. The posterior has the global latents; ``with_data`` with all data gives the one of all latents,
+        with a verdict. The order of the batches is the loader's: give it a generator of its own where it shuffles.
+
         Args:
-            args: the positional arguments of the model, such as inputs and data.
+            args: the positional arguments of the model, such as inputs and data; or one object that gives batches.
             kwargs: the keyword arguments of the model.
 
         Returns:
@@ -197,14 +221,16 @@ class FlowVI:
             UntraceableError: if ``compile`` is "trace" or "inductor", and the model cannot be compiled.
             ModelError: if the model cannot be fitted; names the site.
             DataError: if observed values are NaN, or an argument holds something other than finite numbers where it
-                matters; names the site or the argument.
+                matters; names the site or the argument. Also if there are no batches, or they differ by more than
+                tensors.
             DivergedError: if the fit diverges, also in float64 where neither ``dtype`` nor a guide of the model is
                 given; the guide keeps its last good state, and the exception's ``result`` and :attr:`posterior` are the
                 posterior with it.
             FitInterrupted: if the fit is interrupted, such as by Ctrl-C; its ``result`` and :attr:`posterior` are the
                 posterior of the best state so far, with its verdict.
-            OptionError: if the model does not take these arguments, ``coords`` or ``dims`` do not fit it, or the guide
-                holds a mixture of flows, which a fit with several modes leaves in it.
+            OptionError: if the model does not take these arguments, or counts each of several batches as all of the
+                data; if ``coords`` or ``dims`` do not fit it, or the guide holds a mixture of flows, which a fit with
+                several modes leaves in it.
         """
         with each_said_once(set()):
             return self._run_with_care(args, kwargs)
@@ -240,7 +266,8 @@ class FlowVI:
     def _run_in_float64(self, args: Any, kwargs: Any, reason: str) -> Posterior | None:
         """Repeat a fit in float64 with a warning; None if the model is not in float32, or float64 fails."""
         with seeded(0):
-            if describe(self.model, *usable_arguments(self.model, args, kwargs)).dtype != torch.float32:
+            args_of_model = Batches(self.model, *args).first if is_loader(args, kwargs) else (args, kwargs)
+            if describe(self.model, *usable_arguments(self.model, *args_of_model)).dtype != torch.float32:
                 return None
         precise = copy.copy(self)
         precise.dtype = torch.float64
@@ -258,18 +285,29 @@ class FlowVI:
 
     def _run(self, args: Any, kwargs: Any, progress: FitProgress) -> Posterior:
         started = time.perf_counter()
-        guide = self.guide if isinstance(self.guide, AutoFlow) else AutoFlow(self.model, self.guide, dtype=self.dtype)
-        require_arguments(self.model, args, kwargs)
-        args, kwargs = usable_arguments(in_dtype(self.model, guide.dtype), args, kwargs, guide.dtype)
+        dtype = self.guide.dtype if isinstance(self.guide, AutoFlow) else self.dtype
+        arguments = self._arguments(args, kwargs, dtype)
+        args, kwargs = arguments.first
         with unwritten(self.model, args, kwargs):
+            guide = guide_for(self.model, self.guide, dtype, args, kwargs)
             # A call of the guide would also put the flow's parameters into Pyro's store.
             guide._setup_prototype(*args, **kwargs)
         assert guide.structure is not None
         labels = ComponentLabels.of(guide.structure, self.coords, self.dims)
-        model, has_own_guide = in_dtype(self.model, guide.dtype), isinstance(self.guide, AutoFlow)
+        has_own_guide = isinstance(self.guide, AutoFlow) or isinstance(guide, AutoStructuredFlow)
+        # The posterior is that of all rows, whatever a step of training sees, if the arguments hold their data.
+        is_whole = isinstance(guide, AutoStructuredFlow) and not guide.structure.subsampled
+        whole = WithAllRows(self.model) if is_whole else self.model
+        model = in_dtype(whole, guide.dtype)
         log_joint, center = prepared(model, guide, args, kwargs, self.compile, may_move=not has_own_guide)
         make_posterior = partial(
-            Posterior, self.model, args=args, kwargs=kwargs, compile=self.compile, log_joint=log_joint, labels=labels
+            PosteriorOfBatches if isinstance(arguments, Batches) else Posterior,
+            whole,
+            args=args,
+            kwargs=kwargs,
+            compile=self.compile,
+            log_joint=log_joint,
+            labels=labels,
         )
 
         def make(guide: AutoFlow, ending: Ending, **found: Any) -> Posterior:
@@ -277,6 +315,7 @@ class FlowVI:
 
         own = model_parameters(log_joint.structure, model, args, kwargs, init_at(log_joint.layout, center))
         so_far = FitSoFar(make, guide, log_joint, center, list(own.values()))
+        so_far.elbo_of = elbo_of(guide, in_dtype(self.model, guide.dtype), arguments, log_joint, center)
         try:
             fitted = (
                 self._fit_guide(so_far, progress) if has_own_guide else self._fit(so_far, progress, model, args, kwargs)
@@ -298,6 +337,15 @@ class FlowVI:
         self.posterior = make(guide, ending, history=fitted.history, starts=fitted.found, draws=draws)
         return self.posterior
 
+    def _arguments(self, args: Any, kwargs: Any, dtype: torch.dtype | None) -> FixedArguments | Batches:
+        """The arguments of the steps of a fit, as the model takes them."""
+        if is_loader(args, kwargs):
+            batches = Batches(self.model, *args)
+            batches.require_scales(in_dtype(self.model, dtype))
+            return batches
+        require_arguments(self.model, args, kwargs)
+        return FixedArguments(*usable_arguments(in_dtype(self.model, dtype), args, kwargs, dtype))
+
     def _fit_guide(self, so_far: FitSoFar, progress: FitProgress) -> FittedCandidate:
         """Train a guide of the user's from its present state."""
         guide, log_joint = so_far.guide, so_far.log_joint
@@ -311,18 +359,33 @@ class FlowVI:
 
     def _fit(self, so_far: FitSoFar, progress: FitProgress, model: Model, args: Any, kwargs: Any) -> FittedCandidate:
         """Search for modes, and fit candidates that start at them."""
-        log_joint, center, layout = so_far.log_joint, so_far.center, so_far.log_joint.layout
-        num_first = NUM_STARTS if layout.dim <= MAX_DIM_OF_STARTS else FEW_STARTS
+        log_joint = so_far.log_joint
+        has_verdict = not so_far.own_parameters and not log_joint.structure.subsampled
+        is_default = has_verdict and self.guide is None and self.num_steps is None and self.temper is None
+        marginal = global_marginal(log_joint, so_far.center) if is_default else None
+        target: Target = marginal or log_joint
+        center = so_far.center if marginal is None else so_far.center[marginal.places]
+        layout = target.layout
+        num_first = NUM_STARTS if len(so_far.center) <= MAX_DIM_OF_STARTS else FEW_STARTS
         num_first = min(num_first, self.num_starts or num_first)
-        points = starting_points(model, args, kwargs, layout, center, num_first)
-        propose = partial(further_points, model, args, kwargs, layout, center)
+        # Where local latents are integrated out, their form does not matter; the layer's runs know no discrete latents.
+        is_plain = marginal is None and not log_joint.structure.enumerated
+        centering = Centering.of(model, args, kwargs, layout, center) if is_plain else None
+        points = starting_points(model, args, kwargs, layout, center, num_first, centering)
+        propose = partial(further_points, model, args, kwargs, layout, center, centering=centering)
+
+        def with_all(modes: list[GaussianApproximation]) -> list[Start]:
+            return [mode if marginal is None else with_locals(marginal, mode) for mode in modes]
 
         def note(modes: list[GaussianApproximation], found: Starts, num_expected: int) -> None:
-            so_far.note_modes(modes, found)
+            so_far.note_modes(partial(with_all, modes), found)
             progress.found(found, num_expected)
 
         progress.say(f"search for modes from {counted(num_first, 'start')}")
-        modes, found = find_start(log_joint, points, self.temper, propose, self.num_starts, note)
+        num_rows = NUM_ROWS if marginal is None else marginal.num_rows
+        max_starts = self.num_starts or (None if marginal is None else MAX_STARTS_OF_GLOBALS)
+        found_modes, found = find_start(target, points, self.temper, propose, max_starts, note, centering, num_rows)
+        modes = with_all(found_modes)
 
         def fit(flow_fn: FlowFn, is_trained: bool = True, name: str = "flow") -> FittedCandidate:
             progress.fit(name, len(modes))
@@ -332,8 +395,7 @@ class FlowVI:
             return fitted
 
         # Candidates are compared by their verdicts, which need all rows and a model whose parameters are fixed.
-        has_verdict = not so_far.own_parameters and not layout.structure.subsampled
-        if has_verdict and self.guide is None and self.num_steps is None and self.temper is None:
+        if is_default:
             return self._best(fit, so_far, progress)
         return fit(so_far.guide.flow_fn)
 
@@ -373,13 +435,14 @@ class FlowVI:
             )
         num_tempered = NUM_TEMPERED_STEPS if self.num_steps is None else self.num_steps // 3
         tempering = None if self.temper is None else Tempering(self.temper, num_tempered)
-        objective = ModelELBO(flow, log_joint, self.estimator, self.num_particles, so_far.own_parameters, tempering)
+        objective = so_far.elbo_of(flow, self.estimator, NUM_PARTICLES, so_far.own_parameters, tempering)
+        objective.num_particles = self.num_particles or num_particles_of(objective)
         hold = tempering.num_steps if tempering else 0
-        schedule = Plateau(objective.monitor, self.num_steps, _is_settled, hold, objective.falls)
+        schedule = schedule_of(objective, self.num_steps, hold)
         trainer = Trainer(
             objective,
             schedule,
-            self.optimizer,
+            **updates_of(objective, self.optimizer),
             compile=log_joint.compiler,
             callback=None if self.callback is None else self._called_with(so_far),
             progress_bar=progress,
@@ -402,11 +465,6 @@ class FlowVI:
         return call
 
 
-def _is_settled(history: History) -> bool:
-    recent = history.recent("log_weight_variance", SETTLED_WINDOW)
-    return len(recent) == SETTLED_WINDOW and float(recent.mean()) < SETTLED_LOG_WEIGHT_VARIANCE
-
-
 @torch.no_grad()
 def _explained(error: DivergedError, flow: Flow, log_joint: LogJoint) -> DivergedError:
     """Name the sites whose log-density is not finite at draws of a flow whose training diverged."""
@@ -422,13 +480,13 @@ def _explained(error: DivergedError, flow: Flow, log_joint: LogJoint) -> Diverge
 
 def _describe_edges(posterior: Posterior) -> str | None:
     """Say how many draws lie on edges of their supports where that is too many; see ``LogJoint.shares_at_edges``."""
-    with seeded(0):
-        draws = posterior._draw(NUM_EDGE_DRAWS)
-    shares = posterior.log_joint.shares_at_edges(draws)
-    at_edges = {name: share for name, share in shares.items() if share > MAX_SHARE_AT_EDGES}
-    if not at_edges:
+    with seeded(0), torch.no_grad():
+        at_edges = posterior.layout.at_edges(posterior._draw(NUM_EDGE_DRAWS))
+    shares = {name: float(is_at_edge.double().mean()) for name, is_at_edge in at_edges.items()}
+    too_many = {name: share for name, share in shares.items() if share > MAX_SHARE_AT_EDGES}
+    if not too_many:
         return None
-    sites = ", ".join(f"{share:.0%} at site '{name}'" for name, share in at_edges.items())
+    sites = ", ".join(f"{share:.0%} at site '{name}'" for name, share in too_many.items())
     return (
         f"the fit in float32 has many draws on an edge of their support ({sites}), which it cannot tell from the edge"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyroflows.errors import CheckpointError, ModelError
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
+from pyroflows.guides.centering import centerings
 from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.predictive import posterior_predictive
 from pyroflows.models.arguments import usable_arguments
@@ -91,7 +92,7 @@ class PosteriorWithoutData(Posterior):
         args, kwargs = usable_arguments(self._model, args, kwargs, self.guide.dtype)
         try:
             with seeded(0):
-                structure = describe(self._model, args, kwargs)
+                structure = describe(self._model, args, kwargs).summed_out()
         except Exception:  # the run for the draws explains what is wrong
             return
         self.require_latents(structure)
@@ -151,6 +152,8 @@ class PosteriorWithoutData(Posterior):
             )
         if other := difference(latents, found):
             raise CheckpointError(f"the file belongs to a model {other}")
+        for layer in centerings(self._flow):
+            layer.require_priors()
         return Posterior(
             self.model,
             guide,

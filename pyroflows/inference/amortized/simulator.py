@@ -18,9 +18,9 @@ from pyroflows.models.batching import BatchedModel
 from pyroflows.models.fixed_supports import require_fixed_supports
 from pyroflows.models.layout import Layout
 from pyroflows.models.masks import entry_mask
+from pyroflows.models.once import run_once
 from pyroflows.models.replicates import SamplerError
 from pyroflows.models.requirements import describe_for_flow
-from pyroflows.models.run import run_once
 from pyroflows.models.signature import missing_arguments
 from pyroflows.models.simulation import require_continuous, require_drawable
 from pyroflows.models.structure import ModelStructure, Site, describe_run

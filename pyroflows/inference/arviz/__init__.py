@@ -7,7 +7,7 @@ be tested in an environment of its own. Hence imports in this package are relati
 
 from .data import DATA_GROUPS, SAMPLE_DIMS, SAMPLED_GROUPS, allows_slashes, to_arviz_data
 from .draws import ecdf_band, ess, hdi, plot_components, rhat
-from .pareto import pareto_k_se, pareto_k_threshold, pareto_smoothed
+from .pareto import pareto_k_se, pareto_k_threshold, pareto_smoothed, pareto_smoothed_rows
 
 __all__ = [
     "DATA_GROUPS",
@@ -20,6 +20,7 @@ __all__ = [
     "pareto_k_se",
     "pareto_k_threshold",
     "pareto_smoothed",
+    "pareto_smoothed_rows",
     "plot_components",
     "rhat",
     "to_arviz_data",

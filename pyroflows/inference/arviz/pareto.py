@@ -58,6 +58,41 @@ def pareto_smoothed(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     return log_weights, khat
 
 
+def pareto_smoothed_rows(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    r"""Smooth each row of log weights, as :func:`pareto_smoothed` does, and give all :math:`\hat k`.
+
+    Args:
+        log_weights: log p - log q, ``(R, S)``.
+
+    Returns:
+        The smoothed log weights in float64, ``(R, S)``, and :math:`\hat k`, ``(R,)``.
+
+    Raises:
+        ValueError: for weights that are NaN or +inf.
+
+    Examples:
+        >>> log_weights = np.random.default_rng(0).normal(size=(3, 1000))
+        >>> smoothed, khat = pareto_smoothed_rows(log_weights)
+        >>> bool(khat[1] == pareto_smoothed(log_weights[1])[1])
+        True
+    """
+    smoothed, khat = np.array(log_weights, dtype=np.float64), np.full(len(log_weights), np.nan)
+    num_tail = _tail_size(smoothed.shape[1]) + 1
+    # ArviZ smooths many rows in a third of the time that as many calls take.
+    if smoothed.shape[1] >= MIN_WEIGHTS:
+        spread = np.ptp(_largest(smoothed, num_tail), axis=1)
+        plain = np.flatnonzero(np.isfinite(smoothed).all(1) & (spread > EQUAL))
+        with np.errstate(all="ignore"):
+            found, khat[plain] = generations.installed().psislw(smoothed[plain])
+        found += np.median(smoothed[plain] - found, axis=1, keepdims=True)
+        is_fitted = np.isfinite(khat[plain]) & np.isfinite(found).all(1)
+        smoothed[plain[is_fitted]] = found[is_fitted]
+        khat[plain[~is_fitted]] = np.nan
+    for row in np.flatnonzero(np.isnan(khat)):
+        smoothed[row], khat[row] = pareto_smoothed(smoothed[row])
+    return smoothed, khat
+
+
 def pareto_k_threshold(num_samples: int) -> float:
     r"""The largest :math:`\hat k` with which an estimate from S weights can be trusted.
 
@@ -112,4 +147,4 @@ def _tail_size(num_weights: int) -> int:
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    return np.partition(values, values.size - count)[-count:]
+    return np.partition(values, values.shape[-1] - count)[..., -count:]

@@ -173,7 +173,11 @@ class Chains:
 
     def __repr__(self) -> str:
         num_chains, num_samples = self.sample_stats["lp"].shape
-        rhat, ess = self._labelled(self.rhat), self._labelled(self.ess)
+        discrete = {site.name for site in self.structure.enumerated}  # whose draws are new ones given the others
+        rhat, ess = (
+            self._labelled({name: value for name, value in figure.items() if name not in discrete})
+            for figure in (self.rhat, self.ess)
+        )
         worst = max(rhat, key=lambda name: np.nan_to_num(rhat[name], nan=0.0, posinf=np.inf))
         least = min(ess, key=lambda name: ess[name])
         mixed = "" if rhat[worst] <= MAX_RHAT else ", not mixed: run longer, or take a better flow"

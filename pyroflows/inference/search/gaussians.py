@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.fitting.estimators import filled
+from pyroflows.guides.centering import Centering
 from pyroflows.inference.search.density import Density, antithetic
 
 # Constants of the variational steps.
@@ -28,11 +29,13 @@ class GaussianApproximation:
         loc: the mean, ``(D,)``.
         scale_tril: L, lower triangular with a positive diagonal, ``(D, D)``.
         elbo: an estimate of :math:`E_q[\log p - \log q]`, in nats.
+        centering: the layer that maps its vectors to those of the model; None where they are the same.
     """
 
     loc: Tensor
     scale_tril: Tensor
     elbo: float
+    centering: Centering | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +170,8 @@ def reach(dim: int) -> float:
     return dim + 5 * math.sqrt(2 * dim)
 
 
-def as_gaussian(q: Approximation, like: Tensor) -> GaussianApproximation:
-    """Give a Gaussian a triangular root, and the dtype of another tensor."""
+def as_gaussian(q: Approximation, like: Tensor, centering: Centering | None = None) -> GaussianApproximation:
+    """Give a Gaussian a triangular root, the dtype of another tensor, and the layer that follows it."""
     # J^T = Q R gives J J^T = R^T R without squaring the condition number.
     upper = torch.linalg.qr(q.root.mT).R
-    return GaussianApproximation(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo)
+    return GaussianApproximation(q.loc.to(like), (upper.mT * upper.diagonal().sign()).to(like), q.elbo, centering)

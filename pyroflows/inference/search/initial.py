@@ -12,8 +12,8 @@ from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import DataError, FlowError, ModelError
 from pyroflows.models.arguments import non_finite
 from pyroflows.models.layout import Layout
+from pyroflows.models.once import run_once
 from pyroflows.models.one_draw import CopiedReads
-from pyroflows.models.run import run_once
 from pyroflows.models.tracing import Model, trace_model
 from pyroflows.randomness import seeded
 
@@ -91,7 +91,7 @@ def _log_joint_at(model: Model, args: Any, kwargs: Any, layout: Layout, vector: 
     values, ladj = layout.constrain(vector)
     try:
         with seeded(0):  # rows of a subsampled plate are drawn
-            log_probs = run_once(model, args, kwargs, values).log_probs
+            log_probs = run_once(model, args, kwargs, values, layout.structure.enumeration).log_probs
     except (ValueError, RuntimeError) as error:
         if isinstance(error, FlowError) or not (isinstance(error, ValueError) or is_singular(error)):
             raise

@@ -1,21 +1,24 @@
 """Where a fit starts: points, the modes of the log joint to which they lead, and a Gaussian at each."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pyroflows.errors import FlowError, ModelError
+from pyroflows.guides.centering import Centering
+from pyroflows.inference.search.centering import recentred
 from pyroflows.inference.search.density import Density
 from pyroflows.inference.search.gaussians import GaussianApproximation, as_gaussian
 from pyroflows.inference.search.initial import prior_draw
 from pyroflows.inference.search.modes import Mode, ModeSearch
 from pyroflows.inference.search.symmetries import Symmetry, exchangeable_axes, find_symmetries, permutation
 from pyroflows.models.layout import Layout
-from pyroflows.models.log_joint import LogJoint
+from pyroflows.models.log_joint import ValueAndGrad
 from pyroflows.models.tracing import Model
 
 NUM_ROWS = 64
@@ -80,7 +83,15 @@ class Starts:
         return text
 
 
-def starting_points(model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor, num_starts: int) -> Tensor:
+def starting_points(
+    model: Model,
+    args: Any,
+    kwargs: Any,
+    layout: Layout,
+    center: Tensor,
+    num_starts: int,
+    centering: Centering | None = None,
+) -> Tensor:
     """Choose points from which a search for modes starts, ``(num_starts, dim)``.
 
     The first is the center. The others are, in turn, points near zero, where Pyro's and Stan's chains start, and draws
@@ -93,15 +104,23 @@ def starting_points(model: Model, args: Any, kwargs: Any, layout: Layout, center
         layout: the layout of its latents.
         center: the initial values, packed, ``(dim,)``.
         num_starts: the number of points, at least 1.
+        centering: the layer before which the points lie; None where they are unconstrained vectors of the model.
     """
-    starts = [center, *_uniform(num_starts - 1, center)]
+    starts = [_before(centering, center), *_uniform(num_starts - 1, center)]
     for i in range(2, num_starts, 2):
-        starts[i] = _prior_draw(model, args, kwargs, layout, instead=starts[i])
+        starts[i] = _prior_draw(model, args, kwargs, layout, centering, instead=starts[i])
     return torch.stack(starts)
 
 
 def further_points(
-    model: Model, args: Any, kwargs: Any, layout: Layout, center: Tensor, modes: Sequence[Mode], num_starts: int
+    model: Model,
+    args: Any,
+    kwargs: Any,
+    layout: Layout,
+    center: Tensor,
+    modes: Sequence[Mode],
+    num_starts: int,
+    centering: Centering | None = None,
 ) -> Tensor:
     """Choose further points from which a search for modes starts, ``(num_starts, dim)``.
 
@@ -116,6 +135,7 @@ def further_points(
         center: the initial values, packed, ``(dim,)``.
         modes: the modes that were found so far.
         num_starts: the number of points, at least 1.
+        centering: the layer before which the points lie; None where they are unconstrained vectors of the model.
     """
     points = []
     for i in range(num_starts):
@@ -129,7 +149,7 @@ def further_points(
             points.append(_random_map(layout)((mode.loc + noise)[None])[0])
         else:
             near = NEAR * _uniform(1, center)[0]
-            points.append(near if kind == "near" else _prior_draw(model, args, kwargs, layout, instead=near))
+            points.append(near if kind == "near" else _prior_draw(model, args, kwargs, layout, centering, near))
     return torch.stack([point.to(center) for point in points])
 
 
@@ -142,7 +162,9 @@ def _random_map(layout: Layout) -> Symmetry:
     return Symmetry(torch.arange(layout.dim), 2.0 * torch.randint(2, (layout.dim,)) - 1)
 
 
-def _prior_draw(model: Model, args: Any, kwargs: Any, layout: Layout, instead: Tensor) -> Tensor:
+def _prior_draw(
+    model: Model, args: Any, kwargs: Any, layout: Layout, centering: Centering | None, instead: Tensor
+) -> Tensor:
     """Draw from the prior; where that fails, and where it is flat, the draw is another."""
     drawn = prior_draw(model, args, kwargs, layout)
     if drawn is None:
@@ -152,7 +174,13 @@ def _prior_draw(model: Model, args: Any, kwargs: Any, layout: Layout, instead: T
         if site.is_flat:
             part = layout.slices[site.name]
             drawn[part] = WIDE * _uniform(1, drawn)[0, part]
-    return drawn
+    return _before(centering, drawn)
+
+
+@torch.no_grad()
+def _before(centering: Centering | None, vector: Tensor) -> Tensor:
+    """The vector that a layer maps to an unconstrained vector of the model."""
+    return vector if centering is None else centering.inverse_and_ladj(vector)[0]
 
 
 def _uniform(num: int, like: Tensor) -> Tensor:
@@ -160,18 +188,30 @@ def _uniform(num: int, like: Tensor) -> Tensor:
     return 2 * torch.rand(num, len(like)).to(like) - 1
 
 
+class Target(Protocol):
+    """What a search for modes climbs, such as a log joint."""
+
+    layout: Layout
+
+    # A log joint also takes a transform before it, and its state.
+    def value_and_grad(self, examples: Tensor, *transform: Any, **state: Any) -> ValueAndGrad:
+        """The function from vectors of the shape of the examples to log-densities and gradients."""
+
+
 def find_start(
-    log_joint: LogJoint,
+    log_joint: Target,
     starts: Tensor,
     inverse_temperature: float | None = None,
     propose: Propose | None = None,
     max_starts: int | None = None,
     note: Callable[[list[GaussianApproximation], Starts, int], None] = lambda modes, found, num_expected: None,
+    centering: Centering | None = None,
+    num_rows: int = NUM_ROWS,
 ) -> tuple[list[GaussianApproximation], Starts]:
     """Find the separate modes of a log joint, and fit a Gaussian at each.
 
     Args:
-        log_joint: the log joint of a model.
+        log_joint: the log joint of a model, or its marginal density.
         starts: packed unconstrained vectors ``(S, dim)``, the first starts.
         inverse_temperature: a factor of the log joint, between 0 and 1; None for 1.
         propose: a function from the known modes and a number to as many further starts; None to use the first alone.
@@ -179,6 +219,9 @@ def find_start(
             fewer where the further ones cost more than twice as much as the first.
         note: a function that is called, each time after a few starts, with what was found by then, and with the number
             of starts there will be if no more modes are found.
+        centering: the layer before which the starts lie, non-centred, and modes are sought; its centredness is first
+            chosen by a Gaussian. None to seek them in the unconstrained space.
+        num_rows: the least number of vectors in a call of the log joint.
 
     Returns:
         The Gaussians at all modes that are not negligible, the best ELBO first; and a summary of the search. Where
@@ -187,8 +230,12 @@ def find_start(
     Raises:
         ModelError: if the log joint is finite at none of the first starts.
     """
-    num_rows = max(NUM_ROWS, len(starts))
-    value_and_grad = log_joint.value_and_grad(starts[:1].repeat(num_rows, 1))
+    num_rows = max(num_rows, len(starts))
+    examples = starts[:1].repeat(num_rows, 1)
+    if centering is None:
+        value_and_grad = log_joint.value_and_grad(examples)
+    else:
+        value_and_grad = log_joint.value_and_grad(examples, centering.forward_and_ladj, state=[centering])
 
     def tempered(vectors: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = value_and_grad(vectors)
@@ -196,7 +243,10 @@ def find_start(
         return beta * value, beta * gradient
 
     try:
-        search = ModeSearch(Density(tempered, num_rows, starts), starts)
+        density = Density(tempered, num_rows, starts)
+        if centering is not None:
+            starts = recentred(density, centering, starts)
+        search = ModeSearch(density, starts)
     except ValueError as error:
         if isinstance(error, FlowError):  # of the model, which other values do not help
             raise
@@ -206,8 +256,10 @@ def find_start(
     symmetries = _symmetries(search, log_joint.layout)
     search.close(symmetries)
 
+    layer = copy.deepcopy(centering)
+
     def found() -> tuple[list[GaussianApproximation], Starts]:
-        return [as_gaussian(mode.gaussian, starts) for mode in _fitted(search.kept)], _summary(search)
+        return [as_gaussian(mode.gaussian, starts, layer) for mode in _fitted(search.kept)], _summary(search)
 
     batch = max(2, min(BATCH, num_rows, MAX_ENTRIES // starts.shape[1] ** 2))
     limit, max_cost = (MAX_STARTS, MAX_COST) if max_starts is None else (max_starts, math.inf)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.flows import Flow, Law
+from pyroflows.guides.centering import centerings
 from pyroflows.inference.search.starts import Starts
 from pyroflows.inference.verdict.diagnosis import Diagnosis, Facts, diagnose
 from pyroflows.inference.verdict.figures import CLEARLY_UNSEEN, Estimate, Figures, Unseen
@@ -21,6 +22,8 @@ from pyroflows.randomness import seeded
 from pyroflows.training.history import History
 
 NUM_DIAGNOSTIC_SAMPLES = 10_000
+# With thousands of latents there are fewer draws, of about so many numbers in all.
+MAX_NUMBERS = 2e6
 # Where figures that decide lie within so many standard errors of their limits, there are so many batches of draws.
 MIN_DISTANCE, NUM_BATCHES = 1.0, 4
 # Seeds of further draws, far from those of the first.
@@ -28,6 +31,16 @@ SEED_OF_BATCHES, SEED_OF_REACH, SEED_OF_PRIOR = 2**20, 2**21, 2**22
 NUM_EXTREME = 3  # draws of each kind are compared with single runs
 NUM_LOOKS = 200  # at draws where the log joint is not finite
 MIN_STEPS_OF_TREND = 100
+
+
+def default_num_samples(dim: int) -> int:
+    """The number of draws on which a verdict rests by default.
+
+    Example:
+        >>> default_num_samples(10), default_num_samples(10_000)
+        (10000, 1000)
+    """
+    return max(1000, min(NUM_DIAGNOSTIC_SAMPLES, int(MAX_NUMBERS / dim)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,10 @@ class DiagnosticDraws:
         with seeded(SEED_OF_BATCHES + self.seed):
             latents, raw = _weighted(self.law, self.log_joint, (NUM_BATCHES - 1) * self.batch_size)
         latents, raw = torch.cat([self.latents, latents]), torch.cat([self.raw_log_weights, raw])
-        return replace(self, latents=latents, raw_log_weights=raw, weights=Weights.smoothed(raw))
+        settled = replace(self, latents=latents, raw_log_weights=raw, weights=Weights.smoothed(raw))
+        if "_reach" in vars(self):  # which does not depend on these draws
+            vars(settled)["_reach"] = self._reach
+        return settled
 
     @cached_property
     def figures(self) -> Figures:
@@ -85,8 +101,10 @@ class DiagnosticDraws:
     @cached_property
     def unseen(self) -> Unseen | None:
         """The share of the posterior that one batch does not see; None if k-hat is low, or it cannot be measured."""
-        if self.figures.khat_is_low:
-            return None
+        return None if self.figures.khat_is_low else self._reach
+
+    @cached_property
+    def _reach(self) -> Unseen | None:
         with seeded(SEED_OF_REACH + self.seed):
             draws = ReachingDraws.drawn(self.law, self.log_joint, self.batch_size)
             if draws is None:
@@ -104,7 +122,7 @@ class DiagnosticDraws:
         if not len(finite):
             return None
         with seeded(SEED_OF_PRIOR + self.seed):
-            draws = PriorDraws.drawn(self.law, self.log_joint)
+            draws = PriorDraws.drawn(self.law, self.log_joint, self.weights.log_evidence)
         return None if draws is None else draws.unseen(finite.max().item(), self.weights.log_evidence)
 
     def diagnosis(self, flow: Flow, history: History, starts: Starts | None) -> Diagnosis:
@@ -113,7 +131,7 @@ class DiagnosticDraws:
         diagnosis = diagnose(self.figures, self.unseen, facts)
         if diagnosis.verdict == "good":
             return diagnosis
-        return diagnose(self.figures, self.unseen, replace(facts, mismatch=tuple(self._mismatch())))
+        return diagnose(self.figures, self.unseen, replace(facts, mismatch=tuple(self._mismatch(flow))))
 
     def _facts(self, flow: Flow, history: History, starts: Starts | None) -> Facts:
         facts = Facts(
@@ -141,14 +159,15 @@ class DiagnosticDraws:
         sites = self.log_joint.non_finite_sites(bad) if len(bad) else {}
         return f", at site {' and '.join(repr(name) for name in sites)}" if sites else ""
 
-    def _mismatch(self) -> Iterator[str]:
+    def _mismatch(self, flow: Flow) -> Iterator[str]:
         if len(self.raw_log_weights) - self.figures.num_zero - self.figures.num_nan < 2:
             return
         log_weights, weights = self.raw_log_weights.double(), self.weights.normalized.to(self.latents.device)
         sites = worst_sites(self.log_joint.layout, self.latents.double(), log_weights, weights)
         if sites:
             yield f"flow and posterior differ most at site {' and at site '.join(map(str, sites))}"
-        yield from helpful_forms(self.log_joint, self.latents, log_weights, [site.name for site in sites])
+        learned = {name for layer in centerings(flow) for name in layer.names}
+        yield from helpful_forms(self.log_joint, self.latents, log_weights, [site.name for site in sites], learned)
 
 
 @torch.no_grad()

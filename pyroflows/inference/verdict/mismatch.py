@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,9 @@ def _explained(z: Tensor, log_weights: Tensor) -> float:
     return max(0.0, adjusted) if math.isfinite(adjusted) else 0.0
 
 
-def helpful_forms(log_joint: LogJoint, latents: Tensor, log_weights: Tensor, names: list[str]) -> Iterator[str]:
+def helpful_forms(
+    log_joint: LogJoint, latents: Tensor, log_weights: Tensor, names: list[str], learned: Set[str] = frozenset()
+) -> Iterator[str]:
     """Say which other form of the model, or which dtype, would be nearer to a Gaussian.
 
     Args:
@@ -108,8 +110,10 @@ def helpful_forms(log_joint: LogJoint, latents: Tensor, log_weights: Tensor, nam
         latents: unconstrained draws ``(S, dim)`` in the dtype of the fit.
         log_weights: their log weights ``(S,)``.
         names: the sites with the worst mismatch, which are named first.
+        learned: the sites whose centring the flow has learned, so that no other form would help.
     """
-    pairs = sorted(_scaled(log_joint, latents), key=lambda pair: not set(pair).intersection(names))
+    found = (pair for pair in _scaled(log_joint, latents) if pair[0] not in learned)
+    pairs = sorted(found, key=lambda pair: not set(pair).intersection(names))
     if pairs:
         yield _non_centred(pairs)
     sds = {site.name: part.double().std(0) for site, part in log_joint.layout.split(latents)}
@@ -172,6 +176,8 @@ def _scaled(log_joint: LogJoint, latents: Tensor) -> Iterator[tuple[str, str]]:
         except Exception:  # values that do not belong together may make a model raise anything
             continue
         for site in log_joint.structure.latents:
+            if site.name not in before:  # it depends on discrete sites
+                continue
             depends = not torch.allclose(before[site.name], after[site.name], rtol=1e-4, atol=1e-4, equal_nan=True)
             if site is not scale and depends and site.family in WITH_LOC_AND_SCALE:
                 follows = _spread_follows(parts[site.name], parts[scale.name])
@@ -184,7 +190,9 @@ def _scaled(log_joint: LogJoint, latents: Tensor) -> Iterator[tuple[str, str]]:
 def _spread_follows(of_site: Tensor, of_scale: Tensor) -> float:
     """The largest correlation of the log spread of a site's coordinates ``(S, n)`` with another's ``(S, m)``."""
     spread = of_site.std(-1) if of_site.shape[-1] > 1 else (of_site[:, 0] - of_site.mean()).abs()
-    correlations = torch.corrcoef(torch.cat([spread[:, None].log(), of_scale], -1).T)[0, 1:]
+    spread = spread.log() - spread.log().mean()
+    of_scale = of_scale - of_scale.mean(0)
+    correlations = spread @ of_scale / (spread.norm() * of_scale.norm(dim=0))
     return correlations.abs().nan_to_num().max().item()
 
 

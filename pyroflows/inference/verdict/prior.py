@@ -16,11 +16,13 @@ from pyroflows.inference.verdict.figures import Estimate
 from pyroflows.models.log_joint import LogJoint
 
 NUM_PRIOR_DRAWS = 4000
+# Draws of the prior that together hold less than this share of the posterior are not compared with the flow.
+NEGLIGIBLE_SHARE = 1e-5
 
 
 @dataclass(frozen=True)
 class PriorDraws:
-    r"""The weights of those of n draws of the prior :math:`\pi` at which they are finite; the others have no weight.
+    r"""The weights of those of n draws of the prior :math:`\pi` that are not negligible.
 
     Args:
         log_weights: :math:`\log p(x, y) - \log \pi(x)`, the log-likelihoods, ``(S,)``, S at most n.
@@ -32,24 +34,26 @@ class PriorDraws:
 
     @classmethod
     @torch.no_grad()
-    def drawn(cls, law: Law, log_joint: LogJoint) -> "PriorDraws | None":
+    def drawn(cls, law: Law, log_joint: LogJoint, log_evidence: float) -> "PriorDraws | None":
         """Draw from torch's global generator; None where the prior cannot be drawn, or the flow not be scored.
 
         Args:
             law: the law q of a flow.
             log_joint: the log joint of the model.
+            log_evidence: the log evidence of what draws from the flow see, by which draws of the prior are negligible.
         """
         if not log_joint.structure.has_data or (drawn := log_joint.draw_prior(NUM_PRIOR_DRAWS)) is None:
             return None
         vectors, log_prior = drawn
         log_p = log_joint.in_chunks(vectors)
         log_weights = log_p - log_prior
-        finite = log_weights.isfinite()
+        # Each of n draws with a weight w has the share w / n of the evidence; to score the flow is what takes long.
+        counts = log_weights.isfinite() & (log_weights > log_evidence + math.log(NEGLIGIBLE_SHARE))
         try:
-            log_flow_weights = log_p[finite] - law.log_prob(vectors[finite])
+            log_flow_weights = log_p[counts] - law.log_prob(vectors[counts])
         except InversionError:
             return None
-        return cls(log_weights[finite].cpu().double(), log_flow_weights.cpu().double())
+        return cls(log_weights[counts].cpu().double(), log_flow_weights.cpu().double())
 
     def unseen(self, level: float, log_evidence: float) -> Estimate:
         r"""Estimate the share of the posterior that lies where the flow's weights are larger than its draws show.

@@ -14,13 +14,13 @@ from pyroflows.inference.verdict.prior import PriorDraws
 ONE = torch.tensor(1.0)
 
 
-def spike_on_slab(sd):
+def spike_on_slab(sd, noise=20.0):
     """A prior of two normal laws around zero in equal parts, one narrow and one of sd 10; the data hardly tell."""
 
     def model(y):
         parts = dist.Normal(torch.zeros(2), torch.tensor([sd, 10.0]))
         x = pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
-        pyro.sample("y", dist.Normal(x, 20.0), obs=y)
+        pyro.sample("y", dist.Normal(x, noise), obs=y)
 
     return model
 
@@ -77,3 +77,21 @@ def test_without_data_or_draws_there_is_no_share():
 
     posterior = pf.FlowVI(without_data, seed=0, progress_bar=False).run()
     assert posterior._diagnostics.unseen_by_prior is None
+
+
+def test_draws_of_next_to_no_weight_are_left_out(monkeypatch):
+    posterior = pf.FlowVI(spike_on_slab(1e-2, noise=1.0), seed=0, progress_bar=False).run(0 * ONE)
+    draws = posterior._diagnostics
+    log_evidence = draws.weights.log_evidence
+
+    def drawn():
+        torch.manual_seed(0)
+        return PriorDraws.drawn(draws.law, draws.log_joint, log_evidence)
+
+    few = drawn()
+    assert (few.log_weights > log_evidence + math.log(prior.NEGLIGIBLE_SHARE)).all()
+    monkeypatch.setattr(prior, "NEGLIGIBLE_SHARE", 1e-300)
+    level = draws.raw_log_weights.max().item()
+    assert len(drawn().log_weights) > len(few.log_weights)
+    assert few.unseen(level, log_evidence).value > 0.01
+    assert few.unseen(level, log_evidence).value == pytest.approx(drawn().unseen(level, log_evidence).value, abs=1e-4)

@@ -1,0 +1,100 @@
+"""How a fit trains: its draws a step, its updates, and when the final decay of the learning rate begins."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+
+from pyroflows.flows import Flow
+from pyroflows.inference.elbo import MinibatchELBO, ModelELBO
+from pyroflows.training.history import History
+from pyroflows.training.loop import LEARNING_RATE, OptimizerLike
+from pyroflows.training.schedules import Plateau
+from pyroflows.transforms.hierarchy import Hierarchy
+
+NUM_PARTICLES = 128
+# In hierarchies a step has about so many numbers in all its draws.
+LEAST_PARTICLES, MAX_NUMBERS_A_STEP = 4, 2**12
+# The rows of a draw all contribute to the flow that they share, so that it settles in few steps.
+LEAST_DECAY_OF_ROWS = 100
+# Where a step sees a part of the rows, further draws would not reduce the noise that this leaves, but further steps do.
+NUM_PARTICLES_OF_PARTS, LEAST_STEPS_OF_PARTS = 16, 2000
+# How latents of rows depend on the global ones is small beside the noise of steps, and settles while the rate falls.
+LEAST_DECAY_OF_PARTS = 3600
+# The mean of clipped gradients over parts is not that of all rows, so that global latents end beside the optimum.
+# Without clipping Adam has to forget the first, large gradients sooner, and no step is then above its rate. Tables of
+# rows gain by this, but the networks that read features lose more by the noise than the global latents gain.
+BETAS_OF_TABLES = (0.9, 0.99)
+# Below this variance, averaged over the window of steps, the learning rate starts its final decay.
+SETTLED_LOG_WEIGHT_VARIANCE = 0.02
+SETTLED_WINDOW = 50
+
+
+def num_particles_of(objective: ModelELBO) -> int:
+    """The number of draws a step.
+
+    Args:
+        objective: the objective of the training.
+    """
+    if isinstance(objective, MinibatchELBO):
+        return NUM_PARTICLES_OF_PARTS
+    if not isinstance(objective.flow.layers[-1], Hierarchy):
+        return NUM_PARTICLES
+    # Each draw has all rows, which share a flow.
+    return max(LEAST_PARTICLES, min(NUM_PARTICLES, MAX_NUMBERS_A_STEP // objective.flow.dim))
+
+
+def schedule_of(objective: ModelELBO, num_steps: int | None, hold: int) -> Plateau:
+    """The schedule of a training.
+
+    Args:
+        objective: the objective.
+        num_steps: the number of steps; None for as many as it takes.
+        hold: the number of steps before which the decay cannot begin.
+    """
+    options: dict[str, Any] = {"falls": objective.falls}
+    if isinstance(objective, MinibatchELBO):
+        # The variance of the log weights is that of a part of the rows, and says nothing of all.
+        if isinstance(objective.flow.layers[-1], Hierarchy):
+            options["min_decay"] = LEAST_DECAY_OF_PARTS
+        return Plateau(objective.monitor, num_steps, hold=max(hold, LEAST_STEPS_OF_PARTS), **options)
+    if isinstance(objective.flow.layers[-1], Hierarchy):
+        options["min_decay"] = LEAST_DECAY_OF_ROWS
+        return Plateau(objective.monitor, num_steps, _rows_are_settled, hold, **options)
+    return Plateau(objective.monitor, num_steps, _is_settled, hold, **options)
+
+
+def updates_of(objective: ModelELBO, optimizer: OptimizerLike | None) -> dict[str, Any]:
+    """The options of the :class:`Trainer` that say what a step makes of a gradient.
+
+    Args:
+        objective: the objective.
+        optimizer: the optimizer that the user gave, or None.
+    """
+    if optimizer is None and isinstance(objective, MinibatchELBO) and _has_tables_alone(objective.flow):
+        adam = partial(torch.optim.Adam, lr=LEARNING_RATE, betas=BETAS_OF_TABLES, fused=True)
+        return {"optimizer": adam, "max_norm": math.inf}
+    return {"optimizer": optimizer}
+
+
+def _has_tables_alone(flow: Flow) -> bool:
+    """Whether all rows have parameters of their own, and none features of an encoder."""
+    layer = flow.layers[-1]
+    return isinstance(layer, Hierarchy) and all(
+        level.embedding is not None and level.affine.net is None for level in layer.levels
+    )
+
+
+def _is_settled(history: History) -> bool:
+    recent = history.recent("log_weight_variance", SETTLED_WINDOW)
+    return len(recent) == SETTLED_WINDOW and float(recent.mean()) < SETTLED_LOG_WEIGHT_VARIANCE
+
+
+def _rows_are_settled(history: History) -> bool:
+    """Whether the flow of a hierarchy is as good as it gets at this learning rate, to which its rows all contribute."""
+    last, before = history.recent("elbo", SETTLED_WINDOW), history.recent("elbo", 2 * SETTLED_WINDOW)[:-SETTLED_WINDOW]
+    if len(before) < SETTLED_WINDOW:
+        return False
+    noise = math.sqrt((last.var() + before.var()) / SETTLED_WINDOW)
+    return _is_settled(history) or float(last.mean() - before.mean()) < noise

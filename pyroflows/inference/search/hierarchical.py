@@ -1,0 +1,160 @@
+"""From a Gaussian of the global latents of a hierarchy to a law of all latents."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyroflows.guides.hierarchical import HierarchicalGaussian, LocalGaussian
+from pyroflows.inference.search.arrow import Conditionals, places_of_parents
+from pyroflows.inference.search.gaussians import GaussianApproximation
+from pyroflows.inference.search.marginal import GlobalMarginal, times_hessian
+from pyroflows.models.levels import NUM_HALVES, TimesHessian, independent_levels
+from pyroflows.models.log_joint import LogJoint
+
+SPREAD = 0.3  # of the points at which independence is tested
+# Below this number of local latents a search among all latents is as quick, and a flow over all of them closer.
+MIN_LOCAL = 150
+# Networks see standardised derivatives up to this size.
+LARGEST_FEATURE = 5.0
+# A call of the marginal density has about so many local latents in all its rows.
+MAX_NUMBERS, LEAST_ROWS, MOST_ROWS = 2**17, 8, 16
+
+
+def global_marginal(log_joint: LogJoint, center: Tensor) -> GlobalMarginal | None:
+    """Make the marginal density of the global latents of a model; None where few latents are local, or all are.
+
+    Args:
+        log_joint: the log joint of the model.
+        center: an unconstrained vector ``(dim,)`` at which it is finite.
+    """
+    if len(center) < MIN_LOCAL or log_joint.batched.mode == "loop":
+        return None
+    points = center + (SPREAD * torch.randn(NUM_HALVES, len(center))).to(center)
+    try:
+        levels = independent_levels(log_joint.layout, hessian_product(log_joint), points)
+        num_local = sum(level.places.numel() for level in levels[1:])
+        if num_local < MIN_LOCAL or not levels[0].sites:
+            return None
+        num_rows = max(LEAST_ROWS, min(MOST_ROWS, MAX_NUMBERS // num_local))
+        marginal = GlobalMarginal(log_joint, levels, center, num_rows)
+        at_center = center[marginal.places].expand(num_rows, -1)
+        value, gradient = marginal.value_and_grad(at_center)(at_center)
+    except RuntimeError:  # not all operations have higher derivatives
+        return None
+    return marginal if bool(value.isfinite().all() and gradient.isfinite().all()) else None
+
+
+def hessian_product(log_joint: LogJoint) -> TimesHessian:
+    """The function that multiplies the Hessians of a log joint by vectors."""
+
+    def product(x: Tensor, vectors: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_joint(leaf).sum(), leaf, create_graph=True)
+            return times_hessian(gradient, leaf, vectors).detach()
+
+    return product
+
+
+def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> HierarchicalGaussian:
+    r"""Extend a Gaussian of the global latents by Gaussian laws of the local ones given them.
+
+    Locations, scales and regressions are those of the curvature at the mean of the global latents. How scales change
+    with the whitened global elements is measured a standard deviation on either side,
+    :math:`V_j = \tfrac12 (\log s(e_j) - \log s(-e_j))`. The features of a row are the standardised third and fourth
+    derivatives of its log-density, :math:`s^3 f'''` and :math:`s^4 f''''`, also by differences.
+
+    Args:
+        marginal: the marginal density of the global latents.
+        q: a Gaussian close to it.
+    """
+    loc, root = q.loc.double(), q.scale_tril.double()
+    x = _settled(marginal, loc[None])[0]
+    laws, _ = marginal.with_globals(x)
+    roots = [_root(precision) for precision in laws.precisions]
+    regressions = _whitened(laws, root, roots)
+    slopes = _log_slopes(marginal, loc, root, roots)
+    features = _features(marginal, x, roots)
+    locals_ = []
+    for i, level in enumerate(marginal.levels):
+        padding = regressions[i].shape[-1] - slopes[i].shape[-1]
+        parts = (
+            regressions[i],
+            roots[i],
+            F.pad(slopes[i].nan_to_num(0.0), (0, padding)),
+            features[i].nan_to_num(0.0).clamp(-LARGEST_FEATURE, LARGEST_FEATURE),
+        )
+        locals_.append(
+            LocalGaussian(level.places, level.parents, level.rows, x[level.places], *(p.to(x) for p in parts))
+        )
+    return HierarchicalGaussian(marginal.places, q.loc, q.scale_tril, tuple(locals_), q.elbo)
+
+
+def _settled(marginal: GlobalMarginal, vectors: Tensor) -> Tensor:
+    """Settle the local elements at any number of vectors of global ones."""
+    return torch.cat([marginal.settled(part)[:n] for part, n in _padded(vectors, marginal.num_rows)])
+
+
+def _padded(vectors: Tensor, num_rows: int) -> Iterator[tuple[Tensor, int]]:
+    """Cut vectors into parts of a number of rows, of which the last one is filled up by its last row."""
+    for part in vectors.split(num_rows):
+        yield torch.cat([part, part[-1:].expand(num_rows - len(part), -1)]), len(part)
+
+
+def _root(precision: Tensor) -> Tensor:
+    """The Cholesky factor of the inverse of matrices ``(..., d, d)``."""
+    if precision.shape[-1] == 1:
+        return precision.rsqrt()
+    return torch.linalg.cholesky(torch.linalg.inv(precision))
+
+
+def _whitened(laws: Conditionals, root: Tensor, roots: list[Tensor]) -> list[Tensor]:
+    """The regressions of levels on whitened elements above them, whose own regressions these contain."""
+    num_global = laws.num_global
+    found: list[Tensor] = []
+    for i, (level, regression) in enumerate(zip(laws.levels, laws.regressions, strict=True)):
+        places = places_of_parents(laws.levels, i, num_global)
+        # On the elements above, in the order of whitened ones: the change of these elements by those.
+        total = torch.zeros_like(regression)
+        total[..., :num_global] = regression[..., :num_global] @ root
+        for parent, rows, here in zip(level.parents, level.rows, places, strict=True):
+            of_parent = found[parent][rows]
+            total[..., : of_parent.shape[-1]] += regression[..., here] @ of_parent
+            total[..., here] += regression[..., here] @ roots[parent][rows]
+        found.append(total)
+    return found
+
+
+def _log_slopes(marginal: GlobalMarginal, loc: Tensor, root: Tensor, roots: list[Tensor]) -> list[Tensor]:
+    """By how much the log-scales of rows change with the whitened global elements, ``(R, d, D_0)``."""
+    ends = torch.cat([loc + root.mT, loc - root.mT])
+    logs: list[list[Tensor]] = [[] for _ in roots]
+    for part, num in _padded(_settled(marginal, ends), marginal.num_rows):
+        for i, precision in enumerate(marginal.conditionals(part).precisions):
+            scaled = torch.linalg.solve_triangular(roots[i], _root(precision[:num]), upper=False)
+            logs[i].append(scaled.diagonal(dim1=-2, dim2=-1).log())
+    halves = [torch.cat(parts).chunk(2) for parts in logs]
+    return [(0.5 * (up - down)).movedim(0, -1) for up, down in halves]
+
+
+def _features(marginal: GlobalMarginal, x: Tensor, roots: list[Tensor]) -> list[Tensor]:
+    """Standardised third and fourth derivatives of the log-densities of rows by each element, ``(R, 2 d)``."""
+    found = []
+    for i, (level, root) in enumerate(zip(marginal.levels, roots, strict=True)):
+        # One standard deviation of an element given all others, on either side, for all rows at once.
+        num = level.places.shape[1]
+        points = x.repeat(2 * num + 1, 1)
+        for k in range(num):
+            step = root[:, k, k].to(x)
+            points[k, level.places[:, k]] += step
+            points[num + k, level.places[:, k]] -= step
+        curvatures = torch.cat(
+            [marginal.conditionals(part).precisions[i][:n] for part, n in _padded(points, marginal.num_rows)]
+        ).diagonal(dim1=-2, dim2=-1)
+        ups, downs, here = curvatures[:num], curvatures[num : 2 * num], curvatures[-1]
+        up, down = (ends.diagonal(dim1=0, dim2=2) for ends in (ups, downs))
+        variance = 1 / here
+        found.append(torch.cat([(down - up) / 2 * variance, (2 * here - up - down) * variance], -1))
+    return found
