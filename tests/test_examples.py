@@ -212,6 +212,24 @@ def test_final_size_of_an_epidemic():
     torch.testing.assert_close((started / left).log(), (reproduction * (1 - left)).double(), rtol=1e-5, atol=0.0)
 
 
+def test_exact_law_of_coefficients():
+    hierarchy = example("hierarchical_minibatch")
+    torch.manual_seed(0)
+    groups = hierarchy.simulate(3, 7)
+    spread, corr, sigma = hierarchy.SPREAD, hierarchy.CORRELATION, hierarchy.SIGMA
+    draws = {"mean": hierarchy.MEAN, "spread": spread, "corr": torch.tensor(corr), "sigma": torch.tensor(sigma)}
+    draws = {name: torch.stack([value, value]).double() for name, value in draws.items()}  # the globals do not vary
+    mean, sd = hierarchy.exact_law(draws, groups.x.double(), groups.y.double())
+    # The law of coefficients and rows together, conditioned on the rows.
+    prior = torch.tensor([[spread[0] ** 2, corr * spread.prod()], [corr * spread.prod(), spread[1] ** 2]]).double()
+    for k, (x, y) in enumerate(zip(groups.x.double(), groups.y.double(), strict=True)):
+        design = torch.stack([torch.ones_like(x), x], -1)
+        of_rows = design @ prior @ design.T + sigma**2 * torch.eye(7)
+        gain = prior @ design.T @ torch.linalg.inv(of_rows)
+        torch.testing.assert_close(mean[k], hierarchy.MEAN + gain @ (y - design @ hierarchy.MEAN.double()))
+        torch.testing.assert_close(sd[k], (prior - gain @ design @ prior).diagonal().sqrt())
+
+
 def test_laws_of_discrete_flows():
     flows = example("discrete_flow")
     for make in flows.LAWS.values():
@@ -237,6 +255,60 @@ def test_windows_of_text():
     drawn = torch.stack([windows[i] for i in [1] * 200])
     assert (drawn.diff(dim=1) == 1).all()
     assert drawn.min() == 24 and drawn.max() == 47  # all within its own part
+
+
+@pytest.mark.parametrize("has_flows", [False, True])
+def test_log_likelihood_where_codes_change_nothing(has_flows):
+    example_vae = example("vae")
+    torch.manual_seed(0)
+    x = torch.randint(0, example_vae.MAX_LEVEL + 1, (3, example_vae.NUM_PIXELS)).float()
+    vae = example_vae.with_flows() if has_flows else example_vae.plain(0)
+    with torch.no_grad():
+        for parameter in [*vae.prior.parameters(), *vae.posterior.parameters()]:
+            parameter += 0.05 * torch.randn_like(parameter)
+    last = vae.decoder[-1]
+    torch.nn.init.zeros_(last.weight)
+    expected = example_vae.dist.Binomial(example_vae.MAX_LEVEL, logits=last.bias).to_event(1).log_prob(x)
+    found = example_vae.scores(vae, x, 4000)
+    assert (found.error > 0.002).all() and (found.error < 0.1).all()
+    assert ((found.log_likelihood - expected).abs() < 4 * found.error).all()
+    assert (found.effective > 400).all() and (found.effective < 3900).all()
+    assert example_vae.mean_elbo(vae, x, 4000) < expected.mean() - 0.05
+
+
+def test_weight_of_the_code_acts_on_prior_and_posterior_alike():
+    vae = example("vae")
+    plain, x = vae.plain(0), torch.ones(20, vae.NUM_PIXELS)  # before training, its posterior is its prior
+
+    def loss(code_weight):
+        vae.pyro.set_rng_seed(0)
+        return vae.Trace_ELBO().loss(plain.model, plain.guide, x, None, code_weight)
+
+    assert loss(0.1) == pytest.approx(loss(1.0), rel=1e-6)
+
+
+def test_training_of_an_autoencoder_keeps_the_best_state(monkeypatch):
+    vae = example("vae")
+    torch.manual_seed(0)
+    monkeypatch.setattr(vae, "VALIDATE_EVERY", 1)
+    elbos = iter([-3.0, -1.0, -2.0, -4.0])
+    states = []
+
+    def elbo(plain, validation, num_draws):
+        states.append([parameter.clone() for parameter in plain.parameters()])
+        return next(elbos)
+
+    monkeypatch.setattr(vae, "mean_elbo", elbo)
+    plain, x = vae.plain(0), torch.randint(0, vae.MAX_LEVEL + 1, (200, vae.NUM_PIXELS)).float()
+    assert vae.train(plain, x, x, 4, False) == 2
+    assert all(map(torch.equal, plain.parameters(), states[1]))
+    assert not all(map(torch.equal, states[1], states[3]))
+
+
+def test_plain_autoencoder_has_the_size_of_that_with_flows():
+    vae = example("vae")
+    size = vae.num_parameters(vae.with_flows())
+    assert abs(vae.num_parameters(vae.plain(size)) - size) < 0.05 * size
 
 
 RUNS = {
@@ -296,12 +368,25 @@ RUNS = {
         ["300 held out", "RealNVP", "emerging Glow", "bits per dimension"],
         ["glow_samples", "glow_interpolations", "glow_reconstructions"],
     ),
+    "hierarchical_minibatch": (
+        [
+            *("--groups", "20", "--rows", "5", "--batch", "5", "--part", "10"),
+            *("--num-steps", "10", "--num-chain-draws", "5"),
+        ],
+        ["truth", "verdicts are good", "from minibatches", "from all groups"],
+        ["hierarchical_minibatch"],
+    ),
     "logistic_regression": (
         ["--num-steps", "20", "--num-particles", "8"],
         ["held-out patients", "training patients by leave-one-out"],
         ["logistic_regression_calibration", "logistic_regression_weights"],
     ),
     "mixture_of_flows": (["--num-steps", "5"], ["fresh points", "the truth"], ["mixture_of_flows"]),
+    "vae": (
+        ["--num-steps", "5", "--num-draws", "20"],
+        ["log-likelihood", "effective draws", "gain of the flows"],
+        ["vae"],
+    ),
 }
 
 
