@@ -217,6 +217,12 @@ class AutoFlow(AutoContinuous):
         """Give the flow the priors of the model, if it has layers that need them."""
         layers = centerings(self._built())
         if layers:
+            for name in layers[0].names:
+                if name not in self._built_layout().slices:
+                    raise CheckpointError(
+                        f"this guide has learned the centring of latent site '{name}', which the model does not have: "
+                        "the state or file belongs to another model"
+                    )
             loc = self._init_loc().to(next(layers[0].parameters()))
             forms = CentredForms(self.model, args, kwargs, self._built_layout(), layers[0].names, loc)
             for layer in layers:
