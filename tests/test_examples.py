@@ -233,7 +233,10 @@ def test_exact_law_of_coefficients():
 def test_laws_of_discrete_flows():
     flows = example("discrete_flow")
     for make in flows.LAWS.values():
-        assert make().sum().item() == pytest.approx(1.0, abs=1e-5)
+        law = make()
+        # Its normalisation is a sum in float32, whose rounding grows with the square root of the number of cells.
+        rounding = torch.finfo(law.dtype).eps * law.numel() ** 0.5
+        assert law.double().sum().item() == pytest.approx(1.0, abs=max(1e-5, rounding))
     gaussians = flows.eight_gaussians()
     assert (gaussians[45, 45] < 1e-6) and gaussians.flatten().topk(8).values.std() < 1e-3
     torch.testing.assert_close(gaussians, gaussians.T)

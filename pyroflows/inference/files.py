@@ -208,7 +208,7 @@ def read(path: str | Path) -> SavedPosterior:
         return SavedPosterior(
             path=path,
             recipe=_recipe(header["recipe"], path),
-            structured=header.get("structured"),
+            structured=_options_of_structured(header.get("structured")),
             dtype=dtype,
             flow=flow,
             parameters=part_of(tensors, "param."),
@@ -221,6 +221,17 @@ def read(path: str | Path) -> SavedPosterior:
             outcome=_outcome(header["outcome"]),
             labels=_labels(header["labels"]),
         )
+
+
+def _options_of_structured(value: Any) -> dict[str, Any] | None:
+    """What :func:`_structured` wrote."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.keys() != {"learned_rows", "is_plain"}:
+        raise CheckpointError("it does not say how its AutoStructuredFlow was made")
+    if any(option not in (None, True, False) for option in value.values()):
+        raise CheckpointError("it has options of AutoStructuredFlow that are neither true nor false")
+    return value
 
 
 def _check_sizes(recipe: Any, flow: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ prior of a discrete site, which sums to one where nothing depends on the site.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
 from typing import Any
 
 import pyro
@@ -183,8 +184,13 @@ class EnumeratedRun(RunHandler):
         if not nodes:
             return
         self._trace.pack_tensors()
+        # Pyro multiplies factors of one dtype alone.
+        dtype = reduce(torch.promote_types, (node["log_prob"].dtype for node in self._trace.nodes.values()))
         for node in self._trace.nodes.values():
-            node["packed"]["masked_log_prob"] = node["packed"]["log_prob"]
+            packed = node["packed"]["log_prob"]
+            converted: Any = packed.to(dtype)
+            converted._pyro_dims = packed._pyro_dims
+            node["packed"]["log_prob"] = node["packed"]["masked_log_prob"] = converted
         supports = [node["value"].reshape(-1, *node["fn"].event_shape) for node in nodes]
         for node, support in zip(nodes, supports, strict=True):
             # Pyro draws values without event dimensions alone, hence the place of a value among all of them.

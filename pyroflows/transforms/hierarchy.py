@@ -147,8 +147,8 @@ class Hierarchy(FlowTransform):
         >>> scale = LocalAffine(1, given_dim=1, log_slopes=torch.ones(1, 1, 1))
         >>> rows = Rows(torch.tensor([[1], [2]]), (), torch.arange(2))
         >>> funnel = Hierarchy(None, None, torch.tensor([0]), [Level(None, scale, (), torch.tensor([0]))], [rows])
-        >>> funnel(torch.tensor([1.0, 1.0, -1.0]))  # the first element is the log-scale of the others
-        tensor([ 1.0000,  2.7183, -2.7183])
+        >>> funnel(torch.tensor([1.0, 1.0, -1.0]))  # the first element is the log-scale of the others, softly clamped
+        tensor([ 1.0000,  2.6828, -2.6828])
     """
 
     flow: FlowTransform | None

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, JitTrace_ELBO, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from pyroflows.errors import CheckpointError, ModelError
 from pyroflows.fitting.estimators import ESTIMATORS
@@ -155,7 +155,6 @@ def test_pyros_elbo_counts_rows_likewise(model):
         TraceGraph_ELBO(),
         TraceMeanField_ELBO(),
         RenyiELBO(num_particles=2),
-        pytest.param(JitTrace_ELBO(), marks=pytest.mark.slow),
     ],
     ids=lambda elbo: f"{type(elbo).__name__}-{elbo.vectorize_particles}",
 )
