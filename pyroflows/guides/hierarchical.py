@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroflows.errors import OptionError
 from pyroflows.flows import Flow
 from pyroflows.flows.conversion import as_flow
+from pyroflows.flows.without_data import require_no_statistics
 from pyroflows.transforms import Autoregressive, Compose, FlowTransform, Triangular
 from pyroflows.transforms.hierarchy import Hierarchy, Level, Rows
 from pyroflows.transforms.local_affine import LocalAffine
@@ -66,6 +68,27 @@ class HierarchicalGaussian:
     elbo: float
 
 
+def global_layers(flow_fn: Callable[[int], object], dim: int) -> Compose:
+    """Make the layers of the global latents of a hierarchy.
+
+    Args:
+        flow_fn: ``latent_dim -> flow``.
+        dim: the number of global latents.
+
+    Raises:
+        OptionError: if a layer keeps running statistics of data, or the base of the flow is not standard normal.
+        ShapeError: if the flow has another dimension.
+    """
+    flow = as_flow(flow_fn(dim), dim)
+    require_no_statistics(flow, "a guide")
+    probe = torch.linspace(-3.0, 3.0, dim).to(next(flow.parameters()))
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(probe).sum()
+    if flow.base_shape != (dim,) or not torch.isclose(flow.base().log_prob(probe), expected):
+        raise OptionError("the flow of the global latents of a hierarchy needs a standard normal base: leave base out")
+    flow.adapt_to_draws()
+    return Compose(flow.layers)
+
+
 def hierarchy_near(start: HierarchicalGaussian, flow_fn: Callable[[int], object], has_local_flow: bool) -> Flow:
     """Build a flow over the global latents, and one that the rows of each level share, close to a Gaussian.
 
@@ -75,7 +98,6 @@ def hierarchy_near(start: HierarchicalGaussian, flow_fn: Callable[[int], object]
         has_local_flow: whether rows have a flow; otherwise they stay Gaussian given what is above them.
     """
     dim = len(start.places)
-    layers = as_flow(flow_fn(dim), dim).layers
     levels, rows = [], []
     for law in start.locals:
         num_rows, row_dim, given_dim = law.regression.shape
@@ -91,7 +113,7 @@ def hierarchy_near(start: HierarchicalGaussian, flow_fn: Callable[[int], object]
         levels.append(Level(flow, affine, law.parents, torch.arange(dim)))
         rows.append(Rows(law.places, law.rows, torch.arange(num_rows), features=law.features))
     last = Triangular(dim, loc=start.loc, scale_tril=start.scale_tril)
-    hierarchy = Hierarchy(Compose(layers), last, start.places, levels, rows)
+    hierarchy = Hierarchy(global_layers(flow_fn, dim), last, start.places, levels, rows)
     return Flow([hierarchy], standardize=False).to(start.loc)
 
 

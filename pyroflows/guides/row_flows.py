@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.flows import Flow
-from pyroflows.flows.conversion import as_flow
 from pyroflows.guides.encoders import Arguments, EncodedRows
+from pyroflows.guides.hierarchical import global_layers
 from pyroflows.guides.packed import FlowFn
 from pyroflows.models.levels import SiteLevel
-from pyroflows.transforms import Autoregressive, Compose, Elementwise, FlowTransform
+from pyroflows.transforms import Autoregressive, Elementwise, FlowTransform
 from pyroflows.transforms.hierarchy import Hierarchy, Level, Rows
 from pyroflows.transforms.local_affine import LocalAffine
 from pyroflows.transforms.univariate import Affine, SinhArcsinh
@@ -75,7 +75,7 @@ def hierarchical_flow(
     places = levels[0].places[0]
     inner = last = None
     if len(places):
-        inner = Compose(as_flow(flow_fn(len(places)), len(places)).layers)
+        inner = global_layers(flow_fn, len(places))
         last = Elementwise(len(places), Affine(None, None), init=torch.stack([loc[places], scale[places].log()], -1))
     parts = []
     for level, own, read in zip(levels[1:], rows, reads, strict=True):

@@ -1,7 +1,7 @@
 """The structured flow guide: a flow over the global latents, and one that the rows of each plate share."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyroflows.guides.row_flows import LocalFlowFn, default_local_flow, hierarch
 from pyroflows.models.all_rows import all_rows
 from pyroflows.models.layout import Layout, constrain_site
 from pyroflows.models.levels import SiteLevel, levels_of, read_by, shared_factors
+from pyroflows.models.requirements import describe_for_flow
 from pyroflows.models.structure import ModelStructure
 from pyroflows.models.subsampling import Call, Calls
 from pyroflows.models.tracing import InitFn, Model
@@ -120,10 +121,38 @@ class AutoStructuredFlow(AutoFlow):
             return False
         try:
             with all_rows():
-                super()._setup_prototype(*args, **kwargs)
+                describe_for_flow(self.model, args, kwargs)
         except Exception:  # the model may raise anything where the arguments hold a batch of its data
             return False
+        with all_rows():
+            super()._setup_prototype(*args, **kwargs)
         return True
+
+    def start_at(self, loc: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Build the flow anew so that it starts close to independent Gaussians, as :class:`AutoFlow` does.
+
+        Args:
+            loc: the means, a packed unconstrained vector ``(latent_dim,)``.
+            scale: the standard deviations ``(latent_dim,)``, positive.
+            args: the model's arguments.
+            kwargs: the model's keyword arguments.
+
+        Raises:
+            OptionError: if the scale is a matrix.
+        """
+        if scale.dim() != 1:
+            raise OptionError(
+                "AutoStructuredFlow starts at standard deviations, and not at a matrix: give its diagonal"
+            )
+        if self.layout is None:
+            self._setup_prototype(*args, **kwargs)
+        self._example = args, kwargs
+        is_whole = not self._built_layout().structure.subsampled
+        try:
+            with all_rows() if is_whole else nullcontext():
+                super().start_at(loc, scale, *args, **kwargs)
+        finally:
+            del self._example
 
     def _require_rows(self, structure: ModelStructure) -> None:
         """Take any run, since other runs may show other rows."""

@@ -15,7 +15,7 @@ from pyroflows.inference.component_labels import ComponentLabels
 from pyroflows.inference.local_draws import LocalDraws
 from pyroflows.models.batching import NUM_EXAMPLES
 from pyroflows.models.layout import Layout
-from pyroflows.models.levels import SiteLevel, levels_of
+from pyroflows.models.levels import SiteLevel, flat_places, levels_of
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import describe_for_flow
 from pyroflows.models.row_factors import by_row, require_own_factors
@@ -123,7 +123,7 @@ def draw_locals(
     layout = log_joint.layout
     levels = levels_like(guide, layout)
     level = _outermost(levels)
-    view = guide.hierarchy_at(levels, {}, args, kwargs)
+    view = guide.hierarchy_at(levels, {}, args, kwargs).exact()
     num_shared = NUM_SHARED if is_own else 1
     number = -(-checked_int("num_samples", num_samples) // num_shared)
     z = torch.randn(number * num_shared, layout.dim).to(next(view.parameters()))
@@ -159,7 +159,7 @@ def draw_amortized(
         return None
     log_joint = log_joint_of_rows(model, guide, args, kwargs)
     layout = log_joint.layout
-    view = guide.hierarchy_at(levels_like(guide, layout), {}, args, kwargs)
+    view = guide.hierarchy_at(levels_like(guide, layout), {}, args, kwargs).exact()
     x, _ = view.forward_and_ladj(torch.randn(num_samples, layout.dim).to(next(view.parameters())))
     return layout.constrain(x)[0], layout.structure.kept
 
@@ -190,7 +190,7 @@ def _weighted(
         log_p = log_p + by_row(ladj, structure, level)
     sizes = log_p.shape[1:]
     log_q = log_p.new_zeros(len(z), sizes.numel())
-    index = _flat(level.rows, sizes)
+    index = flat_places(level.rows, sizes)
     for other, log_probs in zip(levels[1:], view.row_log_probs(x), strict=True):
         log_q.index_add_(1, index[other.row_of(level)], log_probs.to(log_q))
     drawn = record.values
@@ -198,11 +198,3 @@ def _weighted(
         drawn = log_joint.batched.filling(values, structure.kept)(values, len(z)).values
     names = [site.name for site in (*structure.latents, *structure.deterministic)]
     return {name: drawn[name] for name in names}, (log_p - log_q.reshape(log_p.shape)).cpu()
-
-
-def _flat(rows: Tensor, sizes: torch.Size) -> Tensor:
-    """The place of rows, given by their index in each plate, among all rows."""
-    places = torch.zeros(len(rows), dtype=torch.long)
-    for column, size in enumerate(sizes):
-        places = places * size + rows[:, column]
-    return places

@@ -61,7 +61,7 @@ def _law_of_rows(
     guide: AutoStructuredFlow, part: Part, drawn: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> FlowDistribution:
     rows = {**drawn, **guide.given_rows(part.call, args, kwargs)}
-    return guide.law_at(part.call.levels, rows, args, kwargs)
+    return guide.law_at(part.call.levels, rows, args, kwargs).estimated()
 
 
 def _part_of_rows(guide: AutoStructuredFlow, model: Model, center: Tensor, mode: str, args: Any, kwargs: Any) -> Part:

@@ -51,6 +51,7 @@ from pyroflows.randomness import seeded
 from pyroflows.shapes import counted
 from pyroflows.training.history import History
 from pyroflows.training.loop import OptimizerLike, Trainer, ends_training
+from pyroflows.transforms.hierarchy import Hierarchy
 
 NUM_STARTS = 8
 # With more latents than this the search from each of the first starts takes seconds, hence few of them.
@@ -408,8 +409,9 @@ class FlowVI:
                 return gaussian
         light = fit(Recipe("default"))
         progress.say("judging the flow")
-        # Heavier tails do not help where there are too many modes to fit.
-        if so_far.is_ended or light.diagnosis.verdict != "do not use" or light.diagnosis.num_other_modes:
+        # Heavier tails do not help where there are too many modes to fit, and the flow of a hierarchy has none.
+        is_shared = isinstance(light.flow.components[0].layers[-1], Hierarchy)
+        if so_far.is_ended or light.diagnosis.verdict != "do not use" or light.diagnosis.num_other_modes or is_shared:
             return light
         try:
             heavy = fit(Recipe("default", base="student_t"), name="flow with heavier tails")

@@ -56,15 +56,16 @@ class SiteLevel:
         Raises:
             ModelError: if a mask leaves out such a row.
         """
-        columns = [self.plates.index(plate) for plate in other.plates]
-        index = {tuple(row): i for i, row in enumerate(other.rows.tolist())}
-        found = [index.get(tuple(row)) for row in self.rows[:, columns].tolist()]
-        if None in found:
+        sizes = [plate.subsample_size for plate in other.plates]
+        index = torch.full((prod(sizes),), -1)
+        index[flat_places(other.rows, sizes)] = torch.arange(len(other.rows))
+        found = index[flat_places(self.rows[:, [self.plates.index(plate) for plate in other.plates]], sizes)]
+        if bool((found < 0).any()):
             raise ModelError(
                 f"a mask leaves out a row of plate '{other.name}' and not what lies in it in plate '{self.name}': mask "
                 "both"
             )
-        return torch.tensor(found, dtype=torch.long)
+        return found
 
     @property
     def is_kept(self) -> Tensor | None:
@@ -104,6 +105,14 @@ class SiteLevel:
     def weight(self) -> float:
         """The number of rows for which each one stands in a subsampled run."""
         return prod(plate.size / plate.subsample_size for plate in self.plates if plate.is_subsampled)
+
+
+def flat_places(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The place of rows, given by their index in each plate, among all rows of plates of these sizes."""
+    places = torch.zeros(len(rows), dtype=torch.long)
+    for column, size in enumerate(sizes):
+        places = places * size + rows[:, column]
+    return places
 
 
 def levels_of(layout: Layout, local: Collection[str] | None = None) -> tuple[SiteLevel, ...]:

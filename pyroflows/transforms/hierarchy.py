@@ -103,6 +103,12 @@ class Level(nn.Module):
         self.embedding = None if embedding is None else nn.Parameter(embedding)
         self.encoder: nn.Module | None = None
 
+    def exact(self) -> "Level":
+        """Return a view of the same parameters with the exact log-determinant of T."""
+        view = copy.copy(self)
+        view._modules = {**self._modules, "flow": self.flow and self.flow.exact()}
+        return view
+
     def context(self, h: Tensor, rows: Rows) -> Tensor | None:
         """The context of T, ``(..., R, C)``; None without T.
 
@@ -199,6 +205,16 @@ class Hierarchy(FlowTransform):
     @property
     def reads_values(self) -> bool:
         return any(part.reads_values for part in self._parts())
+
+    @property
+    def ladj_is_exact(self) -> bool:
+        return all(part.ladj_is_exact for part in self._parts())
+
+    def _exact(self) -> "Hierarchy":
+        view = self.at(self.places, list(self.rows))
+        view.flow, view.affine = (part and part.exact() for part in (self.flow, self.affine))
+        view.levels = nn.ModuleList([level.exact() for level in self.levels])
+        return view
 
     def _parts(self) -> list[FlowTransform]:
         found = [self.flow, self.affine, *(level.flow for level in self.levels)]

@@ -12,7 +12,8 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
-from pyroflows.errors import CheckpointError, ModelError
+import pyroflows as pf
+from pyroflows.errors import CheckpointError, ModelError, OptionError
 from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.guides import AutoStructuredFlow
 from pyroflows.inference.batches import FixedArguments
@@ -276,3 +277,40 @@ def test_mask_of_a_group_without_its_rows_is_an_error():
 
     with pytest.raises(ModelError, match="leaves out a row of plate 'g'"):
         AutoStructuredFlow(model)()
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_it_starts_where_it_is_told(size):
+    y = torch.randn(8)
+    guide = AutoStructuredFlow(measured)
+    guide(y, size)
+    loc = torch.arange(1.0, 1.0 + guide.layout.dim)
+    guide.start_at(loc, torch.full_like(loc, 1e-4), y, size)
+    torch.testing.assert_close(guide.flow().sample(), loc, rtol=0.0, atol=0.01)
+    with pytest.raises(OptionError, match="give its diagonal"):
+        guide.start_at(loc, torch.eye(len(loc)), y, size)
+
+
+def estimated(dim):
+    return pf.Flow([pf.transforms.Residual(dim, hidden_dims=(8,), log_det="roulette")])
+
+
+def test_a_flow_of_globals_whose_densities_are_estimates_is_no_exact_one():
+    y = torch.randn(8)
+    guide = AutoStructuredFlow(measured, estimated)
+    guide(y, 3)
+    assert not guide.flow.transform.ladj_is_exact and guide.flow().is_exact
+    exact, z = guide.flow.transform.exact(), torch.randn(3, guide.layout.dim)
+    torch.testing.assert_close(exact.forward_and_ladj(z)[1], exact.forward_and_ladj(z)[1])
+
+
+@pytest.mark.parametrize(
+    ("flow_fn", "message"),
+    [
+        (lambda dim: pf.flows.IAF(dim, base="student_t"), "a standard normal base"),
+        (lambda dim: pf.Flow([pf.transforms.BatchNorm(dim)]), "BatchNorm"),
+    ],
+)
+def test_flows_of_globals_that_do_not_serve_are_refused(flow_fn, message):
+    with pytest.raises(OptionError, match=message):
+        AutoStructuredFlow(measured, flow_fn)(torch.randn(8), 3)

@@ -29,7 +29,7 @@ def recentred(density: Density, centering: Centering, starts: Tensor) -> Tensor:
         The same vectors before the changed layer, the first of which is the mean of the Gaussian.
 
     Raises:
-        ValueError: if the density is finite at the first start.
+        ValueError: if the density is not finite at the first start.
     """
     non_centred = centering.at(torch.zeros_like(centering.centredness))
     best = approximations(density, starts[:1])[0]
