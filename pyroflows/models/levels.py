@@ -80,11 +80,9 @@ class SiteLevel:
         Args:
             subsample: the indices of the rows that a run sees, by subsampled plate.
         """
-        found = torch.zeros(len(self.rows), dtype=torch.long)
-        for column, plate in enumerate(self.plates):
-            rows = self.rows[:, column]
-            found = found * plate.size + (subsample[plate.name][rows] if plate.name in subsample else rows)
-        return found
+        columns = zip(self.plates, self.rows.unbind(-1), strict=True)
+        rows = [subsample[plate.name][row] if plate.name in subsample else row for plate, row in columns]
+        return flat_places(torch.stack(rows, -1) if rows else self.rows, [plate.size for plate in self.plates])
 
     @property
     def is_subsampled(self) -> bool:
