@@ -11,6 +11,7 @@ from pyro.infer import config_enumerate
 from pyro.ops.indexing import Vindex
 from torch.distributions.utils import clamp_probs
 
+from pyroflows.errors import ModelError
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.requirements import describe_for_flow
@@ -362,3 +363,27 @@ def test_log_joint_and_gradient_are_those_of_the_form_that_is_summed_by_hand(mod
     torch.testing.assert_close(values, others, rtol=1e-8, atol=1e-8)
     gradients = [torch.autograd.grad(value.sum(), vectors)[0] for value in (values, others)]
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+def scaled_mixture(y, scale, other=None):
+    w = pyro.sample("w", dist.Beta(2.0, 2.0))
+    with pyro.plate("rows", len(y)), poutine.scale(scale=scale):
+        z = pyro.sample("z", dist.Bernoulli(w))
+        with poutine.scale(scale=1.0 if other is None else other):
+            pyro.sample("y", dist.Normal(4 * z - 2, 1.0), obs=y)
+
+
+def test_a_scale_acts_on_the_sum():
+    log_joint, vectors = made(scaled_mixture, Y, 0.3)
+    w = vectors[:, 0].sigmoid()
+    terms = [dist.Bernoulli(w).log_prob(k)[:, None] + dist.Normal(4 * k - 2, 1.0).log_prob(Y) for k in torch.eye(2)[0]]
+    prior = dist.Beta(2.0, 2.0).log_prob(w) + (w * (1 - w)).log()
+    torch.testing.assert_close(log_joint(vectors), prior + 0.3 * torch.logaddexp(*terms).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"), [((0.3, 0.5), "give them one scale"), ((torch.rand(4), None), "give poutine.scale a single")]
+)
+def test_scales_that_do_not_act_on_a_sum_as_a_whole_are_refused(scales, message):
+    with pytest.raises(ModelError, match=message):
+        made(scaled_mixture, Y, *scales)
