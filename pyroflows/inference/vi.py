@@ -261,7 +261,7 @@ class FlowVI:
                 if isinstance(error, FitInterrupted):
                     raise
                 raise FitInterrupted(
-                    "the fit was interrupted while it described the model: there is no posterior"
+                    "the fit was interrupted while it described the model, so that there is no result"
                 ) from None
 
     def _run_in_float64(self, args: Any, kwargs: Any, reason: str) -> Posterior | None:

@@ -127,7 +127,7 @@ def test_an_interrupt_before_the_model_is_known_leaves_nothing():
         raise KeyboardInterrupt
 
     vi = pf.FlowVI(model, **FITTED)
-    with pytest.raises(pf.FitInterrupted, match="there is no posterior") as caught:
+    with pytest.raises(pf.FitInterrupted, match="so that there is no result") as caught:
         vi.run()
     assert caught.value.result is vi.posterior is None
 

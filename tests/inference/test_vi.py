@@ -145,7 +145,7 @@ def test_what_is_no_gaussian_or_not_known_to_be_is_trained(model, monkeypatch):
 
 
 def very_heavy():
-    pyro.sample("x", dist.StudentT(1.5, torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("x", dist.StudentT(0.7, torch.zeros(2), 1.0).to_event(1))
 
 
 @pytest.mark.slow
@@ -383,7 +383,7 @@ def test_tempering_helps_out_of_one_mode():
     """From one start, which finds one mode."""
 
     def smaller_share(temper):
-        posterior = fit(near_modes, num_starts=1, num_steps=900, num_particles=64, temper=temper)
+        posterior = fit(near_modes, seed=1, num_starts=1, num_steps=900, num_particles=64, temper=temper)
         left = draws_of(posterior, "x")[:, 0].lt(0).double().mean().item()
         return min(left, 1 - left)
 
