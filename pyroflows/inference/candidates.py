@@ -1,7 +1,7 @@
 """Candidates for the posterior of a model: each is a family of flows with its starts, fitted and then compared."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -120,12 +120,14 @@ def is_enough(gaussian: FittedCandidate) -> bool:
     """Whether a Gaussian is so close to the posterior that a flow could not improve on it."""
     figures = gaussian.first_draws.figures
     # What takes no further draws comes first, since most Gaussians are not enough.
-    return (
-        figures.log_weight_variance.value < MAX_VARIANCE
-        and max(figures.mean_shift.value, abs(figures.sd_ratio.value - 1)) < MAX_MOVE
-        and gaussian.diagnosis.verdict == "good"
-        and (gaussian.diagnosis.unseen_share or 0.0) < MAX_SHARE
-    )
+    if figures.log_weight_variance.value >= MAX_VARIANCE:
+        return False
+    if max(figures.mean_shift.value, abs(figures.sd_ratio.value - 1)) >= MAX_MOVE:
+        return False
+    # That few starts might have missed a mode counts against a flow at the same starts as well.
+    found = gaussian.found and replace(gaussian.found, new_mode_probability=0.0)
+    diagnosis = gaussian.draws.diagnosis(gaussian.flow, gaussian.history, found)
+    return diagnosis.verdict == "good" and (diagnosis.unseen_share or 0.0) < MAX_SHARE
 
 
 def _mixed(flows: list[Flow], log_joint: LogJoint) -> Flow:

@@ -103,6 +103,12 @@ def test_where_steps_are_given_a_flow_is_trained(options):
     assert_exact(posterior)  # where it starts already
 
 
+def test_few_starts_train_no_flow():
+    """They might have missed a mode, which the verdict says; a flow at the same starts would miss it too."""
+    posterior = fit(regression, num_starts=1)
+    assert posterior.is_gaussian and posterior.diagnose().verdict == "correct it"
+
+
 def test_without_the_gate_a_flow_is_trained():
     posterior = fit(regression, gate=False)
     assert posterior.history.num_steps >= 200 and not posterior.is_gaussian
