@@ -1,5 +1,7 @@
 """What the default recipe of FlowVI rests on: one thing changed at a time, on posteriors that no Gaussian fits.
 
+Besides posteriordb's and two synthetic ones these are middle-sized hierarchies, simulated, of :mod:`.hierarchies`.
+
 For each variant and posterior: variance of the log weights (about twice the KL divergence; "good" is at most 0.1), and
 seconds of a processor for the fit. Gates are off.
 
@@ -27,12 +29,14 @@ import torch._dynamo  # what torch's optimizers import at their first step
 
 import pyroflows as pf
 from benchmarks import synthetic
+from benchmarks.hierarchies import data, models
 from benchmarks.posteriordb import reference
-from benchmarks.posteriordb.models import TARGETS
+from benchmarks.posteriordb.models import TARGETS, Target
 from pyroflows import flows
 
 POSTERIORS = ("eight_schools", "garch", "gp_pois", "hmm_example", "mesquite")
 SYNTHETIC = ("banana", "funnel")
+HIERARCHIES = ("radon", "items", "volatility", "cox_process")
 
 
 def iaf(dim: int, num_layers: int = 4, width: int = 32) -> flows.Flow:
@@ -41,6 +45,7 @@ def iaf(dim: int, num_layers: int = 4, width: int = 32) -> flows.Flow:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "chosen by FlowVI": {"guide": None, "gate": False},
     "total gradient": {"estimator": "total"},
     "DReG": {"estimator": "dreg"},
     "VarGrad": {"estimator": "vargrad"},
@@ -67,6 +72,10 @@ def problems(path: Path, names: list[str]) -> dict[str, tuple[Callable[..., Any]
         found[part] = target.model, target.args(reference.load(path, name).data), target.default_dtype
     for name in SYNTHETIC:
         found[name] = synthetic.TARGETS[name].model, (), nullcontext
+    for name in HIERARCHIES:
+        dtype = torch.float64 if name in data.IN_FLOAT64 else torch.float32
+        target = Target(partial(models.model(name), **models.arguments(name)), lambda _: (), dtype)
+        found[name] = target.model, (), target.default_dtype
     return {name: problem for name, problem in found.items() if not names or name in names}
 
 
