@@ -142,7 +142,7 @@ def test_teacher_draws_what_full_passes_draw(wavenet, tmp_path):
 
 # Clips of a pure tone repeat each other.
 @pytest.mark.filterwarnings("ignore:columns .* of x take few values")
-@pytest.mark.parametrize("from_folder", [False, True])
+@pytest.mark.parametrize("from_folder", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_example_runs(wavenet, tmp_path, capsys, from_folder):
     sources = tmp_path / "sources"
     sources.mkdir()
@@ -391,6 +391,10 @@ RUNS = {
         ["vae"],
     ),
 }
+LONG = {
+    *("amortized_inference", "discrete_flow", "distillation", "flow_matching"),
+    *("glow_images", "hierarchical_minibatch", "mixture_of_flows"),
+}
 
 
 def test_every_example_is_run():
@@ -398,7 +402,7 @@ def test_every_example_is_run():
     assert names == {*RUNS, "parallel_wavenet"}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in RUNS])
 def test_command_line(name, tmp_path, monkeypatch, capsys):
     arguments, printed, pictures = RUNS[name]
     monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments, "--no-progress-bar", "--output", str(tmp_path)])

@@ -124,6 +124,7 @@ def test_fit_amortized(monkeypatch, num_steps, num_fits):
     assert amortized.posterior(torch.tensor(1.0)).sample(3)["x"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_distill_and_fit_proposal_of_a_posterior(monkeypatch, posterior):
     for refit in (
         lambda: posterior.distill(num_steps=40, warm_start=20, **QUIET),

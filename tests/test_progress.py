@@ -95,6 +95,7 @@ def test_a_fit_that_is_repeated_in_float64(capsys, monkeypatch):
     assert shown[-1].startswith("in float64: fit: 55 starts, ")
 
 
+@pytest.mark.slow
 def test_the_total_is_shown_once_the_decay_begins(capsys):
     pf.FlowVI(skewed, gate=False, seed=0).run(torch.tensor(1.0))
     shown = capsys.readouterr().err

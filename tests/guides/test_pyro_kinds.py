@@ -392,6 +392,7 @@ def test_traced_predictive_follows_its_argument(make):
     assert y.std(0).min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [name for name, entry in registry.LAYERS.items() if not entry.is_slow])
 def test_traced_layers_compute_what_they_compute(layer):
     """In both directions, at other values than those at which they were traced."""

@@ -172,6 +172,7 @@ def test_too_many_equal_modes_are_counted_and_one_is_fitted():
     assert (posterior.sample(1000)["mu"].std(0) < 0.5).all()  # the draws are those of one order
 
 
+@pytest.mark.slow
 def test_four_equal_modes():
     """The right shares of the modes are known by symmetry; eight starts find all four in half of the fits."""
     y = torch.randn(6, generator=torch.Generator().manual_seed(0))

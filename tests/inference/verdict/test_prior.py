@@ -30,7 +30,7 @@ def share_of_slab(sd):
     return float(densities[1] / sum(densities))
 
 
-@pytest.mark.parametrize("sd", [1e-3, 1e-2])
+@pytest.mark.parametrize("sd", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-2])
 def test_a_flow_that_misses_the_slab_is_not_good(sd):
     posterior = pf.FlowVI(spike_on_slab(sd), seed=0, progress_bar=False).run(ONE)
     diagnosis = posterior.diagnose()
@@ -79,6 +79,7 @@ def test_without_data_or_draws_there_is_no_share():
     assert posterior._diagnostics.unseen_by_prior is None
 
 
+@pytest.mark.slow
 def test_draws_of_next_to_no_weight_are_left_out(monkeypatch):
     posterior = pf.FlowVI(spike_on_slab(1e-2, noise=1.0), seed=0, progress_bar=False).run(0 * ONE)
     draws = posterior._diagnostics
