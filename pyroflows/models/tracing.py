@@ -97,8 +97,8 @@ def _broadcast_value(node: Any) -> Tensor:
     if not _broadcasts_to(value.shape, shape):
         raise ModelError(
             f"the model has dynamic structure, or init_loc_fn is wrong: latent site '{node['name']}' has shape "
-            f"{tuple(value.shape)} in one run and {tuple(shape)} in another; a flow needs the same shapes in every run. Data "
-            "with other rows of latents need a fit of their own, or posterior.local(...) with an encoder of rows"
+            f"{tuple(value.shape)} in one run and {tuple(shape)} in another; a flow needs the same shapes in each run. "
+            "Data with other rows of latents need a fit of their own, or posterior.local(...) with an encoder of rows"
         )
     return value.expand(shape)
 
