@@ -35,9 +35,9 @@ from pyroflows.models.value_reads import ValueReads, caught_failure
 from pyroflows.models.ways import chunks_with_all_factors, joined, rows_of
 from pyroflows.randomness import random_state, seeded
 
-# A batch is cut into chunks whose sites hold about this many numbers, since work that stays in a processor's cache is
-# up to four times as fast as work that does not.
-MAX_NUMBERS = 2**19
+# A batch is cut into chunks whose largest site holds about this many numbers, since work that stays in a processor's
+# cache is up to four times as fast as work that does not, and all sites this many, since they are kept.
+MAX_NUMBERS, MAX_NUMBERS_OF_ALL = 2**19, 2**23
 NUM_EXAMPLES = 5
 NUM_FAR = 8  # further examples, which may lie anywhere
 NUM_SLOW = 10  # draws of a chunk where each takes a run of its own
@@ -197,8 +197,8 @@ class BatchedModel:
     def chunk_size(self) -> int:
         """The number of draws that one run should hold, so that they fit into a processor's cache; few one by one."""
         most = NUM_SLOW if self.mode == "loop" else MAX_NUMBERS  # progress is shown, and kept, chunk by chunk
-        num_values = sum(value.numel() for value in self.reference.values.values())
-        return max(1, min(most, MAX_NUMBERS // (num_values + self._runner.handler.num_factors)))
+        sizes = [value.numel() for value in self.reference.values.values()] + self._runner.handler.factor_sizes
+        return max(1, min(most, MAX_NUMBERS // max(sizes), MAX_NUMBERS_OF_ALL // sum(sizes)))
 
     @property
     def _is_random(self) -> bool:

@@ -148,7 +148,7 @@ class EnumeratedRun(RunHandler):
         if not is_discrete and not self._is_enumerated(log_prob.shape):
             self.record.log_probs[name] = scale_and_mask(log_prob, scale)
             return
-        self.num_factors += log_prob.numel()
+        self.factor_sizes.append(log_prob.numel())
         node = {key: msg[key] for key in ("type", "name", "fn", "value", "infer", "cond_indep_stack")}
         # A given value counts as observed when discrete sites are drawn.
         node |= {"mask": None, "scale": scale, "is_observed": not is_discrete}
@@ -222,7 +222,8 @@ class EnumeratedRun(RunHandler):
 
 
 def _sharing(enumeration: Enumeration) -> AbstractContextManager[Any]:
-    return SharedResults() if enumeration.shares_results else nullcontext()
+    # To find shared results takes longer than small operations do; it pays where they are recorded or differentiated.
+    return SharedResults() if enumeration.shares_results and torch.is_grad_enabled() else nullcontext()
 
 
 def _infer_config(site: Any, names: frozenset[str]) -> dict[str, Any]:

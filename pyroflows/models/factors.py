@@ -54,14 +54,22 @@ class Factor:
 
 def connected(factors: Sequence[Factor]) -> Iterator[list[Factor]]:
     """Group factors that depend on the same discrete variables, directly or through other factors, in their order."""
-    groups: list[tuple[set[str], list[int]]] = []
+    by_variable: dict[str, list[int]] = {}
     for i, factor in enumerate(factors):
-        variables = set(factor.variables.values())
-        joined = [group for group in groups if group[0] & variables]
-        groups = [group for group in groups if not group[0] & variables]
-        groups.append((variables.union(*(g[0] for g in joined)), [*(j for g in joined for j in g[1]), i]))
-    for _, indices in groups:
-        yield [factors[i] for i in sorted(indices)]
+        for variable in factor.variables.values():
+            by_variable.setdefault(variable, []).append(i)
+    done: set[int] = set()
+    for first in range(len(factors)):
+        members: set[int] = set()
+        found = {first} - done
+        while found:
+            i = found.pop()
+            members.add(i)
+            # Each variable leads to its factors once.
+            found.update(j for v in factors[i].variables.values() for j in by_variable.pop(v, ()) if j not in members)
+        done |= members
+        if members:
+            yield [factors[i] for i in sorted(members)]
 
 
 def sum_of_products(factors: Sequence[Factor], symbol_to_dim: dict[str, int]) -> Tensor:
@@ -107,13 +115,18 @@ def _merged(factors: Sequence[Factor]) -> list[Factor]:
     different factors, of which Pyro takes the exponentials one by one.
     """
     made: list[Factor] = []
+    # The indices of those in the same plates that depend on a variable; None stands for any.
+    places: dict[tuple[frozenset[tuple[int, str]], tuple[int, str] | None], list[int]] = {}
     # Those that depend on more variables come first, so that others find them.
     for factor in sorted(factors, key=lambda factor: -len(factor.variables)):
-        for i, other in enumerate(made):
-            if other.plates == factor.plates and factor.variables.items() <= other.variables.items():
-                made[i] = replace(other, tensor=other.tensor + factor.tensor)
+        plates, variables = frozenset(factor.plates.items()), factor.variables.items()
+        for i in min((places.get((plates, v), []) for v in [None, *variables]), key=len):
+            if variables <= made[i].variables.items():
+                made[i] = replace(made[i], tensor=made[i].tensor + factor.tensor)
                 break
         else:
+            for v in (None, *variables):
+                places.setdefault((plates, v), []).append(len(made))
             made.append(factor)
     return made
 

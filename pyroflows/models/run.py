@@ -95,7 +95,7 @@ class RunHandler(Messenger):
         rows: the indices that were drawn, by subsampled plate.
         max_plate_nesting: the largest number of batch dimensions of a site.
         scored: the site whose log-density is being computed; None between sites.
-        num_factors: the number of entries of all factors that are summed over discrete latents.
+        factor_sizes: the number of entries of each factor that is summed over discrete latents.
         groups: the names of the sites whose log-densities are recorded as one, by the name of the record.
     """
 
@@ -117,7 +117,7 @@ class RunHandler(Messenger):
         self.rows: dict[str, Tensor] = {}
         self.max_plate_nesting = 0
         self.scored: str | None = None
-        self.num_factors = 0
+        self.factor_sizes: list[int] = []
         self.groups: dict[str, tuple[str, ...]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -24,7 +24,7 @@ from pyroflows.models.tracing import Model
 MAX_NUMBERS, MAX_NUMBERS_EACH = 2**22, 100
 
 
-@torch.no_grad()
+@torch.enable_grad()  # since only runs with gradients share results
 def checked_summable(structure: ModelStructure, model: Model, args: Any, kwargs: Any, trace: Trace) -> ModelStructure:
     """Raise if the discrete latents of a model cannot be summed out, by a run in which they are.
 

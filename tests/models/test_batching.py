@@ -514,12 +514,24 @@ def test_chunks(case, monkeypatch):
     log_joint = log_joint_of(case.model)
     vectors = vectors_for(log_joint, 11)
     expected = log_joint(vectors)
-    numbers = sum(value.numel() for value in log_joint.batched.reference.values.values())
+    numbers = max(value.numel() for value in log_joint.batched.reference.values.values())
     monkeypatch.setattr(batching, "MAX_NUMBERS", 3 * numbers)
     assert log_joint.batched.chunk_size == 3
     result = log_joint.in_chunks(vectors.requires_grad_())
     assert not result.requires_grad
     assert same(result, expected)
+
+
+def test_chunks_of_many_small_sites_hold_many_draws(monkeypatch):
+    def model():
+        for i in range(20):
+            pyro.sample(f"x_{i}", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    batched = log_joint_of(model).batched
+    monkeypatch.setattr(batching, "MAX_NUMBERS", 300)
+    assert batched.chunk_size == 100
+    monkeypatch.setattr(batching, "MAX_NUMBERS_OF_ALL", 600)
+    assert batched.chunk_size == 10
 
 
 def test_chunks_hold_at_least_one_draw(monkeypatch):
