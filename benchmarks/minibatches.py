@@ -5,7 +5,7 @@ rows are drawn from all data, or come from a ``DataLoader``. All run in turn in 
 steps at different numbers of rows. Setting up, and the largest memory of the process, are told of each alone, in a
 process of its own.
 
-    python -m benchmarks.minibatches --rounds 7 --rows 1000 100000
+    python -m benchmarks.minibatches --rounds 7 --rows 1000 100000 --particles 128
     python -m benchmarks.minibatches --setup 1000000 learned
 """
 
@@ -28,7 +28,7 @@ from benchmarks.timing import in_turn, milliseconds, ratio
 from pyroflows.guides.structured import AutoStructuredFlow
 from pyroflows.training.loop import Trainer
 
-BATCH, NUM_PARTICLES = 64, 128
+BATCH = 64
 KINDS = ["encoder", "learned", "encoder, loader", "learned, loader"]
 
 
@@ -67,7 +67,7 @@ class Ready(Exception):
     """Ends a fit before its first step."""
 
 
-def fit(kind: str, num_rows: int) -> Trainer:
+def fit(kind: str, num_rows: int, num_particles: int | None) -> Trainer:
     """The trainer of a fit that is set up."""
     torch.manual_seed(0)
     y = 1.0 + 1.4 * torch.randn(num_rows)
@@ -83,7 +83,7 @@ def fit(kind: str, num_rows: int) -> Trainer:
 
     original, Trainer.run = Trainer.run, run
     try:
-        pf.FlowVI(model, guide, num_particles=NUM_PARTICLES, num_steps=10**6, progress_bar=False, seed=0).run(data)
+        pf.FlowVI(model, guide, num_particles=num_particles, num_steps=10**6, progress_bar=False, seed=0).run(data)
     except Ready:
         pass
     finally:
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=20, help="steps in a round")
+    parser.add_argument("--particles", type=int, help="draws a step; the default of the fit, 16, unless given")
     parser.add_argument("--setup", nargs=2, metavar=("ROWS", "KIND"), help="set up alone, and tell time and memory")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -110,12 +111,12 @@ def main() -> None:
     if args.setup:
         num_rows, kind = int(args.setup[0]), args.setup[1]
         before, start = peak(), time.perf_counter()
-        fit(kind, num_rows)
+        fit(kind, num_rows, args.particles)
         print(f"{kind}, {num_rows} rows: set up in {time.perf_counter() - start:.1f} s, {peak() - before:.0f} MiB more")
         return
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {args.threads} threads")
     with ExitStack() as stack, pyro.validation_enabled(False):
-        contenders = {f"{kind}, {n}": step_of(fit(kind, n), stack) for kind in args.kinds for n in args.rows}
+        contenders = {f"{kind}, {n}": step_of(fit(kind, n, args.particles), stack) for kind in args.kinds for n in args.rows}
         times = in_turn(contenders, args.rounds, args.repeats)
     print(f"{'':20}" + "".join(f"{n:>12} rows" for n in args.rows) + f"{'ratio':>10}")
     for kind in args.kinds:

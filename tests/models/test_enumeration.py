@@ -188,6 +188,14 @@ def latent_below():
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.7))
 
 
+def triangle():
+    """Each pair of discrete sites has an observation of its own."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    u, v, w = (pyro.sample(name, dist.Bernoulli(0.3)) for name in "uvw")
+    for i, (first, second) in enumerate([(u, v), (v, w), (u, w)]):
+        pyro.sample(f"y_{i}", dist.Normal(a * first + second, 1.0), obs=Y[i])
+
+
 def unused():
     pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("z", dist.Categorical(torch.tensor([0.2, 0.8])))
@@ -208,6 +216,7 @@ MODES = {
     one_hot: "plate",
     binomial: "plate",
     latent_below: "plate",
+    triangle: "plate",
     unused: "plate",
 }
 
@@ -263,6 +272,29 @@ def long_chains_by_hand(y):
             alpha = torch.logsumexp(alpha[:, None] + transition, 0)
             alpha = alpha + dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(value)
         pyro.factor(f"series_{i}", torch.logsumexp(alpha, 0))
+
+
+def chain_that_writes(y):
+    """Writes into tensors that were the same before."""
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    z = torch.tensor(0.0)
+    for t in pyro.markov(range(len(y))):
+        z = pyro.sample(f"z_{t}", dist.Bernoulli(0.1 + 0.8 * p * z))
+        loc, scale = 2 * z, 2 * z
+        loc += t
+        scale += 1
+        pyro.sample(f"y_{t}", dist.Normal(loc, scale), obs=y[t])
+
+
+def chain_that_writes_by_hand(y):
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    stay = torch.stack([torch.tensor(0.1), 0.1 + 0.8 * p])
+    transition = torch.stack([1 - stay, stay], -1).log()
+    alpha = torch.tensor([0.0, -torch.inf])
+    for t, value in enumerate(y):
+        law = dist.Normal(torch.tensor([0.0, 2.0]) + t, torch.tensor([1.0, 3.0]))
+        alpha = torch.logsumexp(alpha[:, None] + transition, 0) + law.log_prob(value)
+    pyro.factor("chain", torch.logsumexp(alpha, 0))
 
 
 def mixture(y):
@@ -352,6 +384,7 @@ BY_HAND = {
     "hmm": (hmm, hmm_by_hand, 2 * torch.sin(torch.arange(40.0) / 5)),
     "long-chain": (long_chain, long_chain_by_hand, 2 * torch.sin(torch.arange(20.0))),
     "long-chains": (long_chains_in_a_plate, long_chains_by_hand, torch.sin(torch.arange(40.0)).reshape(2, 20)),
+    "writes": (chain_that_writes, chain_that_writes_by_hand, torch.arange(10.0) + torch.sin(torch.arange(10.0))),
     "capture-recapture": (capture_recapture, capture_recapture_by_hand, HISTORIES),
 }
 
