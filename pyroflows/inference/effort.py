@@ -11,6 +11,7 @@ from pyroflows.inference.elbo import MinibatchELBO, ModelELBO
 from pyroflows.training.history import History
 from pyroflows.training.loop import LEARNING_RATE, OptimizerLike
 from pyroflows.training.schedules import Plateau
+from pyroflows.training.table_adam import TableAdam
 from pyroflows.transforms.hierarchy import Hierarchy
 
 NUM_PARTICLES = 128
@@ -73,8 +74,9 @@ def updates_of(objective: ModelELBO, optimizer: OptimizerLike | None) -> dict[st
         optimizer: the optimizer that the user gave, or None.
     """
     if optimizer is None and isinstance(objective, MinibatchELBO) and _has_tables_alone(objective.flow):
-        adam = partial(torch.optim.Adam, lr=LEARNING_RATE, betas=BETAS_OF_TABLES, fused=True)
-        return {"optimizer": adam, "max_norm": math.inf}
+        adam = partial(TableAdam, lr=LEARNING_RATE, betas=BETAS_OF_TABLES, fused=True)
+        tables = [table for level in objective.flow.layers[-1].levels for table in (level.embedding, level.affine.table)]
+        return {"optimizer": adam, "max_norm": math.inf, "tables": tables}
     return {"optimizer": optimizer}
 
 

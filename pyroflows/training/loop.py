@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
@@ -51,6 +51,8 @@ class Trainer:
         max_norm: the largest norm of a gradient, to which longer ones are clipped, positive.
         compile: "auto", "trace", "inductor" or "none", as for :class:`pyroflows.FlowVI`; or a
             :class:`pyroflows.compiling.Compiler`.
+        tables: parameters of which each step reads a few rows, see :class:`pyroflows.training.step.Step`; the optimizer
+            gets sparse gradients of them.
         combine_gradients: a function that changes the list of gradients in place, after they are computed and before
             they are clipped. Several processes, each with a part of the batch, can average their gradients here.
         callback: a function of the history, called once in 50 steps; training ends if it returns False.
@@ -80,6 +82,7 @@ class Trainer:
         learning_rate: float = LEARNING_RATE,
         max_norm: float = MAX_NORM,
         compile: str | Compiler = "auto",
+        tables: Sequence[Tensor] = (),
         combine_gradients: Callable[[list[Tensor]], None] | None = None,
         callback: Callable[[History], bool | None] | None = None,
         progress_bar: bool | Progress = True,
@@ -87,7 +90,7 @@ class Trainer:
         self.history = History()
         self._objective = objective
         self._schedule = schedule
-        self._step = Step(objective, compile if isinstance(compile, Compiler) else Compiler(compile))
+        self._step = Step(objective, compile if isinstance(compile, Compiler) else Compiler(compile), tables)
         self._optimizer = _made(
             optimizer or partial(torch.optim.Adam, lr=learning_rate, fused=True), self._step.parameters
         )
@@ -190,7 +193,7 @@ class Trainer:
         figures = self._step()
         if self._combine_gradients is not None:
             self._combine_gradients([p.grad for p in self._step.parameters if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(self._step.parameters, self._max_norm).item()
+        norm = _clipped(self._step.parameters, self._max_norm)
         is_good = math.isfinite(norm) and math.isfinite(self._monitored(figures))
         self._num_bad = 0 if is_good else self._num_bad + 1
         self.history.append(**figures, grad_norm=norm, learning_rate=self._rates[0] * factor)
@@ -288,6 +291,18 @@ def ends_training(answer: Any) -> bool:
         (False, True)
     """
     return answer is not None and not answer
+
+
+def _clipped(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Scale the gradients of parameters so that their norm is at most so large; return what it was."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # Those of tables are coalesced, so that their values are the entries that are not zero.
+    values = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+    norm = torch.nn.utils.get_total_norm(values).item()
+    if norm > max_norm:
+        for value in values:
+            value.mul_(max_norm / (norm + 1e-6))
+    return norm
 
 
 def _copy(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pyroflows.compiling.singular import is_singular
 from pyroflows.errors import OptionError, UntraceableError
 from pyroflows.training.objective import Figures, Objective
 from pyroflows.transforms.continuous.counting import Evaluations, Penalties
+from pyroflows.transforms.tables import TableReads
 
 # The compiled step is compared with the original at parameters with noise of this standard deviation.
 PARAMETER_NOISE = 0.03
@@ -28,10 +29,12 @@ class Step:
     Args:
         objective: the objective to minimise.
         compiler: the compiler that makes programs of the step, one for each of the first four shapes of its draws.
+        tables: parameters of the objective of which a step reads a few rows, by
+            :func:`pyroflows.transforms.tables.rows_at` alone; their gradients are sparse.
 
     Attributes:
         parameters: the tensors for the optimiser. This is one flat tensor, so that a step of the optimiser is one
-            operation, or the objective's parameters if their dtypes or devices differ.
+            operation, or the objective's parameters if their dtypes or devices differ; then the tables.
 
     Raises:
         OptionError: if the objective has no parameters, or one of them does not require gradients.
@@ -39,20 +42,23 @@ class Step:
             is not "auto".
     """
 
-    def __init__(self, objective: Objective, compiler: Compiler) -> None:
+    def __init__(self, objective: Objective, compiler: Compiler, tables: Sequence[Tensor] = ()) -> None:
         self._objective = objective
-        self._trained = list(objective.parameters)
+        self._tables = list(tables)
+        is_table = set(map(id, tables))
+        self._trained = [p for p in objective.parameters if id(p) not in is_table]
         if not self._trained:
             raise OptionError("there are no parameters to train")
         if not all(parameter.requires_grad for parameter in self._trained):
             raise OptionError("a trained tensor does not require gradients: make it with requires_grad=True")
         # The parameters get the layout that they will have in the flat tensor, since a recorded step relies on it.
-        for parameter in self._trained:
+        for parameter in (*self._trained, *self._tables):
             parameter.data = parameter.detach().contiguous()
         self._is_flat = len({(p.dtype, p.device) for p in self._trained}) == 1
-        self.parameters = [_flat(self._trained)] if self._is_flat else self._trained
-        self._views = [p.detach() for p in self._trained]
-        self._gradient = _Gradient(objective, self._trained)
+        self._dense = [_flat(self._trained)] if self._is_flat else self._trained
+        self.parameters = [*self._dense, *self._tables]
+        self._views = self._views_now()
+        self._gradient = _Gradient(objective, self._trained, self._tables)
         self._compiler = compiler
         self._programs: dict[Any, Callable[..., Sequence[Tensor]]] = {}
         # The first draws of their shapes, at which a program of later ones is checked.
@@ -65,14 +71,16 @@ class Step:
         """Draw, fill the gradients of the parameters, and return the figures by name."""
         try:
             drawn = self._objective.draw()
-            gradient, figures = self._function(drawn)(*self._views, *drawn)
+            gradient, figures, *of_rows = self._function(drawn)(*self._views, *drawn)
         except RuntimeError as error:
             if not is_singular(error):
                 raise
             return self._left_out()
-        parts = gradient.split([p.numel() for p in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
+        parts = gradient.split([p.numel() for p in self._dense])
+        for parameter, part in zip(self._dense, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter)
+        for table, ids, rows in zip(self._tables, of_rows[::2], of_rows[1::2], strict=True):
+            table.grad = torch.sparse_coo_tensor(ids[None], rows, table.shape, check_invariants=False).coalesce()
         return dict(zip(self._gradient.names, figures.tolist(), strict=True))
 
     @contextmanager
@@ -83,7 +91,7 @@ class Step:
         """
         try:
             if self._is_flat:
-                self._share(self.parameters[0].detach().split([p.numel() for p in self._trained]))
+                self._share(self._dense[0].detach().split([p.numel() for p in self._trained]))
             yield
         finally:
             if self._is_flat:
@@ -96,7 +104,10 @@ class Step:
         for parameter, part in zip(self._trained, memory, strict=True):
             view = part.view_as(parameter)
             parameter.data = view.copy_(parameter.detach())
-        self._views = [p.detach() for p in self._trained]
+        self._views = self._views_now()
+
+    def _views_now(self) -> list[Tensor]:
+        return [p.detach() for p in (*self._trained, *self._tables)]
 
     def _record_first(self) -> None:
         """Make the program of the first draws."""
@@ -125,7 +136,7 @@ class Step:
         noisy = [p + PARAMETER_NOISE * torch.randn_like(p) for p in self._views]
         state = [self._objective.flow, *self._objective.state]
         # The check writes into the examples, which may be the data of the user.
-        examples = [*self._trained, *(tensor.clone() for tensor in drawn)]
+        examples = [*self._trained, *self._tables, *(tensor.clone() for tensor in drawn)]
         others = [*noisy, *self._seen.pop(shapes)]
         self._programs[shapes] = self._compiler(self._gradient, examples, others, state)
 
@@ -145,28 +156,43 @@ class _Gradient:
     Args:
         objective: the objective.
         trained: the parameters, which are also the first inputs.
+        tables: the tables, which are the next inputs.
 
     Attributes:
         names: the names of the figures of the last call.
     """
 
-    def __init__(self, objective: Objective, trained: Sequence[Tensor]) -> None:
+    def __init__(self, objective: Objective, trained: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
         self.names: list[str] = []
         self._objective = objective
-        self._trained = trained
+        self._trained, self._tables = trained, tables
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        drawn = inputs[len(self._trained) + len(self._tables) :]
         with torch.enable_grad():
-            with Penalties() as penalties, Evaluations() as evaluations:
-                loss, figures = self._checked(self._objective.loss(*inputs[len(self._trained) :]))
+            with Penalties() as penalties, Evaluations() as evaluations, TableReads(self._tables) as reads:
+                loss, figures = self._checked(self._objective.loss(*drawn))
             loss = loss + penalties.total if penalties.found else loss
-            gradients = torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
+            leaves = [*self._trained, *reads.rows]
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         if self._objective.monitor == "loss":
             figures = {"loss": loss, **figures}
         if evaluations.total:  # of the networks of continuous layers
             figures = {**figures, "evaluations": loss.new_tensor(float(evaluations.total))}
         self.names = list(figures)
-        return torch.cat([g.reshape(-1) for g in gradients]), torch.stack([f.detach() for f in figures.values()])
+        of_trained, of_rows = gradients[: len(self._trained)], gradients[len(self._trained) :]
+        return (
+            torch.cat([g.reshape(-1) for g in of_trained]),
+            torch.stack([f.detach() for f in figures.values()]),
+            *self._by_table(reads, of_rows),
+        )
+
+    def _by_table(self, reads: TableReads, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the indices of the rows of each table that were read, and the gradients of these."""
+        for place, table in enumerate(self._tables):
+            found = [i for i, other in enumerate(reads.places) if other == place]
+            yield torch.cat([reads.ids[i] for i in found] or [table.new_empty(0, dtype=torch.long)])
+            yield torch.cat([gradients[i] for i in found] or [table.new_empty(0, *table.shape[1:])])
 
     def _checked(self, result: Any) -> tuple[Tensor, Figures]:
         """Return what the objective's loss gave, if it is a loss that can be minimised, and figures to record."""

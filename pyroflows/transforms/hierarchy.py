@@ -12,6 +12,7 @@ from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform, Pair, Triple
 from pyroflows.transforms.gradients import pull_back
 from pyroflows.transforms.local_affine import LocalAffine
+from pyroflows.transforms.tables import rows_at
 
 # Without gradients vectors are mapped in parts of about so many numbers.
 MAX_NUMBERS = 2**16
@@ -120,7 +121,7 @@ class Level(nn.Module):
             return None
         parts = [h]
         if self.embedding is not None:
-            parts.append(self.embedding[rows.ids])
+            parts.append(rows_at(self.embedding, rows.ids))
         if rows.features is not None:
             parts.append(rows.features)
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))

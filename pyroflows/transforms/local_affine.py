@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from pyroflows.nets import MLP
 from pyroflows.transforms.linear.positive_diagonal import positive_diagonal
 from pyroflows.transforms.linear.solves import solve
+from pyroflows.transforms.tables import rows_at
 from pyroflows.transforms.univariate.clamp import soft_clamped
 
 # Where h is far out, scales would overflow.
@@ -132,7 +133,7 @@ class LocalAffine(nn.Module):
         """Return b, B, W and T of each row in one tensor; None where nothing is learned."""
         parts = []
         if self.table is not None:
-            parts.append(self.table[ids])
+            parts.append(rows_at(self.table, ids))
         if self.net is not None:
             parts.append(self.net(features))
         return sum(parts[1:], parts[0]) if parts else None
