@@ -116,7 +116,9 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {args.threads} threads")
     with ExitStack() as stack, pyro.validation_enabled(False):
-        contenders = {f"{kind}, {n}": step_of(fit(kind, n, args.particles), stack) for kind in args.kinds for n in args.rows}
+        contenders = {
+            f"{kind}, {n}": step_of(fit(kind, n, args.particles), stack) for kind in args.kinds for n in args.rows
+        }
         times = in_turn(contenders, args.rounds, args.repeats)
     print(f"{'':20}" + "".join(f"{n:>12} rows" for n in args.rows) + f"{'ratio':>10}")
     for kind in args.kinds:

@@ -4,8 +4,6 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
-
 from pyroflows.flows import Flow
 from pyroflows.inference.elbo import MinibatchELBO, ModelELBO
 from pyroflows.training.history import History
@@ -75,7 +73,9 @@ def updates_of(objective: ModelELBO, optimizer: OptimizerLike | None) -> dict[st
     """
     if optimizer is None and isinstance(objective, MinibatchELBO) and _has_tables_alone(objective.flow):
         adam = partial(TableAdam, lr=LEARNING_RATE, betas=BETAS_OF_TABLES, fused=True)
-        tables = [table for level in objective.flow.layers[-1].levels for table in (level.embedding, level.affine.table)]
+        tables = [
+            table for level in objective.flow.layers[-1].levels for table in (level.embedding, level.affine.table)
+        ]
         return {"optimizer": adam, "max_norm": math.inf, "tables": tables}
     return {"optimizer": optimizer}
 

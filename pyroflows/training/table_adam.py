@@ -15,10 +15,10 @@ class TableAdam(torch.optim.Adam):
     .. math:: \sum_{j \ge 0} \eta \frac{(1 - \beta_1) \beta_1^j g}{\sqrt{\beta_2^j v}}
         = \eta \frac{1 - \beta_1}{1 - \beta_1 / \sqrt{\beta_2}} \frac{g}{\sqrt{v}}
 
-    in all, at a constant rate :math:`\eta`. Here the row moves so far at once, so that it has no momentum to keep, and v
-    decays by the number of steps since the row was last read, exactly as that of Adam:
-    :math:`v_t = \beta_2^{t - s} v_s + (1 - \beta_2) g^2`, divided by :math:`1 - \beta_2^t`. Where rows come again before
-    their momentum is spent, it differs from Adam by when they move, and not by how far.
+    in all, at a constant rate :math:`\eta`. Here the row moves so far at once, so that it has no momentum to keep. Its
+    second moment decays by the number of steps since the step s that last read it, exactly as that of Adam:
+    :math:`v_t = \beta_2^{t - s} v_s + (1 - \beta_2) g^2`, divided by :math:`1 - \beta_2^t`. Where rows come again
+    before their momentum is spent, this differs from Adam by when they move, and hardly by how far.
 
     Args:
         params: the parameters.

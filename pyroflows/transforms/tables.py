@@ -1,7 +1,7 @@
 """Read rows of tables of parameters, so that whoever asks gets gradients of the rows alone.
 
-The gradient of ``table[ids]`` with respect to the table is as large as the table. Inside of :class:`TableReads` the rows
-that are read are leaves of their own.
+The gradient of ``table[ids]`` with respect to the table is as large as the table. Inside of :class:`TableReads` the
+rows that are read are leaves of their own.
 """
 
 from collections.abc import Sequence
