@@ -27,7 +27,7 @@ class TableAdam(torch.optim.Adam):
     Example:
         >>> table = torch.zeros(1000, 2, requires_grad=True)
         >>> adam = TableAdam([table], lr=0.1)
-        >>> table.grad = torch.sparse_coo_tensor([[3]], [[1.0, -1.0]], table.shape)
+        >>> table.grad = torch.sparse_coo_tensor([[3]], [[1.0, -1.0]], table.shape, check_invariants=True)
         >>> adam.step()
         >>> table[3].sign(), table.count_nonzero()
         (tensor([-1.,  1.], grad_fn=<SignBackward0>), tensor(2))
