@@ -61,6 +61,26 @@ def rows_of(
     return found
 
 
+def given_scale(levels: Sequence[SiteLevel], level: SiteLevel, num_read: int) -> Tensor:
+    r"""The factors of the elements on which the rows of a level depend, ``(p,)``.
+
+    The n rows below an element determine it to about :math:`n^{-1/2}`, so that their laws hardly change over its
+    posterior: by about :math:`n^{-1/2}` of their own width. Noise in the n dependences adds up, and would make the
+    element too narrow. Hence rows get the element times :math:`n^{-1/2}`, so that a step of training changes a
+    dependence by as little.
+
+    Args:
+        levels: the levels of the hierarchy.
+        level: the level of the rows.
+        num_read: the number of global elements on which they depend.
+    """
+    factors = [torch.full((num_read,), level.num_rows**-0.5)]
+    for parent in level.parents:
+        above = levels[1 + parent]
+        factors.append(torch.full((above.places.shape[1],), (above.num_rows / level.num_rows) ** 0.5))
+    return torch.cat(factors)
+
+
 def hierarchical_flow(
     levels: Sequence[SiteLevel],
     rows: Sequence[Rows],
@@ -98,6 +118,8 @@ def hierarchical_flow(
         )
         embedding = torch.randn(level.num_rows, EMBEDDING_DIM) if is_learned else None
         flow = local_flow_fn(dim, given_dim + (EMBEDDING_DIM if is_learned else 0) + features_dim)
-        parts.append(Level(flow, affine, level.parents, read, embedding))
+        # Each step sees few rows of a table, which would learn their dependences too slowly at this scale.
+        factors = None if is_learned else given_scale(levels, level, len(read))
+        parts.append(Level(flow, affine, level.parents, read, embedding, factors))
         parts[-1].encoder = own.encoder if isinstance(own, EncodedRows) else None
     return Flow([Hierarchy(inner, last, places, parts, rows)], standardize=False).to(loc)

@@ -20,11 +20,12 @@ LEAST_DECAY_OF_ROWS = 100
 # Where a step sees a part of the rows, further draws would not reduce the noise that this leaves, but further steps do.
 NUM_PARTICLES_OF_PARTS, LEAST_STEPS_OF_PARTS = 16, 2000
 # How latents of rows depend on the global ones is small beside the noise of steps, and settles while the rate falls.
-LEAST_DECAY_OF_PARTS = 3600
+# Each step sees few rows of a table, but all of an encoder.
+LEAST_STEPS_OF_ENCODERS = 1500
+LEAST_DECAY_OF_TABLES, LEAST_DECAY_OF_ENCODERS = 3600, 1500
 # The mean of clipped gradients over parts is not that of all rows, so that global latents end beside the optimum.
-# Without clipping Adam has to forget the first, large gradients sooner, and no step is then above its rate. Tables of
-# rows gain by this, but the networks that read features lose more by the noise than the global latents gain.
-BETAS_OF_TABLES = (0.9, 0.99)
+# Without clipping Adam has to forget the first, large gradients sooner, and no step is then above its rate.
+BETAS_OF_PARTS = (0.9, 0.99)
 # Below this variance, averaged over the window of steps, the learning rate starts its final decay.
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
@@ -38,7 +39,7 @@ def num_particles_of(objective: ModelELBO) -> int:
     """
     if isinstance(objective, MinibatchELBO):
         return NUM_PARTICLES_OF_PARTS
-    if not isinstance(objective.flow.layers[-1], Hierarchy):
+    if not _has_rows(objective.flow):
         return NUM_PARTICLES
     # Each draw has all rows, which share a flow.
     return max(LEAST_PARTICLES, min(NUM_PARTICLES, MAX_NUMBERS_A_STEP // objective.flow.dim))
@@ -55,10 +56,13 @@ def schedule_of(objective: ModelELBO, num_steps: int | None, hold: int) -> Plate
     options: dict[str, Any] = {"falls": objective.falls}
     if isinstance(objective, MinibatchELBO):
         # The variance of the log weights is that of a part of the rows, and says nothing of all.
-        if isinstance(objective.flow.layers[-1], Hierarchy):
-            options["min_decay"] = LEAST_DECAY_OF_PARTS
-        return Plateau(objective.monitor, num_steps, hold=max(hold, LEAST_STEPS_OF_PARTS), **options)
-    if isinstance(objective.flow.layers[-1], Hierarchy):
+        least = LEAST_STEPS_OF_PARTS
+        if _has_rows(objective.flow):
+            has_table = any(level.affine.table is not None for level in objective.flow.layers[-1].levels)
+            least = LEAST_STEPS_OF_PARTS if has_table else LEAST_STEPS_OF_ENCODERS
+            options["min_decay"] = LEAST_DECAY_OF_TABLES if has_table else LEAST_DECAY_OF_ENCODERS
+        return Plateau(objective.monitor, num_steps, hold=max(hold, least), **options)
+    if _has_rows(objective.flow):
         options["min_decay"] = LEAST_DECAY_OF_ROWS
         return Plateau(objective.monitor, num_steps, _rows_are_settled, hold, **options)
     return Plateau(objective.monitor, num_steps, _is_settled, hold, **options)
@@ -71,21 +75,18 @@ def updates_of(objective: ModelELBO, optimizer: OptimizerLike | None) -> dict[st
         objective: the objective.
         optimizer: the optimizer that the user gave, or None.
     """
-    if optimizer is None and isinstance(objective, MinibatchELBO) and _has_tables_alone(objective.flow):
-        adam = partial(TableAdam, lr=LEARNING_RATE, betas=BETAS_OF_TABLES, fused=True)
-        tables = [
-            table for level in objective.flow.layers[-1].levels for table in (level.embedding, level.affine.table)
-        ]
-        return {"optimizer": adam, "max_norm": math.inf, "tables": tables}
-    return {"optimizer": optimizer}
+    if optimizer is not None or not isinstance(objective, MinibatchELBO) or not _has_rows(objective.flow):
+        return {"optimizer": optimizer}
+    levels = objective.flow.layers[-1].levels
+    adam = partial(TableAdam, lr=LEARNING_RATE, betas=BETAS_OF_PARTS, fused=True)
+    # Where there are networks that read features besides, tables take updates of all their rows.
+    is_by_rows = all(level.embedding is not None and level.affine.net is None for level in levels)
+    tables = [table for level in levels for table in (level.embedding, level.affine.table)] if is_by_rows else []
+    return {"optimizer": adam, "max_norm": math.inf, "tables": tables}
 
 
-def _has_tables_alone(flow: Flow) -> bool:
-    """Whether all rows have parameters of their own, and none features of an encoder."""
-    layer = flow.layers[-1]
-    return isinstance(layer, Hierarchy) and all(
-        level.embedding is not None and level.affine.net is None for level in layer.levels
-    )
+def _has_rows(flow: Flow) -> bool:
+    return isinstance(flow.layers[-1], Hierarchy)
 
 
 def _is_settled(history: History) -> bool:

@@ -1,5 +1,6 @@
 """The objective that fits a flow to a model: the ELBO, estimated from subsampled rows, and tempered on demand."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyroflows.fitting.estimators import Estimator
+from pyroflows.fitting.estimators import ESTIMATORS, Estimator
 from pyroflows.fitting.reverse_kl import ReverseKL
 from pyroflows.flows import Flow, FlowDistribution
 from pyroflows.inference.batches import Batches, FixedArguments
@@ -18,6 +19,9 @@ from pyroflows.models.run import SiteValues
 from pyroflows.models.subsampling import Call
 from pyroflows.randomness import seeded
 from pyroflows.training.shuffling import ShuffledBatches
+
+# The estimators whose gradient is a mean over draws, so that draws may depend on one another.
+MEANS_OVER_DRAWS = (ESTIMATORS["total"], ESTIMATORS["path"])
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,13 @@ class Part:
         call: what the model shows of its plates.
         counted: a function of the rows by plate that tells which entries of latents count, see
             :meth:`AutoStructuredFlow.counted`; None where all do.
+        is_global: which latents of the flat vector depend on no row, ``(dim,)``; None where draws are independent.
     """
 
     log_joint: LogJoint
     call: Call
     counted: Callable[[Mapping[str, Tensor]], SiteValues] | None = None
+    is_global: Tensor | None = None
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -113,6 +119,12 @@ class MinibatchELBO(ModelELBO):
 
     The log-densities of model and guide count each row for those that it stands for, so that the mean over all parts is
     the ELBO of all rows, and the mean of the gradient its gradient.
+
+    The draws of a step share its rows, and with them an error of the gradient at the global latents, which hardly
+    depends on the draw. Its products with base values would hide what the gradient says of scales, and of how rows
+    depend on global latents. So draws come in fours, with each sign of their global and of their local base values, and
+    these products cancel. Each draw alone is standard normal, hence the gradient of estimators that are means over
+    draws stays unbiased; others take independent draws.
 
     Args:
         flow: the flow of the guide.
@@ -142,7 +154,10 @@ class MinibatchELBO(ModelELBO):
         part = self._part(*self._arguments.of(tensors))
         self._log_joint = part.log_joint
         rows = [next(self._rows_of(part, name)) for name in part.drawn]
-        return [self.noise(self.num_particles), self._inverse_temperature(), *tensors, *rows]
+        noise = self.noise(self.num_particles)
+        if part.is_global is not None and self.estimator in MEANS_OVER_DRAWS:
+            noise = with_signs(noise, part.is_global)
+        return [noise, self._inverse_temperature(), *tensors, *rows]
 
     def _rows_of(self, part: Part, name: str) -> ShuffledBatches:
         """The rows of a plate in the order of this epoch, which leave less noise than independent draws of rows."""
@@ -196,6 +211,25 @@ class MinibatchELBO(ModelELBO):
             with seeded(0):  # the draws of a fit do not depend on when a part comes for the first time
                 self._parts[key] = self._part_of(args, kwargs)
         return self._parts[key]
+
+
+def with_signs(noise: Tensor, is_global: Tensor) -> Tensor:
+    """Replace normal draws by fours of draws that differ by the signs of their global and of their local elements.
+
+    Args:
+        noise: independent standard normal draws, ``(S, dim)``.
+        is_global: which elements are global, ``(dim,)``.
+
+    Example:
+        >>> with_signs(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]), torch.tensor([True, False]))
+        tensor([[ 1.,  2.],
+                [-1.,  2.],
+                [ 1., -2.],
+                [-1., -2.]])
+    """
+    signs = torch.where(is_global, noise.new_tensor([[1], [-1], [1], [-1]]), noise.new_tensor([[1], [1], [-1], [-1]]))
+    base = noise[: math.ceil(len(noise) / 4)]
+    return (signs[:, None] * base).flatten(0, 1)[: len(noise)]
 
 
 def _tempered(log_joint: LogJoint, x: Tensor, beta: Tensor, *rows: Tensor) -> Tensor:

@@ -71,4 +71,6 @@ def _part_of_rows(guide: AutoStructuredFlow, model: Model, center: Tensor, mode:
     for ours, others in zip(call.levels, guide.levels, strict=True):
         first[ours.places] = center[others.places[torch.arange(len(ours.places)) % len(others.places)]]
     log_joint = log_joint_at(model, args, kwargs, call.layout, first, mode)
-    return Part(log_joint, call, partial(guide.counted, call.levels))
+    is_global = torch.zeros(call.layout.dim, dtype=torch.bool, device=center.device)
+    is_global[call.levels[0].places[0]] = True
+    return Part(log_joint, call, partial(guide.counted, call.levels), is_global)

@@ -92,8 +92,8 @@ class FlowVI:
             "none" leaves it as it is; "auto" traces, unless the model's code depends on the values of the latents, in
             which case it warns and does not compile.
         optimizer: a function from parameters to a torch optimizer, or a Pyro optimizer; None for Adam with learning
-            rate 0.01. Where steps see a part of the rows, and these have parameters of their own, its betas are 0.9
-            and 0.99, and gradients are not clipped; they are for an optimizer of yours.
+            rate 0.01. Where steps see a part of the rows of a hierarchy, its betas are 0.9 and 0.99, and gradients are
+            not clipped; they are for an optimizer of yours.
         num_starts: the largest number of points from which modes are sought: the initial values, and others at random;
             None for 200, or fewer if they cost too much. There are fewer in any case as soon as a further one would
             find a new mode with a probability below 2 %, which takes about 55 where there is one mode; and at most 24

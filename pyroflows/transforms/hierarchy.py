@@ -85,7 +85,10 @@ class Level(nn.Module):
         parents: the indices of the enclosing levels, among all levels that are not global.
         embedding: a table of vectors :math:`e_r`, one for each row, ``(N, E)``; None for none.
         reads_globals: the indices of the global elements on which the rows depend.
+        given_scale: factors of what a row depends on, ``(p,)``; None for 1.
     """
+
+    given_scale: Tensor | None
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class Level(nn.Module):
         parents: Sequence[int],
         reads_globals: Tensor,
         embedding: Tensor | None = None,
+        given_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.flow = flow
@@ -101,6 +105,7 @@ class Level(nn.Module):
         self.parents = tuple(parents)
         self.reads_globals: Tensor
         self.register_buffer("reads_globals", reads_globals)
+        self.register_buffer("given_scale", given_scale)
         self.embedding = None if embedding is None else nn.Parameter(embedding)
         self.encoder: nn.Module | None = None
 
@@ -135,8 +140,8 @@ class Hierarchy(FlowTransform):
         y_r = T_l(z_r; h_r, e_r), \quad x_r = A_l(y_r; h_r, e_r)
 
     for each row r of a level l, where :math:`h_r` are the global elements :math:`y_0` and those of the rows that
-    enclose r. All rows of a level share :math:`T_l`. The log-determinant is the sum over all of them; both directions
-    are parallel over rows.
+    enclose r, times the factors of the level. All rows of a level share :math:`T_l`. The log-determinant is the sum
+    over all of them; both directions are parallel over rows.
 
     Args:
         flow: :math:`T_0`, a layer of all global elements; None for the identity.
@@ -243,7 +248,8 @@ class Hierarchy(FlowTransform):
         parts = [ys[0][..., None, level.reads_globals]]
         parts += [ys[1 + parent][..., index, :] for parent, index in zip(level.parents, rows.parents, strict=True)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return parts[0] if len(parts) == 1 else torch.cat([p.expand(*shape, p.shape[-1]) for p in parts], -1)
+        h = parts[0] if len(parts) == 1 else torch.cat([p.expand(*shape, p.shape[-1]) for p in parts], -1)
+        return h if level.given_scale is None else level.given_scale * h
 
     def _forward_and_ladj(self, z: Tensor, context: Tensor | None) -> Pair:
         return _in_parts(self._forward_part, z)

@@ -190,6 +190,24 @@ def test_scale_around_the_model_scales_both(factor):
     assert Trace_ELBO().loss(*scaled, Y, PARTS) == pytest.approx(factor * plain, rel=1e-6)
 
 
+def test_rows_get_what_they_depend_on_at_the_scale_of_its_posterior():
+    """Four groups determine the mean, and three rows each group."""
+    learned = AutoStructuredFlow(nested, dtype=torch.float64)
+    learned(Y, None)
+    assert all(level.given_scale is None for level in learned.flow.transform.layers[0].levels)
+    guide = AutoStructuredFlow(nested, encoder=ENCODERS[nested], dtype=torch.float64)
+    guide(Y, None)
+    groups, rows = guide.flow.transform.layers[0].levels
+    torch.testing.assert_close(groups.given_scale, torch.tensor([4**-0.5], dtype=torch.float64))
+    torch.testing.assert_close(rows.given_scale, torch.tensor([3**-0.5], dtype=torch.float64))
+    # The law of a row changes with its group by that factor.
+    hierarchy = guide.flow.transform.layers[0]
+    y = [torch.ones(1, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64)]
+    torch.testing.assert_close(
+        hierarchy._given(rows, hierarchy.rows[1], y), torch.full((12, 1), 3**-0.5, dtype=torch.float64)
+    )
+
+
 def test_copies_draw_the_same():
     y = torch.randn(8)
     guide = AutoStructuredFlow(measured)

@@ -17,7 +17,7 @@ from pyroflows.fitting.estimators import ESTIMATORS
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.structured import AutoStructuredFlow
 from pyroflows.inference.batches import Batches, is_loader
-from pyroflows.inference.effort import LEAST_DECAY_OF_PARTS, LEAST_STEPS_OF_PARTS
+from pyroflows.inference.effort import LEAST_DECAY_OF_ENCODERS, LEAST_DECAY_OF_TABLES, LEAST_STEPS_OF_PARTS
 from pyroflows.inference.minibatches import elbo_of
 from pyroflows.inference.preparation import prepared
 from pyroflows.models.subsampling import random_rows
@@ -163,6 +163,17 @@ def test_a_call_with_all_rows_in_another_order():
     expected = laws[0].log_prob(x)
     torch.testing.assert_close(laws[1].log_prob(x[:, [0, *(1 + order)]]), expected)
     assert (laws[1].log_prob(x) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_draws_come_with_all_signs_where_they_may_depend_on_one_another(estimator):
+    guide = guide_of(with_indices)
+    noise, *_ = objective_of(partial(with_indices, size=4), guide, indexed_loader(Y[:4], 2), estimator).draw()
+    mu, rows = noise[:, 0].unflatten(0, (4, 2)), noise[:, 1:].unflatten(0, (4, 2))
+    signs = torch.tensor([[1, 1], [-1, 1], [1, -1], [-1, -1]])
+    is_mirrored = torch.equal(mu, mu[0] * signs[:, :1]) and torch.equal(rows, rows[0] * signs[:, 1:, None])
+    assert is_mirrored == (estimator in ("total", "path"))
+    assert len(mu[0].unique()) == 2
 
 
 def test_rows_are_drawn_uniformly_without_repetition():
@@ -415,12 +426,12 @@ def options_of_training(monkeypatch, model, *args, **options):
 LOADER_WITH_INDICES = DataLoader(TensorDataset(ROWS, Y), 16)
 
 
-def test_gradients_of_rows_with_parameters_of_their_own_are_not_clipped(monkeypatch):
+def test_gradients_of_parts_of_the_rows_are_not_clipped(monkeypatch):
     """Their mean would not be the gradient of all rows."""
     guide = guide_of(with_indices)
     assert options_of_training(monkeypatch, with_indices, LOADER_WITH_INDICES, guide=guide)["max_norm"] == math.inf
     guide = guide_of(hierarchy, encoder=reads_y)
-    assert "max_norm" not in options_of_training(monkeypatch, hierarchy, DataLoader(Y, 16), guide=guide)
+    assert options_of_training(monkeypatch, hierarchy, DataLoader(Y, 16), guide=guide)["max_norm"] == math.inf
     assert "max_norm" not in options_of_training(monkeypatch, hierarchy, Y, guide=guide_of(hierarchy))
 
 
@@ -430,10 +441,17 @@ def test_gradients_for_an_optimizer_of_the_user_are_clipped(monkeypatch):
     assert found["optimizer"] is torch.optim.SGD and "max_norm" not in found
 
 
-@pytest.mark.parametrize(("has_rows", "num_decay"), [(True, LEAST_DECAY_OF_PARTS), (False, LEAST_STEPS_OF_PARTS // 2)])
-def test_rows_settle_over_a_long_decay(monkeypatch, has_rows, num_decay):
-    model, options = (hierarchy, {"guide": guide_of(hierarchy, encoder=reads_y)}) if has_rows else (mean_alone, {})
-    schedule = options_of_training(monkeypatch, model, DataLoader(Y, 16), **options)["schedule"]
+@pytest.mark.parametrize(
+    ("model", "loader", "make", "num_decay"),
+    [
+        (mean_alone, DataLoader(Y, 16), lambda: None, LEAST_STEPS_OF_PARTS // 2),
+        (hierarchy, DataLoader(Y, 16), lambda: guide_of(hierarchy, encoder=reads_y), LEAST_DECAY_OF_ENCODERS),
+        (with_indices, LOADER_WITH_INDICES, lambda: guide_of(with_indices), LEAST_DECAY_OF_TABLES),
+    ],
+    ids=["globals", "encoder", "table"],
+)
+def test_rows_settle_over_a_long_decay(monkeypatch, model, loader, make, num_decay):
+    schedule = options_of_training(monkeypatch, model, loader, guide=make())["schedule"]
     history = History()
     while schedule.num_steps is None:
         history.append(elbo=0.0)
