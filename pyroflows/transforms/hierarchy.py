@@ -132,6 +132,21 @@ class Level(nn.Module):
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
+    def score(self, z: Tensor, score: Tensor, h: Tensor, rows: Rows, weight: Tensor) -> Tensor:
+        r"""The scores of the rows x from those of z, both times the weights of the rows, ``(..., R, d)``.
+
+        Args:
+            z: the rows, ``(..., R, d)``.
+            score: :math:`w_r \nabla_{z_r} \log p(z_r)`, of the shape of z.
+            h: the elements on which the rows depend, ``(..., R or 1, p)``.
+            rows: the rows.
+            weight: how many rows each row stands for, one number or ``(R,)``.
+        """
+        if self.flow is not None:
+            divisor = weight.where(weight != 0, 1.0)[..., None]
+            score = weight[..., None] * self.flow.forward_and_score(z, score / divisor, self.context(h, rows))[2]
+        return self.affine.score(score, h, rows.ids, rows.features)
+
 
 class Hierarchy(FlowTransform):
     r"""A map of global elements and rows of local ones, in which rows depend on the global elements, not on each other.
@@ -261,30 +276,33 @@ class Hierarchy(FlowTransform):
         zs = self._split(z)
         y, ladj = _forward(self.flow, zs[0])
         x, affine_ladj = _forward(self.affine, y)
-        return self._forward_locals(zs, y, x, ladj + affine_ladj)
+        _, xs, ladjs = self._forward_rows(zs[1:], y)
+        return self._joined([x, *xs]), ladj + affine_ladj + self._counted(ladjs, y)
 
-    def _forward_locals(self, zs: list[Tensor], y: Tensor, x: Tensor, ladj: Tensor) -> Pair:
-        xs, ys = [x], [y]
-        for level, rows, z in zip(self.levels, self.rows, zs[1:], strict=True):
+    def _forward_rows(self, zs: Sequence[Tensor], y: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return what rows depend on, x ``(..., R, d)``, and the log-determinants of all rows ``(..., R)``, by level."""
+        ys, given, xs, ladjs = [y], [], [], []
+        for level, rows, z in zip(self.levels, self.rows, zs, strict=True):
             h = self._given(level, rows, ys)
             y, flow_ladj = _forward(level.flow, z, level.context(h, rows))
             x, affine_ladj = level.affine.forward_and_ladj(y, h, rows.ids, rows.features)
-            ladj = ladj + (rows.weight * (flow_ladj + affine_ladj)).sum(-1)
+            given.append(h)
             xs.append(x)
             ys.append(y)
-        return self._joined(xs), ladj
+            ladjs.append(flow_ladj + affine_ladj)
+        return given, xs, ladjs
+
+    def _counted(self, ladjs: Sequence[Tensor], y: Tensor) -> Tensor:
+        """Add up the log-determinants of rows, as many times as each row counts."""
+        weighted = [(rows.weight * ladj).sum(-1) for rows, ladj in zip(self.rows, ladjs, strict=True)]
+        return sum(weighted, y.new_zeros(y.shape[:-1]))
 
     def _inverse_part(self, x: Tensor) -> Pair:
         xs = self._split(x)
         y, affine_ladj = _inverse(self.affine, xs[0])
         z, ladj = _inverse(self.flow, y)
-        zs, local_ladj = self._inverse_locals(xs[1:], y)
-        return self._joined([z, *zs]), ladj + affine_ladj + local_ladj
-
-    def _inverse_locals(self, xs: Sequence[Tensor], y: Tensor) -> tuple[list[Tensor], Tensor]:
-        zs, ladjs = self._inverse_rows(xs, y)
-        weighted = [(rows.weight * ladj).sum(-1) for rows, ladj in zip(self.rows, ladjs, strict=True)]
-        return zs, sum(weighted, y.new_zeros(y.shape[:-1]))
+        zs, ladjs = self._inverse_rows(xs[1:], y)
+        return self._joined([z, *zs]), ladj + affine_ladj + self._counted(ladjs, y)
 
     def _inverse_rows(self, xs: Sequence[Tensor], y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return z ``(..., R, d)`` and the log-determinants of all rows ``(..., R)``, by level."""
@@ -307,20 +325,30 @@ class Hierarchy(FlowTransform):
         return [ladj - (z.square() / 2 + log_norm).sum(-1) for z, ladj in zip(zs, ladjs, strict=True)]
 
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
-        # The globals have a score of their own at y_0. What the rows add to it is the derivative of their densities,
-        # at fixed values x of all rows, by y_0.
+        # The globals have a score of their own at y_0. At fixed values x_r of a row, its log-density changes with what
+        # the row depends on by -w_r d log|det J_r| - score_r^T dx_r, where z_r is fixed on the right-hand side. Each
+        # row adds this to the scores of the globals and of the rows that enclose it, so that the last level comes first.
         zs, scores = self._split(z), self._split(score)
-        y, ladj, score_at_y = zs[0], z.new_zeros(z.shape[:-1]), scores[0]
+        y, ladj = zs[0], z.new_zeros(z.shape[:-1])
         if self.flow is not None:
-            y, ladj, score_at_y = self.flow._forward_and_score(zs[0], scores[0], None)
-        x, ladj = self._forward_locals(zs, y, y, ladj)  # with y_0 in the place of x_0
-        xs = [part.detach().requires_grad_() for part in self._split(x)]
-        zs_again, local_ladj = self._inverse_locals(xs[1:], xs[0])
-        of_y, *of_rows = pull_back((*zs_again, local_ladj), (*scores[1:], torch.ones_like(ladj)), xs)
+            y, ladj, scores[0] = self.flow._forward_and_score(zs[0], scores[0], None)
+        given, xs, ladjs = self._forward_rows(zs[1:], y)
+        sources = [y, *zs[1:]]
+        with torch.no_grad():
+            for i, (level, rows) in reversed(list(enumerate(zip(self.levels, self.rows, strict=True)))):
+                weight = torch.as_tensor(rows.weight).to(z)
+                of_x = level.score(zs[1 + i], scores[1 + i], given[i], rows, weight)
+                above = [0, *(1 + parent for parent in level.parents)]
+                cotangents = -of_x, -weight.expand(ladjs[i].shape)
+                added = pull_back((xs[i], ladjs[i]), cotangents, [sources[k] for k in above])
+                scores[1 + i] = of_x
+                for k, part in zip(above, added, strict=True):
+                    scores[k] = scores[k] + part
+        ladj = ladj + self._counted(ladjs, y)
         if self.affine is None:
-            return x, ladj, self._joined([score_at_y + of_y, *of_rows])
-        x_0, affine_ladj, score_at_x = self.affine._forward_and_score(y, score_at_y + of_y, None)
-        return self._joined([x_0, *self._split(x)[1:]]), ladj + affine_ladj, self._joined([score_at_x, *of_rows])
+            return self._joined([y, *xs]), ladj, self._joined(scores)
+        x, affine_ladj, scores[0] = self.affine._forward_and_score(y, scores[0], None)
+        return self._joined([x, *xs]), ladj + affine_ladj, self._joined(scores)
 
 
 def _in_parts(function: Callable[[Tensor], Pair], vectors: Tensor) -> Pair:

@@ -107,6 +107,19 @@ class LocalAffine(nn.Module):
         y = y if factor is None else _solve(factor, y)
         return y, -ladj.expand(y.shape[:-1])
 
+    def score(self, score: Tensor, h: Tensor, ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """Return the score of the law of x, given that of the law of y, ``(..., R, d)``.
+
+        Args:
+            score: the gradient of the log-density of y.
+            h: the elements on which the rows depend.
+            ids: the index of each row in the table and in what is fixed.
+            features: what is known of each row; None if nothing is.
+        """
+        _, log_scale, _, _, factor = self._of_rows(h, ids, features)
+        score = score if factor is None else _solve_transposed(factor, score)
+        return _solve_transposed(_at(self.scale_tril, ids), score * (-log_scale).exp())
+
     def _of_rows(
         self, h: Tensor, ids: Tensor, features: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -159,3 +172,9 @@ def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
     if matrices.shape[-1] == 1:
         return vectors / matrices[..., 0]
     return solve(matrices.expand(*vectors.shape, matrices.shape[-1]), vectors, upper=False)
+
+
+def _solve_transposed(matrices: Tensor, vectors: Tensor) -> Tensor:
+    if matrices.shape[-1] == 1:
+        return vectors / matrices[..., 0]
+    return solve(matrices.mT.expand(*vectors.shape, matrices.shape[-1]), vectors, upper=True)
