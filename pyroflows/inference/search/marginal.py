@@ -26,6 +26,8 @@ from pyroflows.models.log_joint import LogJoint, ValueAndGrad
 
 # Newton's steps end when no row gains more nats than this by one, and are at most so many.
 MAX_GAIN, MAX_STEPS = 1e-6, 40
+# Near the optimum each step gains far less than the one before, until what is left is rounding.
+NEAR_GAIN, LEAST_FALL = 0.5, 0.25
 # A step overshoots where the slope along it turns round by more than this share of the first slope.
 OVERSHOOT, SHORTEST = 0.5, 0.05
 
@@ -93,9 +95,10 @@ class GlobalMarginal:
             share = (slope / (slope - turned)).nan_to_num(0.0).clamp(SHORTEST, 0.8)
             before = torch.where(is_over, before, x)
             step = torch.where(is_over, share * step, new_step).nan_to_num(0.0, 0.0, 0.0)
+            is_rounding = (new_slope < NEAR_GAIN) & (new_slope > LEAST_FALL * slope) & (slope > 0.0)
             slope = torch.where(is_over, share * slope, new_slope).nan_to_num(0.0)
             x = before + step.to(before)
-            if not (is_over.any() or (slope > MAX_GAIN).any()):
+            if not (is_over | ((slope > MAX_GAIN) & ~is_rounding)).any():
                 break
         return x
 
