@@ -24,18 +24,21 @@ ROW_MAP = SOS(num_polynomials=2, degree=2, bound=6.0)
 
 @dataclass(frozen=True, eq=False)
 class LocalGaussian:
-    r"""The Gaussian laws of the R rows of a level given h, the whitened elements of the p elements above them.
+    r"""The Gaussian laws of the R rows of a level given h, the whitened elements of the levels above them.
 
-    .. math:: x_r \mid h \sim N(\mu_r + C_r h, \; S_r e^{2 V_r h} S_r^\top)
+    .. math:: x_r \mid h \sim N(\mu_r + C_r h + m_r(h), \; S_r M_r(h) M_r(h)^\top S_r^\top)
+
+    C is the regression on the rows that enclose them. m and M are curved in the global elements, see
+    :class:`pyroflows.transforms.local_affine.LocalAffine`.
 
     Args:
         places: the indices of the elements in the packed vector, ``(R, d)``.
         parents: the indices of the levels that enclose this one, from the outermost on.
         rows: for each of them, the row that encloses each row, ``(R,)``.
         loc: :math:`\mu`, ``(R, d)``.
-        regression: C, ``(R, d, p)``.
+        regression: C, ``(R, d, p)`` for the p elements of the rows that enclose these.
         scale_tril: S, lower triangular ``(R, d, d)``.
-        log_slopes: V, ``(R, d, p)``.
+        curves: the coefficients of m and M, ``(R, 2 d + d (d - 1) / 2, q)``.
         features: what tells by how much the law of a row differs from a Gaussian, ``(R, F)``.
     """
 
@@ -45,7 +48,7 @@ class LocalGaussian:
     loc: Tensor
     regression: Tensor
     scale_tril: Tensor
-    log_slopes: Tensor
+    curves: Tensor
     features: Tensor
 
 
@@ -100,14 +103,16 @@ def hierarchy_near(start: HierarchicalGaussian, flow_fn: Callable[[int], object]
     dim = len(start.places)
     levels, rows = [], []
     for law in start.locals:
-        num_rows, row_dim, given_dim = law.regression.shape
+        num_rows, row_dim, num_above = law.regression.shape
+        given_dim = dim + num_above
         affine = LocalAffine(
             row_dim,
             given_dim,
             loc=law.loc,
-            regression=law.regression,
+            regression=law.regression if num_above else None,
             scale_tril=law.scale_tril,
-            log_slopes=law.log_slopes,
+            curves=law.curves,
+            num_curved=dim,
         )
         flow = local_flow(row_dim, given_dim + law.features.shape[1]) if has_local_flow else None
         levels.append(Level(flow, affine, law.parents, torch.arange(dim)))
@@ -125,7 +130,8 @@ def facts_of(flow: Flow) -> dict[str, Any] | None:
     levels = [
         {
             "shape": list(rows.places.shape),
-            "given_dim": level.affine.given_dim,
+            "num_above": level.affine.given_dim - level.affine.num_curved,
+            "num_curves": level.affine.curves.shape[-1],
             "num_features": 0 if rows.features is None else rows.features.shape[1],
             "parents": list(level.parents),
         }
@@ -149,11 +155,13 @@ def hierarchy_of(facts: Mapping[str, Any], flow_fn: Callable[[int], object], lik
         places = torch.arange(start, start + num_rows * dim).reshape(num_rows, dim)
         start += num_rows * dim
         index = tuple(torch.zeros(num_rows, dtype=torch.long) for _ in level["parents"])
-        zeros = torch.zeros(num_rows, dim, level["given_dim"])
+        regression = torch.zeros(num_rows, dim, level["num_above"])
+        curves = torch.zeros(num_rows, 2 * dim + dim * (dim - 1) // 2, level["num_curves"])
         scale_tril = torch.eye(dim).expand(num_rows, dim, dim)
         features = torch.zeros(num_rows, level["num_features"])
         parents = tuple(level["parents"])
-        laws.append(LocalGaussian(places, parents, index, zeros[..., 0], zeros, scale_tril, zeros, features))
+        loc = torch.zeros(num_rows, dim)
+        laws.append(LocalGaussian(places, parents, index, loc, regression, scale_tril, curves, features))
     num_global = facts["num_global"]
     loc = torch.zeros(num_global).to(like)
     gaussian = HierarchicalGaussian(torch.arange(num_global), loc, torch.eye(num_global).to(like), tuple(laws), 0.0)

@@ -171,7 +171,8 @@ class Hierarchy(FlowTransform):
         OptionError: if the levels do not hold each element of the vector once.
 
     Example:
-        >>> scale = LocalAffine(1, given_dim=1, log_slopes=torch.ones(1, 1, 1))
+        >>> curves = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]])
+        >>> scale = LocalAffine(1, given_dim=1, curves=curves, num_curved=1)
         >>> rows = Rows(torch.tensor([[1], [2]]), (), torch.arange(2))
         >>> funnel = Hierarchy(None, None, torch.tensor([0]), [Level(None, scale, (), torch.tensor([0]))], [rows])
         >>> funnel(torch.tensor([1.0, 1.0, -1.0]))  # the first element is the log-scale of the others, softly clamped

@@ -16,12 +16,14 @@ MAX_LOG_SCALE = 5.0
 class LocalAffine(nn.Module):
     r"""An affine map for each row r, which depends on elements h that rows share.
 
-    .. math:: x_r = \mu_r + C_r h + S_r \big(b_r + B_r h + e^{(V_r + W_r) h} \odot T_r y_r\big)
+    .. math:: x_r = \mu_r + C_r h + m_r(h) + S_r \big(a_r + A_r h + M_r(h) T_r y_r\big), \qquad
+        M_r(h) = \mathrm{diag}\big(e^{s_r(h) + B_r h}\big) + L_r(h)
 
-    :math:`\mu`, C, S and V are fixed, such as location, regression and scale of a Gaussian close to the target. b, B, W
-    and the lower triangular T are learned, and start at 0, 0, 0 and I. They stand in a table with one entry for each
-    row, or are computed from features of the row, or are the sum of both; without table and features they stay as they
-    start. The log-scale s, which is linear in h, is softly clamped to :math:`c \tanh(s / c)` with c = 5.
+    m, s and the strictly lower triangle L are linear in functions of the first elements of h, see :func:`curved`, with
+    coefficients Q. These, :math:`\mu`, C and S are fixed, such as location, regression and scale of a Gaussian close to
+    the target. a, A, B and the lower triangular T are learned, and start at 0, 0, 0 and I. They stand in a table with
+    one entry for each row, or are computed from features of the row, or are the sum of both; without table and features
+    they stay as they start. The log-scale s is softly clamped to :math:`c \tanh(s / c)` with c = 5.
 
     Args:
         dim: d, the number of elements of a row.
@@ -30,9 +32,10 @@ class LocalAffine(nn.Module):
         features_dim: the number of features of a row; 0 for none.
         hidden_dims: the widths of the hidden layers of the network that reads the features.
         loc: :math:`\mu`, ``(N or 1, d)``; None for zero.
-        regression: C, ``(N or 1, d, p)``; None for zero.
+        regression: C for all but the first g elements of h, ``(N or 1, d, p - g)``; None for zero.
         scale_tril: S, lower triangular ``(N or 1, d, d)``; None for the identity.
-        log_slopes: V, ``(N or 1, d, p)``; None for zero.
+        curves: Q, the coefficients of m, s and the rows of L, ``(N or 1, 2 d + d (d - 1) / 2, q)``; None for zero.
+        num_curved: g, the number of elements of h with q functions, which are the same for all rows.
 
     Shapes: y and x are ``(..., R, d)``, h is ``(..., R or 1, p)``, ids are ``(R,)``, features ``(R, F)``.
 
@@ -48,7 +51,7 @@ class LocalAffine(nn.Module):
     loc: Tensor
     regression: Tensor | None
     scale_tril: Tensor
-    log_slopes: Tensor | None
+    curves: Tensor | None
 
     def __init__(
         self,
@@ -60,14 +63,15 @@ class LocalAffine(nn.Module):
         loc: Tensor | None = None,
         regression: Tensor | None = None,
         scale_tril: Tensor | None = None,
-        log_slopes: Tensor | None = None,
+        curves: Tensor | None = None,
+        num_curved: int = 0,
     ) -> None:
         super().__init__()
-        self.dim, self.given_dim = dim, given_dim
+        self.dim, self.given_dim, self.num_curved = dim, given_dim, num_curved
         self._sizes = [dim, dim * given_dim, dim * given_dim, dim * dim]
         self.register_buffer("loc", torch.zeros(1, dim) if loc is None else loc.clone())
         self.register_buffer("regression", None if regression is None else regression.clone())
-        self.register_buffer("log_slopes", None if log_slopes is None else log_slopes.clone())
+        self.register_buffer("curves", None if curves is None else curves.clone())
         self.register_buffer("scale_tril", torch.eye(dim)[None] if scale_tril is None else scale_tril.clone())
         total = sum(self._sizes)
         self.table = None if num_rows is None else nn.Parameter(torch.zeros(num_rows, total))
@@ -84,10 +88,9 @@ class LocalAffine(nn.Module):
             ids: the index of each row in the table and in what is fixed.
             features: what is known of each row; None if nothing is.
         """
-        loc, log_scale, ladj, shift, factor = self._of_rows(h, ids, features)
-        v = y if factor is None else _multiply(factor, y)
-        v = log_scale.exp() * v if shift is None else shift + log_scale.exp() * v
-        x = loc + _multiply(_at(self.scale_tril, ids), v)
+        loc, matrix, ladj, shift, factor = self._of_rows(h, ids, features)
+        v = _multiply(matrix, y if factor is None else _multiply(factor, y))
+        x = loc + _multiply(_at(self.scale_tril, ids), v if shift is None else shift + v)
         return x, ladj.expand(x.shape[:-1])
 
     def inverse_and_ladj(
@@ -101,9 +104,9 @@ class LocalAffine(nn.Module):
             ids: the index of each row in the table and in what is fixed.
             features: what is known of each row; None if nothing is.
         """
-        loc, log_scale, ladj, shift, factor = self._of_rows(h, ids, features)
+        loc, matrix, ladj, shift, factor = self._of_rows(h, ids, features)
         v = _solve(_at(self.scale_tril, ids), x - loc)
-        y = (v if shift is None else v - shift) * (-log_scale).exp()
+        y = _solve(matrix, v if shift is None else v - shift)
         y = y if factor is None else _solve(factor, y)
         return y, -ladj.expand(y.shape[:-1])
 
@@ -116,40 +119,83 @@ class LocalAffine(nn.Module):
             ids: the index of each row in the table and in what is fixed.
             features: what is known of each row; None if nothing is.
         """
-        _, log_scale, _, _, factor = self._of_rows(h, ids, features)
+        _, matrix, _, _, factor = self._of_rows(h, ids, features)
         score = score if factor is None else _solve_transposed(factor, score)
-        return _solve_transposed(_at(self.scale_tril, ids), score * (-log_scale).exp())
+        return _solve_transposed(_at(self.scale_tril, ids), _solve_transposed(matrix, score))
 
     def _of_rows(
         self, h: Tensor, ids: Tensor, features: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return locations, log-scales and log-determinants of rows; shifts and T too where these are learned."""
+        """Return locations, M and log-determinants of rows; shifts and T too where these are learned."""
         loc = _at(self.loc, ids)
-        if self.regression is not None:
-            loc = loc + _multiply(_at(self.regression, ids), h)
         fixed = _at(self.scale_tril, ids).diagonal(dim1=-2, dim2=-1)
-        log_scale = torch.zeros_like(fixed) if self.log_slopes is None else _multiply(_at(self.log_slopes, ids), h)
+        log_scale, lower = torch.zeros_like(fixed), None
+        if self.curves is not None:
+            functions = curved(h[..., :1, : self.num_curved], self.curves.shape[-1])
+            coefficients = _multiply(_at(self.curves, ids), functions)
+            moved, log_scale, lower = coefficients.tensor_split((self.dim, 2 * self.dim), -1)
+            loc = loc + moved
+        if self.regression is not None:
+            loc = loc + _multiply(_at(self.regression, ids), h[..., self.num_curved :])
         raw = self._learned(ids, features)
         if raw is None:
             log_scale = _bounded(log_scale)
-            return loc, log_scale, (log_scale + fixed.log()).sum(-1), None, None
-        b, of_shift, of_scale, matrix = raw.split(self._sizes, -1)
+            return loc, _lower_triangular(log_scale.exp(), lower), (log_scale + fixed.log()).sum(-1), None, None
+        a, of_shift, of_scale, factor = raw.split(self._sizes, -1)
         shape = (*raw.shape[:-1], self.dim, self.given_dim)
         log_scale = _bounded(log_scale + _multiply(of_scale.reshape(shape), h))
-        matrix = matrix.unflatten(-1, (self.dim, self.dim))
-        diagonal = positive_diagonal(matrix)
+        factor = factor.unflatten(-1, (self.dim, self.dim))
+        diagonal = positive_diagonal(factor)
         ladj = (log_scale + diagonal.log() + fixed.log()).sum(-1)
-        shift = b + _multiply(of_shift.reshape(shape), h)
-        return loc, log_scale, ladj, shift, matrix.tril(-1) + torch.diag_embed(diagonal)
+        shift = a + _multiply(of_shift.reshape(shape), h)
+        factor = factor.tril(-1) + torch.diag_embed(diagonal)
+        return loc, _lower_triangular(log_scale.exp(), lower), ladj, shift, factor
 
     def _learned(self, ids: Tensor, features: Tensor | None) -> Tensor | None:
-        """Return b, B, W and T of each row in one tensor; None where nothing is learned."""
+        """Return a, A, B and T of each row in one tensor; None where nothing is learned."""
         parts = []
         if self.table is not None:
             parts.append(rows_at(self.table, ids))
         if self.net is not None:
             parts.append(self.net(features))
         return sum(parts[1:], parts[0]) if parts else None
+
+
+def num_curves(dim: int, has_products: bool) -> int:
+    """The number of functions that :func:`curved` gives of so many elements."""
+    return 1 + 3 * dim + (dim * (dim - 1) // 2 if has_products else 0)
+
+
+def curved(h: Tensor, num: int) -> Tensor:
+    r"""Functions of elements ``(..., g)`` in which the laws of rows are linear.
+
+    They are 1, :math:`h_j`, :math:`\sqrt{1 + h_j^2}`, :math:`t_j^3`, and maybe :math:`t_i t_j` for i < j, with
+    :math:`t = h / \sqrt{1 + h^2 / 9}`. So none of them grows faster than h far out.
+
+    Args:
+        h: the elements.
+        num: the number of functions, with or without the products, see :func:`num_curves`.
+
+    Example:
+        >>> curved(torch.tensor([0.0, 4.0]), 8)
+        tensor([ 1.0000,  0.0000,  4.0000,  1.0000,  4.1231,  0.0000, 13.8240,  0.0000])
+    """
+    t = h * (1 + h.square() / 9).rsqrt()
+    parts = [torch.ones_like(h[..., :1]), h, (1 + h.square()).sqrt(), t**3]
+    if num > num_curves(h.shape[-1], has_products=False):
+        first, second = torch.triu_indices(h.shape[-1], h.shape[-1], 1, device=h.device)
+        parts.append(t[..., first] * t[..., second])
+    return torch.cat(parts, -1)
+
+
+def _lower_triangular(diagonal: Tensor, below: Tensor | None) -> Tensor:
+    """Make matrices ``(..., d, d)`` of their diagonals and of the rows of what stands below, ``(..., d (d - 1) / 2)``."""
+    dim = diagonal.shape[-1]
+    if below is None or dim == 1:
+        return torch.diag_embed(diagonal)
+    index = torch.full((dim, dim), below.shape[-1], device=below.device)
+    index[*torch.tril_indices(dim, dim, -1)] = torch.arange(below.shape[-1], device=below.device)
+    return torch.diag_embed(diagonal) + nn.functional.pad(below, (0, 1))[..., index]
 
 
 def _bounded(log_scale: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from pyroflows.transforms import (
 from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.hierarchy import Hierarchy, Level, Rows
 from pyroflows.transforms.image.normalized_conv import NormalizedConv1x1
-from pyroflows.transforms.local_affine import LocalAffine
+from pyroflows.transforms.local_affine import LocalAffine, num_curves
 from tests.transforms.examples import EstimatedScale
 from tests.transforms.networks import Plain, Running, Stepwise, Velocity, convolution
 
@@ -147,14 +147,16 @@ def _hierarchy(dim: int, _: int) -> Hierarchy:
             continue
         num, size = part.shape
         generator = torch.Generator().manual_seed(3)
+        num_functions = num_curves(num_global, has_products=True)
         affine = LocalAffine(
             size,
             given,
             num,
             loc=torch.randn(num, size, generator=generator),
-            regression=torch.randn(num, size, given, generator=generator) / given,
+            regression=torch.randn(num, size, given - num_global, generator=generator) / given if parents else None,
             scale_tril=_cholesky_factor(size).expand(num, size, size),
-            log_slopes=torch.randn(num, size, given, generator=generator) / (4 * given),
+            curves=torch.randn(num, 2 * size + size * (size - 1) // 2, num_functions, generator=generator) / (4 * given),
+            num_curved=num_global,
         )
         features = torch.randn(num, 2, generator=generator)
         flow = _autoregressive(size, univariate="sinh_arcsinh", context_dim=given + 2)

@@ -4,20 +4,26 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyroflows.guides.hierarchical import HierarchicalGaussian, LocalGaussian
 from pyroflows.inference.search.arrow import Conditionals, places_of_parents
+from pyroflows.inference.search.density import antithetic
 from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.marginal import GlobalMarginal, times_hessian
 from pyroflows.models.levels import NUM_HALVES, TimesHessian, independent_levels
 from pyroflows.models.log_joint import LogJoint
+from pyroflows.transforms.local_affine import curved, num_curves
 
 SPREAD = 0.3  # of the points at which independence is tested
 # Below this number of local latents a search among all latents is as quick, and a flow over all of them closer.
 MIN_LOCAL = 150
 # Networks see standardised derivatives up to this size.
 LARGEST_FEATURE = 5.0
+# With more global latents than this the laws of rows do not depend on their products, which would be too many.
+MAX_GLOBALS_WITH_PRODUCTS = 40
+# How these laws depend on the global latents is fitted to so many draws for each function of these, which are wider by
+# this factor than those of the global latents, so that the fit holds in the tails of these too.
+DRAWS_A_CURVE, WIDER = 3, 1.3
 # A call of the marginal density has about so many local latents in all its rows.
 MAX_NUMBERS, LEAST_ROWS, MOST_ROWS = 2**17, 8, 16
 
@@ -59,35 +65,38 @@ def hessian_product(log_joint: LogJoint) -> TimesHessian:
 
 
 def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> HierarchicalGaussian:
-    r"""Extend a Gaussian of the global latents by Gaussian laws of the local ones given them.
+    """Extend a Gaussian of the global latents by Gaussian laws of the local ones given them.
 
-    Locations, scales and regressions are those of the curvature at the mean of the global latents. How scales change
-    with the whitened global elements is measured a standard deviation on either side,
-    :math:`V_j = \tfrac12 (\log s(e_j) - \log s(-e_j))`. The features of a row are the standardised third and fourth
-    derivatives of its log-density, :math:`s^3 f'''` and :math:`s^4 f''''`, also by differences.
+    Locations and scales are those of the curvature at the mode of the local latents. How they depend on the global
+    ones is a least-squares fit to draws of these, see :func:`pyroflows.transforms.local_affine.curved`; how rows depend
+    on those that enclose them is the curvature at the mean of the global latents. The features of a row are the
+    standardised third and fourth derivatives of its log-density, :math:`s^3 f^{(3)}` and :math:`s^4 f^{(4)}`, by differences.
 
     Args:
         marginal: the marginal density of the global latents.
         q: a Gaussian close to it.
     """
     loc, root = q.loc.double(), q.scale_tril.double()
-    x = _settled(marginal, loc[None])[0]
-    laws, _ = marginal.with_globals(x)
+    num_global = len(loc)
+    center = _settled(marginal, loc[None])[0]
+    laws, _ = marginal.with_globals(center)
     roots = [_root(precision) for precision in laws.precisions]
     regressions = _whitened(laws, root, roots)
-    slopes = _log_slopes(marginal, loc, root, roots)
-    features = _features(marginal, x, roots)
+    features = _features(marginal, center, roots)
+    num = num_curves(num_global, has_products=num_global <= MAX_GLOBALS_WITH_PRODUCTS)
+    h = WIDER * antithetic(DRAWS_A_CURVE * num, loc)
+    x = _settled(marginal, loc + h @ root.mT)
+    curves = _curves(curved(h, num), _relative_laws(marginal, center, x, roots))
     locals_ = []
     for i, level in enumerate(marginal.levels):
-        padding = regressions[i].shape[-1] - slopes[i].shape[-1]
         parts = (
-            regressions[i],
+            regressions[i][..., num_global:],
             roots[i],
-            F.pad(slopes[i].nan_to_num(0.0), (0, padding)),
+            curves[i],
             features[i].nan_to_num(0.0).clamp(-LARGEST_FEATURE, LARGEST_FEATURE),
         )
         locals_.append(
-            LocalGaussian(level.places, level.parents, level.rows, x[level.places], *(p.to(x) for p in parts))
+            LocalGaussian(level.places, level.parents, level.rows, center[level.places], *(p.to(x) for p in parts))
         )
     return HierarchicalGaussian(marginal.places, q.loc, q.scale_tril, tuple(locals_), q.elbo)
 
@@ -107,7 +116,8 @@ def _root(precision: Tensor) -> Tensor:
     """The Cholesky factor of the inverse of matrices ``(..., d, d)``."""
     if precision.shape[-1] == 1:
         return precision.rsqrt()
-    return torch.linalg.cholesky(torch.linalg.inv(precision))
+    factor, error = torch.linalg.cholesky_ex(torch.linalg.inv_ex(precision)[0])
+    return factor.where((error == 0)[..., None, None], torch.nan)
 
 
 def _whitened(laws: Conditionals, root: Tensor, roots: list[Tensor]) -> list[Tensor]:
@@ -127,16 +137,32 @@ def _whitened(laws: Conditionals, root: Tensor, roots: list[Tensor]) -> list[Ten
     return found
 
 
-def _log_slopes(marginal: GlobalMarginal, loc: Tensor, root: Tensor, roots: list[Tensor]) -> list[Tensor]:
-    """By how much the log-scales of rows change with the whitened global elements, ``(R, d, D_0)``."""
-    ends = torch.cat([loc + root.mT, loc - root.mT])
-    logs: list[list[Tensor]] = [[] for _ in roots]
-    for part, num in _padded(_settled(marginal, ends), marginal.num_rows):
-        for i, precision in enumerate(marginal.conditionals(part).precisions):
-            scaled = torch.linalg.solve_triangular(roots[i], _root(precision[:num]), upper=False)
-            logs[i].append(scaled.diagonal(dim1=-2, dim2=-1).log())
-    halves = [torch.cat(parts).chunk(2) for parts in logs]
-    return [(0.5 * (up - down)).movedim(0, -1) for up, down in halves]
+def _relative_laws(marginal: GlobalMarginal, center: Tensor, x: Tensor, roots: list[Tensor]) -> list[Tensor]:
+    """What changes in the laws of rows from those at the center, ``(S, R, 2 d + d (d - 1) / 2)`` by level.
+
+    These are the locations, and of the scales relative to the given ones the logarithms of the diagonal and the rows
+    below it.
+    """
+    found: list[list[Tensor]] = [[] for _ in roots]
+    for part, num in _padded(x, marginal.num_rows):
+        precisions = marginal.conditionals(part).precisions
+        for level, root, precision, parts in zip(marginal.levels, roots, precisions, found, strict=True):
+            scale = torch.linalg.solve_triangular(root, _root(precision[:num]), upper=False)
+            below = torch.tril_indices(*root.shape[-2:], -1)
+            logs = scale.diagonal(dim1=-2, dim2=-1).log()
+            moved = (part[:num] - center)[:, level.places].double()
+            parts.append(torch.cat([moved, logs, scale[..., below[0], below[1]]], -1))
+    return [torch.cat(parts) for parts in found]
+
+
+def _curves(functions: Tensor, values: list[Tensor]) -> list[Tensor]:
+    """The coefficients ``(R, n, q)`` of functions ``(S, q)`` that are nearest to values ``(S, R, n)``, by level."""
+    finite = torch.stack([part.flatten(1).isfinite().all(-1) for part in values]).all(0)
+    found = []
+    for part in values:
+        solution = torch.linalg.lstsq(functions[finite], part[finite].flatten(1)).solution
+        found.append(solution.mT.reshape(*part.shape[1:], -1))
+    return found
 
 
 def _features(marginal: GlobalMarginal, x: Tensor, roots: list[Tensor]) -> list[Tensor]:
