@@ -23,6 +23,8 @@ NUM_EVIDENCE_DRAWS = 4000
 # and this change under the weights of any mean (in standard deviations) and any standard deviation (relative).
 MAX_VARIANCE, MAX_SHARE, MAX_MOVE = 0.05, 0.001, 0.05
 
+# Most Gaussians are not: so many draws show it where the variance lies this many standard errors above its limit.
+NUM_FIRST_LOOK, SURELY = 1000, 5.0
 
 # It trains a flow in place, given a function that makes the whole candidate from the history of this training.
 Start: TypeAlias = GaussianApproximation | HierarchicalGaussian
@@ -118,6 +120,9 @@ class FittedCandidate:
 
 def is_enough(gaussian: FittedCandidate) -> bool:
     """Whether a Gaussian is so close to the posterior that a flow could not improve on it."""
+    few = DiagnosticDraws.first(gaussian.flow(), gaussian.log_joint, NUM_FIRST_LOOK).figures
+    if few.log_weight_variance.at(-SURELY) > MAX_VARIANCE:
+        return False
     figures = gaussian.first_draws.figures
     # What takes no further draws comes first, since most Gaussians are not enough.
     if figures.log_weight_variance.value >= MAX_VARIANCE:

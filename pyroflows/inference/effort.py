@@ -29,6 +29,8 @@ BETAS_OF_PARTS = (0.9, 0.99)
 # Below this variance, averaged over the window of steps, the learning rate starts its final decay.
 SETTLED_LOG_WEIGHT_VARIANCE = 0.02
 SETTLED_WINDOW = 50
+# In hierarchies it also does where the mean ELBO of so many steps is not above that of as many before, up to noise.
+WINDOW_OF_ROWS = 100
 
 
 def num_particles_of(objective: ModelELBO) -> int:
@@ -96,8 +98,8 @@ def _is_settled(history: History) -> bool:
 
 def _rows_are_settled(history: History) -> bool:
     """Whether the flow of a hierarchy is as good as it gets at this learning rate, to which its rows all contribute."""
-    last, before = history.recent("elbo", SETTLED_WINDOW), history.recent("elbo", 2 * SETTLED_WINDOW)[:-SETTLED_WINDOW]
-    if len(before) < SETTLED_WINDOW:
-        return False
-    noise = math.sqrt((last.var() + before.var()) / SETTLED_WINDOW)
+    last, before = history.recent("elbo", WINDOW_OF_ROWS), history.recent("elbo", 2 * WINDOW_OF_ROWS)[:-WINDOW_OF_ROWS]
+    if len(before) < WINDOW_OF_ROWS:
+        return _is_settled(history)
+    noise = math.sqrt((last.var() + before.var()) / WINDOW_OF_ROWS)
     return _is_settled(history) or float(last.mean() - before.mean()) < noise

@@ -16,7 +16,7 @@ from pyroflows.transforms.local_affine import curved, num_curves
 
 SPREAD = 0.3  # of the points at which independence is tested
 # Below this number of local latents a search among all latents is as quick, and a flow over all of them closer.
-MIN_LOCAL = 150
+MIN_LOCAL = 60
 # Networks see standardised derivatives up to this size.
 LARGEST_FEATURE = 5.0
 # With more global latents than this the laws of rows do not depend on their products, which would be too many.
@@ -86,13 +86,13 @@ def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> Hierarchi
     num = num_curves(num_global, has_products=num_global <= MAX_GLOBALS_WITH_PRODUCTS)
     h = WIDER * antithetic(DRAWS_A_CURVE * num, loc)
     x = _settled(marginal, loc + h @ root.mT)
-    curves = _curves(curved(h, num), _relative_laws(marginal, center, x, roots))
+    relative = _relative_laws(marginal, center, x, roots)
     locals_ = []
     for i, level in enumerate(marginal.levels):
         parts = (
             regressions[i][..., num_global:],
             roots[i],
-            curves[i],
+            _curves(curved(h, num), relative[i], level.places.shape[1]),
             features[i].nan_to_num(0.0).clamp(-LARGEST_FEATURE, LARGEST_FEATURE),
         )
         locals_.append(
@@ -155,14 +155,23 @@ def _relative_laws(marginal: GlobalMarginal, center: Tensor, x: Tensor, roots: l
     return [torch.cat(parts) for parts in found]
 
 
-def _curves(functions: Tensor, values: list[Tensor]) -> list[Tensor]:
-    """The coefficients ``(R, n, q)`` of functions ``(S, q)`` that are nearest to values ``(S, R, n)``, by level."""
-    finite = torch.stack([part.flatten(1).isfinite().all(-1) for part in values]).all(0)
-    found = []
-    for part in values:
-        solution = torch.linalg.lstsq(functions[finite], part[finite].flatten(1)).solution
-        found.append(solution.mT.reshape(*part.shape[1:], -1))
-    return found
+def _curves(functions: Tensor, values: Tensor, dim: int) -> Tensor:
+    """The coefficients ``(R, n, q)`` of functions ``(S, q)`` that come nearest to values ``(S, R, n)``.
+
+    The values are those of :func:`_relative_laws` for rows of d elements. Distances of locations are in units of the
+    scale of the rows at each draw.
+    """
+    finite = values.flatten(1).isfinite().all(-1)
+    functions, values = functions[finite], values[finite]
+    weights = (-values[..., dim : 2 * dim].mean(1)).exp()
+    parts = [_nearest(weights[:, k, None] * functions, weights[:, k, None] * values[..., k]) for k in range(dim)]
+    others = _nearest(functions, values[..., dim:].flatten(1)).unflatten(0, values.shape[1:2] + (-1,))
+    return torch.cat([torch.stack(parts, 1), others], 1)
+
+
+def _nearest(functions: Tensor, values: Tensor) -> Tensor:
+    """The coefficients ``(m, q)`` of functions ``(S, q)`` by least squares from values ``(S, m)``."""
+    return torch.linalg.lstsq(functions, values, driver="gels").solution.mT
 
 
 def _features(marginal: GlobalMarginal, x: Tensor, roots: list[Tensor]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from pyroflows.models.levels import SiteLevel
 from pyroflows.models.log_joint import LogJoint, ValueAndGrad
 
 # Newton's steps end when no row gains more nats than this by one, and are at most so many.
-MAX_GAIN, MAX_STEPS = 1e-6, 40
+MAX_GAIN, MAX_STEPS = 1e-4, 20
 # Near the optimum each step gains far less than the one before, until what is left is rounding.
 NEAR_GAIN, LEAST_FALL = 0.5, 0.25
 # A step overshoots where the slope along it turns round by more than this share of the first slope.

@@ -110,7 +110,8 @@ class DiagnosticDraws:
             if draws is None:
                 return None
             unseen = draws.unseen(self.batch_size)
-            if unseen.is_certain(CLEARLY_UNSEEN) or self.log_joint.batched.mode == "loop":
+            may_be_good = self.figures.verdict_on_moments(-MIN_DISTANCE) == "good"
+            if unseen.is_certain(CLEARLY_UNSEEN, may_be_good) or self.log_joint.batched.mode == "loop":
                 return unseen
             more = ReachingDraws.drawn(self.law, self.log_joint, (NUM_BATCHES - 1) * self.batch_size)
         return unseen if more is None else draws.joined(more).unseen(self.batch_size)

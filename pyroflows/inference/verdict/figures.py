@@ -84,9 +84,14 @@ class Unseen(NamedTuple):
         limit = min(MAX_UNSEEN_SHARE + CLEARLY_UNSEEN * self.share.se, MAX_EXCESS * MAX_UNSEEN_SHARE)
         return self.share.value <= limit
 
-    def is_certain(self, errors: float) -> bool:
-        """Whether the limits of the verdict lie at least so many standard errors away."""
-        limits = (MAX_UNSEEN_SHARE, MAX_CORRECTABLE_SHARE)
+    def is_certain(self, errors: float, may_be_good: bool) -> bool:
+        """Whether the limits of the verdict lie at least so many standard errors away.
+
+        Args:
+            errors: the number of standard errors.
+            may_be_good: whether the verdict could be "good"; otherwise the limit of that does not matter.
+        """
+        limits = (MAX_UNSEEN_SHARE, MAX_CORRECTABLE_SHARE) if may_be_good else (MAX_CORRECTABLE_SHARE,)
         return all(abs(self.share.value - limit) > errors * self.share.se for limit in limits)
 
 
@@ -147,6 +152,10 @@ class Figures:
             unseen: the share of the posterior that they do not see; None where it is unknown.
             errors: by how many standard errors each figure is taken to be worse than its estimate.
         """
+        return worst(self.verdict_on_moments(errors), self.verdict_on_tail(unseen, errors))
+
+    def verdict_on_moments(self, errors: float = 0.0) -> Verdict:
+        """The verdict that weights and moments allow at best, whatever their tail is."""
         is_hopeless = self.moves_too_far(errors) or self.is_too_narrow(errors)
         if is_hopeless or self.num_nan > MAX_NAN_SHARE * self.num_samples:
             return "do not use"
@@ -158,7 +167,7 @@ class Figures:
             and change.at(errors - SURELY) <= MAX_SD_CHANGE
             and self.num_nan + self.num_zero == 0
         )
-        return worst("good" if is_close else "correct it", self.verdict_on_tail(unseen, errors))
+        return "good" if is_close else "correct it"
 
     def verdict_on_tail(self, unseen: Unseen | None, errors: float = 0.0) -> Verdict:
         """The verdict that the tail of the weights allows at best, by k-hat and by what the draws do not see."""
