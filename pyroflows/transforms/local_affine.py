@@ -1,5 +1,7 @@
 """Affine maps of rows, whose locations and scales depend on what the rows share."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -161,30 +163,40 @@ class LocalAffine(nn.Module):
         return sum(parts[1:], parts[0]) if parts else None
 
 
-def num_curves(dim: int, has_products: bool) -> int:
-    """The number of functions that :func:`curved` gives of so many elements."""
-    return 1 + 3 * dim + (dim * (dim - 1) // 2 if has_products else 0)
+def num_curves(dim: int, degree: int) -> int:
+    """The number of functions that :func:`curved` gives of so many elements with products of a degree, 1, 2 or 3."""
+    num_pairs, num_cubic = math.comb(dim, 2), math.comb(dim + 2, 3)
+    return 1 + 2 * dim + (0 if degree < 2 else num_pairs) + (dim if degree < 3 else num_cubic)
 
 
 def curved(h: Tensor, num: int) -> Tensor:
     r"""Functions of elements ``(..., g)`` in which the laws of rows are linear.
 
-    They are 1, :math:`h_j`, :math:`\sqrt{1 + h_j^2}`, :math:`t_j^3`, and maybe :math:`t_i t_j` for i < j, with
-    :math:`t = h / \sqrt{1 + h^2 / 9}`. So none of them grows faster than h far out.
+    They are 1, :math:`h_j`, :math:`\sqrt{1 + h_j^2}` and products of :math:`t = h / \sqrt{1 + h^2 / 16}`, so that none
+    grows faster than h far out: :math:`t_j^3`; with degree 2 also :math:`t_i t_j` for i < j; and with degree 3 all of
+    the third degree.
 
     Args:
         h: the elements.
-        num: the number of functions, with or without the products, see :func:`num_curves`.
+        num: the number of functions, :func:`num_curves` of some degree.
 
     Example:
-        >>> curved(torch.tensor([0.0, 4.0]), 8)
-        tensor([ 1.0000,  0.0000,  4.0000,  1.0000,  4.1231,  0.0000, 13.8240,  0.0000])
+        >>> curved(torch.tensor([0.0, 3.0]), num_curves(2, degree=2))
+        tensor([ 1.0000,  0.0000,  3.0000,  1.0000,  3.1623,  0.0000,  0.0000, 13.8240])
     """
-    t = h * (1 + h.square() / 9).rsqrt()
-    parts = [torch.ones_like(h[..., :1]), h, (1 + h.square()).sqrt(), t**3]
-    if num > num_curves(h.shape[-1], has_products=False):
-        first, second = torch.triu_indices(h.shape[-1], h.shape[-1], 1, device=h.device)
+    dim = h.shape[-1]
+    t = h * (1 + h.square() / 16).rsqrt()
+    parts = [torch.ones_like(h[..., :1]), h, (1 + h.square()).sqrt()]
+    index = torch.arange(dim, device=h.device)
+    if num > num_curves(dim, degree=1):
+        first, second = torch.combinations(index, 2).unbind(-1)
         parts.append(t[..., first] * t[..., second])
+    if num == num_curves(dim, degree=3):
+        cubic = torch.combinations(index, 3, with_replacement=True)
+    else:
+        cubic = index[:, None].expand(dim, 3)
+    first, second, third = cubic.unbind(-1)
+    parts.append(t[..., first] * t[..., second] * t[..., third])
     return torch.cat(parts, -1)
 
 

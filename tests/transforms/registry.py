@@ -147,7 +147,7 @@ def _hierarchy(dim: int, _: int) -> Hierarchy:
             continue
         num, size = part.shape
         generator = torch.Generator().manual_seed(3)
-        num_functions = num_curves(num_global, has_products=True)
+        num_functions = num_curves(num_global, degree=2 + len(levels))
         affine = LocalAffine(
             size,
             given,

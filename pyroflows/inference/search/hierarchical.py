@@ -16,14 +16,14 @@ from pyroflows.transforms.local_affine import curved, num_curves
 
 SPREAD = 0.3  # of the points at which independence is tested
 # Below this number of local latents a search among all latents is as quick, and a flow over all of them closer.
-MIN_LOCAL = 60
+MIN_LOCAL = 150
 # Networks see standardised derivatives up to this size.
 LARGEST_FEATURE = 5.0
-# With more global latents than this the laws of rows do not depend on their products, which would be too many.
-MAX_GLOBALS_WITH_PRODUCTS = 40
+# The laws of rows depend on products of so many global latents at most, since there are many products.
+MAX_GLOBALS_OF_CUBICS, MAX_GLOBALS_OF_PAIRS = 12, 40
 # How these laws depend on the global latents is fitted to so many draws for each function of these, which are wider by
 # this factor than those of the global latents, so that the fit holds in the tails of these too.
-DRAWS_A_CURVE, WIDER = 3, 1.3
+DRAWS_A_CURVE, WIDER = 3, 1.6
 # A call of the marginal density has about so many local latents in all its rows.
 MAX_NUMBERS, LEAST_ROWS, MOST_ROWS = 2**17, 8, 16
 
@@ -83,7 +83,7 @@ def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> Hierarchi
     roots = [_root(precision) for precision in laws.precisions]
     regressions = _whitened(laws, root, roots)
     features = _features(marginal, center, roots)
-    num = num_curves(num_global, has_products=num_global <= MAX_GLOBALS_WITH_PRODUCTS)
+    num = num_curves(num_global, 1 + (num_global <= MAX_GLOBALS_OF_PAIRS) + (num_global <= MAX_GLOBALS_OF_CUBICS))
     h = WIDER * antithetic(DRAWS_A_CURVE * num, loc)
     x = _settled(marginal, loc + h @ root.mT)
     relative = _relative_laws(marginal, center, x, roots)
