@@ -91,7 +91,7 @@ class LocalAffine(nn.Module):
             features: what is known of each row; None if nothing is.
         """
         loc, matrix, ladj, shift, factor = self._of_rows(h, ids, features)
-        v = _multiply(matrix, y if factor is None else _multiply(factor, y))
+        v = _times(matrix, y if factor is None else _times(factor, y))
         x = loc + _multiply(_at(self.scale_tril, ids), v if shift is None else shift + v)
         return x, ladj.expand(x.shape[:-1])
 
@@ -223,6 +223,11 @@ def _multiply(matrices: Tensor, vectors: Tensor) -> Tensor:
     if vectors.shape[-2] == 1:  # one vector for all rows, hence one product of matrices
         flat = vectors[..., 0, :] @ matrices.flatten(0, 1).mT
         return flat.unflatten(-1, matrices.shape[:2])
+    return _times(matrices, vectors)
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Products of matrices ``(..., R, n, m)`` and vectors ``(..., R, m)``."""
     return (matrices @ vectors[..., None])[..., 0] if matrices.shape[-1] > 1 else matrices[..., 0] * vectors
 
 

@@ -23,7 +23,7 @@ LARGEST_FEATURE = 5.0
 MAX_GLOBALS_OF_CUBICS, MAX_GLOBALS_OF_PAIRS = 12, 40
 # How these laws depend on the global latents is fitted to so many draws for each function of these, which are wider by
 # this factor than those of the global latents, so that the fit holds in the tails of these too.
-DRAWS_A_CURVE, WIDER = 3, 1.6
+DRAWS_A_CURVE, LEAST_DRAWS, WIDER = 3, 256, 1.6
 # A call of the marginal density has about so many local latents in all its rows.
 MAX_NUMBERS, LEAST_ROWS, MOST_ROWS = 2**17, 8, 16
 
@@ -84,7 +84,7 @@ def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> Hierarchi
     regressions = _whitened(laws, root, roots)
     features = _features(marginal, center, roots)
     num = num_curves(num_global, 1 + (num_global <= MAX_GLOBALS_OF_PAIRS) + (num_global <= MAX_GLOBALS_OF_CUBICS))
-    h = WIDER * antithetic(DRAWS_A_CURVE * num, loc)
+    h = WIDER * antithetic(max(LEAST_DRAWS, DRAWS_A_CURVE * num), loc)
     x = _settled(marginal, loc + h @ root.mT)
     relative = _relative_laws(marginal, center, x, roots)
     locals_ = []

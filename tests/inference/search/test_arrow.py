@@ -102,6 +102,33 @@ def test_a_gaussian_hierarchy_is_exact(model):
     torch.testing.assert_close(found @ found.mT, covariance, rtol=1e-5, atol=1e-5)
 
 
+def test_the_laws_of_rows_bend_with_the_globals():
+    """Given mu and tau the rows are Gaussian, with means and sds that are known, and far from linear in these.
+
+    Without products of mu and tau the means are wrong by 0.16 sd.
+    """
+    y, precision = 1.0 + torch.randn(60).double(), torch.linspace(0.2, 20.0, 60).double()
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 2.0))
+        log_tau = pyro.sample("log_tau", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("groups", 60):
+            theta = pyro.sample("theta", dist.Normal(mu, log_tau.exp()))
+            pyro.sample("y", dist.Normal(theta, precision**-0.5), obs=y)
+
+    log_joint, center = made(model)
+    marginal = global_marginal(log_joint, center)
+    start = GaussianApproximation(torch.tensor([1.0, 0.0]).double(), 0.4 * torch.eye(2).double(), elbo=0.0)
+    flow = hierarchy_near(with_locals(marginal, start), Recipe("Gaussian"), has_local_flow=False)
+    h = torch.randn(200, 2).double()
+    z = torch.cat([h, torch.zeros(200, 60).double()], -1)
+    x, up = flow.transform(z), flow.transform(torch.cat([h, torch.ones(200, 60).double()], -1))
+    total = precision + (-2 * x[:, 1:2]).exp()
+    mean = (precision * y + (-2 * x[:, 1:2]).exp() * x[:, :1]) / total
+    assert ((x[:, 2:] - mean) * total.sqrt()).square().mean().sqrt() < 0.08
+    assert ((up - x)[:, 2:] * total.sqrt()).log().square().mean().sqrt() < 0.08
+
+
 def groups(num, counts):
     """Counts with random rates, whose conditional laws are skewed."""
     group = torch.arange(len(counts)) % num
