@@ -103,6 +103,11 @@ class FittedCandidate:
     found: Starts | None
 
     @cached_property
+    def few_draws(self) -> DiagnosticDraws:
+        """A few draws, which show whether the flow is far from the posterior."""
+        return DiagnosticDraws.first(self.flow(), self.log_joint, NUM_FIRST_LOOK)
+
+    @cached_property
     def first_draws(self) -> DiagnosticDraws:
         """A batch of draws for a first look, made at the first use."""
         return DiagnosticDraws.first(self.flow(), self.log_joint, default_num_samples(self.flow.dim))
@@ -120,8 +125,7 @@ class FittedCandidate:
 
 def is_enough(gaussian: FittedCandidate) -> bool:
     """Whether a Gaussian is so close to the posterior that a flow could not improve on it."""
-    few = DiagnosticDraws.first(gaussian.flow(), gaussian.log_joint, NUM_FIRST_LOOK).figures
-    if few.log_weight_variance.at(-SURELY) > MAX_VARIANCE:
+    if gaussian.few_draws.figures.log_weight_variance.at(-SURELY) > MAX_VARIANCE:
         return False
     figures = gaussian.first_draws.figures
     # What takes no further draws comes first, since most Gaussians are not enough.

@@ -281,7 +281,7 @@ class Hierarchy(FlowTransform):
         return self._joined([x, *xs]), ladj + affine_ladj + self._counted(ladjs, y)
 
     def _forward_rows(self, zs: Sequence[Tensor], y: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return what rows depend on, x ``(..., R, d)``, and the log-determinants of all rows ``(..., R)``, by level."""
+        """Return what rows depend on, x ``(..., R, d)``, and log-determinants of rows ``(..., R)``, by level."""
         ys, given, xs, ladjs = [y], [], [], []
         for level, rows, z in zip(self.levels, self.rows, zs, strict=True):
             h = self._given(level, rows, ys)
@@ -328,7 +328,7 @@ class Hierarchy(FlowTransform):
     def _forward_and_score(self, z: Tensor, score: Tensor, context: Tensor | None) -> Triple:
         # The globals have a score of their own at y_0. At fixed values x_r of a row, its log-density changes with what
         # the row depends on by -w_r d log|det J_r| - score_r^T dx_r, where z_r is fixed on the right-hand side. Each
-        # row adds this to the scores of the globals and of the rows that enclose it, so that the last level comes first.
+        # row adds this to the scores of the globals and of the rows that enclose it, so the last level comes first.
         zs, scores = self._split(z), self._split(score)
         y, ladj = zs[0], z.new_zeros(z.shape[:-1])
         if self.flow is not None:

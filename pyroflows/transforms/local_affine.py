@@ -201,7 +201,7 @@ def curved(h: Tensor, num: int) -> Tensor:
 
 
 def _lower_triangular(diagonal: Tensor, below: Tensor | None) -> Tensor:
-    """Make matrices ``(..., d, d)`` of their diagonals and of the rows of what stands below, ``(..., d (d - 1) / 2)``."""
+    """Make matrices ``(..., d, d)`` of their diagonals and of the rows below these, ``(..., d (d - 1) / 2)``."""
     dim = diagonal.shape[-1]
     if below is None or dim == 1:
         return torch.diag_embed(diagonal)

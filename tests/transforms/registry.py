@@ -155,7 +155,8 @@ def _hierarchy(dim: int, _: int) -> Hierarchy:
             loc=torch.randn(num, size, generator=generator),
             regression=torch.randn(num, size, given - num_global, generator=generator) / given if parents else None,
             scale_tril=_cholesky_factor(size).expand(num, size, size),
-            curves=torch.randn(num, 2 * size + size * (size - 1) // 2, num_functions, generator=generator) / (4 * given),
+            curves=torch.randn(num, 2 * size + size * (size - 1) // 2, num_functions, generator=generator)
+            / (4 * given),
             num_curved=num_global,
         )
         features = torch.randn(num, 2, generator=generator)

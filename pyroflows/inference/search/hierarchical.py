@@ -69,8 +69,8 @@ def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> Hierarchi
 
     Locations and scales are those of the curvature at the mode of the local latents. How they depend on the global
     ones is a least-squares fit to draws of these, see :func:`pyroflows.transforms.local_affine.curved`; how rows depend
-    on those that enclose them is the curvature at the mean of the global latents. The features of a row are the
-    standardised third and fourth derivatives of its log-density, :math:`s^3 f^{(3)}` and :math:`s^4 f^{(4)}`, by differences.
+    on those that enclose them is the curvature at the mean of the global latents. Features of a row are standardised
+    third and fourth derivatives of its log-density, :math:`s^3 f^{(3)}` and :math:`s^4 f^{(4)}`, by differences.
 
     Args:
         marginal: the marginal density of the global latents.
@@ -165,7 +165,7 @@ def _curves(functions: Tensor, values: Tensor, dim: int) -> Tensor:
     functions, values = functions[finite], values[finite]
     weights = (-values[..., dim : 2 * dim].mean(1)).exp()
     parts = [_nearest(weights[:, k, None] * functions, weights[:, k, None] * values[..., k]) for k in range(dim)]
-    others = _nearest(functions, values[..., dim:].flatten(1)).unflatten(0, values.shape[1:2] + (-1,))
+    others = _nearest(functions, values[..., dim:].flatten(1)).unflatten(0, (values.shape[1], -1))
     return torch.cat([torch.stack(parts, 1), others], 1)
 
 

@@ -426,6 +426,8 @@ class Fitted:
     def first_draws(self):
         return self
 
+    few_draws = first_draws
+
     @property
     def diagnosis(self):
         unseen = None if self.share is None else Unseen(Estimate(self.share, 0.0001), 10_000)
