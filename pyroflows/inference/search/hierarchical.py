@@ -148,7 +148,7 @@ def _relative_laws(marginal: GlobalMarginal, center: Tensor, x: Tensor, roots: l
         precisions = marginal.conditionals(part).precisions
         for level, root, precision, parts in zip(marginal.levels, roots, precisions, found, strict=True):
             scale = torch.linalg.solve_triangular(root, _root(precision[:num]), upper=False)
-            below = torch.tril_indices(*root.shape[-2:], -1)
+            below = torch.tril_indices(root.shape[-2], root.shape[-1], -1)
             logs = scale.diagonal(dim1=-2, dim2=-1).log()
             moved = (part[:num] - center)[:, level.places].double()
             parts.append(torch.cat([moved, logs, scale[..., below[0], below[1]]], -1))
