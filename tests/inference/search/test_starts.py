@@ -421,15 +421,15 @@ class Fitted:
 
     figures: Figures
     share: float | None
+    flow = history = found = None
 
     @property
-    def first_draws(self):
+    def draws(self):
         return self
 
-    few_draws = first_draws
+    few_draws = first_draws = draws
 
-    @property
-    def diagnosis(self):
+    def diagnosis(self, *args):
         unseen = None if self.share is None else Unseen(Estimate(self.share, 0.0001), 10_000)
         return diagnose(self.figures, unseen)
 
