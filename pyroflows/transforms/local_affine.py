@@ -234,6 +234,8 @@ def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
 def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
     if matrices.shape[-1] == 1:
         return vectors / matrices[..., 0]
+    if len(matrices) == 1:
+        return solve(matrices[0], vectors, upper=False)
     return solve(matrices.expand(*vectors.shape, matrices.shape[-1]), vectors, upper=False)
 
 

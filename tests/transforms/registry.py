@@ -47,6 +47,7 @@ from pyroflows.transforms.foreign import Foreign
 from pyroflows.transforms.hierarchy import Hierarchy, Level, Rows
 from pyroflows.transforms.image.normalized_conv import NormalizedConv1x1
 from pyroflows.transforms.local_affine import LocalAffine, num_curves
+from pyroflows.transforms.markov_affine import MarkovAffine
 from tests.transforms.examples import EstimatedScale
 from tests.transforms.networks import Plain, Running, Stepwise, Velocity, convolution
 
@@ -164,6 +165,12 @@ def _hierarchy(dim: int, _: int) -> Hierarchy:
         levels.append(Level(flow, affine, (0,) if parents else (), torch.arange(num_global)))
         rows.append(Rows(part, parents, torch.arange(num), features=features))
     return Hierarchy(_autoregressive(num_global), Triangular(num_global), of_globals, levels, rows)
+
+
+def _markov_affine(dim: int, context_dim: int) -> MarkovAffine:
+    """Each element depends on the next one, and on the last one."""
+    pairs = sorted({(t, k) for t in range(dim - 1) for k in (t + 1, dim - 1)})
+    return MarkovAffine(dim, torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).mT, context_dim, hidden_dims=(16,))
 
 
 def _angles_and_reals(dim: int) -> list[str]:
@@ -287,6 +294,7 @@ LAYERS: dict[str, Entry] = {
     "orthogonal-cayley": Entry(_factory(Orthogonal, parametrization="cayley"), preserves_volume=True),
     "qr": Entry(_factory(QR)),
     "low-rank": Entry(lambda dim, context_dim: LowRank(dim, min(dim, 3), context_dim)),
+    "markov-affine": Entry(_markov_affine),
     "triangular-whitening": Entry(
         _factory(Triangular, loc=_location, scale_tril=_cholesky_factor), is_identity_at_start=False
     ),
