@@ -1,5 +1,6 @@
 """The layer between a flow and the latents of a hierarchical model, which learns how far each of them is centred."""
 
+import copy
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ class Centering(FlowTransform):
         """The layer of the same priors with another centredness."""
         made = Centering(self.names, centredness)
         made._forms = self._forms
+        return made
+
+    def in_layout(self, layout: Layout) -> "Centering":
+        """The same layer for the vectors of another layout of the same latents."""
+        made = copy.copy(self)
+        made._forms = self._bound().in_layout(layout)
         return made
 
     @property

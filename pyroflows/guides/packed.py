@@ -357,7 +357,7 @@ class AutoFlow(AutoContinuous):
 
     def _unfilled_flow(self, saved: FlowState, zeros: Tensor, centering: Centering | None) -> Flow:
         if saved.hierarchy is not None:
-            return hierarchy_of(saved.hierarchy, self.flow_fn, zeros)
+            return hierarchy_of(saved.hierarchy, self.flow_fn, zeros, centering)
         scale = torch.eye(saved.dim).to(zeros) if saved.last_layer == "triangular" else None
         return self._flow_at(zeros, scale, centering)
 

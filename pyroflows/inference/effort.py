@@ -4,17 +4,16 @@ import math
 from functools import partial
 from typing import Any
 
-from pyroflows.flows import Flow
+from pyroflows.guides.hierarchical import has_block, hierarchical_layer
 from pyroflows.inference.elbo import MinibatchELBO, ModelELBO
 from pyroflows.training.history import History
 from pyroflows.training.loop import LEARNING_RATE, OptimizerLike
 from pyroflows.training.schedules import Plateau
 from pyroflows.training.table_adam import TableAdam
-from pyroflows.transforms.hierarchy import Hierarchy
 
 NUM_PARTICLES = 128
 # In hierarchies a step has about so many numbers in all its draws.
-LEAST_PARTICLES, MAX_NUMBERS_A_STEP = 4, 2**12
+LEAST_PARTICLES, MAX_NUMBERS_A_STEP, NUM_PARTICLES_OF_BLOCKS = 4, 2**12, 32
 # The rows of a draw all contribute to the flow that they share, so that it settles in few steps.
 LEAST_DECAY_OF_ROWS = 100
 # Where a step sees a part of the rows, further draws would not reduce the noise that this leaves, but further steps do.
@@ -41,10 +40,11 @@ def num_particles_of(objective: ModelELBO) -> int:
     """
     if isinstance(objective, MinibatchELBO):
         return NUM_PARTICLES_OF_PARTS
-    if not _has_rows(objective.flow):
+    if hierarchical_layer(objective.flow) is None:
         return NUM_PARTICLES
-    # Each draw has all rows, which share a flow.
-    return max(LEAST_PARTICLES, min(NUM_PARTICLES, MAX_NUMBERS_A_STEP // objective.flow.dim))
+    # Each draw has all rows, which share a flow; of a block the flow of a few global latents alone is trained.
+    most = NUM_PARTICLES_OF_BLOCKS if has_block(objective.flow) else NUM_PARTICLES
+    return max(LEAST_PARTICLES, min(most, MAX_NUMBERS_A_STEP // objective.flow.dim))
 
 
 def schedule_of(objective: ModelELBO, num_steps: int | None, hold: int) -> Plateau:
@@ -58,13 +58,14 @@ def schedule_of(objective: ModelELBO, num_steps: int | None, hold: int) -> Plate
     options: dict[str, Any] = {"falls": objective.falls}
     if isinstance(objective, MinibatchELBO):
         # The variance of the log weights is that of a part of the rows, and says nothing of all.
-        least = LEAST_STEPS_OF_PARTS
-        if _has_rows(objective.flow):
-            has_table = any(level.affine.table is not None for level in objective.flow.layers[-1].levels)
+        least, layer = LEAST_STEPS_OF_PARTS, hierarchical_layer(objective.flow)
+        if layer is not None:
+            has_table = any(level.affine.table is not None for level in layer.levels)
             least = LEAST_STEPS_OF_PARTS if has_table else LEAST_STEPS_OF_ENCODERS
             options["min_decay"] = LEAST_DECAY_OF_TABLES if has_table else LEAST_DECAY_OF_ENCODERS
         return Plateau(objective.monitor, num_steps, hold=max(hold, least), **options)
-    if _has_rows(objective.flow):
+    # The row of a block stands alone, and its global latents need the steps of any flow.
+    if hierarchical_layer(objective.flow) is not None and not has_block(objective.flow):
         options["min_decay"] = LEAST_DECAY_OF_ROWS
         return Plateau(objective.monitor, num_steps, _rows_are_settled, hold, **options)
     return Plateau(objective.monitor, num_steps, _is_settled, hold, **options)
@@ -77,18 +78,15 @@ def updates_of(objective: ModelELBO, optimizer: OptimizerLike | None) -> dict[st
         objective: the objective.
         optimizer: the optimizer that the user gave, or None.
     """
-    if optimizer is not None or not isinstance(objective, MinibatchELBO) or not _has_rows(objective.flow):
+    layer = hierarchical_layer(objective.flow)
+    if optimizer is not None or layer is None or not isinstance(objective, MinibatchELBO):
         return {"optimizer": optimizer}
-    levels = objective.flow.layers[-1].levels
+    levels = layer.levels
     adam = partial(TableAdam, lr=LEARNING_RATE, betas=BETAS_OF_PARTS, fused=True)
     # Where there are networks that read features besides, tables take updates of all their rows.
     is_by_rows = all(level.embedding is not None and level.affine.net is None for level in levels)
     tables = [table for level in levels for table in (level.embedding, level.affine.table)] if is_by_rows else []
     return {"optimizer": adam, "max_norm": math.inf, "tables": tables}
-
-
-def _has_rows(flow: Flow) -> bool:
-    return isinstance(flow.layers[-1], Hierarchy)
 
 
 def _is_settled(history: History) -> bool:

@@ -15,6 +15,7 @@ from pyroflows.flows import Flow, Recipe
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.centering import Centering
+from pyroflows.guides.hierarchical import hierarchical_layer
 from pyroflows.guides.packed import FlowFn
 from pyroflows.guides.structured import AutoStructuredFlow
 from pyroflows.inference.batches import Batches, FixedArguments, is_loader
@@ -31,6 +32,7 @@ from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.preparation import init_at, prepared
 from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.hierarchical import global_marginal, with_locals
+from pyroflows.inference.search.marginal import GlobalMarginal
 from pyroflows.inference.search.starts import (
     NUM_ROWS,
     Starts,
@@ -51,7 +53,6 @@ from pyroflows.randomness import seeded
 from pyroflows.shapes import counted
 from pyroflows.training.history import History
 from pyroflows.training.loop import OptimizerLike, Trainer, ends_training
-from pyroflows.transforms.hierarchy import Hierarchy
 
 NUM_STARTS = 8
 # With more latents than this the search from each of the first starts takes seconds, hence few of them.
@@ -363,15 +364,37 @@ class FlowVI:
         log_joint = so_far.log_joint
         has_verdict = not so_far.own_parameters and not log_joint.structure.subsampled
         is_default = has_verdict and self.guide is None and self.num_steps is None and self.temper is None
-        marginal = global_marginal(log_joint, so_far.center) if is_default else None
+        # The layer's runs know no discrete latents.
+        is_plain = not log_joint.structure.enumerated
+        centering = Centering.of(model, args, kwargs, log_joint.layout, so_far.center) if is_plain else None
+        marginal = global_marginal(log_joint, so_far.center, centering) if is_default else None
+        fitted = self._fit_from(so_far, progress, model, args, kwargs, marginal, centering, is_default)
+        if marginal is None or not marginal.is_block or so_far.is_ended or fitted.diagnosis.verdict != "do not use":
+            return fitted
+        # Given the global latents the block is far from a Gaussian.
+        other = self._fit_from(so_far, progress, model, args, kwargs, None, centering, is_default)
+        return min(fitted, other, key=lambda fitted: fitted.diagnosis.log_weight_variance)
+
+    def _fit_from(
+        self,
+        so_far: FitSoFar,
+        progress: FitProgress,
+        model: Model,
+        args: Any,
+        kwargs: Any,
+        marginal: GlobalMarginal | None,
+        centering: Centering | None,
+        is_default: bool,
+    ) -> FittedCandidate:
+        """Search for modes of the log joint, or of the marginal density, and fit candidates that start at them."""
+        log_joint = so_far.log_joint
         target: Target = marginal or log_joint
         center = so_far.center if marginal is None else so_far.center[marginal.places]
         layout = target.layout
-        num_first = NUM_STARTS if len(so_far.center) <= MAX_DIM_OF_STARTS else FEW_STARTS
+        num_first = NUM_STARTS if marginal is None and len(so_far.center) <= MAX_DIM_OF_STARTS else FEW_STARTS
         num_first = min(num_first, self.num_starts or num_first)
-        # Where local latents are integrated out, their form does not matter; the layer's runs know no discrete latents.
-        is_plain = marginal is None and not log_joint.structure.enumerated
-        centering = Centering.of(model, args, kwargs, layout, center) if is_plain else None
+        if marginal is not None:
+            centering = None  # Where local latents are integrated out, their form does not matter.
         points = starting_points(model, args, kwargs, layout, center, num_first, centering)
         propose = partial(further_points, model, args, kwargs, layout, center, centering=centering)
 
@@ -410,7 +433,7 @@ class FlowVI:
         light = fit(Recipe("default"))
         progress.say("judging the flow")
         # Heavier tails do not help where there are too many modes to fit, and the flow of a hierarchy has none.
-        is_shared = isinstance(light.flow.components[0].layers[-1], Hierarchy)
+        is_shared = hierarchical_layer(light.flow.components[0]) is not None
         if so_far.is_ended or light.diagnosis.verdict != "do not use" or light.diagnosis.num_other_modes or is_shared:
             return light
         try:

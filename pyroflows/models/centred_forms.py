@@ -159,6 +159,12 @@ class CentredForms:
         self._inverse = self._forward.inverse()
         self._subsample = subsample
 
+    def in_layout(self, layout: Layout) -> "CentredForms":
+        """The same map of the vectors of another layout of the same latents."""
+        made = self.__class__.__new__(self.__class__)
+        made.__dict__.update(self.__dict__, _layout=layout)
+        return made
+
     def forward(self, v: Tensor, centredness: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map v to u and :math:`\log|\det \partial u / \partial v|`.
 

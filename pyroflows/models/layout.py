@@ -1,5 +1,6 @@
 """The layout of a model's latents in one unconstrained vector."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -72,12 +73,26 @@ class Layout:
             self.slices[site.name] = slice(self.dim, self.dim + size)
             self.dim += size
         self.blocks = (Block(structure.latents, 0, self.dim),)
+        self._parts: Mapping[str, Tensor] = {}
 
     def split(self, vector: Tensor) -> Iterator[tuple[Site, Tensor]]:
         """Iterate over the sites, each with its part ``(*batch, size)`` of a vector ``(*batch, dim)``."""
         for block in self.blocks:
             for site in block.sites:
-                yield site, vector[..., self.slices[site.name]]
+                part = self._parts.get(site.name)
+                yield site, vector[..., self.slices[site.name]] if part is None else part
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> "Layout":
+        """A layout that reads some sites from tensors of their own, and does not look at their places in a vector.
+
+        So what depends on these sites alone has no gradient by the vector, which need not be computed.
+
+        Args:
+            parts: tensors ``(*batch, size)`` by site.
+        """
+        made = copy.copy(self)
+        made._parts = parts
+        return made
 
     def constrain(self, vector: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         r"""Map an unconstrained vector u to the values x of the latents.

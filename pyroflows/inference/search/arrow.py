@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Eigenvalues of a block are at least this share of its largest one.
 LEAST_EIGENVALUE = 1e-8
+# A block of zeros gets this one.
+TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +24,13 @@ class ArrowLevel:
         places: the indices of their elements in the vector, ``(R, d)``.
         parents: the indices of the levels that enclose this one, from the outermost on.
         rows: for each of them, the row that encloses each row, ``(R,)``.
+        pattern: which entries of the blocks of rows can differ from zero, booleans ``(d, d)``; None for all.
     """
 
     places: Tensor
     parents: tuple[int, ...] = ()
     rows: tuple[Tensor, ...] = ()
+    pattern: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,14 +148,20 @@ def positive(precision: Tensor) -> Tensor:
     """Make blocks ``(..., d, d)`` positive definite by the absolute values of their eigenvalues, and a least one."""
     if precision.shape[-1] == 1:
         return precision.abs().clamp(min=torch.finfo(precision.dtype).tiny)
-    values, axes = torch.linalg.eigh((precision + precision.mT) / 2)
+    # Where a block is not finite, there is nothing to go by.
+    is_finite = precision.isfinite().all(-1).all(-1)[..., None, None]
+    precision = torch.where(is_finite, precision, torch.eye(precision.shape[-1]).to(precision))
+    is_bad = torch.linalg.cholesky_ex(precision).info != 0
+    if not bool(is_bad.any()):
+        return precision
+    values, axes = torch.linalg.eigh((precision[is_bad] + precision[is_bad].mT) / 2)
     values = values.abs()
-    values = torch.maximum(values, LEAST_EIGENVALUE * values.amax(-1, keepdim=True))
-    return (axes * values[..., None, :]) @ axes.mT
+    values = torch.maximum(values, LEAST_EIGENVALUE * values.amax(-1, keepdim=True)).clamp(min=TINY)
+    return precision.index_put((is_bad,), (axes * values[..., None, :]) @ axes.mT)
 
 
 def _solved(matrices: Tensor, right: Tensor) -> Tensor:
-    return right / matrices if matrices.shape[-1] == 1 else torch.linalg.solve(matrices, right)
+    return right / matrices if matrices.shape[-1] == 1 else torch.linalg.solve_ex(matrices, right).result
 
 
 def _log_det(matrices: Tensor) -> Tensor:

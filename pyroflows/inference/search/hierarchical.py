@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyroflows.guides.hierarchical import HierarchicalGaussian, LocalGaussian
+from pyroflows.guides.centering import Centering
+from pyroflows.guides.hierarchical import BlockGaussian, HierarchicalGaussian, LocalGaussian
 from pyroflows.inference.search.arrow import Conditionals, places_of_parents
+from pyroflows.inference.search.blocks import MIN_BLOCK, dependent_block, filled
 from pyroflows.inference.search.density import antithetic
 from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.marginal import GlobalMarginal, times_hessian
@@ -17,6 +19,9 @@ from pyroflows.transforms.local_affine import curved, num_curves
 SPREAD = 0.3  # of the points at which independence is tested
 # Below this number of local latents a search among all latents is as quick, and a flow over all of them closer.
 MIN_LOCAL = 150
+# The Hessian is looked at in so many points; the Gaussian of a block is known at so many, of so many times the standard
+# deviation of the global latents.
+NUM_LOOKS, NUM_POINTS, POINT_SPREAD = 2, 640, 1.5
 # Networks see standardised derivatives up to this size.
 LARGEST_FEATURE = 5.0
 # The laws of rows depend on products of so many global latents at most, since there are many products.
@@ -28,28 +33,51 @@ DRAWS_A_CURVE, LEAST_DRAWS, WIDER = 3, 256, 1.6
 MAX_NUMBERS, LEAST_ROWS, MOST_ROWS = 2**17, 8, 16
 
 
-def global_marginal(log_joint: LogJoint, center: Tensor) -> GlobalMarginal | None:
+def global_marginal(log_joint: LogJoint, center: Tensor, centering: Centering | None = None) -> GlobalMarginal | None:
     """Make the marginal density of the global latents of a model; None where few latents are local, or all are.
 
     Args:
         log_joint: the log joint of the model.
         center: an unconstrained vector ``(dim,)`` at which it is finite.
+        centering: the layer of the sites whose priors depend on other latents, non-centred; None if there are none.
     """
-    if len(center) < MIN_LOCAL or log_joint.batched.mode == "loop":
+    if len(center) < MIN_BLOCK or log_joint.batched.mode == "loop":
         return None
     points = center + (SPREAD * torch.randn(NUM_HALVES, len(center))).to(center)
+    product = hessian_product(log_joint)
     try:
-        levels = independent_levels(log_joint.layout, hessian_product(log_joint), points)
+        levels = independent_levels(log_joint.layout, product, points)
         num_local = sum(level.places.numel() for level in levels[1:])
-        if num_local < MIN_LOCAL or not levels[0].sites:
+        if not num_local:
+            marginal = _marginal_of_block(log_joint, product, points, center, centering)
+            if marginal is None:
+                return None
+        elif num_local < MIN_LOCAL or not levels[0].sites:
             return None
-        num_rows = max(LEAST_ROWS, min(MOST_ROWS, MAX_NUMBERS // num_local))
-        marginal = GlobalMarginal(log_joint, levels, center, num_rows)
-        at_center = center[marginal.places].expand(num_rows, -1)
+        else:
+            num_rows = max(LEAST_ROWS, min(MOST_ROWS, MAX_NUMBERS // num_local))
+            marginal = GlobalMarginal(log_joint, levels, center, num_rows)
+        at_center = center[marginal.places].expand(marginal.num_rows, -1)
         value, gradient = marginal.value_and_grad(at_center)(at_center)
     except RuntimeError:  # not all operations have higher derivatives
         return None
     return marginal if bool(value.isfinite().all() and gradient.isfinite().all()) else None
+
+
+def _marginal_of_block(
+    log_joint: LogJoint, product: TimesHessian, points: Tensor, center: Tensor, centering: Centering | None
+) -> GlobalMarginal | None:
+    """The marginal density of the global latents where the local ones depend on one another."""
+    names = () if centering is None else centering.names
+    block = dependent_block(log_joint.layout, product, points[:NUM_LOOKS], names)
+    if block is None:
+        return None
+    if not block.is_dense or centering is None:
+        return GlobalMarginal(log_joint, block.levels, center, MOST_ROWS, block.pattern)
+    # A dense precision of the prior is far from one that a network could follow; before the layer it is one.
+    with torch.no_grad():
+        center = centering.base_value(center)
+    return GlobalMarginal(log_joint, block.levels, center, MOST_ROWS, block.dense().pattern, centering)
 
 
 def hessian_product(log_joint: LogJoint) -> TimesHessian:
@@ -76,6 +104,8 @@ def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> Hierarchi
         marginal: the marginal density of the global latents.
         q: a Gaussian close to it.
     """
+    if marginal.is_block:
+        return _with_block(marginal, q)
     loc, root = q.loc.double(), q.scale_tril.double()
     num_global = len(loc)
     center = _settled(marginal, loc[None])[0]
@@ -99,6 +129,33 @@ def with_locals(marginal: GlobalMarginal, q: GaussianApproximation) -> Hierarchi
             LocalGaussian(level.places, level.parents, level.rows, center[level.places], *(p.to(x) for p in parts))
         )
     return HierarchicalGaussian(marginal.places, q.loc, q.scale_tril, tuple(locals_), q.elbo)
+
+
+def _with_block(marginal: GlobalMarginal, q: GaussianApproximation) -> HierarchicalGaussian:
+    """Extend a Gaussian of the global latents by the Gaussian of the block at each of many points around its mean."""
+    (level,) = marginal.levels
+    assert level.pattern is not None
+    places = level.places[0]
+    edges = filled(level.pattern).tril(-1).nonzero().mT.flip(0)
+    noise = POINT_SPREAD * torch.randn(NUM_POINTS, len(q.loc), dtype=torch.float64)
+    noise[0] = 0.0
+    x, precisions = [], []
+    for part, num in _padded(q.loc.double() + noise @ q.scale_tril.double().mT, marginal.num_rows):
+        settled = marginal.settled(part.to(q.loc))
+        x.append(settled[:num].double())
+        precisions.append(marginal.conditionals(settled).precisions[0][:num, 0])
+    modes, precision = torch.cat(x)[:, places], torch.cat(precisions)
+    root, info = torch.linalg.cholesky_ex(precision)
+    is_good = (info == 0) & modes.isfinite().all(-1) & root.isfinite().all(-1).all(-1)
+    scales = root.diagonal(dim1=-2, dim2=-1)
+    loc, scale = modes[0], 1 / scales[0]
+    # Column t of the root holds the coefficients of x_t on later elements.
+    rho = -root[:, edges[1], edges[0]] / scales[:, edges[0]] * scale[edges[1]] / scale[edges[0]]
+    coefficients = torch.cat([(modes - loc) / scale, -scales.log() - scale.log(), rho], -1)
+    law = BlockGaussian(
+        places, edges, *(part.to(q.loc) for part in (loc, scale, noise[is_good], coefficients[is_good]))
+    )
+    return HierarchicalGaussian(marginal.places, q.loc, q.scale_tril, (law,), q.elbo, marginal.centering)
 
 
 def _settled(marginal: GlobalMarginal, vectors: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from pyroflows.compiling.check import Compiler
+from pyroflows.guides.centering import Centering
 from pyroflows.inference.search.arrow import Arrow, ArrowLevel, Conditionals, positive
+from pyroflows.inference.search.blocks import colors
 from pyroflows.models.layout import Layout
 from pyroflows.models.levels import SiteLevel
 from pyroflows.models.log_joint import LogJoint, ValueAndGrad
@@ -28,6 +30,8 @@ from pyroflows.models.log_joint import LogJoint, ValueAndGrad
 MAX_GAIN, MAX_STEPS = 1e-4, 20
 # Near the optimum each step gains far less than the one before, until what is left is rounding.
 NEAR_GAIN, LEAST_FALL = 0.5, 0.25
+# Newton's method starts at the nearest of so many vectors that it has found.
+MAX_SETTLED = 512
 # A step overshoots where the slope along it turns round by more than this share of the first slope.
 OVERSHOOT, SHORTEST = 0.5, 0.05
 
@@ -38,22 +42,36 @@ class GlobalMarginal:
     Args:
         log_joint: the log joint f of a model.
         levels: the levels of its latents, the global one first; the others are independent row by row.
-        center: an unconstrained vector ``(dim,)`` at which f is finite.
+        center: a vector ``(dim,)`` at which f is finite.
         num_rows: the number of vectors in one call.
+        pattern: which elements of a row are linked, booleans ``(d, d)``, where there is one local level; None for all.
+        centering: the layer before which the vectors lie; None where they are unconstrained vectors of the model.
 
     Attributes:
         layout: the layout of the global latents.
         places: their places in the packed vector of all latents.
+        is_block: whether the local latents are one block, which depend on one another.
     """
 
-    def __init__(self, log_joint: LogJoint, levels: Sequence[SiteLevel], center: Tensor, num_rows: int) -> None:
+    def __init__(
+        self,
+        log_joint: LogJoint,
+        levels: Sequence[SiteLevel],
+        center: Tensor,
+        num_rows: int,
+        pattern: Tensor | None = None,
+        centering: Centering | None = None,
+    ) -> None:
         self.log_joint = log_joint
+        self.centering = centering
         self.places = levels[0].places[0]
         self.levels = arrow_levels(levels)
+        self.is_block = pattern is not None
+        if pattern is not None:
+            self.levels = (replace(self.levels[0], pattern=pattern),)
         self.layout = Layout(replace(log_joint.structure, latents=levels[0].sites)).at_centers(log_joint.layout.centers)
         self.num_rows = num_rows
-        self._near = center  # a vector whose local elements are those of the highest value so far
-        self._best = -math.inf
+        self._settled = center[None]  # vectors whose local elements have settled
         example = center.repeat(num_rows, 1)
         other = example + 0.1 * torch.randn_like(example)
         # Where these derivatives cannot be recorded, the log joint itself may.
@@ -66,11 +84,7 @@ class GlobalMarginal:
         """The function from vectors ``(num_rows, D_0)`` to values and gradients of the marginal log-density."""
 
         def function(vectors: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.settled(vectors)
-            value, gradient = self._marginal(x)
-            best = value.nan_to_num(-math.inf, -math.inf, -math.inf).argmax()
-            if value[best] > self._best:
-                self._best, self._near = value[best].item(), x[best]
+            value, gradient = self._marginal(self.settled(vectors))
             return value, gradient
 
         return function
@@ -83,7 +97,8 @@ class GlobalMarginal:
         Returns:
             Vectors of all elements, ``(num_rows, D)``.
         """
-        x = self._near.repeat(len(vectors), 1)
+        nearest = torch.cdist(vectors.to(self._settled), self._settled[:, self.places]).argmin(-1)
+        x = self._settled[nearest]
         x[:, self.places] = vectors.to(x)
         before, step, slope = x, torch.zeros_like(x), torch.zeros_like(x)
         for _ in range(MAX_STEPS):
@@ -98,8 +113,11 @@ class GlobalMarginal:
             is_rounding = (new_slope < NEAR_GAIN) & (new_slope > LEAST_FALL * slope) & (slope > 0.0)
             slope = torch.where(is_over, share * slope, new_slope).nan_to_num(0.0)
             x = before + step.to(before)
-            if not (is_over | ((slope > MAX_GAIN) & ~is_rounding)).any():
+            is_moving = is_over | ((slope > MAX_GAIN) & ~is_rounding)
+            if not is_moving.any():
                 break
+        good = x[x.isfinite().all(-1) & ~is_moving.any(-1)]
+        self._settled = torch.cat([self._settled, good])[-MAX_SETTLED:]
         return x
 
     def conditionals(self, vectors: Tensor) -> Conditionals:
@@ -120,10 +138,19 @@ class GlobalMarginal:
             total[:, level.places.flatten()] = sums.expand(-1, *level.places.shape).flatten(1)
         return total
 
+    def _value(self, x: Tensor, of_globals: Tensor) -> Tensor:
+        """The log joint of the local elements of x and the global ones of other vectors, both ``(num_rows, D)``."""
+        layout = self.log_joint.layout
+        layout = layout.with_parts({name: of_globals[:, layout.slices[name]] for name in self.layout.slices})
+        ladj: Tensor | float = 0.0
+        if self.centering is not None:
+            x, ladj = self.centering.in_layout(layout).forward_and_ladj(x)
+        return self.log_joint.in_layout(layout)(x) + ladj
+
     def _blocks_at(self, x: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_joint(leaf).sum(), leaf, create_graph=True)
+            (gradient,) = torch.autograd.grad(self._value(leaf, x).sum(), leaf, create_graph=True)
             arrow = local_arrow(self.levels, gradient, leaf)
         return gradient.detach(), *(block.detach() for block in (*arrow.own, *arrow.given))
 
@@ -134,19 +161,20 @@ class GlobalMarginal:
             \qquad \nabla_0 \hat x_L = -P_{LL}^{-1} P_{L0}.
         """
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            value = self.log_joint(leaf)
+            leaf, of_globals = (x.detach().requires_grad_() for _ in range(2))
+            value = self._value(leaf, of_globals)
             (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+            (of_value,) = torch.autograd.grad(value.sum(), of_globals, retain_graph=True)
             conditionals, _ = local_arrow(self.levels, gradient, leaf).eliminated()
             log_det = conditionals.log_det
-            (of_log_det,) = torch.autograd.grad(
-                log_det.sum(), leaf, retain_graph=True, allow_unused=True, materialize_grads=True
+            of_log_det, of_locals = torch.autograd.grad(
+                log_det.sum(), (of_globals, leaf), retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            through_locals = times_hessian(gradient, leaf, conditionals.solved(of_log_det).detach())
+            through_locals = times_hessian(gradient, of_globals, conditionals.solved(of_locals).detach())
         num_local = sum(level.places.numel() for level in self.levels)
         total = value.detach() - 0.5 * log_det.detach() + 0.5 * num_local * math.log(2 * math.pi)
         # The joint gradient with respect to local elements is zero where these have settled.
-        gradient = gradient.detach() - 0.5 * (of_log_det.detach() + through_locals)
+        gradient = of_value - 0.5 * (of_log_det + through_locals.detach())
         return total, gradient[:, self.places]
 
     def with_globals(self, x: Tensor) -> tuple[Conditionals, Tensor]:
@@ -159,7 +187,7 @@ class GlobalMarginal:
         probes[torch.arange(len(self.places)), self.places] = 1.0
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_joint(leaf[None]).sum(), leaf, create_graph=True)
+            (gradient,) = torch.autograd.grad(self._value(leaf[None], leaf[None]).sum(), leaf, create_graph=True)
             columns = -torch.stack([times_hessian(gradient, leaf, probe).detach() for probe in probes]).double()
             local = local_arrow(self.levels, gradient, leaf)
         own = tuple(positive(block.detach().double()) for block in local.own)
@@ -191,19 +219,20 @@ def times_hessian(gradient: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
 def local_arrow(levels: Sequence[ArrowLevel], gradient: Tensor, x: Tensor) -> Arrow:
     """The negative Hessian among local elements, given the gradients at x ``(..., D)`` with their graph.
 
-    Rows of a level are independent, so that one product of the Hessian serves an element of all of them.
+    Rows of a level are independent, so that one product of the Hessian serves an element of all of them; and so are
+    elements of a row whose columns share no row of the pattern.
     """
-    columns = []
+    columns, own = [], []
     for level in levels:
-        probes = torch.zeros(level.places.shape[1], x.shape[-1]).to(x)
-        probes[torch.arange(len(probes))[:, None], level.places.mT] = 1.0
+        num = level.places.shape[1]
+        color = torch.arange(num) if level.pattern is None else colors(level.pattern)
+        probes = torch.zeros(int(color.max()) + 1, x.shape[-1]).to(x)
+        probes[color, level.places] = 1.0
         columns.append([-times_hessian(gradient, x, probe.expand_as(x)) for probe in probes])
-    own = tuple(
-        torch.stack([column[..., level.places] for column in found], -1)
-        for level, found in zip(levels, columns, strict=True)
-    )
+        block = torch.stack([column[..., level.places] for column in columns[-1]], -1)[..., color]
+        own.append(block if level.pattern is None else torch.where(level.pattern, block, 0.0))
     given = []
     for level, block in zip(levels, own, strict=True):
         of_parents = [column[..., level.places] for parent in level.parents for column in columns[parent]]
         given.append(torch.stack(of_parents, -1) if of_parents else block[..., :0])
-    return Arrow(tuple(levels), own, tuple(given))
+    return Arrow(tuple(levels), tuple(own), tuple(given))
