@@ -68,6 +68,7 @@ def test_two_threads_with_two_fits_each(num_rounds):
             assert shared_state() == before
 
 
+@pytest.mark.slow
 def test_a_figure_that_is_computed_at_its_first_use_does_not_lock_a_fit_out():
     """One thread asks a posterior for its ELBO while another one does, inside a call that has the lock."""
     posteriors = [pf.FlowVI(make_model(torch.ones(3)), num_steps=5, seed=0, **QUIET).run() for _ in range(6)]

@@ -363,6 +363,7 @@ def test_prior_in_pyros_own_nuts():
     assert CIRCULAR.check(phi).all() and phi.std() > 0.1
 
 
+@pytest.mark.slow
 def test_distill():
     """The regression on the teacher's draws takes the shorter way around; across the cut it would lead astray."""
     teacher = bent(autoregressive=True).float()

@@ -144,6 +144,7 @@ def test_steps_of_residual_flow():
     assert all(layer.coefficient == 0.8 and not layer.ladj_is_exact for layer in layers)
 
 
+@pytest.mark.slow
 def test_training_by_estimates_and_reports_by_exact_log_densities():
     flow, x = perturb(make(MultiscaleResidual, (1, 4, 8), num_levels=1), 0.3), torch.randn(50, 1, 4, 8)
     exact = flow().log_prob(x)

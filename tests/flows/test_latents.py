@@ -71,6 +71,7 @@ def test_flow_posterior_of_a_latent_context():
     torch.testing.assert_close(draws.mean(0), posterior.base_dist.loc, rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_nuts_over_a_latent_context():
     model, posterior, _ = latent_context()
     mcmc = MCMC(NUTS(model), num_samples=200, warmup_steps=50, disable_progbar=True)

@@ -27,6 +27,7 @@ def trained(guide, num_steps, elbo=Trace_ELBO):
     return sum(losses[-30:]) / 30
 
 
+@pytest.mark.slow
 def test_plain_svi_trains_it():
     pyro.set_rng_seed(0)
     guide = AutoCNF(model, **SMALL)

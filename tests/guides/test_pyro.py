@@ -525,6 +525,7 @@ def test_neutra_maps_draws_back_to_sites(make):
         torch.testing.assert_close(draws[name].reshape(value.shape), value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [NUTS, HMC], ids=["nuts", "hmc"])
 def test_neutra_posterior_is_exact(kernel):
     """A poor guide still gives the right posterior, here a known one, through MCMC in its space."""

@@ -131,7 +131,11 @@ class Drawing(poutine.messenger.Messenger):
             msg["value"] = self.values[msg["name"]]
 
 
-@pytest.mark.parametrize("model", [one_plate, nested, masked_rows, masked_groups], ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    "model",
+    [one_plate, masked_rows, *(pytest.param(model, marks=pytest.mark.slow) for model in (nested, masked_groups))],
+    ids=lambda model: model.__name__,
+)
 def test_pyros_elbo_counts_rows_likewise(model):
     """Trace_ELBO, whose plates scale the densities, has the mean over all parts that all rows have."""
     torch.manual_seed(0)

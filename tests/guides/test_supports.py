@@ -50,6 +50,7 @@ def _elbo(model, guide, num=4000):
         return -Trace_ELBO(num_particles=num, vectorize_particles=True, max_plate_nesting=1).loss(model, guide)
 
 
+@pytest.mark.slow
 def test_elbo_of_a_circle_is_below_its_evidence_and_near_it():
     guide = _trained(on_circle)
     elbo = _elbo(on_circle, guide)
@@ -201,6 +202,7 @@ def test_neutra_draws_the_posterior_of_an_angle():
     assert draws["phi"].cos().mean().item() == pytest.approx((p * grid.cos()).sum().item() / p.sum().item(), abs=0.25)
 
 
+@pytest.mark.slow
 def test_elbo_with_mass_at_the_edge_is_no_more_than_the_evidence():
     """Pyro's log-density sees the rounded value, which makes the bound looser and never wrong."""
 

@@ -68,6 +68,7 @@ def test_a_steady_map_is_a_function_of_each_row():
     torch.testing.assert_close(ladj, flow.transform.exact().forward_and_ladj(z)[1], atol=1e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_student_that_draws_in_one_pass(posterior):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

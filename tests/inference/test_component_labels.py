@@ -63,6 +63,7 @@ def test_without_labels_there_are_numbers():
     assert list(posterior.summary().index)[:4] == ["mu", "weight[0]", "weight[1]", "eta[0]"]
 
 
+@pytest.mark.slow
 def test_labels_go_where_draws_go(posterior, tmp_path):
     weighted = posterior.importance_sample(50)
     assert list(weighted.summary().index) == ROWS

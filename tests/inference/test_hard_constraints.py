@@ -133,7 +133,7 @@ CASES = {
 }
 
 
-SLOW = ("nan", "root", "corner", "residual", "uniform", "pareto")
+SLOW = ("nan", "root", "corner", "residual", "uniform", "pareto", "shifted", "steep")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,7 @@ def test_right_values(model, args, exact):
     assert diagnosis.ess > 0.5 * diagnosis.num_samples
 
 
+@pytest.mark.slow
 def test_chains_and_bridge():
     mean, log_evidence = on_square(of_cut)
     posterior = fit(cut_by_factor, seed=1, num_steps=100)

@@ -952,7 +952,11 @@ def normal_mean(y):
 
 
 @pytest.mark.parametrize(
-    "guide", [lambda: None, lambda: AutoIAF(normal_mean, num_layers=1)], ids=["own guide", "user's guide"]
+    "guide",
+    [
+        pytest.param(lambda: None, marks=pytest.mark.slow, id="own guide"),
+        pytest.param(lambda: AutoIAF(normal_mean, num_layers=1), id="user's guide"),
+    ],
 )
 def test_two_fits_share_nothing(guide):
     """Pyro's store knows parameters by name, and a call of a guide puts them there."""

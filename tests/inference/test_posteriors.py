@@ -102,7 +102,13 @@ def test_linear_regression_by_a_guide_that_draws_by_iteration():
     assert_evidence(posterior, exact.log_evidence, gap=0.1)
 
 
-@pytest.mark.parametrize(("make", "by_covariance"), GUIDES.values(), ids=GUIDES)
+@pytest.mark.parametrize(
+    ("make", "by_covariance"),
+    [
+        pytest.param(*case, marks=[SLOW] * (name in ("radial", "sylvester", "cnf")), id=name)
+        for name, case in GUIDES.items()
+    ],
+)
 def test_linear_regression(make, by_covariance):
     exact = gaussian_posterior()
     posterior = fit(regression, exact.x, exact.y, guide=make and make())
@@ -160,6 +166,7 @@ def test_dtype_of_the_fit():
     assert_evidence(posterior, exact.log_evidence)
 
 
+@pytest.mark.slow
 def test_one_particle_a_step():
     """The path gradient has no noise where the flow is exact, so that one draw a step suffices."""
     exact = gaussian_posterior()
@@ -169,6 +176,7 @@ def test_one_particle_a_step():
     assert_evidence(posterior, exact.log_evidence)
 
 
+@pytest.mark.slow
 def test_one_latent():
     """One dimension, where many flow libraries fail."""
 
@@ -193,6 +201,7 @@ def banana():
     pyro.sample("x2", dist.Normal(x1**2, 0.5))
 
 
+@pytest.mark.slow
 def test_banana():
     posterior = fit(banana, num_steps=2000)
     draws = draws_of(posterior)
@@ -306,6 +315,7 @@ def test_dirichlet_multinomial():
     assert_evidence(posterior, marginal.log_prob(counts))
 
 
+@pytest.mark.slow
 def test_half_bounded_uniform():
     """A posterior that ends at a bound: the larger of the data."""
 
@@ -343,6 +353,7 @@ def subsampled():
     return y, fit(normal_mean, y, 20, num_steps=1500)
 
 
+@pytest.mark.slow
 def test_training_on_parts_finds_the_whole(subsampled):
     y, posterior = subsampled
     variance = 1 / (40 + 0.01)

@@ -34,6 +34,7 @@ def fast(slow):
     return slow.distill(Recipe("IAF", num_layers=3, hidden_dims=(32, 32)), **options)
 
 
+@pytest.mark.slow
 def test_distilled_posterior_is_that_of_the_teacher(slow, fast):
     teacher, student = slow.guide.flow(), fast.guide.flow()
     with torch.no_grad():
@@ -184,6 +185,7 @@ def test_a_proposal_needs_all_rows():
         posterior.fit_proposal(num_samples=1000)
 
 
+@pytest.mark.slow
 def test_one_latent():
     def single(y=Y):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

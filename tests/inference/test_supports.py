@@ -157,6 +157,7 @@ def binomial(k):
     pyro.sample("k", dist.Binomial(20, p), obs=k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [20.0, 0.0])
 def test_mass_at_the_edge(k):
     """f2: half of the mass lies where float32 has no number but the edge; both edges are mirror images."""
@@ -316,6 +317,7 @@ def far_from_zero(y):
     pyro.sample("y", dist.Normal(x - 1e6, 0.5), obs=y)
 
 
+@pytest.mark.slow
 def test_fit_with_draws_on_an_edge_is_repeated_in_float64():
     with pytest.warns(UserWarning, match=r"draws on an edge.* at site 'x'.*repeated in float64"):
         posterior = _fit(far_from_zero, torch.tensor(0.1))

@@ -67,6 +67,7 @@ def test_an_exact_fit_is_calibrated_and_its_ranks_are_uniform():
     assert np.abs(ranks.mean(0) - 49.5).max() < 4 * (9999 / 12 / 400) ** 0.5
 
 
+@pytest.mark.slow
 def test_false_alarms_are_as_rare_as_stated():
     rejected = [not calibrate(exact, seed, num_datasets=20, num_samples=50).is_calibrated for seed in range(40)]
     assert sum(rejected) <= stats.binom.ppf(0.999, 40, 0.05)
