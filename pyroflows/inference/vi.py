@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from pyroflows.flows import Flow, Recipe
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.centering import Centering
-from pyroflows.guides.hierarchical import hierarchical_layer
+from pyroflows.guides.hierarchical import HierarchicalGaussian, hierarchical_layer, hierarchy_near
 from pyroflows.guides.packed import FlowFn
 from pyroflows.guides.structured import AutoStructuredFlow
 from pyroflows.inference.batches import Batches, FixedArguments, is_loader
@@ -32,6 +33,7 @@ from pyroflows.inference.posterior import Posterior
 from pyroflows.inference.preparation import init_at, prepared
 from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.hierarchical import global_marginal, with_locals
+from pyroflows.inference.search.local_modes import has_images, has_other_rows
 from pyroflows.inference.search.marginal import GlobalMarginal
 from pyroflows.inference.search.starts import (
     NUM_ROWS,
@@ -368,12 +370,12 @@ class FlowVI:
         is_plain = not log_joint.structure.enumerated
         centering = Centering.of(model, args, kwargs, log_joint.layout, so_far.center) if is_plain else None
         marginal = global_marginal(log_joint, so_far.center, centering) if is_default else None
-        fitted = self._fit_from(so_far, progress, model, args, kwargs, marginal, centering, is_default)
+        fit = partial(self._fit_from, so_far, progress, model, args, kwargs, centering, is_default)
+        fitted = fit(marginal)
         if marginal is None or not marginal.is_block or so_far.is_ended or fitted.diagnosis.verdict != "do not use":
             return fitted
         # Given the global latents the block is far from a Gaussian.
-        other = self._fit_from(so_far, progress, model, args, kwargs, None, centering, is_default)
-        return min(fitted, other, key=lambda fitted: fitted.diagnosis.log_weight_variance)
+        return min(fitted, fit(None), key=lambda fitted: fitted.diagnosis.log_weight_variance)
 
     def _fit_from(
         self,
@@ -382,12 +384,12 @@ class FlowVI:
         model: Model,
         args: Any,
         kwargs: Any,
-        marginal: GlobalMarginal | None,
         centering: Centering | None,
         is_default: bool,
+        marginal: GlobalMarginal | None,
     ) -> FittedCandidate:
         """Search for modes of the log joint, or of the marginal density, and fit candidates that start at them."""
-        log_joint = so_far.log_joint
+        log_joint, of_all = so_far.log_joint, centering
         target: Target = marginal or log_joint
         center = so_far.center if marginal is None else so_far.center[marginal.places]
         layout = target.layout
@@ -410,6 +412,18 @@ class FlowVI:
         max_starts = self.num_starts or (None if marginal is None else MAX_STARTS_OF_GLOBALS)
         found_modes, found = find_start(target, points, self.temper, propose, max_starts, note, centering, num_rows)
         modes = with_all(found_modes)
+        if marginal is not None:
+            points = starting_points(
+                model, args, kwargs, log_joint.layout, so_far.center, marginal.num_rows, marginal.centering
+            )
+            at_modes = [mode for mode in modes if isinstance(mode, HierarchicalGaussian)]
+            gaussians = [hierarchy_near(mode, Recipe("Gaussian"), has_local_flow=False) for mode in at_modes]
+            is_symmetric = has_images(log_joint, gaussians)
+            if is_symmetric and len(so_far.center) <= MAX_DIM_OF_STARTS:
+                return self._fit_from(so_far, progress, model, args, kwargs, of_all, is_default, None)
+            if is_symmetric or has_other_rows(marginal, found_modes[0].loc, points):
+                # A search among all latents would take too long; the verdict says that a mode is left out.
+                found = replace(found, modes=(*found.modes, found.modes[0]))
 
         def fit(flow_fn: FlowFn, is_trained: bool = True, name: str = "flow") -> FittedCandidate:
             progress.fit(name, len(modes))

@@ -89,16 +89,24 @@ class GlobalMarginal:
 
         return function
 
-    def settled(self, vectors: Tensor) -> Tensor:
+    def settled(self, vectors: Tensor, start: Tensor | None = None) -> Tensor:
         """Find the local elements of highest density by Newton's method, given global ones ``(num_rows, D_0)``.
 
         A row whose step has overshot goes back a part of it, whatever other rows do, since rows are independent.
 
+        Args:
+            vectors: the global elements.
+            start: vectors of all elements from which to start, ``(num_rows, D)``; None for the nearest ones that have
+                settled before.
+
         Returns:
             Vectors of all elements, ``(num_rows, D)``.
         """
-        nearest = torch.cdist(vectors.to(self._settled), self._settled[:, self.places]).argmin(-1)
-        x = self._settled[nearest]
+        if start is None:
+            nearest = torch.cdist(vectors.to(self._settled), self._settled[:, self.places]).argmin(-1)
+            x = self._settled[nearest]
+        else:
+            x = start.clone()
         x[:, self.places] = vectors.to(x)
         before, step, slope = x, torch.zeros_like(x), torch.zeros_like(x)
         for _ in range(MAX_STEPS):
@@ -116,9 +124,19 @@ class GlobalMarginal:
             is_moving = is_over | ((slope > MAX_GAIN) & ~is_rounding)
             if not is_moving.any():
                 break
-        good = x[x.isfinite().all(-1) & ~is_moving.any(-1)]
-        self._settled = torch.cat([self._settled, good])[-MAX_SETTLED:]
+        if start is None:
+            good = x[x.isfinite().all(-1) & ~is_moving.any(-1)]
+            self._settled = torch.cat([self._settled, good])[-MAX_SETTLED:]
         return x
+
+    def value(self, vectors: Tensor) -> Tensor:
+        """The log joint at vectors of all elements, ``(S,)``, with the layer before it."""
+        return self._value(vectors, vectors)
+
+    def slopes(self, vectors: Tensor) -> Tensor:
+        """What a step of Newton's would gain in the row of each local element, in nats, ``(num_rows, D)``."""
+        gradient, conditionals = self._newton(vectors)
+        return self._by_row(gradient * conditionals.solved(gradient).to(gradient))
 
     def conditionals(self, vectors: Tensor) -> Conditionals:
         """The conditional laws of rows at vectors of all elements ``(num_rows, D)``, given the global ones."""
