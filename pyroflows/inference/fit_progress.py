@@ -54,6 +54,6 @@ class FitProgress(Progress):
         elbos = history.recent("elbo", WINDOW) if history and not is_mixture else ()
         if len(elbos):
             parts.append(f"ELBO {np.mean(elbos):.2f}")
-        if "diagnosis" in vars(fitted):
+        if "draws" in vars(fitted):
             parts.append(f"verdict: {fitted.diagnosis.verdict}")
         self.finish(f"fit: {', '.join(parts)}")

@@ -379,6 +379,10 @@ def test_the_unseen_share_is_known_better_where_it_is_near_its_limit(monkeypatch
     first = DiagnosticDraws.first(posterior.guide.flow(), posterior.log_joint, 10_000)
     usual = first.unseen.share
     monkeypatch.setattr("pyroflows.inference.verdict.figures.MAX_UNSEEN_SHARE", usual.value)
+    # More draws could not make this verdict "good", so that none are made.
+    again = DiagnosticDraws.first(posterior.guide.flow(), posterior.log_joint, 10_000)
+    assert again.unseen.share.se == usual.se
+    monkeypatch.setattr(Figures, "verdict_on_moments", lambda figures, errors: "good")
     again = DiagnosticDraws.first(posterior.guide.flow(), posterior.log_joint, 10_000)
     assert again.unseen.share.se == pytest.approx(usual.se / 2, rel=0.1)
 
