@@ -174,9 +174,12 @@ class JudgedApproximation(Approximation):
         if self.structure.subsampled:
             names = ", ".join(p.name for p in self.structure.subsampled)
             return "\n".join([*lines, f"no verdict: plate {names} is subsampled, see Posterior.with_data"])
-        log_evidence = Estimate(self.log_evidence, self.log_evidence_se)
-        figures = f"{self._elbo_in_words()}, log evidence {log_evidence.in_words(3)}"
-        return "\n".join([*lines, figures, str(self.diagnose())])
+        diagnosis = self.diagnose()
+        # The weights of draws that miss a part of the posterior say nothing of it.
+        is_seen = diagnosis.verdict != "do not use"
+        known = Estimate(self.log_evidence, self.log_evidence_se).in_words(3)
+        log_evidence = known if is_seen else f"{self.log_evidence:.3f} with an unknown error"
+        return "\n".join([*lines, f"{self._elbo_in_words()}, log evidence {log_evidence}", str(diagnosis)])
 
     def _fit_in_words(self) -> list[str]:
         """A line on how the fit went, if anything is known of it."""

@@ -374,6 +374,14 @@ def test_draws_are_pooled_where_a_figure_is_near_its_limit():
     assert Gaussian(1, loc=0.05).posterior.diagnose().num_samples == 10_000
 
 
+def test_the_error_of_an_evidence_is_unknown_where_draws_cannot_be_used():
+    assert "log evidence 0.0" in (text := repr(Gaussian(1, loc=0.05).posterior)) or "log evidence -0.0" in text
+    assert "unknown error" not in text
+    posterior = Gaussian(1, sd=0.1).posterior
+    assert posterior.diagnose().verdict == "do not use"
+    assert f"log evidence {posterior.log_evidence:.3f} with an unknown error" in repr(posterior)
+
+
 def test_the_unseen_share_is_known_better_where_it_is_near_its_limit(monkeypatch):
     posterior = Gaussian(1, sd=0.7).posterior
     first = DiagnosticDraws.first(posterior.guide.flow(), posterior.log_joint, 10_000)
