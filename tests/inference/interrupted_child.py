@@ -89,7 +89,8 @@ class Density(Train):
         return pf.fit_density(self.flow, self.x, max_epochs=20, batch_size=32, compile="trace", **QUIET)
 
     def is_right(self, fit):
-        scores = fit.history["validation_log_prob"] if fit.history else []
+        # A score stands in the history before the state that has it is kept.
+        scores = fit.history["validation_log_prob"][:-1] if fit.history else []
         is_best = max([fit.best_log_prob, *scores]) == fit.best_log_prob
         return fit.flow is self.flow and is_best and bool(self.flow().log_prob(self.x).isfinite().all())
 
