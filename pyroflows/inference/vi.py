@@ -16,7 +16,7 @@ from pyroflows.flows import Flow, Recipe
 from pyroflows.grad_mode import isolated
 from pyroflows.guides import AutoFlow
 from pyroflows.guides.centering import Centering
-from pyroflows.guides.hierarchical import HierarchicalGaussian, hierarchical_layer, hierarchy_near
+from pyroflows.guides.hierarchical import HierarchicalGaussian, has_block, hierarchical_layer, hierarchy_near
 from pyroflows.guides.packed import FlowFn
 from pyroflows.guides.structured import AutoStructuredFlow
 from pyroflows.inference.batches import Batches, FixedArguments, is_loader
@@ -372,7 +372,8 @@ class FlowVI:
         marginal = global_marginal(log_joint, so_far.center, centering) if is_default else None
         fit = partial(self._fit_from, so_far, progress, model, args, kwargs, centering, is_default)
         fitted = fit(marginal)
-        if marginal is None or not marginal.is_block or so_far.is_ended or fitted.diagnosis.verdict != "do not use":
+        is_block = marginal is not None and has_block(fitted.flow.components[0])
+        if not is_block or so_far.is_ended or fitted.diagnosis.verdict != "do not use":
             return fitted
         # Given the global latents the block is far from a Gaussian.
         return min(fitted, fit(None), key=lambda fitted: fitted.diagnosis.log_weight_variance)
@@ -389,16 +390,16 @@ class FlowVI:
         marginal: GlobalMarginal | None,
     ) -> FittedCandidate:
         """Search for modes of the log joint, or of the marginal density, and fit candidates that start at them."""
-        log_joint, of_all = so_far.log_joint, centering
+        log_joint = so_far.log_joint
         target: Target = marginal or log_joint
         center = so_far.center if marginal is None else so_far.center[marginal.places]
         layout = target.layout
         num_first = NUM_STARTS if marginal is None and len(so_far.center) <= MAX_DIM_OF_STARTS else FEW_STARTS
         num_first = min(num_first, self.num_starts or num_first)
-        if marginal is not None:
-            centering = None  # Where local latents are integrated out, their form does not matter.
-        points = starting_points(model, args, kwargs, layout, center, num_first, centering)
-        propose = partial(further_points, model, args, kwargs, layout, center, centering=centering)
+        # Where local latents are integrated out, their form does not matter.
+        layer = centering if marginal is None else None
+        points = starting_points(model, args, kwargs, layout, center, num_first, layer)
+        propose = partial(further_points, model, args, kwargs, layout, center, centering=layer)
 
         def with_all(modes: list[GaussianApproximation]) -> list[Start]:
             return [mode if marginal is None else with_locals(marginal, mode) for mode in modes]
@@ -410,17 +411,16 @@ class FlowVI:
         progress.say(f"search for modes from {counted(num_first, 'start')}")
         num_rows = NUM_ROWS if marginal is None else marginal.num_rows
         max_starts = self.num_starts or (None if marginal is None else MAX_STARTS_OF_GLOBALS)
-        found_modes, found = find_start(target, points, self.temper, propose, max_starts, note, centering, num_rows)
+        found_modes, found = find_start(target, points, self.temper, propose, max_starts, note, layer, num_rows)
         modes = with_all(found_modes)
         if marginal is not None:
-            points = starting_points(
-                model, args, kwargs, log_joint.layout, so_far.center, marginal.num_rows, marginal.centering
-            )
             at_modes = [mode for mode in modes if isinstance(mode, HierarchicalGaussian)]
             gaussians = [hierarchy_near(mode, Recipe("Gaussian"), has_local_flow=False) for mode in at_modes]
             is_symmetric = has_images(log_joint, gaussians)
             if is_symmetric and len(so_far.center) <= MAX_DIM_OF_STARTS:
-                return self._fit_from(so_far, progress, model, args, kwargs, of_all, is_default, None)
+                return self._fit_from(so_far, progress, model, args, kwargs, centering, is_default, None)
+            of_all = log_joint.layout, so_far.center, marginal.num_rows, marginal.centering
+            points = starting_points(model, args, kwargs, *of_all)
             if is_symmetric or has_other_rows(marginal, found_modes[0].loc, points):
                 # A search among all latents would take too long; the verdict says that a mode is left out.
                 found = replace(found, modes=(*found.modes, found.modes[0]))

@@ -1,5 +1,7 @@
 """Blocks of latents that depend on one another: their structure, their marginal density, fits against quadrature."""
 
+import dataclasses
+
 import pyro
 import pytest
 import torch
@@ -9,10 +11,12 @@ import pyroflows as pf
 from pyroflows.compiling.check import Compiler
 from pyroflows.flows import Recipe
 from pyroflows.guides.centering import Centering
-from pyroflows.guides.hierarchical import hierarchical_layer, hierarchy_near
+from pyroflows.guides.hierarchical import has_block, hierarchical_layer, hierarchy_near
+from pyroflows.inference.candidates import FittedCandidate
 from pyroflows.inference.search.blocks import colors, filled
 from pyroflows.inference.search.gaussians import GaussianApproximation
 from pyroflows.inference.search.hierarchical import global_marginal, with_locals
+from pyroflows.inference.vi import FlowVI
 from pyroflows.models.layout import Layout
 from pyroflows.models.log_joint import LogJoint
 from pyroflows.models.structure import describe
@@ -154,3 +158,26 @@ def test_the_flow_that_starts_at_a_gaussian_process_is_near_to_it():
     log_weights = (log_joint(x) - log_q).detach()
     torch.testing.assert_close(flow().log_prob(x), log_q, rtol=1e-5, atol=1e-5)
     assert log_weights.var() < 0.5  # a Gaussian given the length, and a Gaussian of the length
+
+
+@pytest.mark.parametrize("has_images", [False, True])
+def test_a_block_that_cannot_be_used_is_left_for_a_flow_over_all_latents_once(monkeypatch, has_images):
+    found = []
+    judge = FittedCandidate.diagnosis.func
+    fit_from = FlowVI._fit_from
+
+    def noted(vi, *args):
+        found.append(args[-1] is not None and args[-1].is_block)
+        return fit_from(vi, *args)
+
+    monkeypatch.setattr(FlowVI, "_fit_from", noted)
+    monkeypatch.setattr(FlowVI, "_best", lambda vi, fit, *rest: fit(Recipe("Gaussian"), is_trained=False))
+    monkeypatch.setattr(
+        FittedCandidate, "diagnosis", property(lambda fitted: dataclasses.replace(judge(fitted), verdict="do not use"))
+    )
+    monkeypatch.setattr("pyroflows.inference.vi.has_images", lambda *args: has_images)
+    y = torch.randn(NUM, generator=torch.Generator().manual_seed(0)).double()
+    posterior = pf.FlowVI(walk(y=y), seed=0, progress_bar=False).run()
+    assert found == [True, False]
+    # Given its scales the walk is a Gaussian, so that the block is the better one, where it was fitted.
+    assert has_block(posterior.guide.flow.components[0]) is not has_images
