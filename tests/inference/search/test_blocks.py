@@ -44,16 +44,19 @@ def walk(counts=None, y=None):
     return model
 
 
-def process(counts):
-    """A Gaussian process whose length is known to be near 0.2."""
-    at = torch.linspace(0, 1, len(counts)).double()
+def process(counts=None, y=None):
+    """A Gaussian process whose length is known to be near 0.2, of which counts, or values with noise, are seen."""
+    at = torch.linspace(0, 1, NUM).double()
 
     def model():
         log_length = pyro.sample("log_length", dist.Normal(torch.tensor(-1.6).double(), 0.2))
         scaled = (at[:, None] - at) / log_length.exp()[..., None, None]
         covariance = (-0.5 * scaled**2).exp() + 1e-5 * torch.eye(len(at)).double()
         f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(len(at)).double(), covariance))
-        pyro.sample("counts", dist.Poisson(f.exp()).to_event(1), obs=counts)
+        if counts is not None:
+            pyro.sample("counts", dist.Poisson(f.exp()).to_event(1), obs=counts)
+        else:
+            pyro.sample("y", dist.Normal(f, 0.5).to_event(1), obs=y)
 
     return model
 
@@ -106,6 +109,22 @@ def test_the_gradient_of_the_marginal_density_is_right(is_dense):
         step = 1e-4 * torch.eye(dim, dtype=torch.float64)[j]
         slope = (function(at + step)[0] - function(at - step)[0]) / 2e-4
         torch.testing.assert_close(gradient[:, j], slope, rtol=1e-4, atol=1e-4)
+
+
+def test_the_marginal_density_is_exact_where_the_block_is_a_gaussian():
+    torch.manual_seed(0)
+    y = torch.randn(NUM).double()
+    log_joint, center, centering = made(process(y=y))
+    marginal = global_marginal(log_joint, center, centering)
+    assert marginal.centering is not None
+    log_length = torch.linspace(-2.2, -1.0, marginal.num_rows).double()[:, None]
+    found, _ = marginal.value_and_grad(log_length)(log_length)
+    at = torch.linspace(0, 1, NUM).double()
+    scaled = (at[:, None] - at) / log_length.exp()[..., None]
+    noisy = (-0.5 * scaled**2).exp() + (0.25 + 1e-5) * torch.eye(NUM).double()
+    prior = dist.Normal(torch.tensor(-1.6).double(), 0.2).log_prob(log_length[:, 0])
+    expected = prior + dist.MultivariateNormal(torch.zeros(NUM).double(), noisy).log_prob(y)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def by_quadrature(y):

@@ -39,7 +39,21 @@ def seen_through(function, mean=3.0, num=NUM, noise=0.05):
     return model
 
 
-def other_modes(model, mu):
+def with_narrow_mode(share, distance=8.0, narrow=0.05):
+    """Rows with a second mode, narrow and high, that holds a share of the mass."""
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", NUM):
+            x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+            parts = dist.Normal(mu[..., None] + torch.tensor([0.0, distance]), torch.tensor([1.0, narrow]))
+            weights = dist.Categorical(torch.tensor([1 - share, share]))
+            pyro.factor("density", dist.MixtureSameFamily(weights, parts).log_prob(x))
+
+    return model
+
+
+def other_modes(model, mu, points=None):
     """Whether there are images, and other rows, of a Gaussian around a mean of the rows."""
     torch.manual_seed(0)
     layout = Layout(describe(model, (), {}))
@@ -48,7 +62,9 @@ def other_modes(model, mu):
     marginal = global_marginal(log_joint, center)
     loc = torch.tensor([mu])
     mode = with_locals(marginal, GaussianApproximation(loc, torch.tensor([[0.1]]), 0.0))
-    points = 3.0 * torch.randn(marginal.num_rows, layout.dim)
+    points = (
+        3.0 * torch.randn(marginal.num_rows, layout.dim) if points is None else points.expand(marginal.num_rows, -1)
+    )
     flows = [hierarchy_near(mode, Recipe("Gaussian"), has_local_flow=False)]
     return has_images(log_joint, flows), has_other_rows(marginal, loc, points)
 
@@ -69,11 +85,19 @@ def bent(x):
         (bent, 0.3, False, True),
         (twice, 3.0, False, False),
         (torch.exp, 1.0, False, False),
+        (torch.zeros_like, 0.0, False, False),  # all signs can change at once, within the only mode
     ],
-    ids=["images", "rows", "linear", "monotone"],
+    ids=["images", "rows", "linear", "monotone", "symmetric"],
 )
 def test_other_modes_of_rows_are_found(small_models_count, function, mu, is_symmetric, has_others):
     assert other_modes(seen_through(function, mu, noise=0.05 if mu > 1 else 0.3), mu) == (is_symmetric, has_others)
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.003, False), (0.04, True)])
+def test_modes_count_by_their_mass_and_not_by_their_height(small_models_count, share, counts):
+    """Their heights are 6 and 83 % of that of the other mode."""
+    points = torch.full((16, 1 + NUM), 8.0)
+    assert other_modes(with_narrow_mode(share), 0.0, points) == (False, counts)
 
 
 @pytest.mark.slow

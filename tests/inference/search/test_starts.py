@@ -439,6 +439,7 @@ class Fitted:
     [
         ({}, None, True),
         ({"log_weight_variance": Estimate(0.06, 0.001)}, None, False),
+        ({"log_weight_variance": Estimate(0.04, 0.01)}, None, True),
         ({"mean_shift": Estimate(0.06, 0.001)}, None, False),
         ({"sd_ratio": Estimate(0.94, 0.001)}, None, False),
         ({"sd_ratio": Estimate(1.06, 0.001)}, None, False),
